@@ -1,0 +1,33 @@
+"""The one exception family. Each error is a sentence: what is wrong, what was expected, what was found.
+
+The command line turns the class into the exit code and prints the sentence without a traceback:
+2 when the *request* was wrong (recipe, path, name), 1 when the *job or check* failed (damage, a full disk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FeedfastError(ValueError):
+    """Base of every error feedfast raises on purpose; the job or the check failed."""
+
+    exit_code = 1
+
+
+class RequestError(FeedfastError):
+    """The request was wrong: a bad recipe key, a missing path, an unknown model or tap."""
+
+    exit_code = 2
+
+
+class CacheMismatchError(RequestError):
+    """The cache was made from something else than the recipe asks for (data, plan, teacher, weights)."""
+
+
+class CacheDamageError(FeedfastError):
+    """Committed data are missing, short or changed; ``problems`` names array, shard and kind of each."""
+
+    def __init__(self, message: str, problems: Sequence[dict[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
