@@ -1,0 +1,121 @@
+"""The command line: argv → recipe → a stage.
+
+Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or the check
+failed, 2 the request was wrong. A user's mistake gets one message that names the key or path, what was expected and what was
+found; a traceback here is always a bug of ours. Stages are imported inside the commands, so that `feedfast --help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feedfast.errors import FeedfastError
+from feedfast.recipe import Recipe, load_recipe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0])
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recipe")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")]
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document), flush=True)
+
+
+def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
+    return load_recipe(recipe, overrides or ())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the cache, the runs and report.html")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option(help="start afresh instead of resuming")] = False,
+) -> None:
+    """Run the whole pipeline on real handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
+    from feedfast.stages.demo import run_demo
+
+    _print(run_demo(out, overwrite=overwrite))
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Bytes, time, free disk and break-even of a caching job, before it runs; exit code 1 if it cannot fit."""
+    from feedfast.stages.plan import run_plan
+
+    document = run_plan(_read(recipe, overrides))
+    _print(document)
+    raise typer.Exit(0 if document["fits"] else 1)
+
+
+@app.command()
+def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run the teachers once over every view and write the cache; resumes by itself."""
+    from feedfast.stages.offline import run_cache
+
+    _print(run_cache(_read(recipe, overrides)))
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a student from the cache, beside live teachers, or plainly (which also trains teachers); resumes by itself."""
+    from feedfast.stages.student import run_train
+
+    _print(run_train(_read(recipe, overrides)))
+
+
+@app.command()
+def verify(
+    cache: Annotated[str, typer.Argument(help="a cache folder")],
+    full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
+    replay: Annotated[int, typer.Option(min=0, help="blocks of pixels decoded again and compared; 0 = none")] = 0,
+    teachers: Annotated[float, typer.Option(min=0, max=100, help="percent of the rows whose maps are recomputed; 0 = none")] = 0.0,
+    recipe: Annotated[Path | None, typer.Option(help="where to find data and weights when they have moved")] = None,
+) -> None:
+    """Check a cache: log and lengths always; checksums, pixels and maps on request."""
+    from feedfast.stages.audit import run_verify
+
+    document = run_verify(cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read(recipe, None) if recipe else None)
+    _print(document)
+    raise typer.Exit(0 if document["ok"] else 1)
+
+
+@app.command()
+def inspect(
+    cache: Annotated[str, typer.Argument(help="a cache folder")],
+    out: Annotated[Path | None, typer.Option(help="folder for inspect.html with pictures of maps; none = no pictures")] = None,
+) -> None:
+    """Show what a cache holds: manifest, sizes, ratios, measured errors, pictures of maps."""
+    from feedfast.stages.inspect import run_inspect
+
+    _print(run_inspect(cache, out))
+
+
+@app.command()
+def taps(
+    model: Annotated[str, typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory")],
+    size: Annotated[int, typer.Option(min=4, max=2048, help="pixels, side of the input")] = 32,
+    classes: Annotated[int, typer.Option(min=1, help="outputs of the classifier")] = 100,
+) -> None:
+    """List the tappable places of a model: path, shape, bytes, activation, hazards, and which method wants which."""
+    from feedfast.stages.inspect import run_taps
+
+    _print(run_taps(model, size, classes))
+
+
+def main() -> None:
+    """Entry point of the ``feedfast`` command."""
+    sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would
+    try:
+        app()
+    except FeedfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)

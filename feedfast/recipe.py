@@ -1,0 +1,251 @@
+"""The recipe: the one typed description of a run, read by both stages.
+
+A recipe is a TOML file (or the same object built in Python). `feedfast cache`, `train` and `plan` read the same file,
+so the run that makes the targets and the runs that use them cannot disagree about the data, the plan or the teachers.
+`key=value` arguments override any dotted key; a list entry is addressed by its number: `teachers.0.weights=runs/a/student.pt`.
+Values are read as TOML where that is possible (`2`, `true`, `[1, 2]`) and as plain text otherwise.
+
+Every mistake ends in one `RequestError` that names the key, what was expected and what was found. Paths are relative to the
+current directory. The recipe knows nothing of torch, DALI or Zarr: validation costs milliseconds, and only facts that need no
+data are checked here (whether a path exists is the stage's business).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from feedfast.errors import RequestError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Triple = tuple[float, float, float]
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """Where the images are and how a view of them is drawn."""
+
+    train: Sources = Field(min_length=1, description="CIFAR binary file(s), an image folder or an .npz")
+    val: Sources = ()
+    size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
+    augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = "pad-crop-flip"
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
+    limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
+    mean: Triple | None = Field(None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's")
+    std: Triple | None = None
+    check: Literal["fast", "full"] = Field("fast", description="image files: headers and end marks, or a complete decode")
+    threads: int = Field(0, ge=0, description="decoding threads; 0 = one a core")
+
+    @property
+    def normalisation(self) -> tuple[Triple, Triple]:
+        """Per-channel mean and standard deviation, in 0..1 units."""
+        small = self.size <= 32
+        mean = self.mean or ((0.4914, 0.4824, 0.4467) if small else (0.485, 0.456, 0.406))
+        std = self.std or ((0.2471, 0.2435, 0.2616) if small else (0.229, 0.224, 0.225))
+        return mean, std
+
+
+class Cache(_Section):
+    """What the offline stage stores, and how."""
+
+    path: str = ""
+    views: int = Field(4, ge=0, le=65535, description="augmentation seeds, used in turn by epoch; 0 = a new one every epoch (live, none)")
+    codec: Literal["f32", "f16", "u8", "u4"] = "u8"
+    images: Literal["replay", "stored"] = "replay"
+    batch: int = Field(128, ge=1, description="rows a teacher sees at once; part of the cache's identity")
+    pilot: int = Field(512, ge=16, description="samples the codec is fitted on")
+    shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
+    part: str = Field("0/1", pattern=r"^\d+/\d+$", description="i/n: write every n-th shard from the i-th; under torchrun: rank/world")
+    threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
+
+
+class Teacher(_Section):
+    """A frozen network of the ensemble."""
+
+    name: Name
+    model: str
+    weights: str = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
+    classes: int = Field(0, ge=0, description="outputs of the model; 0 = the classes of the data set")
+    bn: Literal["eval", "batch"] = "eval"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    taps: tuple[str, ...] = Field((), description='groups ("final", "ofd", "ofd+margin") or "name=module.path:pre"; () = what the method needs')
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+class Student(_Section):
+    """The network that is trained."""
+
+    model: str = "zoo/wrn-16-1"
+    weights: str | None = Field(None, description="None = random start; a state_dict file to start from")
+
+
+class Method(BaseModel):
+    """The distillation method; every further key is a parameter of it, checked when the method is built."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "none"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The keys besides ``name``."""
+        return dict(self.model_extra or {})
+
+
+class Train(_Section):
+    """The student stage."""
+
+    source: Literal["cache", "live", "none"] = "cache"
+    epochs: int = Field(30, ge=1)
+    max_steps: int = Field(0, ge=0, description="stop after this many steps; 0 = by epochs alone")
+    batch: int = Field(128, ge=1, description="global batch, over all ranks")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["cosine", "step", "one-cycle", "constant"] = "cosine"
+    milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: fractions of the run")
+    gamma: float = Field(0.1, gt=0, le=1)
+    warmup_epochs: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int = Field(0, ge=0, description="torch threads on the CPU; 0 = torch's own choice")
+    out: str = "runs/student"
+    replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
+    checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
+    eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
+    log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
+
+
+class Recipe(_Section):
+    """A whole run. See the module docstring; README lists the keys with an example."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    overwrite: bool = False
+    data: Data
+    cache: Cache = Cache()
+    teachers: tuple[Teacher, ...] = ()
+    student: Student = Student()
+    method: Method = Method()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [teacher.name for teacher in self.teachers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"teachers: every name must be different, found {repeated} more than once")
+        if self.method.name != "none" and self.train.source != "none" and not self.teachers:
+            raise ValueError(f"teachers: method {self.method.name!r} needs at least one [[teachers]], found none")
+        index, parts = (int(text) for text in self.cache.part.split("/"))
+        if not 0 <= index < parts:
+            raise ValueError(f"cache.part: expected i/n with i < n, found {self.cache.part!r}")
+        return self
+
+    def digest(self, *, without: Sequence[str] = ()) -> str:
+        """Hex sha256 of the resolved recipe, leaving out the dotted keys in ``without``."""
+        tree = self.model_dump(mode="json")
+        for dotted in without:
+            *parents, leaf = dotted.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node.pop(leaf, None)
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply ``key=value`` overrides.
+
+    Raises:
+        RequestError: the file is missing or not TOML, an override is not ``key=value``, or a key is unknown or has a bad value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"recipe {path}: expected a TOML file, found nothing there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"recipe {path}: expected a readable TOML file: {error}") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"recipe {path}: not valid TOML: {error}") from None
+    return parse_recipe(tree, overrides, where=str(path))
+
+
+def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """Validate a nested mapping as a recipe, after applying ``key=value`` overrides (see the module docstring)."""
+    tree = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RequestError(f"{where}: " + "; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise RequestError(f"override {text!r}: expected key=value, for example train.epochs=5")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if isinstance(node, list):
+            node = _element(node, parent, key)
+        else:
+            node = node.setdefault(parent, {})
+        if not isinstance(node, (dict, list)):
+            raise RequestError(f"override {text!r}: {parent!r} is a value, not a section")
+    if isinstance(node, list):
+        _element(node, leaf, key)
+        node[int(leaf)] = value
+    else:
+        node[leaf] = value
+
+
+def _element(node: list[Any], index: str, key: str) -> Any:
+    if not index.isdigit() or int(index) >= len(node):
+        raise RequestError(f"override {key!r}: expected a number below {len(node)} after the list, found {index!r}")
+    return node[int(index)]
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": Method, "train": Train,
+}  # fmt: skip
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    """One pydantic error as key, expected, found."""
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section = next((part for part in item["loc"][:-1] if isinstance(part, str)), "")
+        known = sorted(_SECTIONS[section].model_fields)
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
+        return f"{where}: unknown key{hint}"
+    if item["type"] == "missing":
+        return f"{where}: required, found nothing"
+    message = item["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where}: {message[0].lower()}{message[1:]}, found {item['input']!r}"

@@ -1,0 +1,49 @@
+"""Several runs side by side: a table for the terminal and one HTML page with their curves."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from feedfast.report.run import figure_html, page, read_metrics, show, table_html
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table on stderr."""
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key, justify="left" if key == "method" else "right")
+    for row in rows:
+        table.add_row(*(show(value) for value in row.values()))
+    Console(stderr=True, width=max(100, Console(stderr=True).width)).print(table)
+
+
+def write_comparison(path: Path, title: str, rows: list[dict[str, Any]], runs: Mapping[str, Path], details: Mapping[str, Any]) -> Path:
+    """One page: the table, accuracy and loss of every run in ``runs`` (name → its output folder), and ``details`` as JSON."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
+    for name, out in runs.items():
+        metrics = read_metrics(out / "metrics.jsonl")
+        for axis, key in zip(axes, ("val_accuracy", "ce"), strict=True):
+            points = [(row["step"], row[key]) for row in metrics if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
+    for axis, label in zip(axes, ("validation accuracy", "cross-entropy with the label (training)"), strict=True):
+        axis.set_title(label)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    body = table_html(rows) + figure_html(figure)
+    for name, value in details.items():
+        body += f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=2))}</pre>"
+    path.write_text(page(title, body))
+    return path

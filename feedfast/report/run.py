@@ -1,0 +1,129 @@
+"""What a run leaves for people: metrics.jsonl, TensorBoard events and one self-contained report.html.
+
+``metrics.jsonl`` is the source: one JSON object a row, always with ``step``. On resume, rows from after the checkpoint are dropped,
+so the file reads like that of an uninterrupted run. The report is drawn from that file alone and can be drawn again at any time.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends rows to metrics.jsonl and the same scalars to TensorBoard."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = out / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._rows = kept
+        self._file = self.path.open("a")
+        self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One row."""
+        row = {"step": step, **values}
+        self._rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def last(self, name: str) -> float | None:
+        """The newest value of ``name``."""
+        return next((row[name] for row in reversed(self._rows) if name in row), None)
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a torn last line (a kill while writing) is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def figure_html(figure: Any) -> str:
+    """A matplotlib figure as an inline PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def table_html(rows: list[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as an HTML table."""
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(show(value))}</td>" for value in row.values()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def show(value: Any) -> str:
+    """A value as the tables print it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "–" if value is None else str(value)
+
+
+def page(title: str, body: str) -> str:
+    """A complete HTML page without anything to fetch."""
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"
+    )
+    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>'
+
+
+def curves(rows: list[dict[str, Any]]) -> Any:
+    """Loss and its parts, accuracy, learning rate and throughput over steps: a 2 x 2 matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5))
+    axes = figure.subplots(2, 2)
+    plots = [
+        (axes[0][0], "loss", [name for name in ("loss", "ce", "kd", "feature") if any(name in row for row in rows)]),
+        (axes[0][1], "validation accuracy", ["val_accuracy"]),
+        (axes[1][0], "learning rate", ["lr"]),
+        (axes[1][1], "images a second", ["images_per_second"]),
+    ]
+    for axis, title, names in plots:
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3, linewidth=1.2)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend()
+    figure.tight_layout()
+    return figure
+
+
+def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
+    """Draw ``out/report.html`` from ``out/metrics.jsonl``, the run's result and its recipe."""
+    rows = read_metrics(out / "metrics.jsonl")
+    body = table_html([{"figure": key, "value": value} for key, value in result.items()])
+    body += figure_html(curves(rows)) + "<h2>Recipe</h2><pre>" + html.escape(json.dumps(recipe, indent=2)) + "</pre>"
+    path = out / "report.html"
+    path.write_text(page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
+    return path

@@ -1,0 +1,80 @@
+"""From a recipe to the source of its targets: opens the cache or loads the teachers, and refuses what does not fit.
+
+A cache is checked against the recipe before anything trains: same data, same plan, same teachers with the same weights, every
+needed shard present; the stored order and crops must be those of the plan; and a few blocks of pixels are decoded again and
+compared with the checksums taken when the teachers saw them. Wrong numbers must not reach a student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from feedfast.cache.reader import CacheReader
+from feedfast.data.dataset import Dataset
+from feedfast.data.loader import Loader
+from feedfast.data.views import ViewPlan
+from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.methods import taps_needed
+from feedfast.recipe import Recipe
+from feedfast.stages.audit import check_views, replay_pixels
+from feedfast.stages.ensemble import LOGITS, load_teachers
+from feedfast.stages.identity import refuse_other_recipe
+from feedfast.stages.targets import CachedTargets, LiveTargets, NoTargets, TargetSource, manifest_taps
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source, the number of views its epochs run through (0 = a new one every epoch) and the classes its logits have."""
+
+    source: TargetSource
+    views: int
+    num_classes: int
+
+
+def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, device: torch.device) -> OpenedSource:
+    """The source that ``train.source`` names, ready to stream.
+
+    Raises:
+        RequestError, CacheMismatchError, CacheDamageError: see `run_train`.
+    """
+    kind = recipe.train.source
+    if kind == "none":
+        if recipe.method.name != "none":
+            raise RequestError(f"train.source: method {recipe.method.name!r} needs targets, expected cache or live, found 'none'")
+        return OpenedSource(NoTargets(), recipe.cache.views, 0)
+    if kind == "live":
+        teachers = load_teachers(recipe, len(data.classes), device)
+        rows = np.arange(min(len(data), recipe.cache.pilot))
+        pilot = [batch.images.clone() for batch in loader.stream(0, rows)] if any(teacher.needs_pilot for teacher in teachers.values()) else []
+        for teacher in teachers.values():
+            teacher.fit_margins(pilot)
+        classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
+        return OpenedSource(LiveTargets(teachers), recipe.cache.views, classes)
+    return _open_cached(recipe, data, plan, loader, device)
+
+
+def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, device: torch.device) -> OpenedSource:
+    if not recipe.cache.path:
+        raise RequestError("cache.path: required with train.source='cache', found nothing")
+    reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
+    refuse_other_recipe(reader, recipe, data, plan)
+    views = recipe.cache.views or reader.manifest.views
+    if views > reader.manifest.views:
+        raise CacheMismatchError(f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; run `feedfast cache` to add them")
+    names = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
+    groups = taps_needed(recipe.method.name)
+    have = manifest_taps(reader.manifest)
+    wanted = {name: (*(tap for tap in have[name] if any(tap == group or (group == "ofd" and tap.startswith("ofd")) for group in groups)), LOGITS) for name in names}
+    for name, taps in wanted.items():
+        for group in groups:
+            if not any(tap.startswith(group) for tap in taps):
+                raise CacheMismatchError(f"{reader.path}: method {recipe.method.name!r} needs the {group!r} taps of teacher {name!r}, found {sorted(have[name])}; run `feedfast cache` with this recipe to add them")
+    source = CachedTargets(reader, wanted, device)
+    reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
+    check_views(reader, data, plan, views)
+    replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
+    classes = next((reader.manifest.teachers[name].num_classes for name in names), 0)
+    return OpenedSource(source, views, classes)

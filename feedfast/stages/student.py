@@ -1,0 +1,384 @@
+"""The student stage: a recipe becomes a trained student (and, with ``source = "none"``, a trained teacher).
+
+Everything that decides a run is a pure function of the step: the view (epoch modulo views), the order of its rows, each crop,
+the learning rate. A checkpoint therefore holds weights, optimiser state and one number; resuming seeks to that batch in O(1) and
+ends with the weights an uninterrupted run would have.
+
+Order of one step: pixels from DALI and targets from the source arrive already read ahead; student forward; method; backward;
+optimiser. Losses are kept on the device and fetched only when a row of metrics.jsonl is due, so the loop does not wait for the GPU.
+
+Under torchrun every rank takes its slice of each global batch and gradients are averaged, so the mean over the global batch is
+what is minimised; batch statistics stay local, as in plain DDP. The saved student carries no adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.data.loader import Loader, PixelBatch
+from feedfast.data.views import pass_order
+from feedfast.errors import FeedfastError, RequestError
+from feedfast.methods import StudentOutput, build_method, taps_needed
+from feedfast.models.build import build_model
+from feedfast.models.presets import preset_taps
+from feedfast.models.taps import Tapped
+from feedfast.recipe import Recipe, Train
+from feedfast.report.run import EventLog, write_report
+from feedfast.stages.checkpoint import load_checkpoint, save_checkpoint
+from feedfast.stages.common import Meter, Ranks, open_train, pick_device, ranks, say, view_plan, write_durably, write_json
+from feedfast.stages.ensemble import Normalise
+from feedfast.stages.sources import open_source
+from feedfast.stages.targets import Targets, TargetSource
+
+
+class Trainee(nn.Module):
+    """Student, adapters and loss as one module: what is wrapped by DDP and stepped by the optimiser."""
+
+    def __init__(self, normalise: Normalise, tapped: nn.Module, method: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.tapped, self.method = normalise, tapped, method
+
+    def forward(self, images: Tensor, targets: Targets, labels: Tensor) -> dict[str, Tensor]:
+        """uint8 pixels [batch, height, width, 3] → the method's losses."""
+        logits, taps = self.tapped(self.normalise(images))
+        losses: dict[str, Tensor] = self.method(StudentOutput(logits, taps), targets, labels)
+        return losses
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a pure function of the step; ``total`` steps in ``epochs`` epochs."""
+
+    train: Train
+    total: int
+
+    def lr(self, step: int) -> float:
+        """The rate of ``step`` (0-based).
+
+        Warm-up is linear from lr/warm-up steps; cosine ends at 0; one-cycle climbs for 30 % from lr/25 and ends at lr/1e4
+        (torch's OneCycleLR defaults, with ``lr`` as its peak); step multiplies by ``gamma`` at each milestone.
+        """
+        train = self.train
+        warm = round(train.warmup_epochs * self.total / train.epochs)
+        if step < warm:
+            return train.lr * (step + 1) / warm
+        done = (step - warm) / max(self.total - warm, 1)
+        if train.schedule == "cosine":
+            return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+        if train.schedule == "step":
+            return train.lr * train.gamma ** sum(step >= round(milestone * self.total) for milestone in train.milestones)
+        if train.schedule == "one-cycle":
+            low, high, rise = train.lr / 25, train.lr, 0.3
+            if done < rise:
+                return high + (low - high) * 0.5 * (1 + math.cos(math.pi * done / rise))
+            return train.lr / 25e4 + (high - train.lr / 25e4) * 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+        return train.lr
+
+
+def run_train(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
+    """Train (or resume) the recipe's student.
+
+    Returns:
+        The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``, ``data_wait_fraction``,
+        ``step_ms`` (median), ``seconds``, ``source``, ``method``, ``parameters`` (of the bare student), ``out``.
+
+    Raises:
+        RequestError: the recipe cannot be run, or ``train.out`` holds another run.
+        CacheMismatchError, CacheDamageError: the cache is not the recipe's, or is incomplete or damaged.
+        FeedfastError: the loss is no longer finite.
+    """
+    me = ranks()
+    if me.world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    return StudentRun(recipe, me, quiet).run()
+
+
+class StudentRun:
+    """One run of the student stage; built first, so that every mistake shows before the first step."""
+
+    def __init__(self, recipe: Recipe, me: Ranks, quiet: bool = False) -> None:
+        self.recipe, self.me, self.quiet = recipe, me, quiet or not me.first
+        train = recipe.train
+        self.device = pick_device(train.device, me.local)
+        self.out = Path(train.out)
+        if train.batch % me.world:
+            raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
+        self.resumed = self._claim_out()
+        self.data = open_train(recipe)
+        if len(self.data) < train.batch:
+            raise RequestError(f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}")
+        self.plan = view_plan(recipe)
+        threads = recipe.data.threads or None
+        self.loader = Loader(self.data, self.plan, batch_size=train.batch // me.world, device=str(self.device), threads=threads)
+        self.val: Dataset | None = open_dataset(recipe.data.val, check=recipe.data.check) if recipe.data.val else None
+        opened = open_source(recipe, self.data, self.plan, self.loader, self.device)
+        self.source: TargetSource = opened.source
+        self.views = opened.views
+        self.num_classes = len(self.data.classes) or opened.num_classes
+        if not self.num_classes:
+            raise RequestError(f"data.train: expected labelled images (class sub-folders), found none in {self.data.source}")
+        self._build_student()
+        self.steps_per_epoch = len(self.data) // train.batch
+        self.total = self.steps_per_epoch * train.epochs
+        self.schedule = Schedule(train, self.total)
+
+    def _claim_out(self) -> bool:
+        """Whether ``out`` holds an earlier part of this very run; refuses another run's folder."""
+        held = self.out / "recipe.json"
+        ours = comparable(self.recipe)
+        if held.is_file() and not self.recipe.overwrite:
+            theirs = json.loads(held.read_text())
+            differing = differences(theirs, ours)
+            if differing:
+                lines = "".join(f"\n  {key}: there {there!r}, here {here!r}" for key, there, here in differing)
+                raise RequestError(f"train.out: {self.out} holds another run; expected the same recipe or overwrite=true, found{lines}")
+            return (self.out / "checkpoint.pt").is_file()
+        if self.me.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in ("checkpoint.pt", "student.pt", "metrics.jsonl", "result.json", "report.html"):
+                (self.out / name).unlink(missing_ok=True)
+            write_json(held, ours)
+        return False
+
+    def _build_student(self) -> None:
+        recipe, train, size = self.recipe, self.recipe.train, self.recipe.data.size
+        bare = build_model(recipe.student.model, num_classes=self.num_classes, weights=recipe.student.weights, seed=recipe.seed)
+        memory = torch.channels_last if train.channels_last else torch.contiguous_format
+        bare = bare.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
+        normalise = Normalise(*recipe.data.normalisation).to(self.device)
+        example = normalise(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
+        taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(bare, group))
+        tapped = Tapped(bare, taps, example)
+        # Adapters start from the recipe's seed and nothing else, so that live and cached runs start equal.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            method = build_method(recipe.method.name, recipe.method.parameters, student_taps=tapped.shapes, teachers=self.source.taps)
+        method = method.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
+        self.bare, self.method = bare, method
+        self.parameters = sum(parameter.numel() for parameter in bare.parameters())
+        stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
+        self.trainee: nn.Module = Trainee(normalise, stepped, method)
+        if self.me.world > 1:
+            self.trainee = nn.parallel.DistributedDataParallel(self.trainee, device_ids=None if self.device.type == "cpu" else [self.device.index])
+        weights = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
+        if train.optimizer == "sgd":
+            nesterov = train.nesterov and train.momentum > 0
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(weights, train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=nesterov)
+        else:
+            self.optimizer = torch.optim.AdamW(weights, train.lr, weight_decay=train.weight_decay)
+
+    def batches(self, step: int) -> Iterator[tuple[PixelBatch, Any]]:
+        """Pixels and read-ahead targets from ``step`` to the end of its epoch, this rank's slice of each global batch."""
+        epoch, start = divmod(step, self.steps_per_epoch)
+        view, pass_index = (epoch % self.views, epoch // self.views) if self.views else (epoch, 0)
+        local = self.recipe.train.batch // self.me.world
+        rows = pass_order(len(self.data), self.recipe.seed, view, pass_index)[: self.steps_per_epoch * self.recipe.train.batch]
+        rows = np.ascontiguousarray(rows.reshape(-1, self.me.world, local)[:, self.me.rank].reshape(-1))
+        pixels = self.loader.stream(view, rows, start_batch=start)
+        return zip(pixels, self.source.stream(view, rows, local, start), strict=False)
+
+    def run(self) -> dict[str, Any]:
+        """See `run_train`."""
+        train = self.recipe.train
+        step = 0
+        if self.resumed:
+            step = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
+        stop = min(self.total, train.max_steps) if train.max_steps else self.total
+        log = EventLog(self.out, step) if self.me.first else None
+        if not self.quiet:
+            what = f"{self.recipe.student.model} ({self.parameters:,} parameters), {self.recipe.method.name} from {train.source}"
+            say(f"train: {what}, {len(self.data):,} images, {self.total:,} steps of {train.batch}, {train.precision} on {self.device}" + (f", resumed at step {step}" if step else ""))
+        timing = Timing(train.batch)
+        losses: dict[str, Tensor] = {}
+        accuracy: float | None = None
+        with Meter("train", (stop - step) * train.batch, quiet=self.quiet) as meter:
+            while step < stop:
+                accuracy = None
+                stream = self.batches(step)
+                epoch_end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
+                while step < epoch_end:
+                    timing.begin()
+                    batch, item = next(stream)
+                    timing.waited()
+                    losses = self.step(step, batch, item)
+                    step += 1
+                    due = step % train.log_every == 0 or step == stop
+                    if due:
+                        values = {name: float(value) for name, value in losses.items()}
+                        self._check_finite(values["loss"], step)
+                    timing.end()
+                    if due and log is not None:
+                        log.scalars(step, {**values, "lr": self.schedule.lr(step - 1), **timing.row()})
+                    meter.advance(train.batch, f"loss {values['loss']:.3f}" if due else "")
+                    if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
+                        self._checkpoint(step, timing)
+                del stream
+                epoch = math.ceil(step / self.steps_per_epoch)
+                last = step == stop
+                if self.val is not None and (last or (train.eval_every and epoch % train.eval_every == 0)):
+                    accuracy = self.evaluate()
+                    if log is not None and accuracy is not None:
+                        log.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
+                self._checkpoint(step, timing)
+        if self.val is not None and accuracy is None and step:
+            accuracy = self.evaluate()
+        return self._finish(step, accuracy, log, timing)
+
+    def step(self, index: int, batch: PixelBatch, item: Any) -> dict[str, Tensor]:
+        """One optimiser step; returns the detached losses, still on the device."""
+        self.trainee.train()
+        targets = self.source.targets(item, batch.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(index)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+            losses: dict[str, Tensor] = self.trainee(batch.images, targets, batch.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        self.optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Top-1 accuracy of the bare student on ``data.val`` (on the first rank; ``None`` on the others)."""
+        if not self.me.first or self.val is None:
+            return None
+        self.bare.eval()
+        normalise = Normalise(*self.recipe.data.normalisation).to(self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        total = 0
+        loader = Loader(self.val, self.plan, batch_size=256, device=str(self.device), threads=self.recipe.data.threads or None)
+        for batch in loader.evaluation():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+                logits = self.bare(normalise(batch.images))
+            labelled = batch.labels >= 0
+            right += ((logits.argmax(1) == batch.labels) & labelled).sum()
+            total += int(labelled.sum())
+        loader.close()
+        return int(right) / total if total else None
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise FeedfastError(f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight ({self.out} keeps the last checkpoint)")
+
+    def _checkpoint(self, step: int, timing: Timing) -> None:
+        if self.me.first:
+            save_checkpoint(self.out, self.bare, self.method, self.optimizer, step)
+        timing.checkpointed()
+
+    def _finish(self, step: int, accuracy: float | None, log: EventLog | None, timing: Timing) -> dict[str, Any]:
+        held = self.out / "result.json"
+        earlier = json.loads(held.read_text()) if held.is_file() and not timing.steps else {}
+        result: dict[str, Any] = {
+            "val_accuracy": accuracy,
+            "final_loss": log.last("loss") if log is not None else None,
+            "steps": step,
+            "images_per_second": timing.images_per_second(),
+            "data_wait_fraction": timing.wait_fraction(),
+            "step_ms": timing.median_ms(),
+            "seconds": timing.seconds(),
+            "source": self.recipe.train.source,
+            "method": self.recipe.method.name,
+            "model": self.recipe.student.model,
+            "parameters": self.parameters,
+            "out": str(self.out),
+        }
+        result.update({key: earlier[key] for key in ("images_per_second", "data_wait_fraction", "step_ms", "seconds") if key in earlier})
+        self.loader.close()
+        if self.me.first and log is not None:
+            with (self.out / ".student.tmp").open("wb") as file:
+                torch.save({name: value.cpu() for name, value in self.bare.state_dict().items()}, file)
+            write_durably(self.out / "student.pt", (self.out / ".student.tmp").read_bytes())
+            (self.out / ".student.tmp").unlink()
+            log.close()
+            write_json(held, result)
+            write_report(self.out, result, self.recipe.model_dump(mode="json"))
+        if self.me.world > 1:
+            torch.distributed.barrier()
+        return result
+
+
+class Timing:
+    """Step and waiting times of this process, in milliseconds, without evaluation and checkpoints."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+        self._checkpoint = time.perf_counter()
+
+    def begin(self) -> None:
+        """A step starts: its data are asked for."""
+        self._begin = time.perf_counter()
+
+    def waited(self) -> None:
+        """The data have come."""
+        self._waited = time.perf_counter()
+
+    def end(self) -> None:
+        """The step is queued (on the CPU: done)."""
+        self.steps.append((time.perf_counter() - self._begin) * 1e3)
+        self.waits.append((self._waited - self._begin) * 1e3)
+
+    def checkpointed(self) -> None:
+        """Restart the checkpoint clock."""
+        self._checkpoint = time.perf_counter()
+
+    def minutes_since_checkpoint(self) -> float:
+        """Minutes since the last checkpoint."""
+        return (time.perf_counter() - self._checkpoint) / 60
+
+    def row(self) -> dict[str, float]:
+        """The last twenty steps, for metrics.jsonl."""
+        steps, waits = self.steps[-20:], self.waits[-20:]
+        return {"images_per_second": self.batch * len(steps) / max(sum(steps) / 1e3, 1e-9), "data_wait_fraction": sum(waits) / max(sum(steps), 1e-9)}
+
+    def seconds(self) -> float:
+        """Time spent in steps."""
+        return sum(self.steps) / 1e3
+
+    def images_per_second(self) -> float | None:
+        """Images a second over the whole run, the first step (warm-up) left out when there are more."""
+        steps = self.steps[1:] or self.steps
+        return self.batch * len(steps) / max(sum(steps) / 1e3, 1e-9) if steps else None
+
+    def wait_fraction(self) -> float | None:
+        """Share of the time spent waiting for pixels or targets."""
+        steps, waits = self.steps[1:] or self.steps, self.waits[1:] or self.waits
+        return sum(waits) / max(sum(steps), 1e-9) if steps else None
+
+    def median_ms(self) -> float | None:
+        """Median step."""
+        return float(np.median(self.steps[1:] or self.steps)) if self.steps else None
+
+
+def comparable(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON without the keys that do not change the result of a run."""
+    tree = recipe.model_dump(mode="json")
+    tree.pop("overwrite")
+    for section, keys in {"train": ("out", "max_steps", "threads", "replay", "log_every", "checkpoint_minutes", "eval_every", "device"), "data": ("threads", "check"), "cache": ("threads", "part")}.items():
+        for key in keys:
+            tree[section].pop(key)
+    return tree
+
+
+def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ between two JSON trees."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for name in sorted(there.keys() | here.keys()):
+            found += differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [] if there == here else [(key, there, here)]
