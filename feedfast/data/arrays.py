@@ -1,0 +1,188 @@
+"""Datasets that are arrays of pixels: CIFAR's binary files and ``.npz``.
+
+CIFAR files stay on disk as a memory map: a batch gathers its records, and every rank and loader shares the page cache.
+The two flavours have no header, so they are told apart by arithmetic: the size must be whole records of 3,073 bytes
+(CIFAR-10: label, pixels) or 3,074 (CIFAR-100: coarse label, fine label, pixels), and every label must lie in range.
+Where both fit, the labels decide; a file that fits neither is refused with the reason for each.
+
+Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is HWC or grey (HW). Labels of
+CIFAR-100 are the fine ones. Nothing here executes data: npz is read with ``allow_pickle=False``.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feedfast.errors import RequestError
+
+__all__ = ["PixelStore", "open_cifar", "open_npz"]
+
+_PIXEL_BYTES = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class _Flavour:
+    name: str
+    record_bytes: int
+    label_bounds: tuple[int, ...]  # one per label byte; the last label is the one used
+    names_file: str
+
+
+_FLAVOURS = (
+    _Flavour("CIFAR-10", 1 + _PIXEL_BYTES, (10,), "batches.meta.txt"),
+    _Flavour("CIFAR-100", 2 + _PIXEL_BYTES, (20, 100), "fine_label_names.txt"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PixelStore:
+    """Records of equally sized images in one or more arrays, in the layout they are stored in."""
+
+    files: tuple[str, ...]  # where each part came from, for messages
+    parts: tuple[NDArray[np.uint8], ...]  # each [n, ...] in ``layout``
+    layout: Literal["CHW", "HWC", "HW"]
+    size: tuple[int, int]  # height, width
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First record of each part, and the number of records in all, [parts + 1]."""
+        return np.concatenate([[0], np.cumsum([len(part) for part in self.parts])]).astype(np.int64)
+
+    def gather(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copies of some records as stored: [b, 3, H, W], [b, H, W, 3] or [b, H, W]."""
+        if len(self.parts) == 1:
+            return self._shaped(self.parts[0][records])
+        starts = self.starts
+        part_of = np.searchsorted(starts, records, side="right") - 1
+        out = np.empty((len(records), *self.parts[0].shape[1:]), dtype=np.uint8)
+        for part in np.unique(part_of):
+            mask = part_of == part
+            out[mask] = self.parts[part][records[mask] - starts[part]]
+        return self._shaped(out)
+
+    def rgb(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copies of some records as RGB [b, H, W, 3]; grey is repeated into the three channels."""
+        stored = self.gather(records)
+        if self.layout == "CHW":
+            return np.ascontiguousarray(stored.transpose(0, 2, 3, 1))
+        return stored if self.layout == "HWC" else np.repeat(stored[..., None], 3, axis=3)
+
+    def name(self, record: int) -> str:
+        """File and record number within it, for messages."""
+        starts = self.starts
+        part = int(np.searchsorted(starts, record, side="right")) - 1
+        return f"{self.files[part]}[{record - starts[part]}]"
+
+    def _shaped(self, flat: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        # mapped records are strided rows of bytes: the map cannot be reshaped, the gathered copy can, for free
+        return flat.reshape(len(flat), 3, *self.size) if self.layout == "CHW" else flat
+
+
+def open_cifar(paths: Sequence[Path]) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]]:
+    """CIFAR-10 or CIFAR-100 binary files, concatenated in the order given.
+
+    Args:
+        paths: existing files of one flavour.
+
+    Returns:
+        The pixels, the labels int32 [n] (fine ones for CIFAR-100), and the class names (from ``fine_label_names.txt``
+        or ``batches.meta.txt`` beside the first file, else the numbers).
+
+    Raises:
+        RequestError: a file is not whole records with labels in range, flavours differ, or the name file is wrong.
+    """
+    flavours = [_flavour(path) for path in paths]
+    flavour = flavours[0]
+    for path, other in zip(paths, flavours, strict=True):
+        if other is not flavour:
+            raise RequestError(f"{path}: expected {flavour.name} like {paths[0]}, found {other.name}")
+    records = [_records(path, flavour) for path in paths]
+    head = len(flavour.label_bounds)
+    labels = np.concatenate([r[:, head - 1] for r in records]).astype(np.int32)
+    store = PixelStore(tuple(p.name for p in paths), tuple(r[:, head:] for r in records), "CHW", (32, 32))
+    return store, labels, _class_names(paths[0].parent / flavour.names_file, flavour.label_bounds[-1])
+
+
+def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]]:
+    """An ``.npz`` holding ``images`` and, optionally, ``labels`` and ``classes``.
+
+    Args:
+        path: the file. ``images``: uint8 [n, H, W, 3], or grey [n, H, W] or [n, H, W, 1]. ``labels``: integers [n],
+            -1 for unlabelled (all unlabelled if absent). ``classes``: strings, the class names.
+
+    Returns:
+        The pixels, the labels int32 [n], and the class names (numbers up to the largest label if not given).
+
+    Raises:
+        RequestError: not a readable npz without pickled objects, or an array has the wrong name, type or shape.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in ("images", "labels", "classes") if name in archive.files}
+            names = archive.files
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RequestError(f"{path}: expected an .npz of plain arrays; {error}") from error
+    if "images" not in found:
+        raise RequestError(f"{path}: expected an array named 'images', found {names}")
+    images = found["images"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise RequestError(
+            f"{path}: expected 'images' as uint8 [n, H, W, 3], [n, H, W, 1] or [n, H, W], "
+            f"found {images.dtype} {list(images.shape)}"
+        )
+    if 0 in images.shape:
+        raise RequestError(f"{path}: expected at least one image with pixels, found 'images' of {list(images.shape)}")
+    labels = found.get("labels", np.full(len(images), -1, dtype=np.int32))
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < -1 or labels.max() >= 2**31:
+        raise RequestError(
+            f"{path}: expected 'labels' as {len(images)} integers >= -1, found {labels.dtype} {list(labels.shape)}"
+        )
+    needed = int(labels.max()) + 1
+    classes = tuple(str(c) for c in found["classes"].reshape(-1)) if "classes" in found else _numbers(needed)
+    if len(classes) < needed:
+        raise RequestError(f"{path}: expected at least {needed} names in 'classes', found {len(classes)}")
+    grey = images.ndim == 3 or images.shape[3] == 1
+    pixels = np.ascontiguousarray(images.reshape(images.shape[:3]) if grey else images)
+    store = PixelStore((path.name,), (pixels,), "HW" if grey else "HWC", (images.shape[1], images.shape[2]))
+    return store, labels.astype(np.int32), classes
+
+
+def _flavour(path: Path) -> _Flavour:
+    size = path.stat().st_size
+    reasons = []
+    for flavour in _FLAVOURS:
+        if size == 0 or size % flavour.record_bytes:
+            reasons.append(f"{flavour.name}: not whole records of {flavour.record_bytes} bytes")
+            continue
+        records = _records(path, flavour)
+        largest = [int(records[:, i].max()) for i in range(len(flavour.label_bounds))]
+        if all(found < bound for found, bound in zip(largest, flavour.label_bounds, strict=True)):
+            return flavour
+        reasons.append(f"{flavour.name}: largest labels {largest}, expected below {list(flavour.label_bounds)}")
+    raise RequestError(
+        f"{path}: expected a CIFAR-10 or CIFAR-100 binary file, found {size} bytes ({'; '.join(reasons)})"
+    )
+
+
+def _records(path: Path, flavour: _Flavour) -> NDArray[np.uint8]:
+    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, flavour.record_bytes)
+
+
+def _class_names(path: Path, count: int) -> tuple[str, ...]:
+    if not path.is_file():
+        return _numbers(count)
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if len(names) != count:
+        raise RequestError(f"{path}: expected {count} class names, found {len(names)}")
+    return names
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(count))

@@ -1,0 +1,237 @@
+"""Where images come from: one small description of a dataset, whatever its files look like.
+
+A sample is known by a stable id (its place in the complete dataset, before any ``limit``) and by its name (a path
+relative to the source, or file[record]). Everything downstream asks for *positions* into ``ids``; views are drawn from
+ids, so a limited run sees the same crops of the same images as the full one.
+
+There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz), see ``arrays.py``.
+``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
+Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
+augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognise its data again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feedfast.data.arrays import PixelStore, open_cifar, open_npz
+from feedfast.data.images import EXTENSIONS, scan_images
+from feedfast.errors import RequestError
+
+__all__ = ["Dataset", "open_dataset"]
+
+_SHOWN = 20  # unreadable paths printed; the count covers the rest
+_HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
+_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, or an .npz"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with ids, labels and sizes. Made by ``open_dataset``.
+
+    Attributes:
+        source: what was asked for, as text.
+        kind: ``"pixels"`` or ``"files"``.
+        ids: uint32 [n], ascending; places in the complete dataset.
+        labels: int32 [n], -1 where there is none.
+        sizes: int32 [n, 2], height and width after EXIF orientation.
+        classes: class names by label; empty for unlabelled folders.
+        pixels_store: the arrays of a ``"pixels"`` dataset, else None.
+        root: folder of a ``"files"`` dataset, else None.
+        files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
+    """
+
+    source: str
+    kind: Literal["pixels", "files"]
+    ids: NDArray[np.uint32]
+    labels: NDArray[np.int32]
+    sizes: NDArray[np.int32]
+    classes: tuple[str, ...]
+    pixels_store: PixelStore | None = None
+    root: Path | None = None
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, position: int) -> str:
+        """Path of a sample relative to the source, or ``file[record]``."""
+        record = int(self.ids[position])
+        return self.files[record] if self.pixels_store is None else self.pixels_store.name(record)
+
+    def path(self, position: int) -> Path:
+        """Full path of a sample's file; only for ``kind == "files"``."""
+        if self.root is None:
+            raise ValueError(f"{self.source}: samples of kind 'pixels' have no files of their own")
+        return self.root / self.files[int(self.ids[position])]
+
+    def pixels(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """Decoded samples, only for ``kind == "pixels"``: uint8 RGB [b, H, W, 3], copies."""
+        if self.pixels_store is None:
+            raise ValueError(f"{self.source}: samples of kind 'files' are encoded; use encoded() or a Loader")
+        return self.pixels_store.rgb(self._records(positions))
+
+    def encoded(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> list[NDArray[np.uint8]]:
+        """File contents, only for ``kind == "files"``: one 1-D uint8 array per sample.
+
+        Raises:
+            RequestError: files have gone or become empty since the dataset was opened; all of this batch are named.
+        """
+        contents, gone = [], []
+        for position in positions:
+            path = self.path(int(position))
+            try:
+                contents.append(np.fromfile(path, dtype=np.uint8))
+            except OSError as error:
+                gone.append(f"{path} ({error.strerror or error})")
+                continue
+            if not contents[-1].size:
+                gone.append(f"{path} (empty file)")
+        if gone:
+            raise RequestError(f"{self.source}: {len(gone)} images cannot be read any more: " + ", ".join(gone))
+        return contents
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this selection of samples: JSON-able, the same on every machine and wherever the files lie.
+
+        Returns:
+            ``kind``, ``count`` and SHA-256 digests of ids, sizes, labels, and of the content of up to 256 evenly
+            spaced samples (stored bytes for files, RGB bytes for pixels). Names and folders are not part of it.
+        """
+        sampled = np.unique(np.linspace(0, len(self) - 1, num=min(len(self), _HASHED_SAMPLES)).astype(np.int64))
+        content = hashlib.sha256()
+        for position in sampled:
+            data = self.encoded([position])[0] if self.pixels_store is None else self.pixels([position])[0]
+            content.update(f"{self.ids[position]}:{data.size};".encode())
+            content.update(data.tobytes())
+        return {
+            "kind": self.kind,
+            "count": len(self),
+            "ids_sha256": hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest(),
+            "sizes_sha256": hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest(),
+            "labels_sha256": hashlib.sha256(self.labels.astype("<i4").tobytes()).hexdigest(),
+            "content_sha256": content.hexdigest(),
+        }
+
+    def _records(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        return self.ids[np.asarray(positions, dtype=np.int64)].astype(np.int64)
+
+
+def open_dataset(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    limit: int = 0,
+    check: Literal["fast", "full"] = "fast",
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Open a dataset and look at every image of it.
+
+    Args:
+        source: a CIFAR-10/100 binary file or a list of them; a folder of class folders (labels by sorted folder name)
+            or a flat folder (unlabelled) of JPEG/PNG files; or an ``.npz`` (``images``, ``labels``, ``classes``).
+        limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
+            those of the complete dataset.
+        check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
+        progress: called with (images looked at, total).
+
+    Returns:
+        The dataset.
+
+    Raises:
+        RequestError: the path is missing or not one of the above, or images are unreadable (all are counted, the first
+            twenty named with the reason).
+    """
+    if limit < 0:
+        raise RequestError(f"limit: expected 0 (all) or a number of samples per class, found {limit}")
+    if check not in ("fast", "full"):
+        raise RequestError(f"check: expected 'fast' or 'full', found {check!r}")
+    one = isinstance(source, (str, os.PathLike))
+    paths = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(item) for item in source]
+    name = str(source) if one else ", ".join(str(path) for path in paths)
+    if not paths:
+        raise RequestError(f"dataset: expected {_EXPECTED}, found an empty list")
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
+    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" for path in paths):
+        raise RequestError(f"a list may only name CIFAR binary files, found {name}")
+
+    if paths[0].is_dir():
+        return _open_folder(paths[0], name, limit, check == "full", progress)
+    store, labels, classes = open_npz(paths[0]) if paths[0].suffix.lower() == ".npz" else open_cifar(paths)
+    ids = _limited(labels, limit)
+    sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
+    return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
+
+
+def _open_folder(
+    root: Path, source: str, limit: int, full: bool, progress: Callable[[int, int], None] | None
+) -> Dataset:
+    flat, folders = _listing(root)
+    if flat and folders:
+        raise RequestError(
+            f"{root}: expected either images or class folders, found both: {len(flat)} images beside {len(folders)} "
+            f"folders with images, such as {flat[0]} and {next(iter(folders))}/"
+        )
+    if not flat and not folders:
+        raise RequestError(f"{root}: expected {', '.join(EXTENSIONS)} files or class folders of them, found none")
+    empty = [name for name, files in folders.items() if not files]
+    if empty:
+        raise RequestError(f"{root}: expected images in every class folder, found none in {', '.join(empty)}")
+    classes = tuple(folders)
+    files = tuple(flat) if flat else tuple(file for group in folders.values() for file in group)
+    labels = (
+        np.full(len(files), -1, dtype=np.int32)
+        if flat
+        else np.repeat(np.arange(len(classes), dtype=np.int32), [len(group) for group in folders.values()])
+    )
+    ids = _limited(labels, limit)
+    paths = [root / files[i] for i in ids]
+    sizes, problems = scan_images(paths, full=full, progress=progress)
+    if problems:
+        shown = "".join(f"\n  {paths[i]}: {why}" for i, why in problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise RequestError(f"{source}: {len(problems)} of {len(paths)} images are unreadable:{shown}{more}")
+    return Dataset(source, "files", ids, labels[ids], sizes, classes, root=root, files=files)
+
+
+def _listing(root: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Images directly in a folder, and images by class folder (searched in depth); sorted, hidden names skipped."""
+    flat: list[str] = []
+    folders: dict[str, list[str]] = {}
+    for entry in sorted(os.scandir(root), key=lambda e: e.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            folders[entry.name] = _images_below(root, entry.name)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            flat.append(entry.name)
+    if flat and not any(folders.values()):
+        folders = {}  # a flat folder may have unrelated folders beside its images
+    return flat, folders if any(folders.values()) else {}
+
+
+def _images_below(root: Path, folder: str) -> list[str]:
+    found = []
+    for where, below, names in os.walk(root / folder, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        relative = Path(where).relative_to(root).as_posix()
+        found += [f"{relative}/{n}" for n in sorted(names) if n[0] != "." and n.lower().endswith(EXTENSIONS)]
+    return found
+
+
+def _limited(labels: NDArray[np.int32], limit: int) -> NDArray[np.uint32]:
+    if limit == 0:
+        return np.arange(len(labels), dtype=np.uint32)
+    by_label = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[by_label], labels[by_label], side="left")
+    rank = np.arange(len(labels)) - first  # how many of the same class come before it
+    return np.sort(by_label[rank < limit]).astype(np.uint32)

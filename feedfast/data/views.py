@@ -1,0 +1,284 @@
+"""The view plan: which sample comes when, and which crop and flip it gets.
+
+A view is one augmentation seed. Everything in it is a pure function of (seed, view, sample id): the order, the crop
+box and the flip of sample 17 in view 3 do not change with batch size, worker, rank, resume point, or with how many
+other samples were asked for. That is what lets a cached target be matched to the pixels it was computed from, months
+later and on another machine, so the parameters are drawn here and handed to the loader instead of being left to its
+own random operators (which are seeded by batch position).
+
+How: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a block cipher over a
+256-bit counter. The key is (seed, view); the counter's third word names the purpose (order, crop, flip, ...), the
+fourth the pass, and the first runs with the sample id, so every sample owns its own words of the stream and any range
+of samples can be drawn without the ones before it. NumPy guarantees its Philox stream; only raw 64-bit words are taken
+from it, and the mapping to floats and integers is below, so a NumPy release cannot move a crop by a pixel.
+
+Units: boxes are int32 (top, left, height, width) in source pixels, after EXIF orientation. This file draws numbers; it
+touches no image, and knows neither DALI nor the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from feedfast.errors import RequestError
+
+__all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order"]
+
+Augment = Literal["pad-crop-flip", "resized-crop-flip", "none"]
+
+ALGORITHM = "philox4x64-10/1"
+"""Generator and version of the mapping from words to parameters; any change below that moves a number raises it."""
+
+PASS_GRANULE = 64
+"""Rows that stay neighbours on disk when a view is read again: later passes permute granules of this many rows."""
+
+PASS_WINDOW = 16
+"""Granules whose rows are mixed with each other in a later pass; the reader holds this many granules at once."""
+
+# Purposes: the counter's third word. Never renumber one; add new ones at the end.
+_ORDER, _CROP, _FLIP, _GRANULE, _MIX = range(5)
+
+_BLOCK_SAMPLES = 256  # drawn together; any multiple of 4 works, and changing it changes no value
+_RUN_SAMPLES = 1 << 16  # the most samples drawn in one go: bounds memory to about 12 MB of words
+_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten
+_CROP_WORDS = 2 * _CROP_ATTEMPTS + 4  # two words an attempt, two for the position, two unused
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """What every view of one dataset looks like.
+
+    Args:
+        seed: 0 <= seed < 2**64; one plan for a whole run.
+        size: side of the square output in pixels.
+        augment: ``"pad-crop-flip"`` shifts by up to ``pad`` pixels and fills with black; ``"resized-crop-flip"`` has
+            the distribution of torchvision's ``RandomResizedCrop``; ``"none"`` is the evaluation geometry.
+        flip: probability of a horizontal flip (0 for ``"none"``, whatever is given).
+        pad: largest shift of pad-crop in output pixels; -1 means ``size // 8`` (4 at CIFAR's 32).
+        scale: range of the crop's area as a fraction of the image's.
+        ratio: range of the crop's width over height, drawn log-uniformly.
+
+    Raises:
+        RequestError: a value is out of range; the message names the field.
+    """
+
+    seed: int
+    size: int
+    augment: Augment
+    flip: float = 0.5
+    pad: int = -1
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        _require("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1", self.seed)
+        _require("size", 1 <= self.size <= 1 << 14, "1 to 16384 pixels", self.size)
+        _require("augment", self.augment in get_args(Augment), " | ".join(get_args(Augment)), self.augment)
+        _require("flip", 0.0 <= self.flip <= 1.0, "a probability", self.flip)
+        _require("pad", -1 <= self.pad <= self.size, f"-1 (size // 8) to {self.size}", self.pad)
+        for name in ("scale", "ratio"):
+            low, high = (float(v) for v in getattr(self, name))
+            _require(name, 0.0 < low <= high < math.inf, "0 < low <= high", getattr(self, name))
+            object.__setattr__(self, name, (low, high))  # a list from a recipe compares equal to a tuple
+        _require("scale", self.scale[1] <= 1.0, "at most the whole image", self.scale)
+        if self.pad == -1:
+            object.__setattr__(self, "pad", self.size // 8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able values, with the algorithm that turns it into numbers."""
+        return {
+            "algorithm": ALGORITHM,
+            "seed": self.seed,
+            "size": self.size,
+            "augment": self.augment,
+            "flip": self.flip,
+            "pad": self.pad,
+            "scale": list(self.scale),
+            "ratio": list(self.ratio),
+        }
+
+    def order(self, view: int, ids: ArrayLike) -> NDArray[np.uint32]:
+        """The order in which a view presents samples.
+
+        Every sample has a 64-bit key; the order is that of the keys, so a subset keeps the relative order it has in
+        the whole.
+
+        Args:
+            view: which view, >= 0.
+            ids: sample ids [n], in any order, each at most once.
+
+        Returns:
+            The same ids [n], permuted; the order in which they were given does not matter.
+        """
+        ascending = np.sort(_as_ids(ids))
+        keys = _words(self.seed, view, _ORDER, 0, ascending, 1)[:, 0]
+        permuted: NDArray[np.uint32] = ascending[np.argsort(keys, kind="stable")].astype(np.uint32)
+        return permuted
+
+    def crops(self, view: int, ids: ArrayLike, sizes: ArrayLike) -> NDArray[np.int32]:
+        """The crop box of each sample in a view.
+
+        ``"resized-crop-flip"``: torchvision's ``RandomResizedCrop.get_params`` (ten attempts, then the central crop of
+        the nearest allowed ratio). ``"pad-crop-flip"``: a ``size`` x ``size`` window shifted by up to ``pad`` pixels,
+        which may leave the image. For an image of another size the window is the central square on its shorter side
+        and the shift is scaled with it, so the augmentation looks the same after resizing; along the longer side a
+        shift then shows real pixels instead of padding. ``"none"``: the whole image.
+
+        Args:
+            view: which view, >= 0.
+            ids: sample ids [n].
+            sizes: height and width of each image [n, 2].
+
+        Returns:
+            int32 [n, 4]: top, left, height, width in source pixels.
+        """
+        ids_n = _as_ids(ids)
+        size_n2 = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+        if len(size_n2) != len(ids_n):
+            raise ValueError(f"sizes: expected one (height, width) per id, {len(ids_n)}; got {len(size_n2)}")
+        box_n4 = np.zeros((len(ids_n), 4), dtype=np.int32)
+        box_n4[:, 2:] = size_n2
+        if self.augment == "none":
+            return box_n4
+        fill = self._pad_crops if self.augment == "pad-crop-flip" else self._resized_crops
+        by_id = np.argsort(ids_n, kind="stable")  # neighbours in id share drawn blocks; values do not depend on it
+        for start in range(0, len(ids_n), _RUN_SAMPLES):
+            part = by_id[start : start + _RUN_SAMPLES]
+            box_n4[part] = fill(view, ids_n[part], size_n2[part])
+        return box_n4
+
+    def flips(self, view: int, ids: ArrayLike) -> NDArray[np.uint8]:
+        """1 where a sample is mirrored left to right in a view, else 0; uint8 [n]."""
+        ids_n = _as_ids(ids)
+        if self.augment == "none":
+            return np.zeros(len(ids_n), dtype=np.uint8)
+        flipped: NDArray[np.uint8] = (_unit(_words(self.seed, view, _FLIP, 0, ids_n, 1)[:, 0]) < self.flip).astype(
+            np.uint8
+        )
+        return flipped
+
+    def _pad_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        shift_n2 = _below(_words(self.seed, view, _CROP, 0, ids, 2), np.int64(2 * self.pad + 1)) - self.pad
+        side = sizes.min(axis=1)
+        corner_n2 = (sizes - side[:, None]) // 2 + np.rint(shift_n2 * (side[:, None] / self.size)).astype(np.int64)
+        return np.concatenate([corner_n2, np.stack([side, side], axis=1)], axis=1)
+
+    def _resized_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        words = _words(self.seed, view, _CROP, 0, ids, _CROP_WORDS)
+        image_h, image_w = sizes[:, :1], sizes[:, 1:]  # [n, 1]
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        area = (image_h * image_w) * _between(words[:, 0 : 2 * _CROP_ATTEMPTS : 2], *self.scale)  # [n, attempt]
+        ratio = np.exp(_between(words[:, 1 : 2 * _CROP_ATTEMPTS : 2], low, high))
+        # rint is Python's round(): halves go to the even neighbour, as in torchvision
+        width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (width > 0) & (width <= image_w) & (height > 0) & (height <= image_h)
+        first = np.argmax(fits, axis=1)[:, None]
+        found = np.take_along_axis(fits, first, axis=1)[:, 0]
+        h = np.take_along_axis(height, first, axis=1)[:, 0]
+        w = np.take_along_axis(width, first, axis=1)[:, 0]
+        h0, w0 = image_h[:, 0], image_w[:, 0]
+        narrow, wide = w0 / h0 < self.ratio[0], w0 / h0 > self.ratio[1]
+        h = np.where(found, h, np.where(narrow, np.rint(w0 / self.ratio[0]).astype(np.int64), h0))
+        w = np.where(found, w, np.where(wide, np.rint(h0 * self.ratio[1]).astype(np.int64), w0))
+        at = words[:, 2 * _CROP_ATTEMPTS :]
+        top = np.where(found, _below(at[:, 0], h0 - h + 1), (h0 - h) // 2)
+        left = np.where(found, _below(at[:, 1], w0 - w + 1), (w0 - w) // 2)
+        return np.stack([top, left, h, w], axis=1)
+
+
+def pass_order(n_rows: int, seed: int, view: int, pass_index: int) -> NDArray[np.int64]:
+    """The order in which a pass over a stored view reads its rows.
+
+    Pass 0 is the stored order, which is a full shuffle already. Later passes permute granules of ``PASS_GRANULE``
+    neighbouring rows and then mix the rows of every ``PASS_WINDOW`` consecutive granules, so batches differ from pass
+    to pass while the disk still reads whole blocks.
+
+    Args:
+        n_rows: rows in the view, >= 0.
+        seed: the run's seed.
+        view: which view.
+        pass_index: 0 for the first pass over this view.
+
+    Returns:
+        A permutation of ``range(n_rows)``, int64.
+    """
+    if n_rows < 0 or pass_index < 0:
+        raise ValueError(f"expected n_rows >= 0 and pass_index >= 0, got {n_rows} and {pass_index}")
+    rows = np.arange(n_rows, dtype=np.int64)
+    if pass_index == 0:
+        return rows
+    granules = np.arange(-(-n_rows // PASS_GRANULE), dtype=np.int64)
+    permuted = granules[np.argsort(_words(seed, view, _GRANULE, pass_index, granules, 1)[:, 0], kind="stable")]
+    moved = (permuted[:, None] * PASS_GRANULE + np.arange(PASS_GRANULE)).reshape(-1)
+    moved = moved[moved < n_rows]  # the last granule may be short, wherever it went
+    window = rows // (PASS_GRANULE * PASS_WINDOW)
+    mixed: NDArray[np.int64] = moved[np.lexsort((_words(seed, view, _MIX, pass_index, rows, 1)[:, 0], window))]
+    return mixed
+
+
+def _require(name: str, ok: bool, expected: str, found: object) -> None:
+    if not ok:
+        raise RequestError(f"view plan, {name}: expected {expected}, found {found!r}")
+
+
+def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
+    ids_n = np.asarray(ids)
+    if ids_n.ndim != 1 or (ids_n.size and ids_n.dtype.kind not in "iu"):
+        raise ValueError(f"ids: expected a 1-D array of integers, got {ids_n.dtype} {ids_n.shape}")
+    return ids_n.astype(np.int64)
+
+
+def _words(
+    seed: int, view: int, purpose: int, pass_index: int, ids: NDArray[np.int64], words: int
+) -> NDArray[np.uint64]:
+    """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards."""
+    out = np.empty((len(ids), words), dtype=np.uint64)
+    for where, first, count in _runs(ids):
+        philox = np.random.Philox(
+            counter=np.array([first * words // 4, 0, purpose, pass_index], dtype=np.uint64),
+            key=np.array([seed, view], dtype=np.uint64),
+        )
+        stream = np.asarray(philox.random_raw(count * words), dtype=np.uint64).reshape(count, words)
+        out[where] = stream[ids[where] - first]
+    return out
+
+
+def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+    """Which ids to draw together: (their indices, first sample drawn, samples drawn), whole blocks each."""
+    if ids.size == 0:
+        return
+    by_id = np.argsort(ids, kind="stable")
+    if ids[by_id[0]] < 0:
+        raise ValueError(f"ids: expected non-negative, got {ids[by_id[0]]}")
+    block = ids[by_id] // _BLOCK_SAMPLES
+    per_run = _RUN_SAMPLES // _BLOCK_SAMPLES
+    gap = np.flatnonzero(np.diff(block) > 1) + 1  # blocks nobody asked for are not drawn
+    for piece in np.split(np.arange(len(ids)), gap):
+        first_block = int(block[piece[0]])
+        long = np.flatnonzero(np.diff((block[piece] - first_block) // per_run)) + 1
+        for part in np.split(piece, long):
+            first, last = int(block[part[0]]), int(block[part[-1]])
+            yield by_id[part], first * _BLOCK_SAMPLES, (last - first + 1) * _BLOCK_SAMPLES
+
+
+def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Uniform on [0, 1): the top 53 bits, every value exact in float64."""
+    unit: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return unit
+
+
+def _between(words: NDArray[np.uint64], low: float, high: float) -> NDArray[np.float64]:
+    return low + (high - low) * _unit(words)
+
+
+def _below(words: NDArray[np.uint64], bound: NDArray[np.int64] | np.int64) -> NDArray[np.int64]:
+    """Uniform integers in [0, bound), bound broadcast; the bias is below bound * 2**-53."""
+    drawn: NDArray[np.int64] = np.floor(_unit(words) * bound).astype(np.int64)
+    return drawn
