@@ -1,0 +1,247 @@
+"""Arrays: from a manifest to shapes, shards, blocks, object keys and the `zarr.json` any Zarr v3 implementation reads.
+
+Layout, all little-endian: maps ``[view, row, height, width, channel]``, vectors and logits ``[view, row, channel]``.
+
+Target and pixel arrays are sharded along rows alone. A *shard* (one object, ``c/VIEW/SHARD/0/0/0``) is the unit of
+writing, committing and retrying; a *block* (inner chunk) is the unit of reading and checking. Rows are padded to
+whole shards, so no two views share an object and a view can be appended by changing one number in `zarr.json`. Blocks
+past the last row are absent from the shard's index; the rows that fill up the last block hold the fill value.
+
+Small arrays (view parameters, labels, scales) are one object a view, or one in all, with a crc32c.
+
+Fill values are chosen to be impossible as data, because Zarr reads whatever is missing as the fill value without a
+word: 0xFF for codes, NaN for floats, the lowest int32, the highest uint32. Pixels are the exception (255 is white):
+their ``sentinel`` is False and only lengths, indexes and checksums guard them.
+
+This module touches no files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from feedfast.cache.schema import Compression, Manifest
+
+MAX_SHARD_ROWS: Final = 1024
+ZSTD_LEVEL: Final = 1
+NO_CHUNK: Final = 2**64 - 1
+_CRC: Final[dict[str, Any]] = {"name": "crc32c"}
+_BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One stored array. ``chunk`` is the shape of an object, ``block`` of an inner chunk (None: not sharded).
+
+    ``views`` is 0 for arrays without a view axis; those count as one view, number 0. ``rows`` is the number of real
+    rows per view (for arrays without rows: the extent of the first axis), before padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: float
+    chunk: tuple[int, ...]
+    block: tuple[int, ...] | None
+    compression: Compression
+    dims: tuple[str, ...]
+    views: int
+    rows: int
+    sentinel: bool = True
+
+    @property
+    def sharded(self) -> bool:
+        """Whether objects are shards of blocks."""
+        return self.block is not None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row, e.g. (height, width, channel)."""
+        return self.shape[2:] if self.views else self.shape[1:]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, not compressed."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block; of the whole object where there are no blocks."""
+        return self.block[1] if self.block else self.shard_rows
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of an object."""
+        return self.chunk[1] if self.views else self.chunk[0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one decoded block."""
+        return self.block_rows * self.row_bytes
+
+    @property
+    def blocks_per_shard(self) -> int:
+        """Entries in a shard's index; 1 where there are no blocks."""
+        return self.shard_rows // self.block_rows
+
+    @property
+    def num_shards(self) -> int:
+        """Objects per view."""
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def num_views(self) -> int:
+        """Views; 1 for arrays without a view axis."""
+        return self.views or 1
+
+    def shard_span(self, shard: int) -> tuple[int, int]:
+        """Real rows [start, stop) of a shard."""
+        start = shard * self.shard_rows
+        return start, min(start + self.shard_rows, self.rows)
+
+    def real_blocks(self, shard: int) -> int:
+        """Blocks of a shard that hold at least one real row; the others are absent."""
+        start, stop = self.shard_span(shard)
+        return -(-(stop - start) // self.block_rows)
+
+    def fill_array(self, rows: int) -> np.ndarray[Any, np.dtype[Any]]:
+        """A new array of ``rows`` rows holding the fill value."""
+        return np.full((rows, *self.row_shape), self.fill, self.dtype)
+
+    def key(self, view: int, shard: int) -> str:
+        """Object key below the array, e.g. ``c/0/3/0/0/0``.
+
+        Raises:
+            IndexError: there is no such view or shard.
+        """
+        if not (0 <= view < self.num_views and 0 <= shard < self.num_shards):
+            raise IndexError(
+                f"{self.name}: no shard {shard} of view {view} (has {self.num_shards} of {self.num_views})"
+            )
+        head = [view, shard] if self.views else [shard]
+        return "/".join(["c", *map(str, head), *["0"] * (len(self.shape) - len(head))])
+
+    def locate(self, key: str) -> tuple[int, int]:
+        """(view, shard) of an object key.
+
+        Raises:
+            IndexError: not a key of this array, in the one spelling `key` gives it.
+        """
+        parts = key.split("/")
+        if len(parts) == len(self.shape) + 1 and all(
+            part.isascii() and part.isdigit() and len(part) < 12 for part in parts[1:]
+        ):
+            view, shard = (int(parts[1]), int(parts[2])) if self.views else (0, int(parts[1]))
+            if view < self.num_views and shard < self.num_shards and self.key(view, shard) == key:
+                return view, shard
+        raise IndexError(f"{self.name}: {key!r} is not an object of this array")
+
+    def zarr_metadata(self) -> dict[str, Any]:
+        """The content of the array's `zarr.json`."""
+        coded: list[dict[str, Any]] = [_BYTES, _CRC]
+        if self.compression == "zstd":
+            coded = [_BYTES, {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}}]
+        codecs = coded
+        if self.block is not None:
+            sharding = {
+                "chunk_shape": list(self.block),
+                "codecs": coded,
+                "index_codecs": [_BYTES, _CRC],
+                "index_location": "end",
+            }
+            codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": "NaN" if math.isnan(self.fill) else int(self.fill),
+            "codecs": codecs,
+            "dimension_names": list(self.dims),
+            "storage_transformers": [],
+            "attributes": {},
+        }
+
+
+def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a group's `zarr.json`."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+
+
+def shard_rows_for(row_bytes: int, block_rows: int, shard_bytes: int) -> int:
+    """Rows a shard: the largest power-of-two multiple of ``block_rows`` within ``shard_bytes`` and 1024 rows.
+
+    At least one block.
+    """
+    rows = block_rows
+    while 2 * rows <= MAX_SHARD_ROWS and 2 * rows * row_bytes <= shard_bytes:
+        rows *= 2
+    return rows
+
+
+def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
+    """Every array of a cache by its path below the root, in the order they should be written."""
+    specs: dict[str, ArraySpec] = {}
+    views, rows = manifest.views, manifest.num_rows
+
+    def small(
+        name: str, shape: tuple[int, ...], dtype: str, fill: float, dims: tuple[str, ...], *, per_view: bool
+    ) -> None:
+        chunk = (1, *shape[1:]) if per_view else shape
+        specs[name] = ArraySpec(
+            name,
+            shape,
+            np.dtype(dtype),
+            fill,
+            chunk,
+            None,
+            "none",
+            dims,
+            views if per_view else 0,
+            shape[1] if per_view else shape[0],
+        )
+
+    def sharded(
+        name: str, row: tuple[int, ...], dtype: str, compression: Compression, *, sentinel: bool = True
+    ) -> None:
+        kind = np.dtype(dtype)
+        fill = math.nan if kind.kind == "f" else 0xFF
+        per_shard = shard_rows_for(math.prod(row) * kind.itemsize, manifest.block_rows, manifest.shard_bytes)
+        padded = -(-rows // per_shard) * per_shard
+        dims = ("view", "row", "height", "width", "channel") if len(row) == 3 else ("view", "row", "channel")
+        specs[name] = ArraySpec(
+            name, (views, padded, *row), kind, fill, (1, per_shard, *row), (1, manifest.block_rows, *row),
+            compression, dims, views, rows, sentinel,
+        )  # fmt: skip
+
+    small("views/order", (views, rows), "<u4", 2**32 - 1, ("view", "row"), per_view=True)
+    small("views/crop", (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
+    small("views/flip", (views, rows), "<u1", 0xFF, ("view", "row"), per_view=True)
+    small("labels", (manifest.dataset.num_labels,), "<i4", -(2**31), ("sample",), per_view=False)
+    for teacher in manifest.teachers.values():
+        for tap in teacher.taps.values():
+            base = f"targets/{teacher.name}/{tap.name}"
+            channels = (tap.channels + 1) // 2 if tap.codec == "u4" else tap.channels
+            dtype = {"f32": "<f4", "f16": "<f2", "u8": "<u1", "u4": "<u1"}[tap.codec]
+            small(f"{base}/scale", (2, tap.channels), "<f4", math.nan, ("offset-step", "channel"), per_view=False)
+            sharded(f"{base}/codes", (*tap.shape[1:], channels), dtype, tap.compression)
+        dtype = "<f4" if teacher.logits_codec == "f32" else "<f2"
+        sharded(f"targets/{teacher.name}/logits/codes", (teacher.num_logits,), dtype, "none")
+    if manifest.images == "stored":
+        side = manifest.plan.size
+        sharded("pixels/codes", (side, side, 3), "<u1", "none", sentinel=False)
+    return specs
+
+
+def unit_rows(specs: dict[str, ArraySpec]) -> int:
+    """Rows that hold whole shards of every sharded array: the unit in which rows are divided among writers.
+
+    Every ``shard_rows`` is a power-of-two multiple of the same ``block_rows``, so the largest is a multiple of all.
+    """
+    return max((spec.shard_rows for spec in specs.values() if spec.sharded), default=1)

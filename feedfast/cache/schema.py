@@ -1,0 +1,367 @@
+"""The manifest: what a cache was made from, said once, as frozen and validated data.
+
+It lives in the root group's attributes (``{"feedfast": {...}}``) and answers three questions.
+
+* *May these be mixed?* `differences` compares two manifests key by key and leaves out what cannot change a stored
+  value (the path the data were read from, library versions, measurements, how many views exist, how rows are grouped
+  into objects).
+* *Is this object still the one that was asked for?* `digest_for` hashes just what one array depends on. A second
+  teacher, tap or view therefore leaves the digest of everything already stored as it was, and other weights under the
+  same name change it.
+* *How large is everything?* Every extent is bounded here, before anything is allocated: a manifest may come from a
+  stranger. Names are one plain path component each, so no array can lie outside its cache.
+
+Some fields are requested (the tap's place, its codec, the teacher's weights) and some are found out while caching
+(the margin, whether zstd pays, the fit, the measured errors, the time). When a cache is extended the requested ones
+must agree and the found ones of the existing cache are kept: its codes were made with them. `block_rows` and
+`shard_bytes` are kept likewise.
+
+Shapes are the network's: (C, H, W), or (C,) for a vector. `feedfast.cache.layout` turns them into stored arrays.
+This module reads and writes no files and knows nothing of recipes or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from feedfast.errors import CacheDamageError
+
+FORMAT: Final = 1
+ATTRIBUTE: Final = "feedfast"
+MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below what hurts
+MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
+MAX_VIEWS: Final = 65535
+MAX_CHANNELS: Final = 1 << 20
+
+CodecName = Literal["f32", "f16", "u8", "u4"]
+Compression = Literal["zstd", "none"]
+Difference = tuple[str, Any, Any]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Triple = tuple[float, float, float]
+Scalar = str | int | float | bool | None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DatasetInfo(_Part):
+    """The images: how many, and a fingerprint that changes when they do.
+
+    ``id_space`` is the largest sample id + 1, the length of the ``labels`` array; 0 means ``count`` (ids are
+    0..count-1). ``source`` says where they were read from and is no part of the identity: folders move.
+    """
+
+    kind: str = Field(max_length=64)
+    count: int = Field(ge=1, lt=2**32)
+    fingerprint: dict[str, Any]
+    classes: tuple[str, ...] = Field((), max_length=1 << 20)
+    source: str = ""
+    id_space: int = Field(0, ge=0, lt=2**32)
+
+    @property
+    def num_labels(self) -> int:
+        """Length of the ``labels`` array."""
+        return self.id_space or self.count
+
+
+class PlanInfo(_Part):
+    """The view plan: the algorithm's name and version, and the parameters it is a pure function of."""
+
+    algorithm: str = Field(max_length=128)
+    seed: int = Field(ge=0, lt=2**64)
+    size: int = Field(ge=1, le=8192)
+    augment: str = Field(max_length=64)
+    flip: float = 0.5
+    pad: int | None = None
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+class DecoderInfo(_Part):
+    """What turned bytes into pixels. Backend and flags are identity; versions serve the message when pixels differ."""
+
+    backend: str = Field(max_length=64)
+    flags: dict[str, Scalar] = {}
+    versions: dict[str, Scalar] = {}
+
+
+class TapInfo(_Part):
+    """One stored feature map.
+
+    ``shape`` is (C, H, W) or (C,). ``margin`` is the fp32 floor per channel when ``transform`` is "margin". ``fit``
+    and ``error`` hold the pilot's measurements; like ``compression`` and ``margin`` they are found, not requested.
+    """
+
+    name: Name
+    path: str = Field(max_length=512)
+    position: Literal["pre", "post"]
+    shape: tuple[int, ...] = Field(min_length=1, max_length=3)
+    transform: Literal["none", "margin"] = "none"
+    margin: tuple[float, ...] | None = Field(None, max_length=MAX_CHANNELS)
+    codec: CodecName = "u8"
+    compression: Compression = "none"
+    fit: dict[str, Any] = {}
+    error: dict[str, Any] = {}
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return self.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        width = {
+            "f32": 4 * self.channels,
+            "f16": 2 * self.channels,
+            "u8": self.channels,
+            "u4": (self.channels + 1) // 2,
+        }
+        return width[self.codec] * math.prod(self.shape[1:])
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if len(self.shape) == 2:
+            raise ValueError(f"shape must be (C, H, W) or (C,), found {list(self.shape)}")
+        if min(self.shape) < 1 or self.channels > MAX_CHANNELS or max((0, *self.shape[1:])) > 1 << 16:
+            raise ValueError(
+                f"shape {list(self.shape)} has an extent outside 1..{1 << 16} (channels: 1..{MAX_CHANNELS})"
+            )
+        if self.row_bytes > MAX_ROW_BYTES:
+            raise ValueError(
+                f"shape {list(self.shape)} at {self.codec} is {self.row_bytes} bytes a row, limit {MAX_ROW_BYTES}"
+            )
+        if self.transform == "none" and self.margin is not None:
+            raise ValueError('a margin is given but transform is "none"')
+        if self.transform == "margin" and (self.margin is None or len(self.margin) != self.channels):
+            found = "none" if self.margin is None else len(self.margin)
+            raise ValueError(f'transform "margin" needs {self.channels} margins, found {found}')
+        if self.name in {"logits", "zarr.json"}:
+            raise ValueError(f"a tap cannot be called {self.name!r}")
+        return self
+
+
+class TeacherInfo(_Part):
+    """One frozen network: its weights by hash, how it is run, and what of it is stored.
+
+    ``mean`` and ``std`` are the normalisation of its input in 0..1 units. Logits are float16, or float32 for exact
+    parity runs.
+    """
+
+    name: Name
+    model: str = Field(max_length=512)
+    weights_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bn: Literal["eval", "batch"] = "eval"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    mean: Triple
+    std: Triple
+    num_logits: int = Field(ge=1, le=1 << 24)
+    logits_codec: Literal["f16", "f32"] = "f16"
+    taps: dict[Name, TapInfo] = Field({}, max_length=256)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the widest stored row."""
+        logits = self.num_logits * (4 if self.logits_codec == "f32" else 2)
+        return max([logits, *(tap.row_bytes for tap in self.taps.values())])
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        wrong = [key for key, tap in self.taps.items() if key != tap.name]
+        if wrong:
+            raise ValueError(f"taps {wrong} are filed under another name than their own")
+        if self.name == "zarr.json":
+            raise ValueError("a teacher cannot be called 'zarr.json'")
+        return self
+
+
+class Manifest(_Part):
+    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on."""
+
+    format: Literal[1] = 1
+    dataset: DatasetInfo
+    plan: PlanInfo
+    decoder: DecoderInfo
+    images: Literal["replay", "stored"] = "replay"
+    num_rows: int = Field(ge=1, lt=2**32)
+    views: int = Field(ge=1, le=MAX_VIEWS)
+    block_rows: Literal[8, 16, 32, 64] = 64
+    shard_bytes: int = Field(32 << 20, ge=1, le=1 << 31)  # 32 MiB
+    batch_rows: int = Field(ge=1, le=1 << 20)
+    teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
+    versions: dict[str, Scalar] = {}
+    created: str = ""
+
+    @field_validator("teachers")
+    @classmethod
+    def _filed_by_name(cls, teachers: dict[str, TeacherInfo]) -> dict[str, TeacherInfo]:
+        wrong = [key for key, teacher in teachers.items() if key != teacher.name]
+        if wrong:
+            raise ValueError(f"teachers {wrong} are filed under another name than their own")
+        return teachers
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.num_rows > self.dataset.num_labels:
+            raise ValueError(f"num_rows {self.num_rows} exceeds the data set's {self.dataset.num_labels} samples")
+        widest = max((teacher.row_bytes for teacher in self.teachers.values()), default=0)
+        if self.block_rows * widest > MAX_BLOCK_BYTES:
+            raise ValueError(f"a block of {self.block_rows} rows of {widest} bytes exceeds {MAX_BLOCK_BYTES} bytes")
+        return self
+
+    def to_attrs(self) -> dict[str, Any]:
+        """The attributes of the root group, plain JSON values."""
+        return {ATTRIBUTE: self.model_dump(mode="json")}
+
+    @classmethod
+    def from_attrs(cls, attrs: Mapping[str, Any]) -> Manifest:
+        """The manifest in a root group's attributes.
+
+        Raises:
+            CacheDamageError: no manifest is there, it is of another format, or a field of it is out of bounds.
+        """
+        found = attrs.get(ATTRIBUTE)
+        if not isinstance(found, dict):
+            raise CacheDamageError(
+                f"no feedfast manifest: expected an object under attribute {ATTRIBUTE!r}, found {type(found).__name__}"
+            )
+        if found.get("format") != FORMAT:
+            raise CacheDamageError(f"manifest: expected cache format {FORMAT}, found {found.get('format')!r}")
+        try:
+            # Through JSON, where lists may become tuples; nothing is coerced otherwise.
+            return cls.model_validate_json(json.dumps(found), strict=True)
+        except (ValidationError, ValueError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            place = ".".join(str(part) for part in first["loc"]) if first else ""
+            reason = first["msg"] if first else str(error)
+            raise CacheDamageError(f"manifest: {place or 'root'}: {reason}") from error
+
+    def digest_for(self, array: str) -> str:
+        """Sha256 (hex) over just what the values and objects of one array depend on; names as in `layout.array_specs`.
+
+        Not included: the number of views, other teachers and taps, versions, times, and the pilot's measurements.
+
+        Raises:
+            KeyError: there is no such array.
+        """
+        return hashlib.sha256(
+            json.dumps(self._basis(array), sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+
+    def _basis(self, array: str) -> dict[str, Any]:
+        data = self.dataset.model_dump(mode="json", include={"kind", "count", "fingerprint", "id_space"})
+        basis: dict[str, Any] = {"format": self.format, "array": array, "dataset": data}
+        parts = array.split("/")
+        if array == "labels":
+            return basis
+        basis["plan"] = self.plan.model_dump(mode="json")
+        basis["num_rows"] = self.num_rows
+        if parts[0] == "views":
+            return basis
+        basis["decoder"] = self.decoder.model_dump(mode="json", include={"backend", "flags"})
+        if parts[-1] == "codes":
+            basis["layout"] = [self.block_rows, self.shard_bytes]
+        if array == "pixels/codes":
+            return basis
+        if len(parts) not in (3, 4) or parts[0] != "targets":
+            raise KeyError(array)
+        teacher = self.teachers[parts[1]]
+        basis["batch_rows"] = self.batch_rows
+        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "num_logits", "logits_codec"})
+        if parts[2] == "logits":
+            basis["logits"] = [teacher.num_logits, teacher.logits_codec]
+        else:
+            basis["tap"] = teacher.taps[parts[2]].model_dump(mode="json", exclude={"fit", "error"})
+        return basis
+
+
+def auto_block_rows(row_bytes: int) -> Literal[8, 16, 32, 64]:
+    """Rows a block: the most of 64, 32, 16 and 8 that keep the largest row's block within 8 MiB."""
+    options: tuple[Literal[64, 32, 16], ...] = (64, 32, 16)
+    return next((rows for rows in options if rows * row_bytes <= 8 << 20), 8)
+
+
+def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -> list[Difference]:
+    """What keeps two manifests from describing the same values: (dotted key, expected, found), in a stable order.
+
+    Teachers and taps that only one of them has are not differences, nor is the number of views, unless ``missing``
+    asks to report what ``expected`` has and ``found`` lacks. Fields found out while caching (see the module
+    docstring) never count.
+    """
+    rows: list[Difference] = []
+
+    def compare(key: str, a: Any, b: Any) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for name in sorted({*a, *b}):
+                compare(f"{key}.{name}", a.get(name), b.get(name))
+        elif a != b:
+            rows.append((key, a, b))
+
+    def requested(part: _Part, without: set[str]) -> dict[str, Any]:
+        return part.model_dump(mode="json", exclude=without)
+
+    compare("dataset", requested(expected.dataset, {"source"}), requested(found.dataset, {"source"}))
+    compare("plan", requested(expected.plan, set()), requested(found.plan, set()))
+    compare("decoder", requested(expected.decoder, {"versions"}), requested(found.decoder, {"versions"}))
+    compare("num_rows", expected.num_rows, found.num_rows)
+    compare("batch_rows", expected.batch_rows, found.batch_rows)
+    if missing:
+        if expected.views > found.views:
+            rows.append(("views", expected.views, found.views))
+        if expected.images == "stored" != found.images:
+            rows.append(("images", expected.images, found.images))
+    for name, teacher in sorted(expected.teachers.items()):
+        other = found.teachers.get(name)
+        if other is None:
+            if missing:
+                rows.append((f"teachers.{name}", teacher.model, None))
+            continue
+        compare(f"teachers.{name}", requested(teacher, {"taps"}), requested(other, {"taps"}))
+        for tap_name, tap in sorted(teacher.taps.items()):
+            other_tap = other.taps.get(tap_name)
+            key = f"teachers.{name}.taps.{tap_name}"
+            if other_tap is None:
+                if missing:
+                    rows.append((key, tap.path, None))
+                continue
+            measured = {"margin", "compression", "fit", "error"}
+            compare(key, requested(tap, measured), requested(other_tap, measured))
+    return rows
+
+
+def describe_differences(rows: list[Difference], *, limit: int = 20) -> str:
+    """A two-column table, expected and found, one key a line; long values are shortened."""
+
+    def short(value: Any) -> str:
+        text = "—" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+        return text if len(text) <= 40 else text[:37] + "…"
+
+    table = [("key", "expected", "found")] + [(key, short(a), short(b)) for key, a, b in rows[:limit]]
+    width = [max(len(row[column]) for row in table) for column in (0, 1)]
+    lines = [f"  {key:<{width[0]}}  {a:<{width[1]}}  {b}" for key, a, b in table]
+    if len(rows) > limit:
+        lines.append(f"  … and {len(rows) - limit} more")
+    return "\n".join(lines)
+
+
+def merge(existing: Manifest, asked: Manifest) -> Manifest:
+    """The existing manifest with the teachers, taps, views and stored pixels that ``asked`` adds.
+
+    The caller has checked `differences`: they must be empty.
+    """
+    teachers = dict(existing.teachers)
+    for name, teacher in asked.teachers.items():
+        known = teachers.get(name)
+        teachers[name] = known.model_copy(update={"taps": {**teacher.taps, **known.taps}}) if known else teacher
+    images = "stored" if "stored" in (existing.images, asked.images) else "replay"
+    return existing.model_copy(
+        update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}
+    )
