@@ -232,7 +232,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             small(f"{base}/scale", (2, tap.channels), "<f4", math.nan, ("offset-step", "channel"), per_view=False)
             sharded(f"{base}/codes", (*tap.shape[1:], channels), dtype, tap.compression)
         dtype = "<f4" if teacher.logits_codec == "f32" else "<f2"
-        sharded(f"targets/{teacher.name}/logits/codes", (teacher.num_logits,), dtype, "none")
+        sharded(f"targets/{teacher.name}/logits/codes", (teacher.num_classes,), dtype, "none")
     if manifest.images == "stored":
         side = manifest.plan.size
         sharded("pixels/codes", (side, side, 3), "<u1", "none", sentinel=False)

@@ -163,14 +163,14 @@ class TeacherInfo(_Part):
     precision: Literal["fp32", "bf16"] = "fp32"
     mean: Triple
     std: Triple
-    num_logits: int = Field(ge=1, le=1 << 24)
+    num_classes: int = Field(ge=1, le=1 << 24)
     logits_codec: Literal["f16", "f32"] = "f16"
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of the widest stored row."""
-        logits = self.num_logits * (4 if self.logits_codec == "f32" else 2)
+        logits = self.num_classes * (4 if self.logits_codec == "f32" else 2)
         return max([logits, *(tap.row_bytes for tap in self.taps.values())])
 
     @model_validator(mode="after")
@@ -275,9 +275,9 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[parts[1]]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "num_logits", "logits_codec"})
+        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "num_classes", "logits_codec"})
         if parts[2] == "logits":
-            basis["logits"] = [teacher.num_logits, teacher.logits_codec]
+            basis["logits"] = [teacher.num_classes, teacher.logits_codec]
         else:
             basis["tap"] = teacher.taps[parts[2]].model_dump(mode="json", exclude={"fit", "error"})
         return basis
