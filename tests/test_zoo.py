@@ -1,0 +1,158 @@
+"""The zoo against published sizes and against the definitions of the papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from feedfast.errors import RequestError
+from feedfast.models.zoo import build_zoo
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "millions"),
+    [
+        # the sizes printed in the Overhaul paper's table 3 (CIFAR-100)
+        ("wrn-16-2", 100, 0.70),
+        ("wrn-16-4", 100, 2.77),
+        ("wrn-28-2", 100, 1.47),
+        ("wrn-28-4", 100, 5.87),
+        ("resnet-56", 100, 0.86),
+        # He et al. 2015, table 6 (CIFAR-10)
+        ("resnet-20", 10, 0.27),
+        ("resnet-110", 10, 1.7),
+        # Howard et al. 2017, table 8 (1.0 MobileNet, ImageNet classes)
+        ("mobilenetv1", 1000, 4.2),
+        # Zagoruyko & Komodakis 2016, table 4
+        ("wrn-28-10", 10, 36.5),
+        ("wrn-40-2", 10, 2.2),
+    ],
+)
+def test_size_is_the_published_one(name: str, classes: int, millions: float) -> None:
+    found = parameters(build_zoo(name, classes)) / 1e6
+    digits = len(str(millions).partition(".")[2])
+    # papers cut or round the last digit
+    assert millions - 0.5 * 10**-digits <= found < millions + 10**-digits
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(20, 3), (56, 9), (110, 18)])
+def test_resnet_depth_counts_weighted_layers(depth: int, blocks: int) -> None:
+    model = build_zoo(f"resnet-{depth}", 10)
+    assert [len(getattr(model, f"layer{i}")) for i in (1, 2, 3)] == [blocks] * 3
+    main_path = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "shortcut" not in n]
+    assert len(main_path) == depth
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-20", "mobilenetv1"])
+@pytest.mark.parametrize("size", [8, 28, 32, 64])
+def test_runs_at_small_sizes(name: str, size: int) -> None:
+    model = build_zoo(name, 7).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 7)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
+def test_activations_keep_their_scale_at_initialisation(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_zoo(name, 100).train()
+    logits = model(torch.randn(32, 3, 32, 32))
+    logits.sum().backward()
+    assert 0.05 < logits.std().item() < 20
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
+def test_in_place_operations_change_no_result_and_no_gradient(name: str) -> None:
+    """The same network with every in-place ReLU made out of place, in float64."""
+    torch.manual_seed(1)
+    fast, slow = build_zoo(name, 10).double(), build_zoo(name, 10).double()
+    slow.load_state_dict(fast.state_dict())
+    for module in slow.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for model in (fast, slow):
+        logits = model(x)
+        (logits * torch.linspace(-1, 1, 10, dtype=torch.float64)).sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
+def test_channels_last_bf16_reaches_every_layer_without_a_copy(name: str) -> None:
+    model = build_zoo(name, 10).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    seen: list[tuple[str, bool, torch.dtype]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU):
+            module.register_forward_hook(
+                lambda _m, _a, y, path=path: seen.append(
+                    (path, y.is_contiguous(memory_format=torch.channels_last), y.dtype)
+                )
+            )
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x)
+    assert seen
+    assert [s for s in seen if not s[1] or s[2] != torch.bfloat16] == []
+
+
+def test_wrn_block_is_the_papers() -> None:
+    """The first shape-changing block and the plain one after it, recomputed from their weights."""
+    torch.manual_seed(2)
+    model = build_zoo("wrn-16-2", 10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    f = torch.nn.functional
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def bn(x: torch.Tensor, path: str) -> torch.Tensor:
+        mean, var, gamma, beta = (
+            state[f"{path}.{n}"][:, None, None] for n in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * gamma + beta
+
+    x = torch.randn(2, 32, 16, 16)
+    a = bn(x, "block2.0.bn1").clamp(min=0)
+    y = f.conv2d(a, state["block2.0.conv1.weight"], stride=2, padding=1)
+    y = f.conv2d(bn(y, "block2.0.bn2").clamp(min=0), state["block2.0.conv2.weight"], padding=1)
+    y = y + f.conv2d(a, state["block2.0.shortcut.weight"], stride=2)
+    z = f.conv2d(bn(y, "block2.1.bn1").clamp(min=0), state["block2.1.conv1.weight"], padding=1)
+    z = y + f.conv2d(bn(z, "block2.1.bn2").clamp(min=0), state["block2.1.conv2.weight"], padding=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model.block2(x), z, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wrn-16", "zoo/wrn-16-2"),
+        ("wrn-17-2", "6n+4"),
+        ("wrn-16-0", "width"),
+        ("wrn-16-4096", "width"),
+        ("resnet-18", "torchvision/resnet18"),
+        ("resnet-999998", "6n+2"),
+        ("mobilenet", "zoo/mobilenetv1"),
+        ("vit", "known:"),
+    ],
+)
+def test_wrong_names_say_what_is_right(name: str, words: str) -> None:
+    with pytest.raises(RequestError, match=name) as caught:
+        build_zoo(name, 10)
+    assert words in str(caught.value)
+
+
+def test_class_count_is_checked() -> None:
+    with pytest.raises(RequestError, match="num_classes"):
+        build_zoo("wrn-16-1", 0)
