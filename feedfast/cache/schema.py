@@ -96,7 +96,8 @@ class DecoderInfo(_Part):
 class TapInfo(_Part):
     """One stored feature map.
 
-    ``shape`` is (C, H, W) or (C,). ``margin`` is the fp32 floor per channel when ``transform`` is "margin". ``fit``
+    ``shape`` is (C, H, W) or (C,). ``margin`` is OFD's margin per channel, which its loss needs whatever was
+    stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
     and ``error`` hold the pilot's measurements; like ``compression`` and ``margin`` they are found, not requested.
     """
 
@@ -139,11 +140,10 @@ class TapInfo(_Part):
             raise ValueError(
                 f"shape {list(self.shape)} at {self.codec} is {self.row_bytes} bytes a row, limit {MAX_ROW_BYTES}"
             )
-        if self.transform == "none" and self.margin is not None:
-            raise ValueError('a margin is given but transform is "none"')
-        if self.transform == "margin" and (self.margin is None or len(self.margin) != self.channels):
-            found = "none" if self.margin is None else len(self.margin)
-            raise ValueError(f'transform "margin" needs {self.channels} margins, found {found}')
+        if self.margin is not None and len(self.margin) != self.channels:
+            raise ValueError(f"expected {self.channels} margins, found {len(self.margin)}")
+        if self.transform == "margin" and self.margin is None:
+            raise ValueError(f'transform "margin" needs {self.channels} margins, found none')
         if self.name in {"logits", "zarr.json"}:
             raise ValueError(f"a tap cannot be called {self.name!r}")
         return self
