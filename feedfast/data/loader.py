@@ -1,0 +1,391 @@
+"""Rows of a view → pixels, through DALI. The same loader feeds teachers, students and evaluation.
+
+DALI decodes and resamples; it draws nothing. Box, size, window and flip of every sample come from the view plan and
+are passed in with the bytes, so the pixels of a row do not depend on the batch it is in, on the thread that made it, or
+on where a run was resumed. Output is uint8 NHWC: teachers normalise differently, so normalising is not done here.
+
+How close to torchvision (measured on DALI 2.4.0, PIL 13.0, torchvision 0.29; the tests hold it there). CPU decoding of
+JPEG and PNG, whole or by region, with every EXIF orientation, equals PIL bit for bit. Pad, crop and flip are exact.
+Resizing is a triangle filter with antialiasing as in PIL; away from the box's edge the two differ by 1 at most, from
+PIL's rounding between its two passes. In the outermost row and column of a *downscaled* box DALI repeats the edge pixel
+where PIL renormalises the cut-off filter; there the difference reaches about 12 on real photographs. No flag removes
+it. ``subpixel_scale`` only acts where DALI computes the output size; sizes here are explicit, so it is off.
+
+On the GPU ("mixed" decoding) images are decoded whole and then cut: nvImageCodec's GPU region decoding fails on
+ordinary boxes in some 0.9 builds (nvImageCodec issue 55), and a crash cannot be caught. ``hw_decoder_load=0`` keeps all
+images on one decoder and ``jpeg_fancy_upsampling=True`` makes its chroma upsampling that of the CPU; the two backends
+still differ by rounding, so ``describe`` names the backend and a cache remembers it.
+
+This is the only module that imports DALI, and it does so when a pipeline is first built.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from feedfast.data.dataset import Dataset
+from feedfast.data.geometry import Geometry, evaluation_geometry, view_geometry
+from feedfast.data.images import Unreadable, full_check, image_size
+from feedfast.data.views import ViewPlan
+from feedfast.errors import FeedfastError, RequestError
+
+__all__ = ["Loader", "PixelBatch"]
+
+_FLAGS: dict[str, Any] = {
+    "output_type": "RGB",
+    "adjust_orientation": True,
+    "use_fast_idct": False,
+    "resize": "linear, antialias=True, subpixel_scale=False",
+}
+_MIXED_FLAGS: dict[str, Any] = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
+
+
+@dataclass(eq=False)
+class PixelBatch:
+    """One batch; its tensors are owned, they stay valid when the next batch is made.
+
+    Attributes:
+        images: uint8 [B, H, W, 3], RGB, on the loader's device.
+        ids: uint32 [B], sample ids.
+        labels: int64 [B] on the loader's device, -1 where there is none.
+        rows: int64 [B], positions in the view's order (for evaluation: in id order).
+        view: which view, -1 for evaluation.
+    """
+
+    images: torch.Tensor
+    ids: NDArray[np.uint32]
+    labels: torch.Tensor
+    rows: NDArray[np.int64]
+    view: int
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A whole view, row by row."""
+
+    positions: NDArray[np.int64]  # into the dataset
+    geometry: Geometry
+
+
+class Loader:
+    """Pixels of one dataset under one plan.
+
+    Several loaders, and several streams of one loader, may run in one process at the same time. A stream may be
+    abandoned half-way: closing or dropping it stops its threads.
+
+    Args:
+        dataset: what to load.
+        plan: how every view looks; its ``size`` is also that of evaluation.
+        batch_size: samples in a batch.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:i"``: where images are resampled (and decoded) and tensors end up.
+        threads: DALI's CPU threads; None means the CPUs this process may use, at most 16.
+        prefetch: batches DALI works ahead, >= 1.
+
+    Raises:
+        RequestError: a number is out of range or the device does not exist.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: ViewPlan,
+        *,
+        batch_size: int,
+        device: str | torch.device = "cpu",
+        threads: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("threads", threads or 1), ("prefetch", prefetch)):
+            if value < 1:
+                raise RequestError(f"loader, {name}: expected at least 1, found {value}")
+        self.dataset = dataset
+        self.plan = plan
+        self.batch_size = batch_size
+        self.device = _device(device)
+        self.threads = threads or min(16, len(os.sched_getaffinity(0)))
+        self.prefetch = prefetch
+        self._latest_view: tuple[int, _View] | None = None
+        self._streams: weakref.WeakSet[Generator[PixelBatch, None, None]] = weakref.WeakSet()
+
+    def stream(
+        self, view: int, rows: NDArray[np.integer[Any]], *, start_batch: int = 0, drop_last: bool = False
+    ) -> Iterator[PixelBatch]:
+        """Some rows of a view, in the order given.
+
+        Args:
+            view: which view.
+            rows: row numbers, positions in the view's order; repeats are allowed.
+            start_batch: batches to leave out at the front, for resuming: batch k is ``rows[k*B:(k+1)*B]`` wherever
+                the stream starts, with the same pixels.
+            drop_last: leave out a last batch that is not full.
+
+        Returns:
+            An iterator of batches; it works ahead once the first batch is asked for.
+
+        Raises:
+            RequestError: rows outside the dataset; while iterating, images that cannot be read or decoded, all of the
+                batches in flight named by path.
+        """
+        rows_n = np.asarray(rows, dtype=np.int64)
+        if rows_n.ndim != 1 or (rows_n.size and (rows_n.min() < 0 or rows_n.max() >= len(self.dataset))):
+            raise RequestError(f"rows: expected a 1-D array of numbers from 0 to {len(self.dataset) - 1}")
+        if start_batch < 0:
+            raise RequestError(f"start_batch: expected at least 0, found {start_batch}")
+        return self._started(self._view(view), view, rows_n, start_batch, drop_last)
+
+    def evaluation(self) -> Iterator[PixelBatch]:
+        """All samples in id order: resize and central crop as in torchvision, see ``geometry.py``."""
+        everything = np.arange(len(self.dataset), dtype=np.int64)
+        geometry = evaluation_geometry(self.plan, self.dataset.sizes)
+        return self._started(_View(everything, geometry), -1, everything, 0, False)
+
+    def describe(self) -> dict[str, Any]:
+        """What made the pixels, for a cache's manifest: backend, versions and flags, all JSON-able."""
+        gpu = self.device.type == "cuda"
+        return {
+            "backend": "dali-mixed" if gpu else "dali-cpu",
+            "dali": str(import_module("nvidia.dali").__version__),
+            "nvimgcodec": _nvimgcodec_version(),
+            "flags": {**_FLAGS, "region_decode": not gpu, **(_MIXED_FLAGS if gpu else {})},
+        }
+
+    def close(self) -> None:
+        """Stop every stream that is still running. The loader can be used again."""
+        for stream in list(self._streams):
+            stream.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _view(self, view: int) -> _View:
+        # A pass asks for the same view many times (pilot, resume, replay): the latest is kept, 25 bytes a sample.
+        if self._latest_view is None or self._latest_view[0] != view:
+            data = self.dataset
+            positions = np.searchsorted(data.ids, self.plan.order(view, data.ids))
+            geometry = view_geometry(self.plan, view, data.ids[positions], data.sizes[positions])
+            self._latest_view = (view, _View(positions, geometry))
+        return self._latest_view[1]
+
+    def _started(
+        self, whole: _View, view: int, rows: NDArray[np.int64], start_batch: int, drop_last: bool
+    ) -> Iterator[PixelBatch]:
+        if drop_last:
+            rows = rows[: len(rows) // self.batch_size * self.batch_size]
+        rows = rows[start_batch * self.batch_size :]
+        stream = self._batches(_View(whole.positions[rows], whole.geometry.rows(rows)), view, rows)
+        self._streams.add(stream)
+        return stream
+
+    def _batches(self, work: _View, view: int, rows: NDArray[np.int64]) -> Generator[PixelBatch, None, None]:
+        if not rows.size:
+            return
+        parts = [slice(at, at + self.batch_size) for at in range(0, len(rows), self.batch_size)]
+        reader = ThreadPoolExecutor(
+            max_workers=min(4, self.threads) if self.dataset.kind == "files" else 1,
+            thread_name_prefix="feedfast-read",
+        )
+        try:
+            feed = _Feed(self.dataset, work.positions, parts, reader, ahead=self.prefetch + 1)
+            pipeline = self._pipeline(work.geometry, feed)
+            for index, part in enumerate(parts):
+                try:
+                    (output,) = pipeline.run()
+                except RuntimeError as error:
+                    bad = np.concatenate([work.positions[p] for p in parts[index : feed.fed]])
+                    raise _explained(error, self.dataset, bad) from error
+                positions = work.positions[part]
+                labels = torch.from_numpy(self.dataset.labels[positions].astype(np.int64)).to(self.device)
+                yield PixelBatch(_owned(output, self.device), self.dataset.ids[positions], labels, rows[part], view)
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
+
+    def _pipeline(self, geometry: Geometry, feed: _Feed) -> Any:
+        """The one pipeline: source → decode (region) → box → resize → window → mirror → uint8 NHWC."""
+        # through importlib: DALI's type stubs are partial, and wrong for per-sample arguments
+        dali, fn, types = (import_module(f"nvidia.dali{part}") for part in ("", ".fn", ".types"))
+
+        gpu = self.device.type == "cuda"
+        files = self.dataset.kind == "files"
+        store = self.dataset.pixels_store
+        planar = store is not None and store.layout == "CHW"
+        region = files and geometry.boxed and not geometry.padded and not gpu
+        decode: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": True, "use_fast_idct": False}
+        pipeline = dali.Pipeline(
+            batch_size=self.batch_size,
+            num_threads=self.threads,
+            device_id=self.device.index if gpu else None,
+            prefetch_queue_depth=self.prefetch,
+        )
+        # Per-sample parameters, only those that are used: DALI warns about the others.
+        params: dict[str, NDArray[Any]] = {}
+        extent = geometry.box[:, 2:]
+        same_extent = bool(np.all(extent == extent[0]))  # then a constant, one input less to copy per sample
+        if geometry.boxed:
+            params["corner"] = geometry.box[:, :2]
+            if not same_extent:
+                params["extent"] = extent
+        if geometry.scaled:
+            params["resized"] = geometry.resized.astype(np.float32)  # DALI takes sizes as floats
+        if geometry.windowed(self.plan.size):
+            params["window"] = geometry.window
+        if geometry.mirrored:
+            params["flip"] = geometry.flip
+        with pipeline:
+            data, *rest = fn.external_source(
+                source=feed.with_parameters(list(params.values())),
+                num_outputs=1 + len(params),
+                batch=True,
+                dtype=[types.UINT8]
+                + [types.FLOAT if array.dtype == np.float32 else types.INT32 for array in params.values()],
+                ndim=[1 if files else 3] + [array.ndim - 1 for array in params.values()],
+                layout=["" if files else ("CHW" if planar else "HWC")] + [""] * len(params),
+            )
+            given: dict[str, Any] = dict(zip(params, rest, strict=True))
+            if same_extent:
+                given["extent"] = extent[0].tolist()
+            if region:
+                x = fn.decoders.image_slice(
+                    data, given["corner"], given["extent"], axis_names="HW", device="cpu", **decode
+                )
+            elif files:
+                x = fn.decoders.image(data, device="mixed" if gpu else "cpu", **decode, **(_MIXED_FLAGS if gpu else {}))
+            else:
+                x = data.gpu() if gpu else data
+            if geometry.boxed and not region:
+                x = fn.slice(
+                    x, given["corner"], given["extent"], axis_names="HW",
+                    out_of_bounds_policy="pad" if geometry.padded else "error", fill_values=0,
+                )  # fmt: skip
+            if geometry.scaled:
+                x = fn.resize(
+                    x, size=given["resized"], interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False
+                )
+            if "window" in given:
+                side = self.plan.size
+                x = fn.slice(x, given["window"], [side, side], axis_names="HW", out_of_bounds_policy="error")
+            if geometry.mirrored or planar:
+                # mean 0, std 1: a copy that mirrors and turns planes into pixels in one go, exact for uint8
+                mirror = {"mirror": given["flip"]} if geometry.mirrored else {}
+                x = fn.crop_mirror_normalize(x, dtype=types.UINT8, output_layout="HWC", **mirror)
+            pipeline.set_outputs(x)
+        pipeline.build()
+        return pipeline
+
+
+class _Feed:
+    """Reads batches ahead in threads and hands them to DALI's source callback, in order."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        positions: NDArray[np.int64],
+        parts: list[slice],
+        reader: ThreadPoolExecutor,
+        *,
+        ahead: int,
+    ) -> None:
+        self.fed = 0  # batches handed to DALI
+        self._parts = parts
+        self._positions = positions
+        self._reader = reader
+        self._ahead = ahead
+        self._pending: deque[Future[Any]] = deque()
+        store = dataset.pixels_store
+        self._read: Callable[[NDArray[np.int64]], Any]
+        if store is None:
+            self._read = dataset.encoded
+        elif store.layout == "CHW":
+            self._read = lambda at: store.gather(dataset.ids[at].astype(np.int64))
+        else:
+            self._read = dataset.pixels
+
+    def with_parameters(self, arrays: list[NDArray[Any]]) -> Callable[[], tuple[Any, ...]]:
+        """DALI's source: each call gives the next batch of data and of every parameter array."""
+
+        def source() -> tuple[Any, ...]:
+            if self.fed == len(self._parts):
+                raise StopIteration
+            while len(self._pending) < min(self._ahead, len(self._parts) - self.fed):
+                part = self._parts[self.fed + len(self._pending)]
+                self._pending.append(self._reader.submit(self._read, self._positions[part]))
+            data = self._pending.popleft().result()
+            part = self._parts[self.fed]
+            self.fed += 1
+            return (data, *(np.ascontiguousarray(array[part]) for array in arrays))
+
+        return source
+
+
+def _owned(output: Any, device: torch.device) -> torch.Tensor:
+    """A copy of DALI's output batch: its buffers are reused for a later one."""
+    tensor = output.as_tensor()
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(tensor))
+    # On a stream of its own, so that waiting for the copy does not wait for the consumer's kernels.
+    cuda: Any = torch.cuda  # parts of it carry no types
+    consumer, copier = cuda.current_stream(device), cuda.Stream(device)
+    with cuda.stream(copier):
+        images = torch.empty(tensor.shape(), dtype=torch.uint8, device=device)
+        import_module("nvidia.dali.plugin.pytorch").feed_ndarray(tensor, images, cuda_stream=copier)
+    copier.synchronize()
+    images.record_stream(consumer)
+    return images
+
+
+def _explained(error: RuntimeError, dataset: Dataset, positions: NDArray[np.int64]) -> FeedfastError:
+    """DALI does not say which sample failed; look at each of those in flight again."""
+    if dataset.kind == "files":
+        bad = []
+        for position in np.unique(positions):
+            path, size = dataset.path(int(position)), tuple(int(v) for v in dataset.sizes[position])
+            try:
+                now = image_size(path)
+                full_check(path)
+            except Unreadable as why:
+                bad.append(f"\n  {path}: {why}")
+                continue
+            if now != size:
+                bad.append(f"\n  {path}: {now[0]}x{now[1]} pixels, {size[0]}x{size[1]} when the dataset was opened")
+        if bad:
+            return RequestError(f"{dataset.source}: {len(bad)} images cannot be decoded:{''.join(bad)}")
+    first, last = dataset.name(int(positions[0])), dataset.name(int(positions[-1]))
+    return FeedfastError(f"{dataset.source}: DALI failed between samples {first} and {last}: {error}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"device: expected cpu, cuda or cuda:i, found {device!r}") from error
+    if wanted.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = wanted.index if wanted.index is not None else (torch.cuda.current_device() if count else 0)
+    if wanted.type != "cuda" or index >= count:
+        raise RequestError(f"device: expected cpu or one of {count} CUDA devices, found {device!s}")
+    return torch.device("cuda", index)
+
+
+def _nvimgcodec_version() -> str:
+    for package in metadata.distributions():
+        name = package.metadata["Name"] or ""
+        if name.lower().replace("_", "-").startswith("nvidia-nvimgcodec-cu"):
+            return package.version
+    return "unknown"
