@@ -1,0 +1,244 @@
+"""Proof that a cache still says what its teachers would say: plan, pixels and maps, checked against a live run.
+
+Three checks of rising cost. *Plan*: the stored order, crops and flips equal those the plan gives today (no decoding).
+*Replay*: blocks of pixels are decoded again and compared with the checksum taken when the teachers saw them; a difference means
+another decoder, another version or another data set, and the message shows both sides' versions. *Teachers*: a share of the rows
+is run through the teachers again and compared with the stored codes, in units of what the codec is allowed to lose.
+
+Training runs the first two by itself; `feedfast verify` offers all three, after the checksums.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feedfast.cache.codec import crc32c, dequantise, unpack_u4
+from feedfast.cache.layout import array_specs
+from feedfast.cache.log import Problem, problem
+from feedfast.cache.reader import CacheReader
+from feedfast.cache.verify import verify_cache
+from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.data.loader import Loader
+from feedfast.data.views import ViewPlan
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.recipe import Recipe, Teacher, parse_recipe
+from feedfast.stages.common import Meter, say
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher
+from feedfast.stages.identity import decoder_info, library_versions, refuse_other_recipe
+
+MIN_COSINE = 0.999
+
+
+def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) -> None:
+    """Raise unless the stored order, crops and flips of the first ``views`` views are those of the plan.
+
+    Raises:
+        CacheDamageError: an array was changed.
+    """
+    for view in range(views):
+        order = plan.order(view, data.ids)
+        positions = np.searchsorted(data.ids, order)
+        expected = {"order": order, "crop": plan.crops(view, order, data.sizes[positions]), "flip": plan.flips(view, order)}
+        for name, want in expected.items():
+            stored = reader.read_array(f"views/{name}", view)
+            if not np.array_equal(stored, want):
+                row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])
+                detail = f"view {view}, row {row}: expected {want[row].tolist()} as the plan gives it, found {stored[row].tolist()}"
+                raise CacheDamageError(f"{reader.path}: views/{name}: {detail}", [problem(f"views/{name}", str(view), "plan", detail)])
+
+
+def pixel_checksums(reader: CacheReader, view: int) -> dict[int, str]:
+    """Block number → crc32c of its pixels, as the teachers saw them, from the log."""
+    specs = array_specs(reader.manifest)
+    out: dict[int, str] = {}
+    for teacher in reader.manifest.teachers:
+        name = f"targets/{teacher}/{LOGITS}/codes"
+        for shard, commit in reader.committed(name, view).items():
+            first = shard * specs[name].blocks_per_shard
+            out.update({first + number: crc for number, crc in enumerate(commit.pixel_crc32c)})
+    return out
+
+
+def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks: int, views: int, seed: int, threads: int | None = None) -> int:
+    """Decode ``blocks`` blocks of pixels again, spread over the views, and compare checksums. Returns how many were compared.
+
+    Decoding here is always that of the CPU or GPU the manifest names, whatever the training device is.
+
+    Raises:
+        CacheMismatchError: pixels differ; the message holds both sides' library versions.
+    """
+    if not blocks:
+        return 0
+    manifest = reader.manifest
+    rng = np.random.default_rng(seed)
+    device = "cuda" if manifest.decoder.backend == "dali-mixed" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        say(f"replay: {reader.path} was decoded on a GPU and none is here; pixels not compared")
+        return 0
+    loader = Loader(data, plan, batch_size=manifest.block_rows, device=device, threads=threads)
+    compared = 0
+    try:
+        for view in sorted(rng.choice(views, size=min(views, blocks), replace=False).tolist()):
+            sums = pixel_checksums(reader, view)
+            share = -(-blocks // min(views, blocks))
+            for block in sorted(rng.choice(sorted(sums), size=min(share, len(sums)), replace=False).tolist()) if sums else ():
+                rows = np.arange(block * manifest.block_rows, min((block + 1) * manifest.block_rows, manifest.num_rows))
+                images = np.concatenate([batch.images.cpu().numpy() for batch in loader.stream(view, rows)])
+                found = f"{crc32c(np.ascontiguousarray(images)):08x}"
+                if found != sums[block]:
+                    there = {**manifest.versions, **manifest.decoder.versions}
+                    here = {**library_versions(), **decoder_info(loader.describe()).versions}
+                    changed = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)}
+                    raise CacheMismatchError(
+                        f"{reader.path}: view {view}, rows {rows[0]}..{rows[-1]}: the pixels are not those the teachers saw "
+                        f"(expected crc32c {sums[block]}, found {found}). Versions that differ (there, here): {changed or 'none'}"
+                    )
+                compared += 1
+    finally:
+        loader.close()
+    return compared
+
+
+def recompute_teachers(reader: CacheReader, data: Dataset, plan: ViewPlan, teachers: dict[str, FrozenTeacher], percent: float, *, quiet: bool = False) -> tuple[list[Problem], dict[str, float]]:
+    """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
+
+    A map must agree with its stored codes to a cosine of at least `MIN_COSINE` (float64), for every batch. Batches are the
+    cache's own, so a teacher on batch statistics can be checked too.
+
+    Returns:
+        The problems, and the smallest cosine per array.
+    """
+    manifest = reader.manifest
+    size, total = manifest.batch_rows, -(-manifest.num_rows // manifest.batch_rows)
+    picks = max(1, round(percent / 100 * total))
+    problems: list[Problem] = []
+    smallest: dict[str, float] = {}
+    loader = Loader(data, plan, batch_size=size)
+    rng = np.random.default_rng(0)
+    with Meter("recompute", picks * size * manifest.views, quiet=quiet) as meter:
+        for view in range(manifest.views):
+            chosen = np.sort(rng.choice(total, size=picks, replace=False))
+            rows = np.concatenate([np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen])
+            for batch in loader.stream(view, rows):
+                for name, teacher in teachers.items():
+                    for tap, values in teacher(batch.images).items():
+                        array = f"targets/{name}/{tap}/codes"
+                        if tap != LOGITS and tap not in manifest.teachers[name].taps:
+                            continue
+                        cosine = _cosine(values.double(), stored_values(reader, name, tap, view, batch.rows).double(), manifest.teachers[name].taps.get(tap))
+                        smallest[array] = min(smallest.get(array, 1.0), cosine)
+                        if not cosine >= MIN_COSINE:
+                            spec = array_specs(manifest)[array]
+                            shard = spec.key(view, int(batch.rows[0]) // spec.shard_rows)
+                            problems.append(problem(array, shard, "teacher", f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed maps, expected at least {MIN_COSINE}"))
+                meter.advance(len(batch.rows))
+    loader.close()
+    return problems, smallest
+
+
+def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
+    """Decoded float32 maps [row, channel, height, width] (or [row, channel]) of a cache."""
+    codes = reader.read_rows(f"targets/{teacher}/{tap}/codes", view, rows)
+    if tap != LOGITS:
+        info = reader.manifest.teachers[teacher].taps[tap]
+        if info.codec in ("u8", "u4"):
+            offset, step = reader.scale(teacher, tap)
+            codes = dequantise(unpack_u4(codes, info.channels) if info.codec == "u4" else codes, offset, step)
+    values = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.float32))
+    return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
+
+
+def _cosine(live: torch.Tensor, stored: torch.Tensor, info: Any) -> float:
+    if info is not None and info.transform == "margin":
+        live = torch.maximum(live, torch.tensor(info.margin, dtype=live.dtype).view(1, -1, 1, 1))
+    live, stored = live.reshape(-1).cpu(), stored.reshape(-1)
+    norm = float(live.norm() * stored.norm())
+    return float(live @ stored) / norm if norm else float(torch.equal(live, stored))
+
+
+def recipe_of(reader: CacheReader) -> Recipe:
+    """The recipe a cache can be audited with by itself: its data where they were, its teachers without weights.
+
+    Raises:
+        RequestError: the manifest does not say where the data were.
+    """
+    manifest = reader.manifest
+    try:
+        source = json.loads(manifest.dataset.source)
+        train, limit = [str(path) for path in source["train"]], int(source["limit"])
+    except (ValueError, KeyError, TypeError):
+        raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
+    plan = manifest.plan
+    data = {"train": train, "limit": limit, "size": plan.size, "augment": plan.augment, "flip": plan.flip}
+    return parse_recipe({"seed": plan.seed, "data": data, "cache": {"path": str(reader.path), "views": manifest.views}}, where=str(reader.path))
+
+
+def plan_of(reader: CacheReader) -> ViewPlan:
+    """The view plan a manifest describes."""
+    plan = reader.manifest.plan
+    return ViewPlan(seed=plan.seed, size=plan.size, augment=plan.augment, flip=plan.flip, pad=-1 if plan.pad is None else plan.pad, scale=plan.scale, ratio=plan.ratio)  # type: ignore[arg-type]
+
+
+def run_verify(cache: str, *, full: bool = False, replay: int = 0, teachers_percent: float = 0.0, recipe: Recipe | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Check a cache.
+
+    Args:
+        cache: its folder.
+        full: read every byte and check every checksum.
+        replay: blocks of pixels to decode again.
+        teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files, unless
+            the teachers are pretrained ones.
+        recipe: where data and weights are; the manifest's own paths without it.
+        quiet: no progress.
+
+    Returns:
+        The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``, ``replayed``,
+        ``cosine`` (per array, smallest).
+    """
+    if not Path(cache).is_dir():
+        raise RequestError(f"cache: expected a folder, found nothing at {cache}")
+    try:
+        problems = list(verify_cache(cache, full=full))
+        reader = CacheReader(cache)
+    except CacheDamageError as error:
+        return {"ok": False, "problems": error.problems or [problem("", "", "cache", str(error))], "objects": 0, "bytes": 0, "replayed": 0, "cosine": {}}
+    replayed, cosine = 0, {}
+    if (replay or teachers_percent) and not problems:
+        recipe = recipe or recipe_of(reader)
+        data = open_dataset(recipe.data.train, limit=recipe.data.limit)
+        plan = plan_of(reader)
+        try:
+            refuse_other_recipe(reader, recipe.model_copy(update={"teachers": ()}), data, plan)
+            check_views(reader, data, plan, reader.manifest.views)
+            replayed = replay_pixels(reader, data, plan, blocks=replay, views=reader.manifest.views, seed=0)
+        except CacheDamageError as error:
+            problems += error.problems
+        except CacheMismatchError as error:
+            problems.append(problem("", "", "pixels", str(error)))
+        if teachers_percent and not problems:
+            loaded = _teachers(reader, recipe)
+            found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent, quiet=quiet)
+            problems += found
+    commits = reader.log.commits.values()
+    for entry in problems:
+        say(f"{entry['kind']}: {entry['array']} {entry['shard']}: {entry['detail']}")
+    return {"ok": not problems, "problems": problems, "objects": len(commits), "bytes": sum(commit.bytes for commit in commits), "replayed": replayed, "cosine": cosine}
+
+
+def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
+    """The cache's teachers with exactly the stored taps."""
+    files = {spec.name: spec.weights for spec in recipe.teachers}
+    out = {}
+    for name, info in reader.manifest.teachers.items():
+        taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in info.taps.values())
+        spec = Teacher(name=name, model=info.model, weights=files.get(name, ""), classes=info.num_classes, bn=info.bn, precision=info.precision, taps=taps, mean=info.mean, std=info.std)
+        teacher = FrozenTeacher(spec, recipe, info.num_classes, torch.device("cpu"))
+        if teacher.weights_sha256 != info.weights_sha256:
+            raise CacheMismatchError(f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… in {files.get(name) or 'the pretrained weights'}; give --recipe with the right files")
+        out[name] = teacher
+    return out

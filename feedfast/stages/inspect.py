@@ -1,0 +1,133 @@
+"""`feedfast inspect` and `feedfast taps`: what a cache holds, and what a model could give.
+
+Both print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the maps: a few
+images as the teachers saw them, and for every tap the mean over channels of the decoded map.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feedfast.cache.reader import CacheReader
+from feedfast.data.dataset import open_dataset
+from feedfast.data.loader import Loader
+from feedfast.errors import FeedfastError
+from feedfast.models.build import build_model
+from feedfast.models.taps import describe_taps
+from feedfast.report.compare import print_table
+from feedfast.report.run import figure_html, page, table_html
+from feedfast.stages.audit import plan_of, recipe_of, stored_values
+from feedfast.stages.common import mebibytes, say
+
+SHOWN = 6
+
+
+def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
+    """Describe a cache.
+
+    Returns:
+        The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets`` (array →
+        codec, shape, bytes a sample, compression, measured errors), ``manifest``, ``report`` (with ``out``).
+    """
+    reader = CacheReader(cache)
+    manifest = reader.manifest
+    rows: list[dict[str, Any]] = []
+    targets: dict[str, dict[str, Any]] = {}
+    for array, spec in reader.specs.items():
+        if not spec.sharded:
+            continue
+        commits = [commit for view in range(spec.num_views) for commit in reader.committed(array, view).values()]
+        stored = sum(commit.bytes for commit in commits)
+        count = sum(commit.rows[1] - commit.rows[0] for commit in commits)
+        _, *names = array.split("/")
+        info = manifest.teachers[names[0]].taps.get(names[1]) if len(names) == 3 else None
+        entry: dict[str, Any] = {
+            "dtype": str(spec.dtype),
+            "row_shape": list(spec.row_shape),
+            "codec": info.codec if info else None,
+            "transform": info.transform if info else None,
+            "compression": spec.compression,
+            "rows": count,
+            "bytes": stored,
+            "bytes_per_sample": stored / count if count else None,
+            "ratio": count * spec.row_bytes / stored if stored else None,
+            **(info.error if info else {}),
+        }
+        targets[array] = entry
+        rows.append({
+            "array": array.removesuffix("/codes"), "row": "x".join(map(str, spec.row_shape)), "codec": entry["codec"] or entry["dtype"],
+            "rows": count, "size": mebibytes(stored), "a sample": mebibytes(entry["bytes_per_sample"] or 0), "ratio": entry["ratio"],
+            "rel. RMS error": entry.get("relative_rms_error"), "signs flipped": entry.get("mask_flip_rate"),
+        })  # fmt: skip
+    print_table(f"{cache}: {manifest.num_rows:,} rows, {manifest.views} views", rows)
+    document = {
+        "path": cache,
+        "rows": manifest.num_rows,
+        "views": manifest.views,
+        "bytes": sum(commit.bytes for commit in reader.log.commits.values()),
+        "digest": reader.digest(),
+        "complete": not reader.missing(),
+        "targets": targets,
+        "manifest": manifest.to_attrs()["feedfast"],
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        body = table_html(rows) + _pictures(reader) + "<h2>Manifest</h2><pre>" + html.escape(json.dumps(document["manifest"], indent=2)[:200_000]) + "</pre>"
+        report = out / "inspect.html"
+        report.write_text(page(f"Cache {cache}", body))
+        document["report"] = str(report)
+    return document
+
+
+def _pictures(reader: CacheReader) -> str:
+    """The first rows of view 0: the image, then the channel mean of every stored map."""
+    from matplotlib.figure import Figure
+
+    complete = [array for array, spec in reader.specs.items() if spec.sharded and array.startswith("targets/") and not reader.missing([array], [0])]
+    maps = []
+    rows = np.arange(min(SHOWN, reader.manifest.num_rows))
+    for array in complete:
+        _, teacher, tap, _ = array.split("/")
+        values = stored_values(reader, teacher, tap, 0, rows)
+        if values.dim() == 4:
+            maps.append((f"{teacher}/{tap}", values.mean(1).numpy()))
+    images: np.ndarray | None = None
+    try:
+        recipe = recipe_of(reader)
+        loader = Loader(open_dataset(recipe.data.train, limit=recipe.data.limit), plan_of(reader), batch_size=len(rows))
+        images = next(iter(loader.stream(0, rows))).images.numpy()
+        loader.close()
+    except FeedfastError as error:
+        say(f"inspect: images not shown: {error}")
+    columns = ([("image", images)] if images is not None else []) + maps
+    if not columns:
+        return ""
+    figure = Figure(figsize=(1.6 * len(columns), 1.6 * len(rows)))
+    axes = np.atleast_2d(figure.subplots(len(rows), len(columns), squeeze=False))
+    for column, (name, pictures) in enumerate(columns):
+        for row in range(len(rows)):
+            axes[row][column].imshow(pictures[row], cmap=None if name == "image" else "viridis")
+            axes[row][column].set_axis_off()
+        axes[0][column].set_title(name, fontsize=8)
+    figure.tight_layout()
+    return "<h2>Maps (mean over channels), first rows of view 0</h2>" + figure_html(figure)
+
+
+def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
+    """Describe the tappable places of a model with random weights.
+
+    Returns:
+        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry a place: path, kind, shape, values, position,
+        hazards, suggestion).
+    """
+    network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
+    rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
+    print_table(f"{model} at {size} px", [{key: ", ".join(value) if isinstance(value, (list, tuple)) and key == "hazards" else "x".join(map(str, value)) if isinstance(value, (list, tuple)) else value for key, value in row.items()} for row in rows])
+    return {"model": model, "size": size, "taps": rows}

@@ -1,0 +1,355 @@
+"""The offline stage: every teacher once over every view, maps encoded and written as they come.
+
+    rows of a view ──► DALI pixels ──► teachers ──► codes ──► shards (durable) ──► log
+
+Only what is missing is computed. The commit log says which shards exist; a batch is run by a teacher only if it touches a shard
+that teacher still lacks. So the same command starts a cache, finishes it after a kill, and adds a teacher, a tap or a view.
+Batches are cut at fixed rows of a view (multiples of ``cache.batch``), never at the place where a job happens to resume: a
+convolution's last bits may depend on its batch, and the bytes of a resumed cache must equal those of an uninterrupted one.
+
+Memory is one shard buffer a stored array plus what the writer has in flight, whatever the size of the cache. A checksum of the
+pixels each block of rows was computed from goes into the log, so that training can prove it sees the same pixels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feedfast.cache.codec import crc32c
+from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
+from feedfast.cache.log import COMMITS, cache_digest, read_log
+from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
+from feedfast.cache.store import ROOT, read_manifest
+from feedfast.cache.writer import CacheWriter, open_for_writing, refuse_foreign
+from feedfast.data.dataset import Dataset
+from feedfast.data.loader import Loader
+from feedfast.data.views import ViewPlan
+from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
+from feedfast.recipe import Recipe
+from feedfast.stages.common import Meter, mebibytes, open_train, pick_device, ranks, say, view_plan
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
+from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
+from feedfast.stages.pilot import Fitted, held_out_rows, run_pilot, store
+
+PIXELS = "pixels/codes"
+
+
+def run_cache(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
+    """Write (or finish, or extend) the recipe's cache.
+
+    Returns:
+        The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes``, ``bytes_per_sample`` (of one view),
+        ``images_per_second``, ``seconds``, ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the
+        saturated fraction), ``path``.
+
+    Raises:
+        RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
+        FeedfastError: a teacher's map is not finite, or the disk is full.
+    """
+    if not recipe.cache.path:
+        raise RequestError("cache.path: required, found nothing")
+    if not recipe.cache.views:
+        raise RequestError("cache.views: expected at least 1 to cache, found 0")
+    if not recipe.teachers:
+        raise RequestError("teachers: expected at least one [[teachers]], found none")
+    return OfflineRun(recipe, quiet).run()
+
+
+class OfflineRun:
+    """One caching job; building it opens data, plan and teachers, so that every mistake shows before hours are spent."""
+
+    def __init__(self, recipe: Recipe, quiet: bool = False) -> None:
+        me = ranks()
+        self.recipe, self.quiet, self.path = recipe, quiet, Path(recipe.cache.path)
+        index, parts = (me.rank, me.world) if me.world > 1 else (int(text) for text in recipe.cache.part.split("/"))
+        self.part = (index, parts)
+        self.device = pick_device(recipe.train.device, me.local)
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        self.data: Dataset = open_train(recipe)
+        self.plan: ViewPlan = view_plan(recipe)
+        self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
+        self.loader = Loader(self.data, self.plan, batch_size=recipe.cache.batch, device=str(self.device), threads=recipe.data.threads or None)
+        self.scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """See `run_cache`."""
+        started = time.perf_counter()
+        refuse_foreign(self.path)
+        with _one_at_a_time(self.path):
+            manifest = self._prepare()
+        with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
+            work = _Work(manifest, writer)
+            total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
+            if not self.quiet:
+                resumed = manifest.num_rows * manifest.views - total
+                say(f"cache: {len(self.teachers)} teachers, {manifest.views} views of {manifest.num_rows:,} images → {self.path}" + (f", {resumed:,} rows already there" if resumed else ""))
+            computing = time.perf_counter()
+            with Meter("cache", total, quiet=self.quiet) as meter:
+                for view, rows in work.batches(self.recipe.cache.batch):
+                    self._view(manifest, writer, work, view, rows, meter)
+                writer.close()  # waits until everything is durable
+        self.loader.close()
+        now = time.perf_counter()
+        return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
+
+    def _prepare(self) -> Manifest:
+        """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
+        held = read_manifest(self.path) if (self.path / ROOT).exists() else None
+        bare = self._manifest(held, {})
+        if held is not None:
+            refuse_differences(self.path, bare, held)
+        fitted = self._fit(held, bare.block_rows)
+        manifest = open_for_writing(self.path, self._manifest(held, fitted))
+        with CacheWriter(self.path, manifest, part=self.part, workers=1) as writer:
+            for name, array in array_specs(manifest).items():
+                if not array.sharded and writer.missing(name):
+                    writer.put(name, self._small(name, array, fitted))
+            for name, teacher in manifest.teachers.items():
+                for tap, info in teacher.taps.items():
+                    scale = writer.stored(f"targets/{name}/{tap}/scale") if info.codec in ("u8", "u4") else None
+                    if scale is not None:
+                        offset, step = torch.from_numpy(scale.copy()).to(self.device)
+                        self.scales[name, tap] = offset, step
+        return manifest
+
+    def _manifest(self, held: Manifest | None, fitted: dict[tuple[str, str], Fitted]) -> Manifest:
+        """The manifest this recipe asks for; taps are those of ``fitted`` and those already held."""
+        recipe = self.recipe
+        teachers = {}
+        for name, teacher in self.teachers.items():
+            known = held.teachers[name].taps if held is not None and name in held.teachers else {}
+            taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
+            taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
+            teachers[name] = TeacherInfo(
+                name=name, model=teacher.spec.model, weights_sha256=teacher.weights_sha256, bn=teacher.spec.bn, precision=teacher.spec.precision,
+                mean=teacher.mean, std=teacher.std, num_classes=teacher.shapes[LOGITS][0], taps=taps,
+                # Logits are float16, except beside float32 maps: a cache made for exact comparison must be exact throughout.
+                logits_codec="f32" if recipe.cache.codec == "f32" else "f16",
+            )  # fmt: skip
+        row_bytes = max(_row_bytes(teacher, recipe.cache.codec) for teacher in self.teachers.values())
+        return Manifest(
+            dataset=dataset_info(recipe, self.data), plan=plan_info(self.plan), decoder=decoder_info(self.loader.describe()), images=recipe.cache.images,
+            num_rows=len(self.data), views=recipe.cache.views, block_rows=held.block_rows if held else auto_block_rows(row_bytes),
+            shard_bytes=held.shard_bytes if held else int(recipe.cache.shard_mb * 2**20), batch_rows=recipe.cache.batch, teachers=teachers,
+            versions=library_versions(), created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+
+    def _fit(self, held: Manifest | None, block_rows: int) -> dict[tuple[str, str], Fitted]:
+        """Pilot for the taps the cache does not have yet, and for those whose scale a kill kept from being written."""
+        durable = {commit.array for commit in read_log(self.path).commits.values()}
+        wanted: dict[str, list[str]] = {}
+        for name, teacher in self.teachers.items():
+            known = held.teachers[name].taps if held is not None and name in held.teachers else {}
+            for tap, request in teacher.requests.items():
+                if tap in known:
+                    self._refuse_other_tap(name, tap, request.margin, known[tap])
+                if tap not in known or f"targets/{name}/{tap}/scale" not in durable:
+                    wanted.setdefault(name, []).append(tap)
+        if not wanted:
+            return {}
+        batch = self.recipe.cache.batch
+        fit, held_out = held_out_rows(len(self.data), self.recipe.cache.pilot, batch)
+        rows = np.arange(fit.start * batch, min(max(fit.stop, held_out.stop) * batch, len(self.data)))
+        pilot = [item.images.cpu().clone() for item in self.loader.stream(0, rows)]
+        groups = [pilot[number] for number in fit], [pilot[number] for number in held_out]
+        out: dict[tuple[str, str], Fitted] = {}
+        for name, taps in wanted.items():
+            for tap, entry in run_pilot(self.teachers[name], taps, *groups, self.recipe.cache.codec, block_rows).items():
+                out[name, tap] = entry
+                if not self.quiet:
+                    error = entry.info.error
+                    flips = f", {error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in error else ""
+                    say(f"pilot: {name}/{tap} {list(entry.info.shape)} {entry.info.codec}, {entry.info.compression}: relative RMS error {error['relative_rms_error']:.2%}{flips}")
+        return out
+
+    def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
+        request = self.teachers[name].requests[tap].tap
+        asked = {"path": request.path, "position": request.position, "transform": "margin" if margin else "none", "codec": self.recipe.cache.codec, "shape": self.teachers[name].shapes[tap]}
+        for key, value in asked.items():
+            found = getattr(known, key)
+            if value != found:
+                raise CacheMismatchError(f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, found {found!r}; choose another tap name or cache.path")
+
+    def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
+        """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""
+        if name == "labels":
+            labels = np.full(spec.shape, -1, np.int32)
+            labels[self.data.ids] = self.data.labels
+            return labels
+        if name.startswith("targets/"):
+            _, teacher, tap, _ = name.split("/")
+            scale = fitted[teacher, tap].scale
+            return scale if scale is not None else np.stack([np.zeros(spec.shape[1], np.float32), np.ones(spec.shape[1], np.float32)])
+        columns = []
+        for view in range(spec.views):
+            order = self.plan.order(view, self.data.ids)
+            if name == "views/order":
+                columns.append(order)
+                continue
+            positions = np.searchsorted(self.data.ids, order)
+            columns.append(self.plan.flips(view, order) if name == "views/flip" else self.plan.crops(view, order, self.data.sizes[positions]))
+        return np.stack(columns)
+
+    def _view(self, manifest: Manifest, writer: CacheWriter, work: _Work, view: int, rows: np.ndarray, meter: Meter) -> None:
+        """Run the batches of one view."""
+        pixels = _PixelChecksums(manifest.block_rows, manifest.num_rows)
+        for batch in self.loader.stream(view, rows):
+            start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
+            sums = pixels.add(start, batch.images.cpu().numpy())
+            if manifest.images == "stored":
+                work.append(PIXELS, view, start, batch.images.cpu().numpy(), 0, None)
+            for name, teacher in self.teachers.items():
+                arrays = {tap: f"targets/{name}/{tap}/codes" for tap in teacher.shapes}
+                if not any(work.lacks(array, view, start, stop) for array in arrays.values()):
+                    continue
+                maps = teacher(batch.images)
+                for tap, array in arrays.items():
+                    if work.lacks(array, view, start, stop):
+                        self._store(manifest.teachers[name], tap, array, maps[tap], work, (view, start), sums if tap == LOGITS else None)
+            meter.advance(len(batch.rows), f"{mebibytes(writer.bytes_written)} written")
+
+    def _store(self, teacher: TeacherInfo, tap: str, array: str, values: Tensor, work: _Work, place: tuple[int, int], sums: dict[int, str] | None) -> None:
+        margin, codec = None, teacher.logits_codec if tap == LOGITS else "f32"
+        offset = step = torch.empty(0)
+        if tap != LOGITS:
+            info = teacher.taps[tap]
+            codec = info.codec
+            offset, step = self.scales.get((teacher.name, tap), (offset, step))
+            if info.transform == "margin" and info.margin is not None:
+                margin = torch.tensor(info.margin, device=values.device)
+        try:
+            codes, saturated = store(values, codec, offset, step, margin)
+        except ValueError as error:
+            raise FeedfastError(f"teacher {teacher.name!r}, tap {tap!r}, view {place[0]}, rows from {place[1]}: {error}") from error
+        work.append(array, *place, codes, int(saturated), sums)
+
+    def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
+        log = read_log(self.path)
+        specs = array_specs(manifest)
+        total = sum(commit.bytes for commit in log.commits.values())
+        taps: dict[str, Any] = {}
+        for name, teacher in manifest.teachers.items():
+            for tap, info in teacher.taps.items():
+                array = f"targets/{name}/{tap}/codes"
+                commits = log.of(array)
+                values = sum(commit.rows[1] - commit.rows[0] for commit in commits) * int(np.prod(info.shape))
+                stored = sum(commit.bytes for commit in commits)
+                rows_stored = sum(commit.rows[1] - commit.rows[0] for commit in commits)
+                taps[f"{name}/{tap}"] = {
+                    "codec": info.codec, "compression": info.compression, "shape": list(info.shape), "transform": info.transform, **info.error,
+                    "saturated_fraction": sum(commit.saturated for commit in commits) / max(values, 1),
+                    "bytes_per_sample": stored / max(rows_stored, 1),
+                }  # fmt: skip
+        complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
+        return {
+            "rows_written": rows,
+            "rows_resumed": manifest.num_rows * manifest.views - rows,
+            "bytes": total,
+            "bytes_written": written,
+            "bytes_per_sample": total / (manifest.num_rows * manifest.views),
+            "images_per_second": rows / computing if rows else None,
+            "seconds": seconds,
+            "digest": cache_digest(self.path),
+            "complete": complete,
+            "taps": taps,
+            "path": str(self.path),
+        }
+
+
+class _Work:
+    """What a job still has to write: the missing shards of this part, as rows."""
+
+    def __init__(self, manifest: Manifest, writer: CacheWriter) -> None:
+        self.manifest, self.writer = manifest, writer
+        self.specs = {name: spec for name, spec in array_specs(manifest).items() if spec.sharded}
+        unit = unit_rows(self.specs)
+        units = -(-manifest.num_rows // unit)
+        index, parts = writer.part
+        self.missing = {
+            name: {(view, shard) for view, shard in writer.missing(name) if (view * units + spec.shard_span(shard)[0] // unit) % parts == index}
+            for name, spec in self.specs.items()
+        }
+
+    def batches(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(view, rows) with whole batches, cut at multiples of ``size``, that touch a missing shard."""
+        count = self.manifest.num_rows
+        for view in range(self.manifest.views):
+            needed = np.zeros(-(-count // size), dtype=bool)
+            for name, spec in self.specs.items():
+                for owner, shard in self.missing[name]:
+                    if owner == view:
+                        start, stop = spec.shard_span(shard)
+                        needed[start // size : -(-stop // size)] = True
+            if needed.any():
+                yield view, np.flatnonzero(np.repeat(needed, size)[:count])
+
+    def lacks(self, array: str, view: int, start: int, stop: int) -> bool:
+        """Whether rows [start, stop) touch a missing shard of ``array``."""
+        return any(True for _ in self._spans(array, view, start, stop))
+
+    def append(self, array: str, view: int, start: int, rows: np.ndarray, saturated: int, sums: dict[int, str] | None) -> None:
+        """Hand over what belongs to missing shards of ``array``; the saturated count goes with the first piece."""
+        blocks_per_shard = self.specs[array].blocks_per_shard
+        for shard, first, last in self._spans(array, view, start, start + len(rows)):
+            ours = None if sums is None else [crc for block, crc in sums.items() if block // blocks_per_shard == shard]
+            self.writer.append(array, view, first, rows[first - start : last - start], saturated=saturated, pixel_crc32c=ours)
+            saturated = 0
+
+    def _spans(self, array: str, view: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        spec = self.specs[array]
+        for shard in range(start // spec.shard_rows, (stop - 1) // spec.shard_rows + 1):
+            if (view, shard) in self.missing[array]:
+                low, high = spec.shard_span(shard)
+                yield shard, max(low, start), min(high, stop)
+
+
+class _PixelChecksums:
+    """crc32c of every block of rows, over the decoded pixels, as batches of any size come by."""
+
+    def __init__(self, block_rows: int, num_rows: int) -> None:
+        self.block_rows, self.num_rows = block_rows, num_rows
+        self._next, self._crc, self._whole = -1, 0, False
+
+    def add(self, start: int, images: np.ndarray) -> dict[int, str]:
+        """Block → checksum for the blocks that end inside these rows (if all their rows were seen)."""
+        done: dict[int, str] = {}
+        if start != self._next:
+            self._whole = False
+        row, stop = start, start + len(images)
+        while row < stop:
+            if row % self.block_rows == 0:
+                self._crc, self._whole = 0, True
+            end = min((row // self.block_rows + 1) * self.block_rows, self.num_rows)
+            upto = min(end, stop)
+            self._crc = crc32c(np.ascontiguousarray(images[row - start : upto - start]), self._crc)
+            if upto == end and self._whole:
+                done[row // self.block_rows] = f"{self._crc:08x}"
+            row = upto
+        self._next = stop
+        return done
+
+
+def _row_bytes(teacher: FrozenTeacher, codec: str) -> int:
+    """Bytes of the teacher's widest stored row."""
+    width = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}[codec]
+    return int(max(width * np.prod(shape) for shape in teacher.shapes.values()))
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Serialise the preparation of jobs that start together on one cache: the first fits, the others find it done."""
+    (path / COMMITS).mkdir(parents=True, exist_ok=True)
+    with open(path / COMMITS / ".lock-prepare", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,127 @@
+"""The pilot: a few batches of real maps on which a tap's codec is fitted, measured and given its compression.
+
+The first ``cache.pilot`` rows of view 0 fit the range; the next quarter as many, which the fit has not seen, measure what it
+costs: relative RMS error, cosine, saturation, and for pre-activation maps how often the sign flips. Batches are cut exactly as
+the caching pass will cut them, so a teacher on batch statistics shows the values it will have.
+
+Spatial positions are thinned evenly (a map of 56x56 has far more positions than a range needs): at most 2^16 values a channel
+and 2^24 values a tap are kept, so memory does not grow with the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feedfast.cache.codec import choose_compression, fit_affine, measure
+from feedfast.cache.schema import CodecName, TapInfo
+from feedfast.errors import FeedfastError
+from feedfast.stages.ensemble import FrozenTeacher
+from feedfast_kernels import encode
+
+CHANNEL_VALUES = 1 << 16
+TAP_VALUES = 1 << 24
+
+
+@dataclass
+class Fitted:
+    """A tap ready to be stored: its manifest entry, and offset and step [2, channel] (None for float codecs)."""
+
+    info: TapInfo
+    scale: np.ndarray | None
+
+
+@dataclass
+class _Sample:
+    fit: list[np.ndarray] = field(default_factory=list)
+    held_out: list[np.ndarray] = field(default_factory=list)
+    first: Tensor | None = None
+
+
+def run_pilot(teacher: FrozenTeacher, names: Iterable[str], batches: list[Tensor], held_out: list[Tensor], codec: CodecName, block_rows: int) -> dict[str, Fitted]:
+    """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
+
+    Raises:
+        FeedfastError: a map of the pilot is not finite.
+    """
+    samples: dict[str, _Sample] = {name: _Sample() for name in names}
+    if not samples:
+        return {}
+    teacher.fit_margins(batches)
+    for kind, group in (("fit", batches), ("held_out", held_out)):
+        for images in group:
+            maps = teacher(images)
+            for name, sample in samples.items():
+                values = maps[name].cpu()
+                if not torch.isfinite(values).all():
+                    raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; are the weights and the normalisation right?")
+                getattr(sample, kind).append(_thin(values, len(group)))
+                if sample.first is None:
+                    sample.first = values[:block_rows]
+    return {name: _fit(teacher, name, sample, codec) for name, sample in samples.items()}
+
+
+def _thin(values: Tensor, batches: int) -> np.ndarray:
+    """[batch, channel, ...] → [n, channel], evenly thinned to this batch's share of the limits."""
+    flat = values.movedim(1, -1).reshape(-1, values.shape[1])
+    share = max(1, min(CHANNEL_VALUES, TAP_VALUES // values.shape[1]) // batches)
+    keep = np.linspace(0, len(flat) - 1, min(share, len(flat))).astype(np.int64)
+    return np.ascontiguousarray(flat[torch.from_numpy(keep)].numpy())
+
+
+def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -> Fitted:
+    request = teacher.requests[name]
+    margin = teacher.margins.get(name)
+    clip = margin.numpy() if request.margin and margin is not None else None
+    if request.margin and clip is None:
+        raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: +margin needs a pre-activation tap, found position {request.tap.position!r}")
+    values = np.concatenate(sample.fit)
+    offset, step = fit_affine(values if clip is None else np.maximum(values, clip), codec)
+    error = measure(np.concatenate(sample.held_out or sample.fit), offset, step, codec, clip, pre_activation=request.tap.position == "pre")
+    assert sample.first is not None
+    block = store(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), None if clip is None else torch.from_numpy(clip))[0]
+    info = TapInfo(
+        name=name,
+        path=request.tap.path,
+        position=request.tap.position,
+        shape=teacher.shapes[name],
+        transform="margin" if request.margin else "none",
+        margin=None if margin is None else tuple(margin.tolist()),
+        codec=codec,
+        compression=choose_compression([np.ascontiguousarray(block)]),
+        fit={"values_per_channel": len(values), "pilot": "first rows of view 0"},
+        error=error,
+    )
+    return Fitted(info, np.stack([offset, step]) if codec in ("u8", "u4") else None)
+
+
+def store(values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tensor | None) -> tuple[np.ndarray, Tensor]:
+    """A float map [batch, channel, height, width] or [batch, channel] as the array rows that are stored, and the saturated count.
+
+    Raises:
+        ValueError: a value is not finite (on the CPU; see `feedfast_kernels.encode`).
+    """
+    if codec in ("u8", "u4"):
+        codes, saturated = encode(values, offset, step, codec=codec, margin_C=margin)
+        return codes.cpu().numpy(), saturated
+    if margin is not None:
+        values = torch.maximum(values, margin.to(values.device).view(1, -1, *[1] * (values.dim() - 2)))
+    last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
+    if not torch.isfinite(last.sum()) and not torch.isfinite(last).all():
+        raise ValueError("expected finite values, got NaN or infinity")
+    dtype = torch.float32 if codec == "f32" else torch.float16
+    return last.to(dtype).cpu().numpy(), torch.zeros((), dtype=torch.int64)
+
+
+def held_out_rows(count: int, pilot: int, batch: int) -> tuple[range, range]:
+    """Batch numbers of the pilot and of its held-out part: whole batches, at least one; the last ones serve twice in tiny data."""
+    total = -(-count // batch)
+    fit = min(total, max(1, -(-pilot // batch)))
+    held = min(total - fit, max(1, -(-fit // 4)))
+    return range(fit), range(fit, fit + held) if held else range(fit - 1, fit)
+
+

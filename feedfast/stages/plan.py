@@ -1,0 +1,133 @@
+"""`feedfast plan`: what a caching job will cost, before it costs it.
+
+The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels through the
+real teachers, maps encoded and compressed as they will be, a student step beside them. Estimates are labelled by how they were
+made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one batch of real codes reached.
+
+Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every epoch, a
+cached one paid it once a view.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feedfast.cache.codec import compress_block, fit_affine
+from feedfast.cache.log import COMMITS, read_log
+from feedfast.cache.schema import auto_block_rows
+from feedfast.data.loader import Loader
+from feedfast.errors import RequestError
+from feedfast.models.build import build_model
+from feedfast.recipe import Recipe
+from feedfast.report.compare import print_table
+from feedfast.stages.common import mebibytes, open_train, pick_device, view_plan
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalise, load_teachers
+from feedfast.stages.pilot import store
+
+WIDTH = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}
+
+
+def run_plan(recipe: Recipe) -> dict[str, Any]:
+    """Estimate the recipe's cache.
+
+    Returns:
+        The JSON of `feedfast plan`: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view), ``targets`` (per teacher/tap
+        the same), ``bytes_present``, ``free_bytes``, ``fits``, ``seconds``, ``images_per_second``, ``teachers_ms`` and
+        ``student_ms`` (one batch, forward, and forward with backward), ``break_even_epochs``.
+
+    Raises:
+        RequestError: the recipe cannot be run.
+    """
+    if not recipe.teachers or not recipe.cache.path or not recipe.cache.views:
+        raise RequestError("plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing")
+    device = pick_device(recipe.train.device)
+    data = open_train(recipe)
+    teachers = load_teachers(recipe, len(data.classes), device)
+    loader = Loader(data, view_plan(recipe), batch_size=recipe.cache.batch, device=str(device), threads=recipe.data.threads or None)
+    images = next(iter(loader.stream(0, np.arange(min(len(data), recipe.cache.batch))))).images
+    loader.close()
+    rows = len(data) * recipe.cache.views
+    targets: dict[str, dict[str, Any]] = {}
+    for name, teacher in teachers.items():
+        teacher.fit_margins([images])
+        block = auto_block_rows(int(max(WIDTH[recipe.cache.codec] * np.prod(shape) for shape in teacher.shapes.values())))
+        for tap, values in teacher(images).items():
+            raw, ratio = _cost(teacher, tap, values, recipe.cache.codec, block)
+            targets[f"{name}/{tap}"] = {"shape": list(teacher.shapes[tap]), "raw_bytes": raw * rows, "bytes": int(raw * rows / ratio), "bytes_per_sample": raw / ratio, "compression": ratio}
+    if recipe.cache.images == "stored":
+        pixels = recipe.data.size**2 * 3
+        targets["pixels"] = {"shape": [3, recipe.data.size, recipe.data.size], "raw_bytes": pixels * rows, "bytes": pixels * rows, "bytes_per_sample": pixels, "compression": 1.0}
+    teachers_ms = _median_ms(lambda: [teacher(images) for teacher in teachers.values()])
+    student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
+    path = Path(recipe.cache.path)
+    present = sum(commit.bytes for commit in read_log(path).commits.values()) if (path / COMMITS).is_dir() else 0
+    total = sum(entry["bytes"] for entry in targets.values())
+    free = shutil.disk_usage(next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())).free
+    batches = rows / len(images)
+    seconds = teachers_ms * batches / 1e3
+    epoch_batches = len(data) / len(images)
+    print_table(
+        f"plan: {len(data):,} images, {recipe.cache.views} views, {recipe.cache.codec}",
+        [{"target": name, "shape": "x".join(map(str, entry["shape"])), "a sample": mebibytes(entry["bytes_per_sample"]), "a view": mebibytes(entry["bytes"] / recipe.cache.views), "in all": mebibytes(entry["bytes"])} for name, entry in targets.items()],
+    )
+    return {
+        "bytes": total,
+        "raw_bytes": sum(entry["raw_bytes"] for entry in targets.values()),
+        "bytes_per_sample": total / rows,
+        "targets": targets,
+        "bytes_present": present,
+        "free_bytes": free,
+        "fits": max(total - present, 0) * 1.02 < free,
+        "seconds": seconds,
+        "images_per_second": len(images) / teachers_ms * 1e3,
+        "teachers_ms": teachers_ms,
+        "student_ms": student_ms,
+        "live_over_cached": (teachers_ms + student_ms) / student_ms,
+        "break_even_epochs": seconds * 1e3 / (teachers_ms * epoch_batches),
+    }
+
+
+def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: str, block_rows: int) -> tuple[float, float]:
+    """Raw bytes a row, and the compression that a block of real codes reaches (1 where zstd would not be used)."""
+    if tap == LOGITS:
+        return float(np.prod(teacher.shapes[tap])) * (4 if codec == "f32" else 2), 1.0
+    values = values.cpu()
+    margin = teacher.margins.get(tap) if teacher.requests[tap].margin else None
+    flat = values.movedim(1, -1).reshape(-1, values.shape[1])
+    thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
+    offset, step = fit_affine(thin if margin is None else np.maximum(thin, margin.numpy()), codec)  # type: ignore[arg-type]
+    codes, _ = store(values[:block_rows], codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
+    ratio = codes.nbytes / len(compress_block(np.ascontiguousarray(codes), "zstd"))
+    return codes.nbytes / len(codes), ratio if ratio >= 1.15 else 1.0
+
+
+def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device) -> float:
+    """Forward and backward of the plain student on one batch."""
+    memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0).to(device=device, memory_format=memory)  # type: ignore[call-overload]
+    normalise = Normalise(*recipe.data.normalisation).to(device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            student(normalise(images)).float().logsumexp(1).sum().backward()
+
+    return _median_ms(step)
+
+
+def _median_ms(work: Callable[[], object], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return float(np.median(times[1:]))
