@@ -10,6 +10,9 @@ next writer cuts it off. Anything unreadable before the last line is ``log-damag
 An object that has gone missing or short is computed again and logged with a higher ``attempt``, which replaces the
 older line. Two different lines of the same attempt are ``log-duplicate``; two equal ones are harmless.
 
+Data followed by their own crc32c always have the same crc32c, so the object's is one constant for all objects of raw
+blocks and one shape. It finds every change within an object; only the sha256 tells two objects apart.
+
 The digest of a cache is taken over the lines in canonical order and depends on neither the writers nor the history.
 This module only reads; `feedfast.cache.writer` appends.
 """
