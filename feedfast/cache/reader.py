@@ -1,0 +1,334 @@
+"""An open cache: what is in it, small arrays whole, any rows of a view, and streams of batches.
+
+Opening reads two things and trusts neither: the manifest (bounds checked before anything is allocated) and the commit
+log, every line of which must name an object of this manifest and carry the digest of what that array depends on.
+A manifest from another recipe or other weights under the same name therefore end here. Before anything is streamed, all
+files it will need are looked up and their lengths compared with the log, so that a gap is known before the first step
+and not in the middle of a night; checksums follow while reading (`feedfast.cache.shards`).
+
+Arrays go by the names of the format, ``targets/TEACHER/TAP/codes``. Values are stored codes, channels last; `scale`
+gives what turns them into values. This module never writes and knows neither models nor images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from feedfast.cache.layout import ArraySpec, array_specs
+from feedfast.cache.log import Commit, Log, Problem, check_commit, digest_of, problem, read_log
+from feedfast.cache.schema import Manifest
+from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
+from feedfast.cache.shards import ArrayView, ShardFiles, has_fill, read_small
+from feedfast.cache.stream import Stream
+from feedfast.errors import CacheDamageError, RequestError
+
+MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
+MAX_BLOCK_BYTES: Final = 2 << 30  # 2 GiB decoded; what feedfast writes stays near 8 MiB
+_SHOWN: Final = 5  # problems spelt out in a message; all of them are in the error's list
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a cache.
+
+    Raises:
+        RequestError: there is no cache at ``path``.
+        CacheDamageError: what is there is no sound manifest (kind ``manifest``).
+    """
+    file = Path(path) / "zarr.json"
+    if not file.is_file():
+        raise RequestError(f"{path}: no cache here (expected {file}); write one with feedfast cache")
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise CacheDamageError(f"the file has {file.stat().st_size} bytes, limit {MAX_MANIFEST_BYTES}")
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
+            raise CacheDamageError("not a Zarr group with attributes")
+        manifest = Manifest.from_attrs(content["attributes"])
+        for spec in array_specs(manifest).values():
+            if spec.sharded and spec.block_bytes > MAX_BLOCK_BYTES:
+                raise CacheDamageError(f"{spec.name}: a block of {spec.block_bytes} bytes, limit {MAX_BLOCK_BYTES}")
+    except (ValueError, RecursionError) as error:  # json errors, and ours
+        raise CacheDamageError(f"{file}: {error}", [problem("", "zarr.json", "manifest", str(error))]) from error
+    return manifest
+
+
+def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> list[Problem]:
+    """What is wrong with a log: kinds ``log-torn``, ``log-damaged``, ``log-duplicate``, ``manifest-digest``.
+
+    A torn last line is what a killed writer leaves; its shard was never committed.
+    """
+    problems = list(log.problems)
+    digests: dict[str, str] = {}
+    for commit in log.commits.values():
+        wrong = check_commit(commit, specs)
+        if wrong is None:
+            expected = digests.setdefault(commit.array, manifest.digest_for(commit.array))
+            if commit.manifest != expected:
+                detail = f"written for a manifest part {commit.manifest[:12]}…, this cache's is {expected[:12]}…"
+                wrong = problem(commit.array, commit.shard, "manifest-digest", detail)
+        if wrong is not None:
+            problems.append(wrong)
+    return problems
+
+
+class CacheReader:
+    """Reads a cache. Safe to use from several threads; after `close` still usable, just without its open files."""
+
+    def __init__(self, path: str | Path, *, threads: int = 2, pin: bool = False) -> None:
+        """Open a cache.
+
+        Args:
+            path: the cache's folder.
+            threads: threads of each stream that read, check and decode; 2 saturate a step of most students.
+            pin: stream into page-locked memory, for asynchronous copies to a GPU (needs CUDA).
+
+        Raises:
+            RequestError: there is no cache at ``path``.
+            CacheDamageError: the manifest or the commit log is damaged, or they do not belong together.
+        """
+        self.path = Path(path)
+        self.manifest = read_manifest(path)
+        self.specs: dict[str, ArraySpec] = array_specs(self.manifest)
+        self.log = read_log(path)
+        self._threads = threads
+        problems = [entry for entry in check_log(self.manifest, self.specs, self.log) if entry["kind"] != "log-torn"]
+        if problems:
+            raise _damage(self.path, problems)
+        self._commits: dict[tuple[str, int], dict[int, Commit]] = {}
+        for commit in self.log.commits.values():
+            view, shard = self.specs[commit.array].locate(commit.shard)
+            self._commits.setdefault((commit.array, view), {})[shard] = commit
+        self._files = ShardFiles()
+        self._pool = BufferPool(pin=pin)
+
+    def __enter__(self) -> CacheReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shard files that no stream is reading."""
+        self._files.clear()
+
+    def committed(self, array: str, view: int = 0) -> Mapping[int, Commit]:
+        """Commit lines of one view of an array by shard number; pixel checksums and saturation counts are in them.
+
+        Raises:
+            RequestError: no such array or view.
+        """
+        self._spec(array, view)
+        return self._commits.get((array, view), {})
+
+    def digest(self) -> str:
+        """Sha256 (hex) over all committed objects in canonical order."""
+        return digest_of(self.log.commits.values())
+
+    def missing(
+        self, arrays: Iterable[str] | None = None, views: Iterable[int] | None = None
+    ) -> list[tuple[str, int, int]]:
+        """What is not committed, as (array, view, shard). None means all arrays, all views of the manifest.
+
+        Raises:
+            RequestError: no such array or view.
+        """
+        wanted = None if views is None else set(views)
+        gaps = []
+        for array in self.specs if arrays is None else arrays:
+            spec = self._spec(array)
+            for view in range(spec.num_views) if wanted is None or not spec.views else sorted(wanted):
+                known = self.committed(array, view)
+                gaps += [(array, view, shard) for shard in range(spec.num_shards) if shard not in known]
+        return gaps
+
+    def require(self, arrays: Iterable[str], views: Iterable[int]) -> None:
+        """Make sure that these arrays are complete and every file is there with its committed length.
+
+        Raises:
+            RequestError: no such array or view.
+            CacheDamageError: kinds ``incomplete``, ``missing`` and ``length``, all of them in ``problems``.
+        """
+        views = list(views)
+        problems: list[Problem] = []
+        for array in arrays:
+            spec = self._spec(array)
+            for view in views if spec.views else [0]:
+                problems += self._absent(self._source(array, view), range(spec.num_shards))
+        if problems:
+            raise _damage(self.path, problems)
+
+    def read_array(self, array: str, view: int = 0) -> Array:
+        """A small array: one view's ``views/...`` [row, ...], ``labels`` [sample], or a tap's ``scale`` [2, channel].
+
+        Raises:
+            RequestError: no such array or view, or a sharded one (`read_rows` and `stream` read those).
+            CacheDamageError: not committed, missing, of another length, or damaged.
+        """
+        spec = self._spec(array, view)
+        if spec.sharded:
+            raise RequestError(f"{array} is too large to be read whole; read_rows and stream give rows of it")
+        source = self._source(array, view)
+        data = read_small(source)
+        # The labels are indexed by sample id; ids that the data set does not use keep the fill value.
+        if array != "labels" and has_fill(data, spec):
+            raise source.damage("fill", 0, "a committed value is the fill value")
+        return data.view(spec.dtype).reshape(spec.shape[1:] if spec.views else spec.shape)
+
+    def scale(self, teacher: str, tap: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Offset and step per channel, float32 [C]: value = offset + step * code.
+
+        Raises:
+            RequestError: no such teacher or tap.
+            CacheDamageError: as `read_array`.
+        """
+        offset, step = self.read_array(f"targets/{teacher}/{tap}/scale")
+        return offset, step
+
+    def read_rows(self, array: str, view: int, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Array:
+        """Rows of a view in any order, for looking around; streams are the fast way.
+
+        Returns:
+            [len(rows), *row_shape] in the stored dtype, a new array.
+
+        Raises:
+            RequestError: no such array, view or row.
+            CacheDamageError: a shard or block of them is missing or damaged.
+        """
+        spec = self._spec(array, view)
+        if not spec.sharded:
+            return self.read_array(array, view)[_checked_rows(rows, spec)]
+        source = self._source(array, view)
+        segment = Segment(_checked_rows(rows, spec), 0, len(rows), spec.block_rows)
+        buffer = np.empty(len(segment.rows) * spec.row_bytes, np.uint8)
+        for first, last in segment.jobs(spec):
+            segment.read(source, self._files, buffer, first, last)
+        out = np.empty(len(rows) * spec.row_bytes, np.uint8)
+        take_rows(buffer, segment.index, out, spec.row_bytes)
+        return shaped(out, spec)
+
+    def stream(
+        self,
+        arrays: Sequence[str],
+        view: int,
+        rows: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
+        batch_size: int = 128,
+        *,
+        start_batch: int = 0,
+        drop_last: bool = False,
+        prefetch: int = 3,
+        max_buffer_bytes: int = 1 << 30,  # 1 GiB
+    ) -> Stream:
+        """Batches of rows, read ahead by threads.
+
+        Args:
+            arrays: names of sharded arrays.
+            view: which view.
+            rows: row numbers in the wanted order; None is the stored order, which is the view's own epoch.
+            batch_size: rows per batch; batch k holds ``rows[k * batch_size : (k + 1) * batch_size]``.
+            start_batch: first batch to hand out; nothing before it is read.
+            drop_last: leave out a last batch with fewer rows.
+            prefetch: batches made ready ahead of the consumer.
+            max_buffer_bytes: see `Stream`.
+
+        Returns:
+            An iterator of dicts, array name to [b, *row_shape] in the stored dtype. See `Stream` for how long the
+            arrays may be kept (as long as you like) and how the threads end (by themselves).
+
+        Raises:
+            RequestError: no such array, view or row, or a small array (`read_array` has those).
+            CacheDamageError: shards of these rows are not committed, missing, or of another length: all of them, now.
+                While iterating: a block is damaged; raised when its batch is reached.
+        """
+        if not arrays or len(set(arrays)) != len(arrays):
+            raise RequestError(f"arrays: expected different names, at least one, found {list(arrays)}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("start_batch", start_batch, 0),
+            ("prefetch", prefetch, 0),
+        ):
+            if value < least:
+                raise RequestError(f"{name}: expected at least {least}, found {value}")
+        sources = []
+        for array in arrays:
+            if not self._spec(array, view).sharded:
+                raise RequestError(f"{array} is one small array; read_array gives it whole")
+            sources.append(self._source(array, view))
+        wanted = _checked_rows(np.arange(self.manifest.num_rows) if rows is None else rows, sources[0].spec)
+        coming = wanted[start_batch * batch_size :]
+        problems = []
+        for source in sources:
+            problems += self._absent(source, np.unique(coming // source.spec.shard_rows).tolist())
+        if problems:
+            raise _damage(self.path, problems)
+        return Stream(
+            sources,
+            wanted,
+            batch_size,
+            start_batch=start_batch,
+            drop_last=drop_last,
+            prefetch=prefetch,
+            threads=self._threads,
+            files=self._files,
+            pool=self._pool,
+            max_buffer_bytes=max_buffer_bytes,
+        )
+
+    def _spec(self, array: str, view: int = 0) -> ArraySpec:
+        spec = self.specs.get(array)
+        if spec is None:
+            raise RequestError(f"{self.path}: no array {array!r}; it has {', '.join(self.specs)}")
+        if not 0 <= view < spec.num_views:
+            raise RequestError(f"{self.path}: {array} has views 0 to {spec.num_views - 1}, asked for {view}")
+        return spec
+
+    def _source(self, array: str, view: int) -> ArrayView:
+        sizes = {shard: commit.bytes for shard, commit in self.committed(array, view).items()}
+        return ArrayView(self.specs[array], self.path / array, view, sizes)
+
+    def _absent(self, source: ArrayView, shards: Iterable[int]) -> list[Problem]:
+        problems: list[Problem] = []
+        for shard in shards:
+            key, expected = source.spec.key(source.view, shard), source.sizes.get(shard)
+            if expected is None:
+                problems.append(problem(source.spec.name, key, "incomplete", "not committed"))
+                continue
+            try:
+                found = os.stat(source.path(shard)).st_size
+            except OSError as error:
+                problems.append(problem(source.spec.name, key, "missing", f"committed, but: {error.strerror}"))
+                continue
+            if found != expected:
+                detail = f"committed with {expected} bytes, the file has {found}"
+                problems.append(problem(source.spec.name, key, "length", detail))
+        return problems
+
+
+def _checked_rows(rows: Sequence[int] | npt.NDArray[np.integer[Any]], spec: ArraySpec) -> npt.NDArray[np.int64]:
+    found = np.asarray(rows)
+    if found.size == 0:
+        return np.empty(0, np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise RequestError(f"rows: expected a list of row numbers, found {found.dtype} of shape {list(found.shape)}")
+    if int(found.min()) < 0 or int(found.max()) >= spec.rows:
+        raise RequestError(f"rows: expected 0 to {spec.rows - 1}, found {found.min()} to {found.max()}")
+    return found.astype(np.int64, copy=False)
+
+
+def _damage(path: Path, problems: Sequence[Problem]) -> CacheDamageError:
+    lines = [f"  {entry['array']} {entry['shard']}: {entry['kind']}: {entry['detail']}" for entry in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"  … and {len(problems) - _SHOWN} more")
+    if all(entry["kind"] == "incomplete" for entry in problems):
+        head = f"{path}: the cache is incomplete, {len(problems)} objects are not committed; run feedfast cache"
+    else:
+        head = (
+            f"{path}: {len(problems)} problems; feedfast verify lists them, feedfast cache computes lost shards again"
+        )
+    return CacheDamageError("\n".join([head, *lines]), problems)

@@ -1,0 +1,196 @@
+"""What is read together: cutting a pass into segments, and the memory they are read into.
+
+A *segment* is a stretch of a pass; `Segment.rows` are the rows it needs, ascending, each once. They lie in that order
+in one buffer per array, whatever order they are wanted in, so that whole blocks can be read straight into place.
+
+A *buffer* is lent, never given: NumPy arrays that look into it keep a lease alive through their ``base``, and when the
+last of them dies, in whichever thread and however derived, the buffer is free again. Reference counts of the buffer
+itself would tell the same, but only to who asks, and not on a Python without the global lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from feedfast.cache.layout import ArraySpec
+from feedfast.cache.shards import ArrayView, Bytes, ShardFiles, scratch
+
+Rows = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+
+_JOB_BYTES = 1 << 20  # 1 MiB; smaller neighbouring blocks are read by one job, for fewer hand-overs of the GIL
+
+
+class _Lease:
+    """Lends a buffer to NumPy and gives it back when the last array that looks into it is gone."""
+
+    def __init__(self, buffer: Bytes, give_back: Callable[[Bytes], None]) -> None:
+        self._buffer = buffer
+        self._give_back = give_back
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": buffer.shape,
+            "typestr": "|u1",
+            "data": (buffer.__array_interface__["data"][0], False),
+        }
+
+    def __del__(self) -> None:
+        self._give_back(self._buffer)
+
+
+class BufferPool:
+    """Reused byte buffers; page-locked ones for fast copies to a GPU when ``pin`` is set.
+
+    A fresh large buffer costs a page fault per 4 KiB, which is slower than reading a block from the page cache.
+    """
+
+    def __init__(self, *, pin: bool = False) -> None:
+        self._pin = pin
+        self._free: dict[int, deque[Bytes]] = {}
+        self._limit = 2
+        self.allocated = 0  # buffers ever made: flat after the start of a stream
+
+    def lease(self, nbytes: int) -> Bytes:
+        """Uninitialised uint8 [nbytes]; it returns to the pool by itself when no view of it is left."""
+        size = _size_class(nbytes)
+        free = self._free.setdefault(size, deque())
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = self._allocate(size)
+            self.allocated += 1
+        return np.asarray(_Lease(buffer, self._give_back))[:nbytes]
+
+    def keep(self, buffers: int) -> None:
+        """Keep up to this many free buffers of a size."""
+        self._limit = max(self._limit, buffers)
+
+    def _give_back(self, buffer: Bytes) -> None:
+        # Runs wherever the last view dies, possibly inside a garbage collection: it must not take a lock.
+        free = self._free.get(buffer.nbytes)
+        if free is not None and len(free) < self._limit:
+            free.append(buffer)
+
+    def _allocate(self, nbytes: int) -> Bytes:
+        if not self._pin:
+            return np.empty(nbytes, np.uint8)
+        import torch  # the one use of torch in reading: page-locked memory
+
+        pinned: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
+
+
+def _size_class(nbytes: int) -> int:
+    """The next of eight sizes per power of two, so that requests of many lengths share buffers."""
+    step = 1 << max(12, nbytes.bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+def cut_segments(rows: Rows, block_rows: int, batch_size: int, max_rows: int, least_rows: int = 1) -> list[int]:
+    """Positions 0 = p0 < p1 < … = len(rows) between which the rows are read together.
+
+    No block is needed on both sides of a cut, unless ``max_rows`` forces one. Cuts at multiples of ``batch_size`` are
+    preferred: then no batch needs rows of two segments.
+
+    Args:
+        rows: int64 [n], any order.
+        block_rows: rows per block.
+        batch_size: rows per batch, counted from position 0.
+        max_rows: longest segment, at least 1.
+        least_rows: segments are made at least this long where that is possible, and at least a batch.
+    """
+    count = len(rows)
+    least = min(max(batch_size, least_rows), max_rows)
+    blocks = rows // block_rows
+    last_use = np.zeros(int(blocks.max(initial=0)) + 1, np.int64)
+    last_use[blocks] = np.arange(count)  # of repeated indices, the last assignment stays
+    needed_until = np.maximum.accumulate(last_use[blocks])
+    clean = np.flatnonzero(needed_until == np.arange(count)) + 1
+    cuts, late = [0], 0  # late: the last clean cut that was passed over because a batch would have straddled it
+    for cut in clean.tolist():
+        _split(cuts, late, cut, max_rows)
+        length = cut - cuts[-1]
+        if length >= least and (cut % batch_size == 0 or length >= least + 8 * batch_size or length >= max_rows):
+            cuts.append(cut)
+        late = cut
+    if cuts[-1] != count:
+        _split(cuts, late, count, max_rows)
+        cuts.append(count)
+    return cuts
+
+
+def _split(cuts: list[int], late: int, upto: int, max_rows: int) -> None:
+    """Add cuts so that a segment ending at ``upto`` has at most ``max_rows`` rows; at a clean place if there is one."""
+    if upto - cuts[-1] > max_rows and late > cuts[-1]:
+        cuts.append(late)
+    while upto - cuts[-1] > max_rows:
+        cuts.append(cuts[-1] + max_rows)
+
+
+class Segment:
+    """Positions [start, stop) of a pass: the rows they need, ascending and once each, and the blocks those lie in.
+
+    ``index`` maps position - start to a buffer row; rows ``bounds[i]:bounds[i + 1]`` are those of ``blocks[i]``.
+    """
+
+    def __init__(self, rows: Rows, start: int, stop: int, block_rows: int) -> None:
+        self.start, self.stop = start, stop
+        self.consecutive = bool((np.diff(rows) == 1).all())
+        if self.consecutive:
+            self.rows, self.index = rows, np.arange(len(rows))
+        else:
+            self.rows, self.index = np.unique(rows, return_inverse=True)
+        self.distinct = len(self.rows) == len(rows)
+        blocks, bounds = np.unique(self.rows // block_rows, return_index=True)
+        self.blocks: list[int] = blocks.tolist()
+        self.bounds: list[int] = [*bounds.tolist(), len(self.rows)]
+        self.buffers: dict[str, Bytes] = {}
+        self.pending = 0
+        self.error: Exception | None = None
+        self.waiting: list[Any] = []  # batches of the stream that cannot be built yet
+
+    def jobs(self, spec: ArraySpec) -> Iterator[tuple[int, int]]:
+        """Runs [first, last) of ``blocks`` to be read together: whole, consecutive, of one shard, not too large."""
+        most = max(1, _JOB_BYTES // spec.block_bytes)
+        blocks, bounds, first = self.blocks, self.bounds, 0
+        for last in range(1, len(blocks) + 1):
+            if (
+                last == len(blocks)
+                or last - first == most
+                or blocks[last] != blocks[last - 1] + 1
+                or blocks[last] % spec.blocks_per_shard == 0
+                or bounds[last] - bounds[first] != (last - first) * spec.block_rows
+                or bounds[last + 1] - bounds[last] != spec.block_rows
+            ):
+                yield first, last
+                first = last
+
+    def read(self, source: ArrayView, files: ShardFiles, buffer: Bytes, first: int, last: int) -> None:
+        """Do one of the `jobs`: put the rows of blocks [first, last) into their place in the array's buffer."""
+        spec = source.spec
+        blocks = self.blocks[first:last]
+        start, stop = self.bounds[first], self.bounds[last]
+        shard = files.get(source, blocks[0] // spec.blocks_per_shard)
+        out = buffer[start * spec.row_bytes : stop * spec.row_bytes]
+        if out.nbytes == len(blocks) * spec.block_bytes:
+            shard.read(blocks, out)
+            return
+        block = scratch("block", spec.block_bytes)
+        shard.read(blocks, block)
+        wanted = self.rows[start:stop] - blocks[0] * spec.block_rows
+        take_rows(block, wanted, out, spec.row_bytes)
+
+
+def take_rows(rows: Bytes, index: Rows, out: Bytes, row_bytes: int) -> None:
+    """Copy rows by number. With mode "clip" NumPy writes straight into ``out``; the numbers are in range already."""
+    np.take(rows.reshape(-1, row_bytes), index, axis=0, out=out.reshape(-1, row_bytes), mode="clip")
+
+
+def shaped(data: Bytes, spec: ArraySpec) -> Array:
+    """Bytes of whole rows as [row, ...]."""
+    return data.view(spec.dtype).reshape(-1, *spec.row_shape)
