@@ -124,7 +124,7 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
         RequestError: not a readable npz without pickled objects, or an array has the wrong name, type or shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             found = {name: archive[name] for name in ("images", "labels", "classes") if name in archive.files}
             names = archive.files
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
