@@ -29,7 +29,7 @@ def open_for_writing(path: str | Path, manifest: Manifest) -> Manifest:
         FeedfastError: the disk is full.
     """
     root = Path(path)
-    _refuse_foreign(root)
+    refuse_foreign(root)
     try:
         make_dirs(root.absolute() / COMMITS)
     except OSError as error:
@@ -55,7 +55,12 @@ def open_for_writing(path: str | Path, manifest: Manifest) -> Manifest:
     return merged
 
 
-def _refuse_foreign(root: Path) -> None:
+def refuse_foreign(root: Path) -> None:
+    """Raise unless ``root`` is a cache, an empty directory or nothing yet.
+
+    Raises:
+        RequestError: something else is there.
+    """
     if root.exists() and not root.is_dir():
         raise RequestError(f"{root}: expected a directory or nothing, found a file")
     if root.is_dir() and not (root / ROOT).exists() and not (root / COMMITS / ".lock-manifest").exists():

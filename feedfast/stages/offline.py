@@ -29,8 +29,9 @@ from feedfast.cache.codec import crc32c
 from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
 from feedfast.cache.log import COMMITS, cache_digest, read_log
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
+from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.store import ROOT, read_manifest
-from feedfast.cache.writer import CacheWriter, open_for_writing, refuse_foreign
+from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
