@@ -112,6 +112,8 @@ class _NormalizedL1(torch.autograd.Function):
         along_B = (unit_BD * sign_BD).sum(dim=1, keepdim=True)
         # below eps the divisor is a constant, so the length contributes nothing
         along_B = along_B * (student_length_B >= ctx.eps)
+        # sign(NaN) is 0 in torch: a NaN of the target must not become a quiet zero gradient
+        along_B = along_B + 0 * target_length_B
         gradient_BD = (sign_BD - unit_BD * along_B) * (upstream * ctx.scale / divisor_B)
         gradient = torch.empty_like(student)
         into = as_BHWC(gradient)

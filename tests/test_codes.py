@@ -1,0 +1,205 @@
+"""Codes: `encode` against the written formula in NumPy, `decode`, packing, layouts, tiles, and what is refused."""
+
+from __future__ import annotations
+
+import feedfast_kernels
+import numpy as np
+import pytest
+import torch
+from feedfast_kernels import Codes, _layout, as_float, decode, encode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 32, 8, 8), (2, 17, 1, 31), (5, 10), (1, 129), (0, 4, 3, 3)]
+TOP = {"u8": 254, "u4": 14}
+
+
+def some_map(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A map with outliers, values on exact ties, and per-channel offset, step, margin; channel 0 is constant."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = shape[1]
+    offset = -torch.rand(channels, generator=generator) - 1
+    step = torch.rand(channels, generator=generator) / 64 + 1 / 128
+    margin = offset + 10.3 * step
+    step[0] = 0
+    x = 2 * torch.randn(shape, generator=generator)
+    flat = x.view(-1)
+    flat[: flat.numel() // 3] = (flat[: flat.numel() // 3] * 64).round() / 64
+    return x, offset, step, margin
+
+
+def formula(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor | None, codec: str) -> tuple[np.ndarray, int]:
+    """The definition, in fp32 NumPy: codes [B, H, W, C] or [B, C], and how many the clip changed."""
+    nhwc = x.float().numpy()
+    nhwc = nhwc.transpose(0, 2, 3, 1) if nhwc.ndim == 4 else nhwc
+    clipped = nhwc if margin is None else np.maximum(nhwc, margin.numpy())
+    divisor = np.where(step.numpy() == 0, np.float32(1), step.numpy())
+    codes = np.where(step.numpy() == 0, 0, np.rint((clipped - offset.numpy()) / divisor))
+    inside = np.clip(codes, 0, TOP[codec])
+    return inside.astype(np.uint8), int((codes != inside).sum())
+
+
+def nibbles(packed: np.ndarray, channels: int) -> np.ndarray:
+    """Codes of packed bytes, one channel at a time."""
+    return np.stack([packed[..., c // 2] >> 4 * (c % 2) & 15 for c in range(channels)], -1)
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """The same values under different strides."""
+    if x.ndim == 2:
+        return [x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, : x.shape[1]]]
+    wider = torch.zeros(*x.shape[:3], 2 * x.shape[3], dtype=x.dtype)
+    wider[..., ::2] = x
+    return [x, x.contiguous(memory_format=torch.channels_last), wider[..., ::2]]
+
+
+@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("with_margin", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_encode_is_the_formula_in_every_layout(shape: tuple[int, ...], with_margin: bool, codec: str) -> None:
+    x, offset, step, margin = some_map(shape)
+    bound = margin if with_margin else None
+    expected, saturated = formula(x, offset, step, bound, codec)
+    for given_x in layouts(x):
+        codes, count = encode(given_x, offset, step, codec=codec, margin_C=bound)
+        assert codes.dtype == torch.uint8
+        assert codes.is_contiguous()
+        got = codes.numpy() if codec == "u8" else nibbles(codes.numpy(), shape[1])
+        np.testing.assert_array_equal(got, expected)
+        assert count.dtype == torch.int64
+        assert int(count) == saturated
+    if codec == "u4" and shape[1] % 2:
+        assert not (codes[..., -1] >> 4).any()  # the spare nibble
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_encode_of_16_bit_maps(dtype: torch.dtype) -> None:
+    x, offset, step, margin = some_map((2, 5, 4, 4))
+    expected, saturated = formula(x.to(dtype), offset, step, margin, "u8")
+    for given_x in layouts(x.to(dtype)):
+        codes, count = encode(given_x, offset, step, codec="u8", margin_C=margin)
+        np.testing.assert_array_equal(codes.numpy(), expected)
+        assert int(count) == saturated
+
+
+@pytest.mark.parametrize("elements", [1, 64, 100, 1000])
+def test_tiles_do_not_change_codes(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, offset, step, margin = some_map((5, 6, 9, 4))
+    expected, saturated = formula(x, offset, step, margin, "u8")
+    monkeypatch.setattr(_layout, "TILE_ELEMENTS_PER_THREAD", elements)
+    for given_x in layouts(x):
+        codes, count = encode(given_x, offset, step, codec="u8", margin_C=margin)
+        np.testing.assert_array_equal(codes.numpy(), expected)
+        assert int(count) == saturated
+
+
+def test_encode_writes_into_out_of_any_strides() -> None:
+    x, offset, step, _ = some_map((2, 6, 3, 3))
+    for codec, stored in (("u8", 6), ("u4", 3)):
+        expected, _ = encode(x, offset, step, codec=codec)
+        rows = torch.full((2, 3, 3, 2 * stored), 77, dtype=torch.uint8)
+        codes, _ = encode(x, offset, step, codec=codec, out=rows[..., ::2])
+        assert codes.data_ptr() == rows.data_ptr()
+        assert torch.equal(rows[..., ::2], expected)
+        assert (rows[..., 1::2] == 77).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_encode_refuses_values_that_are_not_finite(bad: float, with_margin: bool) -> None:
+    x, offset, step, margin = some_map((2, 3, 4, 4))
+    for channel in (0, 2):  # 0 is the constant channel, which ignores its values
+        for given_x in layouts(x.clone().index_put((torch.tensor(1), torch.tensor(channel)), torch.tensor(bad))):
+            with pytest.raises(ValueError, match="finite"):
+                encode(given_x, offset, step, codec="u8", margin_C=margin if with_margin else None)
+
+
+def test_huge_finite_values_only_saturate() -> None:
+    x = torch.full((2, 3, 4, 4), 3e38)
+    codes, count = encode(x, torch.zeros(3), torch.ones(3), codec="u8")
+    assert (codes == 254).all()
+    assert int(count) == x.numel()
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), codec=st.sampled_from(["u8", "u4"]), channels=st.integers(1, 9))
+def test_round_trips(data: st.DataObject, codec: str, channels: int) -> None:
+    seed = data.draw(st.integers(0, 1 << 30))
+    generator = torch.Generator().manual_seed(seed)
+    offset = 10 * torch.randn(channels, generator=generator)
+    step = 2.0 ** torch.randint(-12, 3, (channels,), generator=generator) * (
+        1 + torch.rand(channels, generator=generator)
+    )
+    every = torch.randint(0, TOP[codec] + 1, (2, channels, 3, 2), generator=generator)
+    values = offset[:, None, None] + step[:, None, None] * every
+    codes = Codes(encode(values, offset, step, codec=codec)[0], offset, step, codec)  # type: ignore[arg-type]
+    # code -> value -> code is exact, value -> code -> value is off by half a step at most
+    as_integers = codes.data.numpy() if codec == "u8" else nibbles(codes.data.numpy(), channels)
+    np.testing.assert_array_equal(as_integers, every.permute(0, 2, 3, 1).numpy())
+    jitter = (torch.rand(values.shape, generator=generator) - 0.5) * step[:, None, None]
+    inside = torch.minimum(torch.maximum(values + jitter, offset[:, None, None]), values.amax())
+    inside = torch.minimum(inside, (offset + TOP[codec] * step)[:, None, None])
+    packed, saturated = encode(inside, offset, step, codec=codec)
+    assert int(saturated) == 0
+    back = decode(Codes(packed, offset, step, codec), torch.float64)  # type: ignore[arg-type]
+    slack = 1e-6 * (offset.abs() + TOP[codec] * step)
+    assert ((back - inside.double()).abs() <= (0.5 * step + slack)[:, None, None]).all()
+
+
+def test_decode_is_the_formula_in_logical_shape() -> None:
+    for shape in ((2, 5, 3, 4), (4, 7)):
+        x, offset, step, _ = some_map(shape)
+        for codec in ("u8", "u4"):
+            data, _ = encode(x, offset, step, codec=codec)
+            codes = Codes(data, offset, step, codec)  # type: ignore[arg-type]
+            integers = data.numpy() if codec == "u8" else nibbles(data.numpy(), shape[1])
+            expected = offset.double().numpy() + step.double().numpy() * integers
+            expected = expected.transpose(0, 3, 1, 2) if len(shape) == 4 else expected
+            assert tuple(codes.shape) == shape
+            np.testing.assert_allclose(decode(codes, torch.float64).numpy(), expected, rtol=1e-15)
+            np.testing.assert_allclose(decode(codes).numpy(), expected, rtol=2e-7, atol=2e-7)
+            assert decode(codes, torch.bfloat16).dtype == torch.bfloat16
+            assert torch.equal(as_float(codes), decode(codes))
+            if len(shape) == 4:
+                assert decode(codes).is_contiguous(memory_format=torch.channels_last)
+    assert as_float(torch.ones(2, 3, dtype=torch.float16)).dtype == torch.float32
+
+
+def test_codes_move_between_devices() -> None:
+    codes = Codes(torch.zeros(2, 3, 3, 4, dtype=torch.uint8), torch.zeros(4), torch.ones(4), "u8")
+    moved = codes.to("meta")
+    assert {moved.data.device.type, moved.offset.device.type, moved.step.device.type} == {"meta"}
+    assert moved.device.type == "meta"
+    assert moved.shape == codes.shape == (2, 4, 3, 3)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, ones = torch.zeros(2, 3, 4, 4), torch.ones(3)
+    byte = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    for message, call in [
+        (r"u8", lambda: encode(x, ones, ones, codec="f16")),
+        (r"\[B, 2, H, W\].*\[2, 3, 4, 4\]", lambda: encode(x, ones[:2], ones[:2], codec="u8")),
+        (r"float map", lambda: encode(x.int(), ones, ones, codec="u8")),
+        (r"step: expected fp32 \[3\], got torch.float32 \[2\]", lambda: encode(x, ones, ones[:2], codec="u8")),
+        (r"margin expected \[3\], got \[1\]", lambda: encode(x, ones, ones, codec="u8", margin_C=ones[:1])),
+        (r"out expected uint8 \[2, 4, 4, 2\]", lambda: encode(x, ones, ones, codec="u4", out=byte)),
+        (r"expected uint8 \[B, H, W, 2\]", lambda: Codes(byte, ones, ones, "u4")),
+        (r"expected uint8", lambda: Codes(byte.float(), ones, ones, "u8")),
+        (r"offset: expected fp32", lambda: Codes(byte, ones.double(), ones, "u8")),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_public_names() -> None:
+    assert sorted(feedfast_kernels.__all__) == [
+        "Codes",
+        "Target",
+        "as_float",
+        "decode",
+        "encode",
+        "ensemble_kl",
+        "normalized_l1",
+        "partial_l2",
+    ]
