@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview | Array
 
 TOP_CODE: Final = {"u8": 254, "u4": 14}
-FILL_BYTE: Final = 0xFF
+F16_MAX: Final = 65504.0
 ZSTD_PAYS: Final = 1.15
 PILOT_VALUES: Final = (
     1 << 16
@@ -83,7 +83,7 @@ def fit_affine(values: Floats, codec: CodecName) -> tuple[Floats, Floats]:
 
 def _fit_channel(ordered: Floats, top: int) -> tuple[float, float]:
     low, high = float(ordered[0]), float(ordered[-1])
-    if low == high:
+    if (high - low) / top < np.finfo(np.float32).tiny:  # one value, or a step that arithmetic may flush to zero
         return low, 0.0
     if len(ordered) > PILOT_VALUES:
         # Evenly spaced order statistics, both ends included: a quantile-exact thinning of a sorted sample.
@@ -152,8 +152,7 @@ def quantise(values: Array, offset: Floats, step: Floats, codec: CodecName, marg
     if codec == "f32":
         return values.astype(np.float32)
     if codec == "f16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16)
+        return np.clip(values, -F16_MAX, F16_MAX).astype(np.float16)
     scaled = np.divide(values - offset, step, out=np.zeros(values.shape, np.float32), where=step > 0)
     return np.clip(np.rint(scaled), 0, TOP_CODE[codec]).astype(np.uint8)
 
@@ -194,7 +193,7 @@ def measure(
     The reference is the value the loss would see without a cache: ``max(value, margin)`` where a margin is given.
 
     Returns:
-        ``relative_rms_error`` ‖decoded − t‖ / ‖t‖ (0 for an exact copy of zeros), ``cosine`` between both,
+        ``relative_rms_error`` ‖decoded − t‖ / ‖t‖ (of zeros: 0 if exact, else 1), ``cosine`` between both,
         ``saturated_fraction`` of values beyond the outermost code by more than half a step, and, for maps before an
         activation, ``mask_flip_rate``: the fraction whose sign test ``t > 0`` changes, which is what OFD's partial L2
         branches on.
@@ -207,8 +206,8 @@ def measure(
     if codec in TOP_CODE:
         outside = (target > offset + (TOP_CODE[codec] + 0.5) * step) | (target < offset - 0.5 * step)
     else:
-        outside = ~np.isfinite(decoded)
-    error = 0.0 if wrong == 0 else float(np.sqrt(wrong / norm)) if norm > 0 else float("inf")
+        outside = np.abs(target) > (F16_MAX if codec == "f16" else np.inf)
+    error = 0.0 if wrong == 0 else float(np.sqrt(wrong / norm)) if norm > 0 else 1.0
     result = {
         "relative_rms_error": error,
         "cosine": 1.0 if wrong == 0 else cosine,

@@ -1,0 +1,110 @@
+"""A small cache whose every value is a pure function of (array, view, row): what the cache's tests write and expect."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
+from feedfast.cache.log import cache_digest
+from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
+from feedfast.cache.writer import CacheWriter, open_for_writing
+
+
+def make_tap(name: str, shape: tuple[int, ...] = (5, 3, 2), codec: str = "u8", **fields: Any) -> TapInfo:
+    return TapInfo(name=name, path=f"layers.{name}", position="pre", shape=shape, codec=codec, **fields)
+
+
+def make_teacher(name: str, *taps: TapInfo, **fields: Any) -> TeacherInfo:
+    given: dict[str, Any] = {
+        "model": "zoo/wrn-16-2", "weights_sha256": f"{zlib.crc32(name.encode()):064x}", "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2), "num_classes": 7, **fields,
+    }  # fmt: skip
+    return TeacherInfo(name=name, taps={tap.name: tap for tap in taps}, **given)
+
+
+def make_manifest(*teachers: TeacherInfo, rows: int = 150, views: int = 2, **fields: Any) -> Manifest:
+    given: dict[str, Any] = {
+        "dataset": DatasetInfo(kind="pixels", count=rows, fingerprint={"ids": "1a2b"}, classes=("cat", "dog"), source="x"),
+        "plan": PlanInfo(algorithm="philox-1", seed=3, size=4, augment="pad-crop-flip", pad=4),
+        "decoder": DecoderInfo(backend="cpu", flags={"fancy": True}, versions={"dali": "2.2"}),
+        "num_rows": rows, "views": views, "block_rows": 8, "shard_bytes": 1000, "batch_rows": 20,
+        "teachers": {teacher.name: teacher for teacher in teachers}, "created": "2026-01-01", **fields,
+    }  # fmt: skip
+    return Manifest(**given)
+
+
+def standard() -> Manifest:
+    """Every codec, both compressions, a vector, odd channels, stored pixels; a last shard and a last block that are not full."""
+    return make_manifest(
+        make_teacher("a", make_tap("final"), make_tap("zip", compression="zstd"), make_tap("half", codec="f16")),
+        make_teacher("b", make_tap("nib", codec="u4"), make_tap("vec", (9,), "f32"), logits_codec="f32"),
+        images="stored",
+    )  # fmt: skip
+
+
+def rows_of(spec: ArraySpec, view: int, start: int, stop: int) -> np.ndarray:
+    """Rows of an array; compressible, never the fill value."""
+    row = np.arange(start, stop, dtype=np.int64).reshape(-1, *[1] * len(spec.row_shape))
+    inner = np.arange(int(np.prod(spec.row_shape))).reshape(spec.row_shape)
+    value = (row * 7919 + inner * 31 + view * 101 + zlib.crc32(spec.name.encode())) % 997
+    if spec.dtype.kind == "f":
+        return (value / 8 - 60).astype(spec.dtype)
+    if spec.name == "views/order":
+        return value.astype(spec.dtype)
+    return (np.where(value < 500, 0, value) % 238).astype(spec.dtype)
+
+
+def fill_cache(
+    path: Path, manifest: Manifest, *, part: tuple[int, int] = (0, 1), batch: int = 20, **options: Any
+) -> str:
+    """What the offline stage does: whole units of rows, in batches, given again where anything of a unit is missing."""
+    manifest = open_for_writing(path, manifest)
+    with CacheWriter(path, manifest, part=part, **options) as writer:
+        for spec in writer.specs.values():
+            if not spec.sharded:
+                writer.put(spec.name, small_values(spec))
+        append_missing(writer, part, batch)
+    return cache_digest(path)
+
+
+def small_values(spec: ArraySpec) -> np.ndarray:
+    """The whole of a small array."""
+    if spec.views:
+        return np.stack([rows_of(spec, view, 0, spec.rows) for view in range(spec.views)])
+    return rows_of(spec, 0, 0, spec.rows)
+
+
+def append_missing(writer: CacheWriter, part: tuple[int, int] = (0, 1), batch: int = 20) -> None:
+    specs = {name: spec for name, spec in writer.specs.items() if spec.sharded}
+    unit = unit_rows(writer.specs)
+    todo = sorted({(v, s * spec.shard_rows // unit) for name, spec in specs.items() for v, s in writer.missing(name)})
+    for view, number in todo:
+        if number % part[1] != part[0]:
+            continue
+        stop = min((number + 1) * unit, writer.manifest.num_rows)
+        for start in range(number * unit, stop, batch):
+            for spec in specs.values():
+                rows = rows_of(spec, view, start, min(start + batch, stop))
+                writer.append(spec.name, view, start, rows, saturated=start)
+
+
+def objects(path: Path) -> dict[str, bytes]:
+    """Every object by its path below the cache."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("c/**/*")) if file.is_file()}
+
+
+def expected(manifest: Manifest) -> Iterable[tuple[ArraySpec, np.ndarray]]:
+    """Every array with all it should hold, padding included."""
+    for spec in array_specs(manifest).values():
+        if not spec.sharded:
+            yield spec, small_values(spec)
+            continue
+        values = np.full(spec.shape, spec.fill, spec.dtype)
+        for view in range(spec.views):
+            values[view, : spec.rows] = rows_of(spec, view, 0, spec.rows)
+        yield spec, values
