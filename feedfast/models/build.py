@@ -101,7 +101,7 @@ def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.M
 
 def _torchvision(rest: str, num_classes: int | None, weights: str | Path | None) -> tuple[nn.Module, str | Path | None]:
     """The network and what is left to load into it (a file, or None)."""
-    import torchvision.models as tv  # half a second of imports that zoo users need not pay
+    tv = importlib.import_module("torchvision.models")  # half a second of imports that zoo users need not pay
 
     known = tv.list_models(module=tv)
     if rest not in known:
@@ -109,7 +109,7 @@ def _torchvision(rest: str, num_classes: int | None, weights: str | Path | None)
     published = tv.get_model_weights(rest)
     chosen: Any = None
     if weights is not None and str(weights) == "":
-        chosen = published.DEFAULT  # type: ignore[attr-defined]
+        chosen = published.DEFAULT
     elif weights is not None and str(weights) in published.__members__:
         chosen = published[str(weights)]
     options: dict[str, Any] = {"aux_logits": False} if rest in _AUXILIARY else {}
@@ -210,7 +210,7 @@ def _close(prefix: str, name: str, known: Iterable[str]) -> str:
 
 def _guess(name: str) -> str:
     """For a name without its family: where a network of that name is."""
-    import torchvision.models as tv
+    tv = importlib.import_module("torchvision.models")
 
     families = {"zoo": ZOO_NAMES, "torchvision": tv.list_models(module=tv)}
     exact = [f"{family}/{name}" for family, names in families.items() if name in names]
@@ -337,5 +337,5 @@ def weights_sha256(model: nn.Module) -> str:
     for name, tensor in sorted(_strip(tensors, ()).items()):
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""Where each family keeps the maps the methods ask for.
+
+Two groups. ``final`` is the last map before the global pooling, after its activation: what FEED and Factor Transfer
+compare. ``ofd`` is the end of each stage *before* the activation, ``ofd1`` (largest map) to ``ofdn`` (last): what the
+Overhaul method compares (Heo et al., ICCV 2019, section 3, and the authors' networks), with the batch norm whose gamma
+and beta give the margin.
+
+| network | ``ofd`` | batch norm |
+|---|---|---|
+| zoo WRN, n=3 | the next stage's first batch norm, before its ReLU; at the end the final one | that one |
+| zoo ResNet, n=3; torchvision ResNet, ResNeXt, WideResNet, n=4 | residual sum of each stage's last block | its last |
+| zoo MobileNetV1, n=4 | point-wise convolution of blocks 3, 5, 11, 13 | its own |
+| torchvision MobileNetV2/V3, n=4 | the expansion of the next strided block; at the end the last block | its own |
+| VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
+| others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
+
+For a residual sum the norm is that of the convolution branch, so the margin is the authors' approximation. The last
+block of MobileNetV2/V3 is linear: its output (``post``) *is* the map without activation.
+Anything else needs taps by hand (``name=module.path:pre``); a guess that trains on the wrong map would go unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from feedfast.errors import RequestError
+from feedfast.models.taps import Tap
+from feedfast.models.trace import Call, Trace, is_batch_norm, trace
+from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
+
+__all__ = ["preset_taps"]
+
+_STAGES = 4  # OFD's number of maps for networks with more stages than that
+_BY_HAND = "name taps by hand, as in ofd1=module.path:pre or final=module.path (feedfast taps lists the places)"
+
+
+def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> tuple[Tap, ...]:
+    """The taps of a group of methods.
+
+    Args:
+        model: the bare network.
+        group: "final" (one tap of that name) or "ofd" ("ofd1" .. "ofdn", first stage to last).
+        example: normalised images ``[B, 3, H, W]`` for families that are not in the table and are watched on one
+            forward pass; None = zeros of the size the network says it wants, else of 64 pixels.
+
+    Raises:
+        RequestError: unknown group, or a network this cannot be told for; it says how to name taps by hand.
+    """
+    if group not in ("final", "ofd"):
+        raise RequestError(f"taps {group!r}: expected 'final', 'ofd' or name=module.path[:pre]")
+    ofd = group == "ofd"
+    kind = f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
+    if isinstance(model, WideResNet):
+        places = [("block2.0.relu1", "block2.0.bn1"), ("block3.0.relu1", "block3.0.bn1"), ("relu", "bn")]
+        return _pre(places) if ofd else _final("relu")
+    if isinstance(model, MobileNetV1):
+        return _pre([(f"features.{i}", f"features.{i}.bn2") for i in (3, 5, 11, 13)]) if ofd else _final("features")
+    if isinstance(model, CifarResNet) or kind == "torchvision.ResNet":
+        stages = _layers(model)
+        return _pre([(path, _block_norm(model, path)) for path in stages]) if ofd else _final(stages[-1])
+    if kind in ("torchvision.MobileNetV2", "torchvision.MobileNetV3"):
+        return _inverted_residuals(model) if ofd else _final("features")
+    if kind in ("torchvision.VGG", "timm.VGG"):
+        return _pre(_before_pooling(model)[-_STAGES:]) if ofd else _final("features")
+    seen = trace(model, _example(model) if example is None else example)
+    return _stage_ends(model, seen) if ofd else _final(_last_map(model, seen))
+
+
+def _pre(places: Sequence[tuple[str, str | None]]) -> tuple[Tap, ...]:
+    return tuple(Tap(f"ofd{i}", path, "pre", bn) for i, (path, bn) in enumerate(places, start=1))
+
+
+def _final(path: str) -> tuple[Tap, ...]:
+    return (Tap("final", path, "post"),)
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """``layer1``, ``layer2``, …: how nearly every ResNet names its stages."""
+    return [f"layer{i}" for i in range(1, 5) if isinstance(getattr(model, f"layer{i}", None), nn.Sequential)]
+
+
+def _children(model: nn.Module, path: str) -> list[nn.Module]:
+    return list(model.get_submodule(path).children())
+
+
+def _block_norm(model: nn.Module, stage: str) -> str:
+    blocks = _children(model, stage)
+    return f"{stage}.{len(blocks) - 1}.{'bn3' if hasattr(blocks[-1], 'bn3') else 'bn2'}"
+
+
+def _inverted_residuals(model: nn.Module) -> tuple[Tap, ...]:
+    """MobileNetV2/V3: a stage ends where the next block strides, and is tapped after that block's 1x1 expansion.
+
+    The first strided block is left out: its map is at stride 2. V2 at 224 pixels gives 144, 192, 576 and 320 channels.
+    """
+    blocks = [
+        (f"features.{i}", block)
+        for i, block in enumerate(_children(model, "features"))
+        if type(block).__name__ == "InvertedResidual"
+    ]
+    strided = [
+        path for path, block in blocks if any(isinstance(m, nn.Conv2d) and m.stride[0] > 1 for m in block.modules())
+    ]
+    places: list[tuple[str, str | None]] = []
+    for path in strided[1:]:
+        inner = "conv" if hasattr(model.get_submodule(path), "conv") else "block"
+        places.append((f"{path}.{inner}.0", f"{path}.{inner}.0.1"))
+    path, block = blocks[-1]
+    norms = [f"{path}.{name}" for name, module in block.named_modules() if is_batch_norm(module)]
+    return (*_pre(places), Tap(f"ofd{len(places) + 1}", path, "post", norms[-1]))
+
+
+def _before_pooling(model: nn.Module) -> list[tuple[str, str | None]]:
+    """VGG: the ReLU before each max pooling, with the batch norm before it if there is one."""
+    layers = _children(model, "features")
+    return [
+        (f"features.{i - 1}", f"features.{i - 2}" if is_batch_norm(layers[i - 2]) else None)
+        for i, layer in enumerate(layers)
+        if isinstance(layer, nn.MaxPool2d)
+    ]
+
+
+def _example(model: nn.Module) -> Tensor:
+    published = getattr(model, "pretrained_cfg", None)
+    shape = published.get("input_size") if isinstance(published, dict) else None
+    side = getattr(model, "image_size", 64)  # torchvision's transformers accept one size only
+    first = next(model.parameters(), torch.zeros(0))
+    return torch.zeros((1, *(shape or (3, side, side))), device=first.device, dtype=first.dtype)
+
+
+def _last_map(model: nn.Module, seen: Trace) -> str:
+    """The outermost module whose output is what the last global pooling receives.
+
+    Without a global pooling (AlexNet flattens its map): the module that returned the last map, if no tokens follow.
+    """
+    if getattr(model, "output_fmt", "NCHW") != "NCHW":  # timm's word for maps that are [B, H, W, C] inside
+        raise RequestError(f"taps 'final': {type(model).__name__} keeps its maps channels-last inside; {_BY_HAND}")
+    maps = [c for c in seen.calls if isinstance(c.output, Tensor) and c.output.dim() == 4 and c.path]
+    if seen.pools:
+        pooled, version = seen.pools[-1].inputs[0], seen.pools[-1].versions[0]
+        made = [c for c in maps if c.output is pooled]
+        # Prefer who returned it in its last state; DenseNet's is activated in place by a function after `features`.
+        made = [c for c in made if c.version == version] or made
+        made = [c for c in made if not isinstance(c.module, nn.Identity)] or made
+    else:
+        tokens = [c.started for c in seen.calls if isinstance(c.output, Tensor) and c.output.dim() == 3]
+        last = next((c for c in reversed(maps) if "Pool" not in type(c.module).__name__), None)
+        made = [c for c in maps if last is not None and c.output is last.output and c.started > max(tokens, default=-1)]
+    if not made:
+        raise RequestError(
+            f"taps 'final': {type(model).__name__} has no module that returns its last map before pooling; {_BY_HAND}"
+        )
+    return min(made, key=lambda c: (c.path.count("."), -c.started)).path
+
+
+def _stage_ends(model: nn.Module, seen: Trace) -> tuple[Tap, ...]:
+    """The stages timm knows of its networks, from stride 4 on; for others ``layer1``, ``layer2``, … if it has three."""
+    info = getattr(model, "feature_info", None)
+    stages: dict[int, tuple[str, int | None]] = {}
+    for entry in list(getattr(info, "info", info) or []):
+        if isinstance(entry, dict) and int(entry.get("reduction", 0)) >= 4:
+            stages[int(entry["reduction"])] = (str(entry.get("module", "")), entry.get("num_chs"))
+    if not stages and len(_layers(model)) >= 3:
+        stages = {i: (path, None) for i, path in enumerate(_layers(model))}
+    modules = dict(model.named_modules())
+    calls = [(seen.of(modules[path])[-1:] if path in modules else [], width) for path, width in stages.values()]
+    if not stages or any(not call for call, _ in calls):
+        raise RequestError(f"taps 'ofd': the stages of {type(model).__name__} are not known; {_BY_HAND}")
+    ends = [(call[0], width) for call, width in calls][-_STAGES:]
+    return tuple(_stage_end(f"ofd{i}", call, width, seen) for i, (call, width) in enumerate(ends, start=1))
+
+
+def _stage_end(name: str, call: Call, width: int | None, seen: Trace) -> Tap:
+    """Before the activation if the stage's output is one's result, else the output (linear ends)."""
+    output = call.output
+    if not isinstance(output, Tensor) or output.dim() != 4 or (width is not None and output.shape[1] != width):
+        shape = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+        channels = "channels" if width is None else width
+        raise RequestError(f"taps 'ofd': expected {call.path} to return [{channels}, height, width], found {shape}")
+    last = seen.last_activation(call)
+    if last is not None and last.output is output:
+        if not isinstance(last, Call):
+            raise RequestError(
+                f"taps 'ofd': {call.path} ends in an activation called as a function ({last.name}), which no hook "
+                f"sees; make it a module (nn.ReLU())"
+            )
+        return Tap(name, call.path, "pre", seen.batch_norm_before(last))
+    return Tap(name, call.path, "post", seen.batch_norm_of(output))

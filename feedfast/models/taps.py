@@ -1,0 +1,324 @@
+"""Taps: keeping named feature maps of a forward pass, exactly as the network computed them.
+
+A tap is a module path and a side: ``post`` is what the module returns, ``pre`` what its last activation receives. Three
+things make that harder than a forward hook, and each has cost published code its correctness:
+
+* an in-place ReLU overwrites what a hook was given, so the "pre-activation" map silently becomes the activated one;
+* one ReLU module may run several times in a block (torchvision's Bottleneck: three), so a hook must know which call;
+* a map may be written to after it was captured, by a sum, a dropout, or the next block's first activation.
+
+`Tapped` therefore watches the network once on an example (`trace`): it resolves each tap to one call of one module and
+copies, at that call, only the maps that something overwrites later. Everything else is handed on as produced: no
+detach, no cast, no change of memory format, so gradients flow and maps cost nothing. If a later forward pass calls a
+tapped module another number of times, or overwrites a map that the example's pass did not, it raises instead of
+returning the wrong map.
+
+The network itself is untouched: its outputs are the same bit for bit, its state_dict has no further keys, and
+`Tapped.model` is the object that was given. The hooks are there from construction (so that `torch.compile` traces them,
+also with ``fullgraph=True``) and do nothing outside `Tapped.forward`; `Tapped.remove` takes them off.
+
+Not here: networks already compiled or scripted, several forward passes of one `Tapped` at once (use one each), and
+activations that are called as functions, which no hook sees: asking for such a pre-activation map is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from feedfast.errors import FeedfastError, RequestError
+from feedfast.models.trace import Call, Trace, is_batch_norm, trace, undisturbed
+
+__all__ = ["Tap", "Tapped", "bn_parameters", "find_module", "parse_tap"]
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A named place in a network.
+
+    Attributes:
+        name: what recipe, cache and methods call its map: letters, digits, ``.``, ``_``, ``-``.
+        path: dotted module path as in ``model.named_modules()``.
+        position: "post": the output of the module at ``path``; "pre": the input of the last activation called inside it
+            (of the module itself if it is an activation). Of a module called several times, the last call is meant.
+        bn: path of the batch norm whose gamma and beta describe the map before its activation; None if there is none.
+    """
+
+    name: str
+    path: str
+    position: Literal["post", "pre"] = "post"
+    bn: str | None = None
+
+
+def parse_tap(text: str) -> Tap:
+    """Read ``name=module.path``, ``name=module.path:pre`` or ``name=module.path:post``.
+
+    Raises:
+        RequestError: another form; the message quotes it.
+    """
+    name, equals, place = text.partition("=")
+    path, colon, position = place.partition(":")
+    if not equals or not _NAME.fullmatch(name) or name in {".", ".."} or not path:
+        raise RequestError(f"tap {text!r}: expected name=module.path or name=module.path:pre")
+    if colon and position not in {"pre", "post"}:
+        raise RequestError(f"tap {text!r}: expected :pre or :post after the path, found {colon + position!r}")
+    return Tap(name, path, "pre" if position == "pre" else "post")
+
+
+def find_module(model: nn.Module, path: str, what: str) -> nn.Module:
+    """The module at a dotted path.
+
+    Raises:
+        RequestError: there is none; close matches are listed. ``what`` begins the message.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        known = [name for name, _ in model.named_modules() if name]
+        close = difflib.get_close_matches(path, known, n=4, cutoff=0.4)
+        hint = f"; did you mean {', '.join(close)}?" if close else f"; it begins with {', '.join(known[:6])}"
+        raise RequestError(f"{what}: {type(model).__name__} has no module at {path!r}{hint}") from None
+
+
+def bn_parameters(model: nn.Module, tap: Tap) -> tuple[Tensor, Tensor] | None:
+    """Gamma and beta of the batch norm behind a tap.
+
+    Args:
+        model: the bare network.
+        tap: as `preset_taps` gives it, or as `Tapped.taps` has it after finding the norm of a tap written by hand.
+
+    Returns:
+        ``(gamma, beta)``, copies in float32 ``[C]`` on the model's device, without gradient (1 and 0 for a norm without
+        affine parameters); None when the tap has no batch norm.
+
+    Raises:
+        RequestError: no such module, or it is no batch norm.
+    """
+    if tap.bn is None:
+        return None
+    norm = find_module(model, tap.bn, f"tap {tap.name}, batch norm")
+    if not is_batch_norm(norm):
+        raise RequestError(f"tap {tap.name}: expected a batch norm at {tap.bn}, found {type(norm).__name__}")
+    gamma, beta = norm.weight, norm.bias
+    if not isinstance(gamma, Tensor) or not isinstance(beta, Tensor):
+        statistics = norm.running_mean
+        if not isinstance(statistics, Tensor):
+            return None
+        return torch.ones_like(statistics, dtype=torch.float32), torch.zeros_like(statistics, dtype=torch.float32)
+    return gamma.detach().to(torch.float32, copy=True), beta.detach().to(torch.float32, copy=True)
+
+
+class _Recorder:
+    """What the hooks of one `Tapped` share: whether it is running, and what they caught."""
+
+    def __init__(self, places: int) -> None:
+        self.active = False
+        self.places = places
+        self.copies: tuple[bool, ...] = ()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.counts = [0] * self.places
+        self.maps: list[Any] = [None] * self.places
+        self.originals: list[Any] = [None] * self.places
+        self.versions: list[int | None] = [None] * self.places
+
+    def start(self, copies: tuple[bool, ...]) -> None:
+        self.copies = copies
+        self._clear()
+        self.active = True
+
+    def stop(self) -> tuple[list[int], list[Any], list[Any], list[int | None]]:
+        """Counts, maps, the tensors as caught and their versions then; nothing of a step outlives the step here."""
+        caught = self.counts, self.maps, self.originals, self.versions
+        self.active = False
+        self._clear()
+        return caught
+
+
+class _Hook:
+    """One hook for one tap. An object, not a closure: a deep copy of the network carries hooks of its own."""
+
+    def __init__(self, recorder: _Recorder, slot: int, call: int) -> None:
+        self.recorder, self.slot, self.call = recorder, slot, call
+
+    def catch(self, value: Any) -> None:
+        recorder, slot = self.recorder, self.slot
+        if not recorder.active:
+            return
+        index = recorder.counts[slot]
+        recorder.counts[slot] = index + 1
+        if index != self.call:
+            return
+        # version counters are not part of a compiled graph, and inference tensors have none
+        if not torch.compiler.is_compiling() and isinstance(value, Tensor) and not value.is_inference():
+            recorder.originals[slot] = value
+            recorder.versions[slot] = value._version
+        recorder.maps[slot] = value.clone() if recorder.copies[slot] else value
+
+
+class _InputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.catch(args[0] if args else None)
+
+
+class _OutputHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.catch(output)
+
+
+class Tapped(nn.Module):
+    """A network that also returns the maps at its taps.
+
+    Args:
+        model: the bare network, not compiled; kept, not copied.
+        taps: places to keep; names must differ, "logits" is reserved. May be empty.
+        example: normalised images ``[B, 3, H, W]`` on the model's device, one or two are enough. The network is run on
+            it twice, in evaluation mode; running statistics, train/eval flags and random generators are left as found.
+
+    Attributes:
+        model: the bare network; save and evaluate this one.
+        taps: the taps in the order given, with the batch norm of each hand-written ``pre`` tap filled in where the
+            example's pass showed one directly before the activation (or before the residual sum).
+        shapes: of each tap's map without the batch, usually (channel, height, width).
+
+    Raises:
+        RequestError: a path that is not in the network or never called, an output that is no tensor, a pre-activation
+            map that only a function call sees, a network that cannot run on the example.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], example: Tensor) -> None:
+        super().__init__()
+        if hasattr(model, "_orig_mod"):
+            raise RequestError("Tapped takes the bare network: compile the Tapped one, torch.compile(Tapped(model, …))")
+        names = [tap.name for tap in taps]
+        for name in names:
+            if not _NAME.fullmatch(name) or name == "logits" or names.count(name) > 1:
+                raise RequestError(
+                    f"tap {name!r}: expected different names of letters, digits, '.', '_', '-', other than 'logits'; "
+                    f"found {', '.join(map(repr, names))}"
+                )
+        self.model = model
+        self.taps: tuple[Tap, ...] = tuple(taps)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._expected: tuple[int, ...] = ()
+        self._recorder = _Recorder(len(self.taps))
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._copies: tuple[bool, ...] = ()
+        self._copies_training: tuple[bool, ...] = ()
+        if self.taps:
+            self._install(trace(model, example))
+            try:
+                self._learn(example)
+            except BaseException:
+                self.remove()
+                raise
+
+    def _install(self, seen: Trace) -> None:
+        resolved, expected = [], []
+        for slot, tap in enumerate(self.taps):
+            call, bn = _resolve(self.model, tap, seen)
+            resolved.append(replace(tap, bn=tap.bn or bn))
+            expected.append(len(seen.of(call.module)))
+            if tap.position == "pre":
+                hook = _InputHook(self._recorder, slot, call.index)
+                self._handles.append(call.module.register_forward_pre_hook(hook))
+            else:
+                self._handles.append(call.module.register_forward_hook(_OutputHook(self._recorder, slot, call.index)))
+        self.taps, self._expected = tuple(resolved), tuple(expected)
+
+    def _learn(self, example: Tensor) -> None:
+        """Run the example with every map copied, and keep copying those that were overwritten."""
+        recorder = self._recorder
+        with undisturbed(self.model, example):
+            everything = (True,) * len(self.taps)
+            recorder.start(everything)
+            try:
+                self.model(example)
+            finally:
+                _, copies, originals, versions = recorder.stop()
+            # Content as well as version: writing through .data or a foreign kernel leaves no version behind.
+            self._copies = tuple(
+                original._version != version or not torch.equal(original, copy)
+                for original, version, copy in zip(originals, versions, copies, strict=True)
+            )
+        # An in-place dropout writes only while training, which the example's pass does not see.
+        drops = any(getattr(m, "inplace", False) and "drop" in type(m).__name__.lower() for m in self.model.modules())
+        self._copies_training = everything if drops else self._copies
+        self.shapes = {tap.name: tuple(copy.shape[1:]) for tap, copy in zip(self.taps, copies, strict=True)}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the network.
+
+        Args:
+            x: normalised images ``[B, 3, H, W]``.
+
+        Returns:
+            The network's own output, and the map of each tap ``[B, …]`` by name, in dtype, layout and autograd graph as
+            the network produced it.
+
+        Raises:
+            FeedfastError: the network behaved differently from the example's pass, so a map cannot be trusted.
+        """
+        recorder = self._recorder
+        recorder.start(self._copies_training if self.model.training else self._copies)
+        try:
+            logits = self.model(x)
+        finally:
+            counts, maps, originals, versions = recorder.stop()
+        for slot, tap in enumerate(self.taps):
+            if counts[slot] != self._expected[slot]:
+                raise FeedfastError(
+                    f"tap {tap.name} ({tap.path}:{tap.position}): its module was called {counts[slot]} times, expected "
+                    f"{self._expected[slot]} as on the example; the map would be of another place"
+                )
+            written = versions[slot] is not None and originals[slot]._version != versions[slot]
+            if written and not recorder.copies[slot]:
+                raise FeedfastError(
+                    f"tap {tap.name} ({tap.path}:{tap.position}): its map was overwritten after it was captured, which "
+                    f"did not happen on the example; make the operation that follows it out of place"
+                )
+        return logits, {tap.name: maps[slot] for slot, tap in enumerate(self.taps)}
+
+    def remove(self) -> None:
+        """Take the hooks off the network; this `Tapped` cannot run afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _resolve(model: nn.Module, tap: Tap, seen: Trace) -> tuple[Call, str | None]:
+    """The call whose output (post) or input (pre) is the tap's map, and the batch norm before that activation."""
+    what = f"tap {tap.name}"
+    calls = seen.of(find_module(model, tap.path, what))
+    if not calls:
+        raise RequestError(
+            f"{what}: the module at {tap.path!r} is never called in a forward pass; name one inside or around it"
+        )
+    scope = calls[-1]
+    if tap.position == "post":
+        if not isinstance(scope.output, Tensor):
+            raise RequestError(
+                f"{what}: expected {tap.path!r} to return a tensor, found {type(scope.output).__name__}; "
+                f"name a module inside it"
+            )
+        return scope, None
+    last = seen.last_activation(scope)
+    if last is None:
+        raise RequestError(f"{what}: no activation is called inside {tap.path!r}; use {tap.path}:post, its output")
+    if not isinstance(last, Call):
+        raise RequestError(
+            f"{what}: the last activation inside {tap.path!r} is a function call ({last.name}), which cannot be "
+            f"tapped; make it a module (nn.ReLU()), or tap the module that produces its input, with :post"
+        )
+    if last.input is None:
+        raise RequestError(f"{what}: the activation {last.path} is not called with a tensor as first argument")
+    return last, seen.batch_norm_before(last)
