@@ -21,7 +21,7 @@ def some_map(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Ten
     channels = shape[1]
     offset = -torch.rand(channels, generator=generator) - 1
     step = torch.rand(channels, generator=generator) / 64 + 1 / 128
-    margin = offset + 10.3 * step
+    margin = offset + torch.linspace(-3.7, 10.3, channels) * step
     step[0] = 0
     x = 2 * torch.randn(shape, generator=generator)
     flat = x.view(-1)
@@ -71,6 +71,14 @@ def test_encode_is_the_formula_in_every_layout(shape: tuple[int, ...], with_marg
         assert int(count) == saturated
     if codec == "u4" and shape[1] % 2:
         assert not (codes[..., -1] >> 4).any()  # the spare nibble
+
+
+def test_ties_go_to_the_even_code() -> None:
+    halves = torch.arange(-4, 20).reshape(2, 1, 3, 4) / 2
+    codes, saturated = encode(halves - 8, torch.tensor([-8.0]), torch.tensor([1.0]), codec="u8")
+    expected = [0, 0, 0, 0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7, 8, 8, 8, 9, 10]
+    assert codes.flatten().tolist() == expected
+    assert int(saturated) == 3  # -2, -1.5 (to -2) and -1; -0.5 rounds to 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

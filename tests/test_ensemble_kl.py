@@ -97,6 +97,11 @@ def test_classes_that_are_ruled_out_stay_finite() -> None:
         loss.backward()
     assert student.grad is not None
     assert student.grad.isfinite().all()
+    # ruled out by every teacher: the probability itself is 0 in fp32, its logarithm is not
+    loss = ensemble_kl(torch.zeros(1, 2), [torch.tensor([[0.0, -200.0]])] * 2, tau=1.0)
+    np.testing.assert_allclose(loss.item(), np.log(2), rtol=1e-6)
+    reverse = ensemble_kl(torch.zeros(1, 2), [torch.tensor([[0.0, -200.0]])] * 2, tau=1.0, direction="reverse")
+    np.testing.assert_allclose(reverse.item(), 100 - np.log(2), rtol=1e-6)
 
 
 def test_nan_empty_batch_and_strides() -> None:

@@ -79,10 +79,10 @@ def test_margin_is_the_mean_of_the_truncated_normal(gamma: float, beta: float) -
 
 def test_margin_agrees_with_samples() -> None:
     gamma, beta = torch.tensor([1.0, 0.5, 2.0, 0.3]), torch.tensor([0.0, 0.3, -1.0, 0.6])
-    x = torch.randn(400_000, 4, generator=torch.Generator().manual_seed(0)) * gamma + beta
+    x = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(0)) * gamma + beta
     running = RunningMargin(4)
     running.update(x)
-    torch.testing.assert_close(margin_from_bn(gamma, beta), running.value(), atol=0.01, rtol=0)
+    torch.testing.assert_close(margin_from_bn(gamma, beta), running.value(), atol=0.015, rtol=0)
 
 
 def test_margin_of_degenerate_channels() -> None:

@@ -128,6 +128,12 @@ def test_dead_maps_are_bounded_by_eps() -> None:
     # what F.normalize does too: below eps the divisor is a constant
     torch.testing.assert_close(zero.grad, torch.full((1, 2, 2, 2), -1000.0))
     assert normalized_l1([target], [torch.zeros(1, 2, 2, 2)], reduction="sum").isfinite()
+    faint = (1e-5 * torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    (gradient,) = torch.autograd.grad(normalized_l1([faint], [target], reduction="sum", eps=1e-3), faint)
+    plain = torch.nn.functional.normalize(faint.flatten(1), eps=1e-3)
+    unit = torch.nn.functional.normalize(target.flatten(1))
+    (expected,) = torch.autograd.grad((plain - unit).abs().sum(), faint)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("side", ["student", "target"])
