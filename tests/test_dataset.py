@@ -369,9 +369,19 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert limited["ids_sha256"] != print_one["ids_sha256"]
 
 
-def test_files_that_go_away(tmp_path: Path) -> None:
+def test_files_that_change(tmp_path: Path) -> None:
     data = open_dataset(class_folders(tmp_path / "x"))
     data.path(1).unlink()
+    data.path(2).write_bytes(data.path(2).read_bytes()[:-100])
+    data.path(3).write_bytes(data.path(0).read_bytes())  # the same size: cannot be told, and no crop goes wrong
     data.path(4).write_bytes(b"")
-    with pytest.raises(RequestError, match=r"2 images cannot be read any more.*cat/1\.jpg.*dog/1\.jpg .empty"):
+    data.path(5).write_bytes(encoded())
+    with pytest.raises(RequestError, match="4 images have changed since") as caught:
         data.encoded(range(6))
+    lines = [line.removeprefix(f"  {data.root}/") for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        "cat/1.jpg: No such file or directory",
+        "cat/2.jpg: cut short: no JPEG end marker",
+        "dog/1.jpg: empty file",
+        "dog/2.jpg: 43x61 pixels, 30x42 when opened",
+    ]

@@ -285,24 +285,32 @@ def test_refuses_rows(cifar: Dataset) -> None:
 # --- trouble
 
 
-def test_all_undecodable_are_named(drawn: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_changed_files_are_named_before_they_are_decoded(drawn: Path) -> None:
     data = open_dataset(drawn)
     good = (drawn / "o1-0.jpg").read_bytes()
     (drawn / "o3-1.jpg").write_bytes(good[: len(good) // 2])
     (drawn / "o5.png").write_bytes(b"not a PNG any more")
-    (drawn / "o6-2.jpg").write_bytes(good)  # another size than the one it was opened with
-    loader = Loader(data, ViewPlan(0, 64, "none"), batch_size=len(data))
-    with pytest.raises(RequestError, match=r"3 images cannot be decoded") as caught:
-        list(loader.evaluation())
-    message = str(caught.value)
-    assert "o3-1.jpg: cut short" in message
-    assert "o5.png: neither JPEG nor PNG" in message
-    assert "o6-2.jpg: 118x171 pixels, 171x118 when" in message
-    capfd.readouterr()  # the decoders' own complaints
-
+    (drawn / "o6-2.jpg").write_bytes(good)
     (drawn / "o2-0.jpg").unlink()
-    with pytest.raises(RequestError, match=r"1 images cannot be read any more: .*o2-0\.jpg"):
+    loader = Loader(data, ViewPlan(0, 64, "resized-crop-flip"), batch_size=len(data))
+    for stream in (loader.evaluation(), loader.stream(0, np.arange(len(data)))):
+        with pytest.raises(RequestError, match="4 images have changed") as caught:
+            list(stream)
+        for said in ("o2-0.jpg: No such", "o3-1.jpg: cut", "o5.png: neither", "o6-2.jpg: 118x171 pixels, 171x118 when"):
+            assert said in str(caught.value)
+
+
+def test_all_undecodable_are_named(drawn: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What no header tells: damage inside compressed data, in two batches in flight."""
+    for name in ("o1.png", "o5.png"):
+        content = bytearray((drawn / name).read_bytes())
+        content[len(content) // 2] ^= 0x55
+        (drawn / name).write_bytes(bytes(content))
+    data = open_dataset(drawn)
+    loader = Loader(data, ViewPlan(0, 64, "none"), batch_size=len(data) // 2)
+    with pytest.raises(RequestError, match=r"2 images cannot be decoded:\n.*o1\.png.*\n.*o5\.png: does not decode"):
         list(loader.evaluation())
+    capfd.readouterr()  # libpng's own complaints
 
 
 def threads() -> int:

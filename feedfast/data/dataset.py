@@ -13,6 +13,7 @@ augments, or knows of the cache; ``fingerprint`` is what a cache stores to recog
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
-from feedfast.data.images import EXTENSIONS, scan_images
+from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
 from feedfast.errors import RequestError
 
 __all__ = ["Dataset", "open_dataset"]
@@ -82,21 +83,29 @@ class Dataset:
     def encoded(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> list[NDArray[np.uint8]]:
         """File contents, only for ``kind == "files"``: one 1-D uint8 array per sample.
 
+        Headers and end markers are looked at again. A file replaced since the dataset was opened would get a crop made
+        for another image; one cut short meanwhile would pass region decoding, or bring a native decoder down.
+
         Raises:
-            RequestError: files have gone or become empty since the dataset was opened; all of this batch are named.
+            RequestError: files have gone, been damaged or changed size; all of this batch are named.
         """
-        contents, gone = [], []
+        contents, problems = [], []
         for position in positions:
             path = self.path(int(position))
+            size = (int(self.sizes[position, 0]), int(self.sizes[position, 1]))
             try:
-                contents.append(np.fromfile(path, dtype=np.uint8))
-            except OSError as error:
-                gone.append(f"{path} ({error.strerror or error})")
+                content = path.read_bytes()
+                found = encoded_size(io.BytesIO(content))
+            except (OSError, Unreadable) as why:
+                problems.append(f"\n  {path}: {why.strerror if isinstance(why, OSError) else why}")
                 continue
-            if not contents[-1].size:
-                gone.append(f"{path} (empty file)")
-        if gone:
-            raise RequestError(f"{self.source}: {len(gone)} images cannot be read any more: " + ", ".join(gone))
+            if found != size:
+                problems.append(f"\n  {path}: {found[0]}x{found[1]} pixels, {size[0]}x{size[1]} when opened")
+            contents.append(np.frombuffer(content, dtype=np.uint8))
+        if problems:
+            raise RequestError(
+                f"{self.source}: {len(problems)} images have changed since the dataset was opened:{''.join(problems)}"
+            )
         return contents
 
     def fingerprint(self) -> dict[str, Any]:

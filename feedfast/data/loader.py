@@ -7,9 +7,12 @@ on where a run was resumed. Output is uint8 NHWC: teachers normalise differently
 How close to torchvision (measured on DALI 2.4.0, PIL 13.0, torchvision 0.29; the tests hold it there). CPU decoding of
 JPEG and PNG, whole or by region, with every EXIF orientation, equals PIL bit for bit. Pad, crop and flip are exact.
 Resizing is a triangle filter with antialiasing as in PIL; away from the box's edge the two differ by 1 at most, 0.15 on
-average, from PIL's rounding between its two passes. In the outermost row and column of a *downscaled* box DALI repeats the edge pixel
-where PIL renormalises the cut-off filter; there the difference reaches about 20 on real photographs. No flag removes
-it. ``subpixel_scale`` only acts where DALI computes the output size; sizes here are explicit, so it is off.
+average, from PIL's rounding between its two passes. In the outermost row and column of a *downscaled* box DALI repeats
+the edge pixel where PIL renormalises the cut-off filter; there the difference reaches about 20 on real photographs. No
+flag removes it. ``subpixel_scale`` only acts where DALI computes the output size; sizes here are explicit: it is off.
+
+Files are looked at before DALI sees them: a batch with one JPEG cut short and one file of no known format made DALI
+2.4.0 crash the process, in most runs, instead of raising.
 
 On the GPU ("mixed" decoding) images are decoded whole and then cut: nvImageCodec's GPU region decoding fails on
 ordinary boxes in some 0.9 builds (nvImageCodec issue 55), and a crash cannot be caught. ``hw_decoder_load=0`` keeps all
@@ -37,7 +40,7 @@ from numpy.typing import NDArray
 
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import Geometry, evaluation_geometry, view_geometry
-from feedfast.data.images import Unreadable, full_check, image_size
+from feedfast.data.images import Unreadable, full_check
 from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError, RequestError
 
@@ -350,19 +353,14 @@ def _owned(output: Any, device: torch.device) -> torch.Tensor:
 
 
 def _explained(error: RuntimeError, dataset: Dataset, positions: NDArray[np.int64]) -> FeedfastError:
-    """DALI does not say which sample failed; look at each of those in flight again."""
+    """DALI does not say which sample failed; decode each of those in flight again."""
     if dataset.kind == "files":
         bad = []
         for position in np.unique(positions):
-            path, size = dataset.path(int(position)), tuple(int(v) for v in dataset.sizes[position])
             try:
-                now = image_size(path)
-                full_check(path)
+                full_check(dataset.path(int(position)))
             except Unreadable as why:
-                bad.append(f"\n  {path}: {why}")
-                continue
-            if now != size:
-                bad.append(f"\n  {path}: {now[0]}x{now[1]} pixels, {size[0]}x{size[1]} when the dataset was opened")
+                bad.append(f"\n  {dataset.path(int(position))}: {why}")
         if bad:
             return RequestError(f"{dataset.source}: {len(bad)} images cannot be decoded:{''.join(bad)}")
     first, last = dataset.name(int(positions[0])), dataset.name(int(positions[-1]))
