@@ -21,30 +21,42 @@ def make_tap(name: str, shape: tuple[int, ...] = (5, 3, 2), codec: str = "u8", *
 
 def make_teacher(name: str, *taps: TapInfo, **fields: Any) -> TeacherInfo:
     given: dict[str, Any] = {
-        "model": "zoo/wrn-16-2", "weights_sha256": f"{zlib.crc32(name.encode()):064x}", "mean": (0.5, 0.5, 0.5),
-        "std": (0.2, 0.2, 0.2), "num_classes": 7, **fields,
-    }  # fmt: skip
+        "model": "zoo/wrn-16-2",
+        "weights_sha256": f"{zlib.crc32(name.encode()):064x}",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.2, 0.2, 0.2),
+        "num_classes": 7,
+        **fields,
+    }
     return TeacherInfo(name=name, taps={tap.name: tap for tap in taps}, **given)
 
 
 def make_manifest(*teachers: TeacherInfo, rows: int = 150, views: int = 2, **fields: Any) -> Manifest:
     given: dict[str, Any] = {
-        "dataset": DatasetInfo(kind="pixels", count=rows, fingerprint={"ids": "1a2b"}, classes=("cat", "dog"), source="x"),
+        "dataset": DatasetInfo(
+            kind="pixels", count=rows, fingerprint={"ids": "1a2b"}, classes=("cat", "dog"), source="x"
+        ),
         "plan": PlanInfo(algorithm="philox-1", seed=3, size=4, augment="pad-crop-flip", pad=4),
         "decoder": DecoderInfo(backend="cpu", flags={"fancy": True}, versions={"dali": "2.2"}),
-        "num_rows": rows, "views": views, "block_rows": 8, "shard_bytes": 1000, "batch_rows": 20,
-        "teachers": {teacher.name: teacher for teacher in teachers}, "created": "2026-01-01", **fields,
-    }  # fmt: skip
+        "num_rows": rows,
+        "views": views,
+        "block_rows": 8,
+        "shard_bytes": 1000,
+        "batch_rows": 20,
+        "teachers": {teacher.name: teacher for teacher in teachers},
+        "created": "2026-01-01",
+        **fields,
+    }
     return Manifest(**given)
 
 
 def standard() -> Manifest:
-    """Every codec, both compressions, a vector, odd channels, stored pixels; a last shard and a last block that are not full."""
+    """Every codec, both compressions, a vector, odd channels, stored pixels; last shards and blocks are not full."""
     return make_manifest(
         make_teacher("a", make_tap("final"), make_tap("zip", compression="zstd"), make_tap("half", codec="f16")),
         make_teacher("b", make_tap("nib", codec="u4"), make_tap("vec", (9,), "f32"), logits_codec="f32"),
         images="stored",
-    )  # fmt: skip
+    )
 
 
 def rows_of(spec: ArraySpec, view: int, start: int, stop: int) -> np.ndarray:

@@ -286,9 +286,14 @@ def test_a_shard_is_what_zarr_packs() -> None:
     rows[16:32] = 255
     store = zarr.storage.MemoryStore()
     array = zarr.create_array(
-        store, shape=(64, 6), shards=(64, 6), chunks=(16, 6), dtype="uint8", fill_value=255,
+        store,
+        shape=(64, 6),
+        shards=(64, 6),
+        chunks=(16, 6),
+        dtype="uint8",
+        fill_value=255,
         compressors=[zarr.codecs.ZstdCodec(level=1, checksum=True)],
-    )  # fmt: skip
+    )
     array[...] = rows
     blocks = [compress_block(rows[at : at + 16], "zstd") if at != 16 else None for at in range(0, 64, 16)]
     assert next(data.to_bytes() for key, data in store._store_dict.items() if key.startswith("c/")) == pack_shard(
@@ -310,7 +315,7 @@ def test_a_shard_is_what_zarr_packs() -> None:
 def test_index_entries_outside_the_object_are_refused(entry: tuple[int, int], object_bytes: int) -> None:
     data = struct.pack("<4Q", 0, 4, *entry)
     tail = data + crc32c(data).to_bytes(4, "little")
-    with pytest.raises(CacheDamageError, match="outside|index"):
+    with pytest.raises(CacheDamageError, match=r"outside|index"):
         parse_index(tail, 2, object_bytes if entry != (0, 101) else 136)
 
 

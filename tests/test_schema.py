@@ -103,17 +103,34 @@ def test_blocks_are_bounded_together() -> None:
 
 
 INDIFFERENT = {
-    "views": 7, "versions": {"torch": "9"}, "created": "2030", "dataset__source": "elsewhere", "decoder__versions": {"dali": "3"},
-    "teachers__a__taps__final__fit": {"range": 1}, "teachers__a__taps__final__error": {"cosine": 1},
-}  # fmt: skip
+    "views": 7,
+    "versions": {"torch": "9"},
+    "created": "2030",
+    "dataset__source": "elsewhere",
+    "decoder__versions": {"dali": "3"},
+    "teachers__a__taps__final__fit": {"range": 1},
+    "teachers__a__taps__final__error": {"cosine": 1},
+}
 DECISIVE = {
-    "dataset__fingerprint": {"ids": "other"}, "dataset__count": 151, "plan__seed": 4, "plan__flip": 0.25, "decoder__backend": "mixed",
-    "decoder__flags": {}, "batch_rows": 21, "block_rows": 16, "shard_bytes": 2000,
-    "teachers__a__weights_sha256": "f" * 64, "teachers__a__bn": "batch", "teachers__a__precision": "bf16",
-    "teachers__a__mean": [0, 0, 0], "teachers__a__model": "zoo/other", "teachers__a__taps__final__path": "elsewhere",
-    "teachers__a__taps__final__codec": "u4", "teachers__a__taps__final__compression": "zstd",
+    "dataset__fingerprint": {"ids": "other"},
+    "dataset__count": 151,
+    "plan__seed": 4,
+    "plan__flip": 0.25,
+    "decoder__backend": "mixed",
+    "decoder__flags": {},
+    "batch_rows": 21,
+    "block_rows": 16,
+    "shard_bytes": 2000,
+    "teachers__a__weights_sha256": "f" * 64,
+    "teachers__a__bn": "batch",
+    "teachers__a__precision": "bf16",
+    "teachers__a__mean": [0, 0, 0],
+    "teachers__a__model": "zoo/other",
+    "teachers__a__taps__final__path": "elsewhere",
+    "teachers__a__taps__final__codec": "u4",
+    "teachers__a__taps__final__compression": "zstd",
     "teachers__a__taps__final__position": "post",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key", INDIFFERENT)
@@ -236,9 +253,14 @@ def test_block_rows(row_bytes: int, rows: int) -> None:
 
 @settings(deadline=None)
 @given(
-    rows=st.integers(1, 5000), channels=st.integers(1, 300), side=st.integers(1, 12), block=st.sampled_from([8, 16, 32, 64]),
-    shard_bytes=st.integers(1, 1 << 22), codec=st.sampled_from(["u8", "u4", "f16", "f32"]), views=st.integers(1, 4),
-)  # fmt: skip
+    rows=st.integers(1, 5000),
+    channels=st.integers(1, 300),
+    side=st.integers(1, 12),
+    block=st.sampled_from([8, 16, 32, 64]),
+    shard_bytes=st.integers(1, 1 << 22),
+    codec=st.sampled_from(["u8", "u4", "f16", "f32"]),
+    views=st.integers(1, 4),
+)
 def test_chunk_arithmetic(
     rows: int, channels: int, side: int, block: int, shard_bytes: int, codec: str, views: int
 ) -> None:
@@ -268,9 +290,25 @@ def test_chunk_arithmetic(
 
 @pytest.mark.parametrize(
     "key",
-    ["", "c", "c/0/0/0/0", "c/0/0/0/0/0/0", "c/00/0/0/0/0", "c/0/99/0/0/0", "c/2/0/0/0/0", "c/0/0/0/0/1", "c/-1/0/0/0/0", "c/0/٣/0/0/0",
-     "x/0/0/0/0/0", "../../c/0/0", "c/0/0/../../0", "c/0/1e0/0/0/0", "c/0/ 1/0/0/0", f"c/0/{10**30}/0/0/0"],
-)  # fmt: skip
+    [
+        "",
+        "c",
+        "c/0/0/0/0",
+        "c/0/0/0/0/0/0",
+        "c/00/0/0/0/0",
+        "c/0/99/0/0/0",
+        "c/2/0/0/0/0",
+        "c/0/0/0/0/1",
+        "c/-1/0/0/0/0",
+        "c/0/٣/0/0/0",
+        "x/0/0/0/0/0",
+        "../../c/0/0",
+        "c/0/0/../../0",
+        "c/0/1e0/0/0/0",
+        "c/0/ 1/0/0/0",
+        f"c/0/{10**30}/0/0/0",
+    ],
+)
 def test_only_keys_of_this_array_are_located(key: str) -> None:
     with pytest.raises(IndexError):
         array_specs(standard())[FINAL].locate(key)
@@ -281,17 +319,26 @@ def test_only_keys_of_this_array_are_located(key: str) -> None:
 
 def make_commit(number: int = 0, **fields: Any) -> Commit:
     given = {
-        "array": FINAL, "shard": f"c/0/{number}/0/0/0", "view": 0, "rows": (number * 32, min(number * 32 + 32, 150)), "bytes": 1000,
-        "crc32c": "00c0ffee", "sha256": "ab" * 32, "manifest": "cd" * 32, **fields,
-    }  # fmt: skip
+        "array": FINAL,
+        "shard": f"c/0/{number}/0/0/0",
+        "view": 0,
+        "rows": (number * 32, min(number * 32 + 32, 150)),
+        "bytes": 1000,
+        "crc32c": "00c0ffee",
+        "sha256": "ab" * 32,
+        "manifest": "cd" * 32,
+        **fields,
+    }
     return Commit(**given)
 
 
 @settings(deadline=None)
 @given(
-    saturated=st.integers(0, 2**60), attempt=st.integers(0, 9), pixels=st.lists(st.text("0123456789abcdef", min_size=8, max_size=8)),
+    saturated=st.integers(0, 2**60),
+    attempt=st.integers(0, 9),
+    pixels=st.lists(st.text("0123456789abcdef", min_size=8, max_size=8)),
     text=st.text(),
-)  # fmt: skip
+)
 def test_commit_lines_round_trip(saturated: int, attempt: int, pixels: list[str], text: str) -> None:
     commit = make_commit(saturated=saturated, attempt=attempt, pixel_crc32c=tuple(pixels), crc32c=text)
     line = commit.to_line()
@@ -323,9 +370,19 @@ def test_an_unreadable_last_line_is_torn_and_an_earlier_one_damage(tail: bytes) 
 
 @pytest.mark.parametrize(
     "change",
-    [{"rows": [4, 4]}, {"rows": [0]}, {"rows": [-1, 4]}, {"rows": [0, True]}, {"bytes": -1}, {"bytes": 1.5}, {"view": None},
-     {"pixel_crc32c": [1]}, {"extra": 1}, {"saturated": "3"}],
-)  # fmt: skip
+    [
+        {"rows": [4, 4]},
+        {"rows": [0]},
+        {"rows": [-1, 4]},
+        {"rows": [0, True]},
+        {"bytes": -1},
+        {"bytes": 1.5},
+        {"view": None},
+        {"pixel_crc32c": [1]},
+        {"extra": 1},
+        {"saturated": "3"},
+    ],
+)
 def test_ill_typed_lines_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         Commit.from_line(json.dumps({**json.loads(make_commit().to_line()), **change}))

@@ -1,10 +1,9 @@
 """Writing a cache: rows in, durable shards and commit lines out.
 
-`open_for_writing` makes the Zarr hierarchy or extends an existing one with new teachers, taps, views or stored
-pixels; it refuses a manifest that describes something else. `CacheWriter` then takes rows in ascending order, gathers
-each shard in one buffer, and hands full ones to a few threads that check, compress, checksum and publish them: object
-first, whole and fsynced, its commit line after that. Compression, hashing and writing run without the GIL, beside the
-teachers.
+`open_for_writing` (`feedfast.cache.create`) makes a cache or extends the one that is there. `CacheWriter` then takes
+rows in ascending order, gathers each shard in one buffer, and hands full ones to a few threads that check, compress,
+checksum and publish them: object first, whole and fsynced, its commit line after that. Compression, hashing and writing
+run without the GIL, beside the teachers.
 
 Memory is flat: one gathering buffer for each array being written plus at most ``max_in_flight`` shards on their way;
 `append` waits when the disk is slower than the teachers. Buffers are used again, since fresh pages cost as much as
@@ -233,11 +232,13 @@ class CacheWriter:
         shards are on their way.
 
         Args:
-            array: e.g. ``targets/a/final/codes``. view: number of the view. start_row: row of ``rows[0]``. rows: [n,
-            ...] in the array's dtype and row shape, channels last. saturated: values the codec clipped in these rows;
-            counted on the first shard they reach. pixel_crc32c: one checksum of the teachers' pixels for each block
-            that *ends* within these rows (the last block
-                ends with the view); for every block of a shard, or for none.
+            array: e.g. ``targets/a/final/codes``.
+            view: number of the view.
+            start_row: row of ``rows[0]``.
+            rows: [n, ...] in the array's dtype and row shape, channels last.
+            saturated: values the codec clipped in these rows; counted on the first shard they reach.
+            pixel_crc32c: one checksum of the teachers' pixels for each block that *ends* within these rows (the last
+                block ends with the view); for every block of a shard, or for none.
 
         Raises:
             FeedfastError: an earlier shard could not be written, rows do not follow, or they hold a fill value.

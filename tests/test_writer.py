@@ -1,0 +1,631 @@
+"""Writing a cache: read back by other Zarr implementations, killed, crowded, extended, and out of space."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from cache_samples import (
+    append_missing,
+    expected,
+    fill_cache,
+    make_manifest,
+    make_tap,
+    make_teacher,
+    objects,
+    rows_of,
+    small_values,
+    standard,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feedfast.cache import writer as writer_module
+from feedfast.cache.layout import ArraySpec, array_specs
+from feedfast.cache.log import COMMITS, cache_digest, object_path, read_log
+from feedfast.cache.schema import Manifest
+from feedfast.cache.store import manifest_lock, read_manifest, take_lock
+from feedfast.cache.writer import CacheWriter, open_for_writing
+from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
+
+FINAL = "targets/a/final/codes"
+HERE = Path(__file__).parent
+
+
+def tiny(rows: int = 70, views: int = 1, **fields: Any) -> Manifest:
+    """One array of codes (five shards at 70 rows) and what goes with it."""
+    return make_manifest(make_teacher("a", make_tap("final")), rows=rows, views=views, **{"shard_bytes": 500, **fields})
+
+
+def in_memory() -> str | None:
+    """A folder in memory where there is one: fsync costs nothing there, and these tests call it thousands of times."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        yield Path(folder)
+
+
+def stamps(path: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, modification time and content of every object."""
+    return {
+        key: ((path / key).stat().st_ino, (path / key).stat().st_mtime_ns, data) for key, data in objects(path).items()
+    }
+
+
+# ---- other implementations
+
+
+@pytest.fixture(scope="module")
+def standard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("standard") / "c.zarr"
+    fill_cache(path, standard())
+    return path
+
+
+def test_zarr_python_reads_equal_values(standard_cache: Path) -> None:
+    group = zarr.open_group(standard_cache, mode="r")
+    assert Manifest.from_attrs(dict(group.attrs)) == standard() == read_manifest(standard_cache)
+    for spec, values in expected(standard()):
+        array = group[spec.name]
+        assert isinstance(array, zarr.Array)
+        assert (array.shape, array.dtype, array.shards or array.chunks) == (spec.shape, spec.dtype, spec.chunk)
+        assert array.chunks == (spec.block or spec.chunk)
+        assert array.metadata.dimension_names == spec.dims  # type: ignore[union-attr]
+        np.testing.assert_array_equal(array[...], values)
+
+
+def test_tensorstore_reads_equal_values(standard_cache: Path) -> None:
+    for spec, values in expected(standard()):
+        kvstore = {"driver": "file", "path": str(standard_cache / spec.name)}
+        array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, read=True, open=True).result()
+        np.testing.assert_array_equal(np.asarray(array.read().result()), values)
+
+
+def test_zarrs_reads_equal_values(standard_cache: Path) -> None:
+    """In a process of its own: its pipeline is a setting of the whole process."""
+    script = f"""
+import numpy as np, zarr, zarrs
+from cache_samples import expected, standard
+zarr.config.set({{"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}})
+group = zarr.open_group({str(standard_cache)!r}, mode="r")
+for spec, values in expected(standard()):
+    np.testing.assert_array_equal(group[spec.name][...], values)
+    assert type(group[spec.name]._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_hierarchy_is_explicit(standard_cache: Path) -> None:
+    for folder in ["", "views", "targets", "targets/a", "targets/a/final", "targets/b/logits", "pixels"]:
+        assert json.loads((standard_cache / folder / "zarr.json").read_text())["node_type"] == "group"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # commits/ is not part of the hierarchy, and zarr-python says so
+        names = {name for name, _ in zarr.open_group(standard_cache, mode="r").members(max_depth=None)}
+    assert {spec.name for spec in array_specs(standard()).values()} <= names
+
+
+# ---- killed
+
+
+def test_killed_anywhere_then_finished_equals_uninterrupted(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, HERE / "kill_writer.py", tmp_path, "5"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) > 40
+    assert [row for row in rows if row[1:] != [True, True]] == []
+
+
+def test_a_torn_last_line_is_cut_and_its_shard_written_again(tmp_path: Path) -> None:
+    digest = fill_cache(tmp_path / "c", tiny())
+    wanted = objects(tmp_path / "c")
+    log = tmp_path / "c" / COMMITS / "part-0-of-1.jsonl"
+    data = log.read_bytes()
+    for cut in (len(data) - 1, len(data) - 40, data[:-1].rindex(b"\n") + 2):
+        log.write_bytes(data[:cut])
+        assert read_log(tmp_path / "c").problems[0]["kind"] == "log-torn"
+        assert fill_cache(tmp_path / "c", tiny()) == digest
+        assert len(log.read_bytes()) == len(data)
+        assert read_log(tmp_path / "c").problems == []
+        assert objects(tmp_path / "c") == wanted
+
+
+def test_damage_within_a_log_is_refused(tmp_path: Path) -> None:
+    fill_cache(tmp_path / "c", tiny())
+    log = tmp_path / "c" / COMMITS / "part-0-of-1.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for bad, kind in (
+        ("x" + lines[1], "log-damaged"),
+        (lines[1].replace("c/0/0", "c/9/0"), "log-damaged"),
+        (lines[1].replace('"manifest":"', '"manifest":"0'), "manifest-digest"),
+        (lines[0].replace('"crc32c":"', '"crc32c":"0') + lines[1], "log-duplicate"),
+    ):
+        log.write_text("".join([lines[0], bad, *lines[2:]]))
+        with pytest.raises(CacheDamageError, match=kind) as caught:
+            CacheWriter(tmp_path / "c", tiny())
+        assert caught.value.problems[0]["kind"] == kind
+    log.write_text("".join(lines))
+    CacheWriter(tmp_path / "c", tiny()).close()
+
+
+@pytest.mark.parametrize("kind", ["missing", "length"])
+def test_objects_that_are_gone_or_short_are_written_again(tmp_path: Path, kind: str) -> None:
+    manifest = tiny()
+    digest = fill_cache(tmp_path / "c", manifest)
+    wanted = stamps(tmp_path / "c")
+    key = array_specs(manifest)[FINAL].key(0, 2)
+    victim = object_path(tmp_path / "c", FINAL, key)
+    if kind == "missing":
+        victim.unlink()
+    else:
+        os.truncate(victim, 5)
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        assert [(entry["array"], entry["shard"], entry["kind"]) for entry in writer.damaged] == [(FINAL, key, kind)]
+        assert writer.missing(FINAL) == {(0, 2)}
+        append_missing(writer)
+    assert writer.shards_written == 1
+    assert cache_digest(tmp_path / "c") == digest
+    assert read_log(tmp_path / "c").commits[FINAL, key].attempt == 1
+    found = stamps(tmp_path / "c")
+    assert {name for name in wanted if wanted[name] != found[name]} == {f"{FINAL}/{key}"}
+    assert {name: entry[2] for name, entry in wanted.items()} == {name: entry[2] for name, entry in found.items()}
+    CacheWriter(tmp_path / "c", manifest).close()
+
+
+def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    commits = tmp_path / "c" / COMMITS
+    for name in (".tmp-part-0-of-2-17-0", ".tmp-part-1-of-2-17-0", ".tmp-part-0-of-3-1-1", ".tmp-manifest-9-0"):
+        (commits / name).write_bytes(b"x")
+    CacheWriter(tmp_path / "c", manifest, part=(0, 2)).close()
+    assert sorted(file.name for file in commits.glob(".tmp-*")) == [".tmp-manifest-9-0", ".tmp-part-1-of-2-17-0"]
+    open_for_writing(tmp_path / "c", manifest)
+    assert sorted(file.name for file in commits.glob(".tmp-*")) == [".tmp-part-1-of-2-17-0"]
+
+
+# ---- crowded
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    script = """
+import sys; from pathlib import Path; from cache_samples import fill_cache, standard
+fill_cache(Path(sys.argv[1]), standard(), part=(int(sys.argv[2]), 2))
+"""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / "two", str(part)], cwd=HERE, stderr=subprocess.PIPE, text=True
+        )
+        for part in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    digest = fill_cache(tmp_path / "one", standard())
+    assert cache_digest(tmp_path / "two") == digest
+    assert objects(tmp_path / "two") == objects(tmp_path / "one")
+    logs = sorted(file.name for file in (tmp_path / "two" / COMMITS).glob("*.jsonl"))
+    assert logs == ["part-0-of-2.jsonl", "part-1-of-2.jsonl"]
+    assert read_log(tmp_path / "two").problems == []
+    assert fill_cache(tmp_path / "two", standard()) == digest  # another division finds nothing left to do
+    assert (tmp_path / "two" / COMMITS / "part-0-of-1.jsonl").read_bytes() == b""
+
+
+def test_the_same_part_twice_and_mixed_divisions_are_refused(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    with CacheWriter(tmp_path / "c", manifest, part=(0, 2)):
+        with pytest.raises(RequestError, match="part 0/2 is already being written"):
+            CacheWriter(tmp_path / "c", manifest, part=(0, 2))
+        with pytest.raises(RequestError, match=r"1 part\(s\), found .* at work on one of 2"):
+            CacheWriter(tmp_path / "c", manifest)
+        CacheWriter(tmp_path / "c", manifest, part=(1, 2)).close()
+    CacheWriter(tmp_path / "c", manifest).close()
+    for part in ((1, 1), (-1, 2), (0, 0)):
+        with pytest.raises(RequestError, match="part"):
+            CacheWriter(tmp_path / "c", manifest, part=part)
+
+
+def test_the_manifest_lock_excludes_and_is_waited_for(tmp_path: Path) -> None:
+    open_for_writing(tmp_path / "c", tiny())
+    fd = os.open(tmp_path / "c" / COMMITS / ".lock-manifest", os.O_RDWR)
+    with manifest_lock(tmp_path / "c"):
+        assert not take_lock(fd, 2)
+        start = time.monotonic()
+        assert not take_lock(fd, 2, patience_s=0.1)
+        assert time.monotonic() - start >= 0.1
+    assert take_lock(fd, 2)
+    os.close(fd)
+
+
+# ---- extended
+
+
+def test_teachers_taps_views_and_pixels_are_added_without_touching_what_is_there(tmp_path: Path) -> None:
+    first = make_manifest(make_teacher("a", make_tap("final")), views=1)
+    fill_cache(tmp_path / "c", first)
+    steps = [
+        make_manifest(make_teacher("a", make_tap("final"), make_tap("more", codec="u4")), views=1),
+        make_manifest(make_teacher("b", make_tap("final", (9,), "f16")), views=1, shard_bytes=77, block_rows=64),
+        make_manifest(make_teacher("b"), views=3),
+        make_manifest(views=2, images="stored"),
+    ]
+    for asked in steps:
+        before = stamps(tmp_path / "c")
+        digests = {
+            name: read_manifest(tmp_path / "c").digest_for(name) for name in array_specs(read_manifest(tmp_path / "c"))
+        }
+        fill_cache(tmp_path / "c", asked)
+        after = stamps(tmp_path / "c")
+        assert after.keys() > before.keys()
+        assert {name: after[name] for name in before} == before
+        merged = read_manifest(tmp_path / "c")
+        assert {name: merged.digest_for(name) for name in digests} == digests
+    assert (merged.views, set(merged.teachers), merged.images, merged.block_rows) == (3, {"a", "b"}, "stored", 8)
+    fill_cache(tmp_path / "again", merged)
+    assert cache_digest(tmp_path / "again") == cache_digest(tmp_path / "c")
+    group = zarr.open_group(tmp_path / "c", mode="r")
+    for spec, values in expected(merged):
+        np.testing.assert_array_equal(group[spec.name][...], values)  # type: ignore[index]
+
+
+def test_opening_again_changes_nothing(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", standard())
+    before = {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in tmp_path.rglob("zarr.json")}
+    assert open_for_writing(tmp_path / "c", make_manifest(views=1, created="later", versions={"x": "y"})) == manifest
+    assert {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in tmp_path.rglob("zarr.json")} == before
+
+
+def test_an_interrupted_creation_is_finished(tmp_path: Path) -> None:
+    open_for_writing(tmp_path / "c", standard())
+    for name in ("views/zarr.json", "targets/a/final/codes/zarr.json"):
+        (tmp_path / "c" / name).unlink()
+    open_for_writing(tmp_path / "c", standard())
+    assert (tmp_path / "c/targets/a/final/codes/zarr.json").is_file()
+    (tmp_path / "c/zarr.json").unlink()
+    assert open_for_writing(tmp_path / "c", standard()) == standard()
+
+
+def test_another_manifest_is_refused_with_the_differences(tmp_path: Path) -> None:
+    fill_cache(tmp_path / "c", tiny())
+    before = stamps(tmp_path / "c")
+    other = make_manifest(
+        make_teacher("a", make_tap("final"), weights_sha256="e" * 64), rows=70, views=1, batch_rows=21
+    )
+    for attempt in (lambda: open_for_writing(tmp_path / "c", other), lambda: CacheWriter(tmp_path / "c", other)):
+        with pytest.raises(CacheMismatchError) as caught:
+            attempt()
+        lines = str(caught.value).splitlines()
+        assert lines[1].split() == ["key", "expected", "found"]
+        assert lines[2].split() == ["batch_rows", "21", "20"]
+        assert lines[3].split()[:1] == ["teachers.a.weights_sha256"]
+        assert "eeee" in lines[3].split()[1]
+    assert stamps(tmp_path / "c") == before
+
+
+def test_a_writer_needs_the_manifest_that_was_stored(tmp_path: Path) -> None:
+    open_for_writing(tmp_path / "c", tiny())
+    for other in (tiny(shard_bytes=99), tiny(views=2), make_manifest(make_teacher("z"), rows=70, views=1)):
+        with pytest.raises(CacheMismatchError, match="open_for_writing"):
+            CacheWriter(tmp_path / "c", other)
+
+
+def test_places_that_are_no_cache_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_text("x")
+    zarr.create_group(tmp_path / "zarr")
+    for name, reason in (
+        ("file", "found a file"),
+        ("photos", "cat.jpg"),
+        ("file/below", "cannot be made"),
+        ("zarr", "no feedfast manifest"),
+    ):
+        with pytest.raises(FeedfastError, match=reason):
+            open_for_writing(tmp_path / name, tiny())
+    assert [file.name for file in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+    with pytest.raises(RequestError, match="expected a feedfast cache"):
+        CacheWriter(tmp_path / "nothing", tiny())
+    (tmp_path / "empty").mkdir()
+    open_for_writing(tmp_path / "empty", tiny())
+
+
+# ---- out of space
+
+
+def refuse_after(monkeypatch: pytest.MonkeyPatch, room: int, code: int = errno.ENOSPC) -> None:
+    """A disk with room for so many more bytes: writes fill it, then fail."""
+    real, left = os.writev, [room]
+
+    def writev(fd: int, buffers: Any) -> int:
+        if left[0] <= 0:
+            raise OSError(code, os.strerror(code))
+        buffer = memoryview(buffers[0])[: left[0]]
+        left[0] -= len(buffer)
+        return real(fd, [buffer])
+
+    monkeypatch.setattr(os, "writev", writev)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("room", [0, 100, 700, 1500, 2300])
+def test_a_full_disk_is_one_error_and_a_cache_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, code: int
+) -> None:
+    digest = fill_cache(tmp_path / "whole", tiny())
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    for spec in array_specs(manifest).values():
+        if not spec.sharded:
+            with CacheWriter(tmp_path / "c", manifest) as writer:
+                writer.put(spec.name, small_values(spec))
+    refuse_after(monkeypatch, room, code)
+    with pytest.raises(FeedfastError, match=r"no room for \d+ bytes .*\d+ bytes free.* run the same command again"):
+        fill_cache(tmp_path / "c", tiny())
+    monkeypatch.undo()
+    assert list((tmp_path / "c").rglob(".tmp-*")) == []
+    assert read_log(tmp_path / "c").problems == []
+    assert fill_cache(tmp_path / "c", tiny()) == digest
+    assert objects(tmp_path / "c") == objects(tmp_path / "whole")
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"cannot mount a small tmpfs: {mount.stderr.decode().strip()}")
+    try:
+        manifest = make_manifest(
+            make_teacher("a", make_tap("final", (64, 4, 4))), rows=4000, views=1, shard_bytes=1 << 17
+        )
+        with pytest.raises(FeedfastError, match="no room for"):
+            fill_cache(disk / "c", manifest, batch=500)
+        log = read_log(disk / "c")
+        assert log.problems == []
+        assert 0 < len(log.of(FINAL)) < array_specs(manifest)[FINAL].num_shards
+        assert list(disk.rglob(".tmp-*")) == []
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        digest = fill_cache(disk / "c", manifest, batch=500)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert digest == fill_cache(tmp_path / "whole", manifest, batch=500)
+
+
+def test_other_write_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    refuse_after(monkeypatch, 0, errno.EIO)
+    with (
+        pytest.raises(FeedfastError, match=r"labels/c/0: cannot be written: Input/output error"),
+        CacheWriter(tmp_path / "c", manifest) as writer,
+    ):
+        writer.put("labels", small_values(writer.specs["labels"]))
+
+
+# ---- rows
+
+
+def test_pixel_checksums_and_saturation_reach_the_log(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    spec = array_specs(manifest)[FINAL]
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        for start in range(0, 70, 20):
+            stop = min(start + 20, 70)
+            ends = [block for block in range(9) if start < min(8 * block + 8, 70) <= stop]
+            writer.append(
+                FINAL, 0, start, rows_of(spec, 0, start, stop), saturated=1, pixel_crc32c=[f"{b:08x}" for b in ends]
+            )
+    commits = sorted(read_log(tmp_path / "c").of(FINAL), key=lambda commit: commit.rows)
+    assert [commit.rows for commit in commits] == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 70)]
+    assert [commit.pixel_crc32c for commit in commits] == [
+        tuple(f"{2 * shard + b:08x}" for b in range(2 if shard < 4 else 1)) for shard in range(5)
+    ]
+    assert sum(commit.saturated for commit in commits) == 4
+
+
+@settings(deadline=None, max_examples=25)
+@given(cuts=st.lists(st.integers(0, 70), max_size=8), skip=st.sets(st.integers(0, 4)))
+def test_any_batching_gives_the_same_objects(cuts: list[int], skip: set[int]) -> None:
+    """Whatever the batches, and with some shards already there, which are then dropped."""
+    edges = sorted({0, 70, *cuts})
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        manifest = open_for_writing(Path(folder), tiny())
+        spec = array_specs(manifest)[FINAL]
+        with CacheWriter(folder, manifest) as writer:
+            for shard in skip:
+                start, stop = spec.shard_span(shard)
+                writer.append(FINAL, 0, start, rows_of(spec, 0, start, stop))
+        with CacheWriter(folder, manifest) as writer:
+            for start, stop in itertools.pairwise(edges):
+                writer.append(FINAL, 0, start, rows_of(spec, 0, start, stop))
+            assert writer.missing(FINAL) == set()
+            assert not writer.damaged
+        assert writer.shards_written == 5 - len(skip)
+        values = zarr.open_array(Path(folder) / FINAL, mode="r")[0, :70]
+        np.testing.assert_array_equal(values, rows_of(spec, 0, 0, 70))
+
+
+@pytest.mark.parametrize(
+    ("codec", "fill"), [("u8", 255), *((codec, fill) for codec in ("f16", "f32") for fill in (np.nan, np.inf, -np.inf))]
+)
+def test_values_that_would_read_as_missing_are_refused(tmp_path: Path, codec: str, fill: float) -> None:
+    manifest = open_for_writing(
+        tmp_path / "c", make_manifest(make_teacher("a", make_tap("final", codec=codec)), rows=70, views=1)
+    )
+    spec = array_specs(manifest)[FINAL]
+    rows = rows_of(spec, 0, 0, 70)
+    rows[21, 1, 1, 3] = fill
+    writer = CacheWriter(tmp_path / "c", manifest)
+    with pytest.raises(FeedfastError, match=r"targets/a/final/codes: view 0, rows 16\.\.24: found") as caught, writer:
+        writer.append(FINAL, 0, 0, rows)
+    assert "not finite" in str(caught.value) or "fill value 255" in str(caught.value)
+    assert all(commit.rows[0] != 16 for commit in read_log(tmp_path / "c").of(FINAL))
+
+
+def test_white_pixels_are_no_fill_values(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny(images="stored"))
+    white = np.full((70, 4, 4, 3), 255, np.uint8)
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        writer.append("pixels/codes", 0, 0, white)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "c/pixels/codes", mode="r")[0, :70], white)
+
+
+def test_rows_must_fit_and_follow(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    spec = array_specs(manifest)[FINAL]
+
+    def give(
+        start: int, stop: int, rows: np.ndarray | None = None, view: int = 0, array: str = FINAL, **more: Any
+    ) -> None:
+        writer.append(array, view, start, rows_of(spec, 0, start, stop) if rows is None else rows, **more)
+
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        for wrong in (
+            lambda: give(4, 8),
+            lambda: give(64, 71),
+            lambda: give(-1, 5),
+            lambda: give(0, 8, view=1),
+            lambda: give(0, 8, np.zeros((8, 3, 2, 4), np.uint8)),
+            lambda: give(0, 8, np.zeros((8, 3, 2, 5), np.int8)),
+            lambda: give(0, 8, array="targets/a/other/codes"),
+            lambda: give(0, 8, array="labels"),
+            lambda: give(0, 8, pixel_crc32c=["a", "b"]),
+            lambda: writer.put(FINAL, np.zeros(3)),
+            lambda: writer.put("labels", np.zeros(70, np.int64)),
+            lambda: writer.put("labels", np.zeros(69, np.int32)),
+            lambda: writer.put("labels", np.zeros(70, np.int32), view=0),
+        ):
+            with pytest.raises(FeedfastError):
+                wrong()
+        give(0, 8)
+        for start in (9, 0, 16):
+            with pytest.raises(FeedfastError, match=f"expected row 8, found row {start}"):
+                give(start, start + 8)
+        give(8, 16, np.asfortranarray(rows_of(spec, 0, 8, 16)))
+    with pytest.raises(FeedfastError, match="closed"):
+        give(16, 32)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "c" / FINAL, mode="r")[0, :16], rows_of(spec, 0, 0, 16))
+
+
+# ---- small arrays
+
+
+def test_small_arrays_are_written_once_and_compared(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny(views=2))
+    with (
+        CacheWriter(tmp_path / "c", manifest, part=(0, 2)) as one,
+        CacheWriter(tmp_path / "c", manifest, part=(1, 2)) as two,
+    ):
+        flips = small_values(one.specs["views/flip"])
+        one.put("views/flip", flips[1], view=1)
+        assert one.stored("views/flip") is None
+        two.put("views/flip", flips)  # learns of the first's, and adds the other
+        assert two.shards_written == 1
+        with pytest.raises(CacheMismatchError, match="views/flip of view 1"):
+            one.put("views/flip", 1 - flips[1], view=1)
+        scale = np.float32([[0.5] * 5, [0.1] * 5])
+        one.put("targets/a/final/scale", scale)
+        with pytest.raises(CacheMismatchError, match="scale"):
+            two.put("targets/a/final/scale", scale * 2)
+        for bad in (np.nan, np.inf):
+            with pytest.raises(FeedfastError, match="missing"):
+                two.put("targets/a/final/scale", np.full((2, 5), bad, np.float32))
+        with pytest.raises(FeedfastError, match="missing"):
+            two.put("labels", np.full(70, -(2**31), np.int32))
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        np.testing.assert_array_equal(writer.stored("views/flip"), flips)
+        np.testing.assert_array_equal(writer.stored("targets/a/final/scale"), scale)
+        assert writer.stored("labels") is None
+        path = object_path(tmp_path / "c", "targets/a/final/scale", "c/0/0")
+        path.write_bytes(path.read_bytes()[:-1] + b"\0")
+        with pytest.raises(CacheDamageError, match="scale"):
+            writer.stored("targets/a/final/scale")
+    assert read_log(tmp_path / "c").problems == []
+
+
+# ---- flow
+
+
+def test_memory_stays_flat_when_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = 1 << 20
+    manifest = open_for_writing(
+        tmp_path / "c",
+        make_manifest(
+            make_teacher("a", make_tap("final", (64, 8, 8))), rows=6_016, views=1, block_rows=64, shard_bytes=shard
+        ),
+    )
+    real = writer_module.publish
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.004)
+        real(*args)
+
+    monkeypatch.setattr(writer_module, "publish", slow)
+    batch = np.ones((64, 8, 8, 64), np.uint8)
+    tracemalloc.start()
+    try:
+        with CacheWriter(tmp_path / "c", manifest, workers=2, max_in_flight=3) as writer:
+            for start in range(0, 6_016, 64):
+                writer.append(FINAL, 0, start, batch)
+            peak = tracemalloc.get_traced_memory()[1]
+            assert writer.bytes_written > 15 * shard
+    finally:
+        tracemalloc.stop()
+    assert peak < (1 + 3) * shard + (2 << 20)
+
+
+def test_an_error_in_the_callers_loop_drops_what_waits_and_frees_the_part(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    spec = array_specs(manifest)[FINAL]
+    writer = CacheWriter(tmp_path / "c", manifest)
+
+    def loop() -> None:
+        with writer:
+            writer.append(FINAL, 0, 0, rows_of(spec, 0, 0, 40))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    assert fill_cache(tmp_path / "c", manifest) == fill_cache(tmp_path / "d", tiny())
+    with contextlib.suppress(FeedfastError):
+        writer.close()
+    shutil.rmtree(tmp_path / "d")
+
+
+def test_unused_shard_rows_are_absent_or_fill(tmp_path: Path) -> None:
+    """A buffer is used again for a shard that is not full: nothing of the earlier shard may show."""
+    manifest = open_for_writing(tmp_path / "c", tiny(rows=37, shard_bytes=30 * 32))
+    spec: ArraySpec = array_specs(manifest)[FINAL]
+    with CacheWriter(tmp_path / "c", manifest, workers=1, max_in_flight=1) as writer:
+        for start, stop in ((0, 32), (32, 37)):
+            writer.append(FINAL, 0, start, rows_of(spec, 0, start, stop))
+    values = zarr.open_array(tmp_path / "c" / FINAL, mode="r")[0]
+    assert spec.shape[1] == 64
+    assert (values[37:] == 255).all()
+    assert object_path(tmp_path / "c", FINAL, spec.key(0, 1)).stat().st_size == 8 * spec.row_bytes + 4 + 4 * 16 + 4
