@@ -146,7 +146,7 @@ def by_tensorstore(folder: Path) -> Callable[[Slices], Iterator[Array]]:
 
 
 def by_stream(source: ArrayView, threads: int, rows: Array | None = None) -> Callable[[Slices], Iterator[Array]]:
-    """feedfast's own stream; it takes row numbers instead of slices. Files and buffers outlive a pass, as in a reader."""
+    """feedfast's own stream; takes row numbers, not slices. Files and buffers outlive a pass, as in a reader."""
     files, pool = ShardFiles(), BufferPool()
 
     def run(slices: Slices) -> Iterator[Array]:

@@ -12,7 +12,6 @@ gives what turns them into values. This module never writes and knows neither mo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,16 +20,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from feedfast.cache import store
+from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import Commit, Log, Problem, check_commit, digest_of, problem, read_log
 from feedfast.cache.schema import Manifest
 from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
-from feedfast.cache.shards import ArrayView, ShardFiles, has_fill, read_small
+from feedfast.cache.shards import ArrayView, ShardFiles, read_small
 from feedfast.cache.stream import Stream
 from feedfast.errors import CacheDamageError, RequestError
 
-MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
-MAX_BLOCK_BYTES: Final = 2 << 30  # 2 GiB decoded; what feedfast writes stays near 8 MiB
 _SHOWN: Final = 5  # problems spelt out in a message; all of them are in the error's list
 
 
@@ -41,22 +40,10 @@ def read_manifest(path: str | Path) -> Manifest:
         RequestError: there is no cache at ``path``.
         CacheDamageError: what is there is no sound manifest (kind ``manifest``).
     """
-    file = Path(path) / "zarr.json"
-    if not file.is_file():
-        raise RequestError(f"{path}: no cache here (expected {file}); write one with feedfast cache")
     try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CacheDamageError(f"the file has {file.stat().st_size} bytes, limit {MAX_MANIFEST_BYTES}")
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, dict) or not isinstance(content.get("attributes"), dict):
-            raise CacheDamageError("not a Zarr group with attributes")
-        manifest = Manifest.from_attrs(content["attributes"])
-        for spec in array_specs(manifest).values():
-            if spec.sharded and spec.block_bytes > MAX_BLOCK_BYTES:
-                raise CacheDamageError(f"{spec.name}: a block of {spec.block_bytes} bytes, limit {MAX_BLOCK_BYTES}")
-    except (ValueError, RecursionError) as error:  # json errors, and ours
-        raise CacheDamageError(f"{file}: {error}", [problem("", "zarr.json", "manifest", str(error))]) from error
-    return manifest
+        return store.read_manifest(path)
+    except CacheDamageError as error:
+        raise CacheDamageError(str(error), [problem("", store.ROOT, "manifest", str(error))]) from error
 
 
 def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> list[Problem]:
@@ -176,8 +163,7 @@ class CacheReader:
             raise RequestError(f"{array} is too large to be read whole; read_rows and stream give rows of it")
         source = self._source(array, view)
         data = read_small(source)
-        # The labels are indexed by sample id; ids that the data set does not use keep the fill value.
-        if array != "labels" and has_fill(data, spec):
+        if holds_fill(spec, data.view(spec.dtype)):
             raise source.damage("fill", 0, "a committed value is the fill value")
         return data.view(spec.dtype).reshape(spec.shape[1:] if spec.views else spec.shape)
 

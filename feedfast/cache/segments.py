@@ -151,7 +151,7 @@ class Segment:
         self.bounds: list[int] = [*bounds.tolist(), len(self.rows)]
         self.buffers: dict[str, Bytes] = {}
         self.pending = 0
-        self.error: Exception | None = None
+        self.errors: list[tuple[int, int, Exception]] = []  # rows [first, last) of the buffers that did not come
         self.waiting: list[Any] = []  # batches of the stream that cannot be built yet
 
     def jobs(self, spec: ArraySpec) -> Iterator[tuple[int, int]]:
@@ -169,6 +169,14 @@ class Segment:
             ):
                 yield first, last
                 first = last
+
+    def error_in(self, start: int, stop: int) -> Exception | None:
+        """What prevents positions [start, stop) of the pass from being handed out."""
+        index = self.index[start - self.start : stop - self.start]
+        for first, last, error in self.errors:
+            if ((index >= first) & (index < last)).any():
+                return error
+        return None
 
     def read(self, source: ArrayView, files: ShardFiles, buffer: Bytes, first: int, last: int) -> None:
         """Do one of the `jobs`: put the rows of blocks [first, last) into their place in the array's buffer."""

@@ -16,6 +16,9 @@ flipped flag would otherwise switch the check off, and a forged content size wou
 takes); the block's own checksum; the fill value inside rows that hold data. A flipped bit that zstd itself ignores
 (there is an unused one in its header) changes no value and is left to ``verify --full``.
 
+Announcing blocks to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed nothing:
+the threads' own reads keep a local disk busy.
+
 It does not decide which shards exist (the log does), does not turn codes into values and never writes.
 """
 
@@ -34,6 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from feedfast.cache.assemble import holds_fill
 from feedfast.cache.codec import crc32c, decompress, index_length, parse_index
 from feedfast.cache.layout import NO_CHUNK, ArraySpec
 from feedfast.errors import CacheDamageError
@@ -63,7 +67,12 @@ class ArrayView:
             first = block * spec.block_rows
             where += f", block {block} (rows {first} to {min(first + spec.block_rows, spec.rows) - 1})"
             problem["block"] = str(block)
-        return CacheDamageError(f"{path}: {detail} [{kind}: {where}]", [problem])
+        cure = (
+            ""
+            if kind in ("incomplete", "missing", "length")
+            else "; delete the file to have feedfast cache write it again"
+        )
+        return CacheDamageError(f"{path}: {detail} [{kind}: {where}]{cure}", [problem])
 
 
 class CommittedFile:
@@ -143,13 +152,6 @@ class Shard:
         except CacheDamageError as error:
             raise source.damage("index", number, str(error)) from None
 
-    def will_need(self, blocks: Sequence[int]) -> None:
-        """Ask the kernel to start reading consecutive ``blocks`` (numbers within the view); no promise, no error."""
-        first, last = (self._index[b % self.source.spec.blocks_per_shard] for b in (blocks[0], blocks[-1]))
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError, OverflowError):  # an absent block overflows; reading it will say so
-                os.posix_fadvise(self._file.fd, first[0], last[0] + last[1] - first[0], os.POSIX_FADV_WILLNEED)
-
     def read(self, blocks: Sequence[int], out: Bytes) -> None:
         """Read consecutive blocks (numbers within the view) into ``out``, one after another.
 
@@ -170,7 +172,7 @@ class Shard:
             self._read_zstd(blocks, ranges, parts)
         for block, part in zip(blocks, parts, strict=True):
             rows = min(spec.block_rows, spec.rows - block * spec.block_rows)
-            if has_fill(part[: rows * spec.row_bytes], spec):
+            if holds_fill(spec, part[: rows * spec.row_bytes].view(spec.dtype)):
                 raise self.source.damage("fill", self.number, "a committed row holds the fill value", block)
 
     def _range(self, block: int) -> tuple[int, int]:
@@ -232,27 +234,10 @@ class ShardFiles:
         evicted.clear()  # files close here, outside the lock, or later in the thread that still reads one
         return shard
 
-    def peek(self, source: ArrayView, number: int) -> Shard | None:
-        """The shard if it is open."""
-        return self._open.get((source.spec.name, source.view, number))
-
     def clear(self) -> None:
         """Close what no thread is reading."""
         with self._lock:
             self._open.clear()
-
-
-def has_fill(data: Bytes, spec: ArraySpec) -> bool:
-    """True when stored rows hold the array's fill value (for floats: any NaN); one pass over memory still in cache."""
-    if not spec.sentinel or data.size == 0:
-        return False
-    if spec.dtype.itemsize == 1:
-        return int(data.max()) == spec.fill
-    if spec.dtype.kind != "f":
-        return bool((data.view(spec.dtype) == spec.fill).any())
-    if spec.dtype.itemsize == 2:  # NumPy has no fast float16 compare; the bits order the same way
-        return bool((data.view("<u2") & 0x7FFF).max() > 0x7C00)
-    return bool(np.isnan(data.view(spec.dtype).max()))  # max hands a NaN on
 
 
 _local = threading.local()

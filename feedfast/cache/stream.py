@@ -33,7 +33,6 @@ from feedfast.cache.segments import Array, BufferPool, Rows, Segment, cut_segmen
 from feedfast.cache.shards import ArrayView, ShardFiles
 
 _SEGMENT_BYTES = 4 << 20  # 4 MiB; planning a segment costs the consumer some 50 microseconds, so not too small ones
-_ADVISE_JOBS = 8  # how many jobs ahead the kernel is told what will be read; matters on a cold page cache only
 
 
 class _Batch:
@@ -114,7 +113,8 @@ class _Engine:
 
     def _complete(self, batch: _Batch) -> None:
         """All segments of the batch are there (lock held): hand out views, or queue the gathering."""
-        batch.error = next((segment.error for segment, _, _ in batch.parts if segment.error), None)
+        for segment, start, stop in batch.parts:
+            batch.error = batch.error or segment.error_in(start, stop)
         if batch.error is None and not self._as_views(batch):
             self.gathers.append(batch)
             self.work.notify()
@@ -140,7 +140,6 @@ class _Engine:
 
     def _run(self) -> None:
         while True:
-            ahead: tuple[Segment, str, int, int] | None = None
             with self.lock:
                 while not (self.gathers or self.reads or self.stopped):
                     self.work.wait()
@@ -148,26 +147,21 @@ class _Engine:
                     return
                 batch = self.gathers.popleft() if self.gathers else None
                 job = self.reads.popleft() if batch is None else None
-                if job is not None and len(self.reads) >= _ADVISE_JOBS:
-                    ahead = self.reads[_ADVISE_JOBS - 1]
             if batch is not None:
                 self._gather(batch)
             elif job is not None:
-                self._read(job, ahead)
-            del batch, job, ahead  # an idle thread must not keep buffers from going back to the pool
+                self._read(job)
+            del batch, job  # an idle thread must not keep buffers from going back to the pool
 
-    def _read(self, job: tuple[Segment, str, int, int], ahead: tuple[Segment, str, int, int] | None) -> None:
+    def _read(self, job: tuple[Segment, str, int, int]) -> None:
         segment, name, first, last = job
-        error: Exception | None = None
+        errors: list[tuple[int, int, Exception]] = []
         try:
-            if segment.error is None:
-                if ahead is not None:
-                    self._advise(*ahead)
-                segment.read(self.sources[name], self.files, segment.buffers[name], first, last)
-        except Exception as caught:  # whatever it is, the consumer must hear of it instead of waiting for ever
-            error = caught
+            segment.read(self.sources[name], self.files, segment.buffers[name], first, last)
+        except Exception:  # whatever it is, the consumer must hear of it instead of waiting for ever
+            errors = self._read_singly(job)
         with self.lock:
-            segment.error = segment.error or error
+            segment.errors += errors
             segment.pending -= 1
             if segment.pending == 0:
                 waiting, segment.waiting = segment.waiting, []
@@ -176,12 +170,16 @@ class _Engine:
                     if batch.pending == 0:
                         self._complete(batch)
 
-    def _advise(self, segment: Segment, name: str, first: int, last: int) -> None:
-        source = self.sources[name]
-        blocks = segment.blocks[first:last]
-        shard = self.files.peek(source, blocks[0] // source.spec.blocks_per_shard)
-        if shard is not None:
-            shard.will_need(blocks)
+    def _read_singly(self, job: tuple[Segment, str, int, int]) -> list[tuple[int, int, Exception]]:
+        """Read block by block what could not be read together, so that an error meets only the batches it concerns."""
+        segment, name, first, last = job
+        errors: list[tuple[int, int, Exception]] = []
+        for number in range(first, last):
+            try:
+                segment.read(self.sources[name], self.files, segment.buffers[name], number, number + 1)
+            except Exception as error:
+                errors.append((segment.bounds[number], segment.bounds[number + 1], error))
+        return errors
 
     def _gather(self, batch: _Batch) -> None:
         arrays: dict[str, Array] = {}

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
+from feedfast.cache.assemble import holds_fill
 from feedfast.cache.codec import crc32c
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import Commit, Problem, problem, read_log
 from feedfast.cache.reader import check_log, read_manifest
-from feedfast.cache.shards import ArrayView, CommittedFile, Shard, has_fill, read_small, scratch
+from feedfast.cache.shards import ArrayView, CommittedFile, Shard, read_small, scratch
 from feedfast.errors import CacheDamageError
 
 _PIECE_BYTES = 4 << 20  # 4 MiB: what is hashed at a time
@@ -123,7 +124,7 @@ def _check_blocks(source: ArrayView, number: int) -> Iterator[Problem]:
     spec = source.spec
     if not spec.sharded:
         data = read_small(source, number)
-        if spec.name != "labels" and has_fill(data, spec):  # unused sample ids keep the fill value
+        if holds_fill(spec, data.view(spec.dtype)):
             yield from source.damage("fill", number, "a committed value is the fill value").problems
         return
     shard = Shard(source, number)
