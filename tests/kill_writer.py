@@ -3,11 +3,12 @@
 Run as a program: ``kill_writer.py FOLDER EVERY``. Each run is a forked child, killed by SIGKILL inside its k-th call
 of write, fsync, rename or truncate, after half of the bytes in the case of a write; k takes every EVERY-th value
 until a run ends unharmed. A resumed run is killed once more now and then. The last line of stdout is a JSON list of
-[k, digest equal, bytes equal].
+[k, digest equal and nothing amiss meanwhile, bytes equal].
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cache_samples import fill_cache, make_manifest, make_tap, make_teacher, objects
+
+from feedfast.cache.log import cache_digest, object_path, read_log
 
 MANIFEST = make_manifest(make_teacher("a", make_tap("final"), make_tap("zip", compression="zstd")), rows=70)
 
@@ -74,9 +77,13 @@ def child(path: Path, call: int | None) -> bool:
     return False
 
 
-def main(folder: Path, every: int) -> None:
-    from feedfast.cache.log import cache_digest
+def believable(path: Path) -> bool:
+    """Whether every logged object is there, whole, before anything is repaired."""
+    found = read_log(path).commits.items()
+    return all(hashlib.sha256(object_path(path, *key).read_bytes()).hexdigest() == line.sha256 for key, line in found)
 
+
+def main(folder: Path, every: int) -> None:
     whole = folder / "whole"
     assert not child(whole, None)
     wanted, digest = objects(whole), cache_digest(whole)
@@ -85,11 +92,13 @@ def main(folder: Path, every: int) -> None:
         path = folder / str(call)
         if not child(path, call):
             break
+        sound = believable(path)
         if call % 5 == 0:
             child(path, 1 + call // 2)
+            sound = sound and believable(path)
         child(path, None)
         left = [file.name for file in (path / "commits").glob(".tmp-*")]
-        rows.append([call, cache_digest(path) == digest and not left, objects(path) == wanted])
+        rows.append([call, cache_digest(path) == digest and sound and not left, objects(path) == wanted])
     print(json.dumps(rows))
 
 

@@ -145,6 +145,40 @@ def test_killed_anywhere_then_finished_equals_uninterrupted(tmp_path: Path) -> N
     assert [row for row in rows if row[1:] != [True, True]] == []
 
 
+def test_an_object_is_durable_before_it_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill cannot show this, a power cut would: the order of system calls, with what each was called on."""
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    spec = array_specs(manifest)[FINAL]
+    calls: list[tuple[str, str]] = []
+
+    def name_of(file: Any) -> str:
+        path = Path(os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else file)
+        return "temporary" if path.name.startswith(".tmp-") else str(path.relative_to(tmp_path / "c"))
+
+    def trace(name: str) -> None:
+        real = getattr(os, name)
+
+        def traced(file: Any, *rest: Any) -> Any:
+            calls.append((name, name_of(file)))
+            return real(file, *rest)
+
+        monkeypatch.setattr(os, name, traced)
+
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        for name in ("writev", "fsync", "rename"):
+            trace(name)
+        writer.append(FINAL, 0, 0, rows_of(spec, 0, 0, 16))
+    log = "commits/part-0-of-1.jsonl"
+    made = [FINAL, f"{FINAL}/c", f"{FINAL}/c/0", f"{FINAL}/c/0/0", f"{FINAL}/c/0/0/0"]
+    assert calls == [
+        *(("fsync", folder) for folder in made),
+        *((name, "temporary") for name in ("writev", "fsync", "rename")),
+        ("fsync", f"{FINAL}/c/0/0/0/0"),
+        ("writev", log),
+        ("fsync", log),
+    ]
+
+
 def test_a_torn_last_line_is_cut_and_its_shard_written_again(tmp_path: Path) -> None:
     digest = fill_cache(tmp_path / "c", tiny())
     wanted = objects(tmp_path / "c")
