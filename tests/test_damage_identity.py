@@ -1,4 +1,4 @@
-"""A commit log or a manifest that is torn, edited, of another cache or hostile: refused by name, before anything is read."""
+"""A commit log or manifest that is torn, edited, of another cache or hostile: refused by name, before any reading."""
 
 from __future__ import annotations
 
