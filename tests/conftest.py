@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# One thread: the networks here are tiny, and a busy machine makes OpenMP threads wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,230 @@
+"""The offline stage as a job: kills, resumes, parts, extensions, and refusals. Digits and small real teachers throughout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from feedfast.cache.log import cache_digest
+from feedfast.cache.reader import CacheReader
+from feedfast.data.dataset import open_dataset
+from feedfast.data.loader import Loader
+from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
+from feedfast.recipe import Recipe
+from feedfast.stages.audit import plan_of, run_verify, stored_values
+from feedfast.stages.common import ranks
+from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.offline import run_cache
+from small import digits_recipe, write_teacher
+
+KILLS = 10
+
+
+def objects(path: Path) -> dict[str, tuple[str, int]]:
+    """Every stored object: content hash and modification time."""
+    return {
+        str(file.relative_to(path)): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in sorted(path.rglob("*"))
+        if "c" in file.relative_to(path).parts and file.is_file()
+    }
+
+
+def as_toml(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a file, for a process of its own."""
+    lines = [f"seed = {recipe.seed}"]
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    for section in ("data", "cache", "student", "method", "train"):
+        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in tree[section].items())]
+    for teacher in tree["teachers"]:
+        lines += ["[[teachers]]", *(f"{key} = {_toml(value)}" for key, value in teacher.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value) if not isinstance(value, str) else f'"{value}"'
+
+
+def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -> None:
+    """Rows of an f32 cache equal a live forward of the same batch, bit for bit, for every view, teacher and tap."""
+    recipe = digits_recipe(tmp_path, cache={"codec": "f32"})
+    result = run_cache(recipe, quiet=True)
+    assert (result["rows_written"], result["rows_resumed"], result["complete"]) == (400, 0, True)
+    reader = CacheReader(recipe.cache.path)
+    data = open_dataset(recipe.data.train, limit=recipe.data.limit)
+    loader = Loader(data, plan_of(reader), batch_size=32)
+    for spec in recipe.teachers:
+        teacher = FrozenTeacher(spec, recipe, 10, torch.device("cpu"))
+        for view in range(2):
+            for batch in loader.stream(view, np.arange(len(data))):
+                assert np.array_equal(batch.ids, reader.read_array("views/order", view)[batch.rows])
+                for tap, values in teacher(batch.images).items():
+                    if tap.startswith("ofd"):
+                        values = torch.maximum(values, teacher.margins[tap].view(1, -1, 1, 1))
+                    assert torch.equal(values, stored_values(reader, spec.name, tap, view, batch.rows)), (spec.name, tap)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_digest(tmp_path: Path) -> None:
+    """SIGKILL at ten random moments of the job, each time the same command again; digest and bytes equal an uninterrupted run."""
+    whole = digits_recipe(tmp_path, cache={"path": str(tmp_path / "whole.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1})
+    began = time.monotonic()
+    expected = run_cache(whole, quiet=True)
+    seconds = time.monotonic() - began
+    torn = digits_recipe(tmp_path, cache={"path": str(tmp_path / "torn.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1})
+    file = as_toml(torn, tmp_path / "torn.toml")
+    rng = random.Random(7)
+    killed, committed = 0, []
+    for _ in range(60):
+        if killed == KILLS:
+            break
+        job = subprocess.Popen([sys.executable, "-m", "feedfast", "cache", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "torn.zarr" / "commits" / "part-0-of-1.jsonl"
+        size = log.stat().st_size if log.exists() else 0
+        wanted = rng.random()
+        # Wait until this attempt has committed something (or, sometimes, has not yet), then a random moment more.
+        while job.poll() is None and wanted > 0.2 and (not log.exists() or log.stat().st_size == size):
+            time.sleep(0.002)
+        time.sleep(rng.random() * seconds / 40)
+        if job.poll() is None:
+            job.send_signal(signal.SIGKILL)
+            killed += 1
+        job.wait()
+        committed.append(len(log.read_bytes().splitlines()) if log.exists() else 0)
+    assert killed == KILLS, f"the job finished before it could be killed {KILLS} times: {committed}"
+    result = run_cache(torn, quiet=True)
+    assert result["digest"] == expected["digest"] == cache_digest(torn.cache.path)
+    assert result["complete"]
+    ours, theirs = (objects(Path(recipe.cache.path)) for recipe in (torn, whole))
+    assert {name: entry[0] for name, entry in ours.items()} == {name: entry[0] for name, entry in theirs.items()}
+    assert not list((tmp_path / "torn.zarr").rglob(".tmp-*"))
+    assert run_verify(torn.cache.path, full=True, quiet=True)["ok"]
+
+
+def test_a_second_teacher_tap_and_view_leave_what_is_there_untouched(tmp_path: Path) -> None:
+    small = digits_recipe(tmp_path, teachers=1, cache={"views": 1}, overrides=('teachers.0.taps=["final"]',))
+    run_cache(small, quiet=True)
+    before = objects(Path(small.cache.path))
+    result = run_cache(digits_recipe(tmp_path, cache={"views": 2}), quiet=True)
+    after = objects(Path(small.cache.path))
+    assert {name: after[name] for name in before} == before
+    assert result["complete"]
+    assert len(after) > 3 * len(before)
+    # and the result is that of one job with everything in it
+    whole = digits_recipe(tmp_path, cache={"views": 2, "path": str(tmp_path / "whole.zarr")})
+    assert run_cache(whole, quiet=True)["digest"] == result["digest"]
+    again = run_cache(digits_recipe(tmp_path, cache={"views": 2}), quiet=True)
+    assert (again["rows_written"], again["rows_resumed"], again["bytes_written"]) == (0, 400, 0)
+
+
+def test_two_parts_at_once_make_the_cache_of_one(tmp_path: Path) -> None:
+    whole = digits_recipe(tmp_path, cache={"path": str(tmp_path / "whole.zarr")}, train={"threads": 1})
+    expected = run_cache(whole, quiet=True)["digest"]
+    files = [as_toml(digits_recipe(tmp_path, cache={"part": f"{part}/2"}, train={"threads": 1}), tmp_path / f"{part}.toml") for part in (0, 1)]
+    jobs = [subprocess.Popen([sys.executable, "-m", "feedfast", "cache", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for file in files]
+    for job in jobs:
+        _, errors = job.communicate(timeout=240)
+        assert job.returncode == 0, errors
+    reader = CacheReader(tmp_path / "digits.zarr")
+    assert not reader.missing()
+    assert reader.digest() == expected
+    assert len(list((tmp_path / "digits.zarr" / "commits").glob("part-*-of-2.jsonl"))) == 2
+
+
+def test_odd_batches_and_the_last_short_one(tmp_path: Path) -> None:
+    """Batches that fit neither blocks nor shards nor the data give a complete cache whose pixels replay."""
+    recipe = digits_recipe(tmp_path, teachers=1, cache={"batch": 23, "images": "stored"})
+    assert run_cache(recipe, quiet=True)["complete"]
+    checked = run_verify(recipe.cache.path, full=True, replay=8, quiet=True)
+    assert checked["ok"], checked["problems"]
+    assert checked["replayed"] == 8
+
+
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+def test_teachers_recomputed(tmp_path: Path, bn: str) -> None:
+    recipe = digits_recipe(tmp_path, teachers=1, overrides=(f"teachers.0.bn={bn}",))
+    run_cache(recipe, quiet=True)
+    checked = run_verify(recipe.cache.path, teachers_percent=50, recipe=recipe, quiet=True)
+    assert checked["ok"], checked["problems"]
+    assert set(checked["cosine"]) == {f"targets/a/{tap}/codes" for tap in ("final", "ofd1", "ofd2", "ofd3", "logits")}
+    assert min(checked["cosine"].values()) > 0.9995
+
+
+def test_batch_statistics_make_other_maps(tmp_path: Path) -> None:
+    """``bn = "batch"`` is another teacher: its maps differ, and its running averages are not touched by caching."""
+    spec = digits_recipe(tmp_path, teachers=1)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8))
+    plain, batch = (FrozenTeacher(spec.teachers[0].model_copy(update={"bn": bn}), spec, 10, torch.device("cpu")) for bn in ("eval", "batch"))
+    assert plain.weights_sha256 == batch.weights_sha256
+    first = batch(images)["final"]
+    assert not torch.allclose(plain(images)["final"], first, rtol=1e-2)
+    assert torch.equal(batch(images)["final"], first)
+
+
+def test_refusals_name_what_differs(tmp_path: Path) -> None:
+    recipe = digits_recipe(tmp_path, teachers=1)
+    run_cache(recipe, quiet=True)
+    for override, words in {
+        "seed=5": ["plan.seed", "5", "0"],
+        "data.limit=10": ["dataset", "count"],
+        "data.augment=none": ["plan.augment"],
+        "cache.batch=16": ["batch_rows", "16", "32"],
+        "teachers.0.bn=batch": ["teachers.a.bn"],
+        "cache.codec=u4": ["final", "codec", "u4", "u8"],
+    }.items():
+        with pytest.raises(CacheMismatchError) as caught:
+            run_cache(digits_recipe(tmp_path, teachers=1, overrides=(override,)), quiet=True)
+        for word in words:
+            assert word in str(caught.value), (override, str(caught.value))
+    write_teacher(tmp_path / "a.pt", seed=99)
+    with pytest.raises(CacheMismatchError, match="weights_sha256"):
+        run_cache(recipe, quiet=True)
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+    recipe = digits_recipe(tmp_path, teachers=1, cache={"path": str(tmp_path / "mine")})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(RequestError, match=r"thesis\.txt"):
+        run_cache(recipe, quiet=True)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_diverged_teacher_is_found_before_anything_is_stored(tmp_path: Path) -> None:
+    recipe = digits_recipe(tmp_path, teachers=1)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    name = next(key for key in state if key.endswith("conv1.weight") or key == "conv.weight")
+    state[name][0] = float("nan")
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(FeedfastError, match=r"'a'.*NaN"):
+        run_cache(recipe, quiet=True)
+    assert not list(Path(recipe.cache.path).rglob("c/*"))
+
+
+def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
+    """The peak of a job of twelve views stays close to that of one of two."""
+    script = "import resource, sys; from feedfast.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    peaks = []
+    for views in (2, 12):
+        recipe = digits_recipe(tmp_path, cache={"views": views, "path": str(tmp_path / f"{views}.zarr"), "codec": "f32"}, train={"threads": 1})
+        file = as_toml(recipe, tmp_path / f"{views}.toml")
+        job = subprocess.run([sys.executable, "-c", script, "cache", str(file)], capture_output=True, text=True, check=True, env={**os.environ, "RANK": "0"}, timeout=240)
+        peaks.append(int(job.stderr.split()[-1]) / 1024)
+    stored = sum(file.stat().st_size for file in (tmp_path / "12.zarr").rglob("*") if file.is_file()) / 2**20
+    assert stored > 100, "too small a cache to show anything"
+    assert peaks[1] - peaks[0] < 0.35 * stored, (peaks, stored)
+    assert ranks().world == 1

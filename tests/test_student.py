@@ -1,0 +1,209 @@
+"""The student stage as a job: exact resume, refusal of foreign folders, schedules against torch's, ranks, compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
+from feedfast.recipe import Train
+from feedfast.report.run import read_metrics
+from feedfast.stages.offline import run_cache
+from feedfast.stages.student import Schedule, run_train
+from small import digits_recipe, write_teacher
+from test_offline import as_toml
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student")
+    run_cache(digits_recipe(folder), quiet=True)
+    return folder
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(out / "student.pt", weights_only=True)
+    return state
+
+
+def assert_equal_weights(one: Path, two: Path) -> None:
+    ours, theirs = weights(one), weights(two)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("stop", [1, 6, 7, 17])
+def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) -> None:
+    """Stopped in mid-epoch, at an epoch's end, in a later pass: weights and metrics equal those of one run."""
+    whole = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "whole")}, method={"name": "ofd"})
+    run_train(whole, quiet=True)
+    parts = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "parts"), "max_steps": stop}, method={"name": "ofd"})
+    assert run_train(parts, quiet=True)["steps"] == stop
+    rest = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "parts")}, method={"name": "ofd"})
+    assert run_train(rest, quiet=True)["steps"] == 24
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    rows = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_killed_training_resumes_to_the_same_weights(world: Path, tmp_path: Path) -> None:
+    whole = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "whole"), "threads": 1})
+    run_train(whole, quiet=True)
+    torn = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "torn"), "threads": 1})
+    command = [sys.executable, "-m", "feedfast", "train", str(as_toml(torn, tmp_path / "torn.toml"))]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while job.poll() is None and not (tmp_path / "torn" / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    assert job.poll() is None, "the job ended before it could be killed"
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    result = run_train(torn, quiet=True)
+    assert result["steps"] == 60
+    assert_equal_weights(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_finished_run_is_not_run_again(world: Path, tmp_path: Path) -> None:
+    recipe = digits_recipe(world, train={"out": str(tmp_path / "s")})
+    first = run_train(recipe, quiet=True)
+    again = run_train(recipe, quiet=True)
+    assert {key: again[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")} == {key: first[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")}
+    for name in ("metrics.jsonl", "student.pt", "checkpoint.pt", "report.html", "recipe.json", "result.json", "tensorboard"):
+        assert (tmp_path / "s" / name).exists(), name
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", ""), "the report must not fetch anything"
+
+
+def test_another_recipe_is_refused_and_overwrite_starts_afresh(world: Path, tmp_path: Path) -> None:
+    run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2}), quiet=True)
+    other = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5})
+    with pytest.raises(RequestError, match=r"train\.lr: there 0\.02, here 0\.5"):
+        run_train(other, quiet=True)
+    assert run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5}, overrides=("overwrite=true",)), quiet=True)["steps"] == 2
+
+
+def test_a_damaged_checkpoint_is_one_sentence(world: Path, tmp_path: Path) -> None:
+    recipe = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2})
+    run_train(recipe, quiet=True)
+    path = tmp_path / "s" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FeedfastError, match=r"checkpoint\.pt: expected a checkpoint"):
+        run_train(recipe, quiet=True)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, ("touch pwned",))
+
+
+def test_nothing_is_unpickled(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weights file or checkpoint from somebody else cannot run code."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(Malicious(), tmp_path / "evil.pt")
+    with pytest.raises(RequestError, match=r"evil\.pt"):
+        run_train(digits_recipe(world, train={"source": "live", "out": str(tmp_path / "s")}, overrides=(f"teachers.0.weights={tmp_path / 'evil.pt'}",)), quiet=True)
+    recipe = digits_recipe(world, train={"out": str(tmp_path / "t"), "max_steps": 1})
+    run_train(recipe, quiet=True)
+    torch.save(Malicious(), tmp_path / "t" / "checkpoint.pt")
+    with pytest.raises(FeedfastError):
+        run_train(recipe, quiet=True)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path) -> None:
+    """Other weights under the same name, other data, another seed, too many views, a tap that is not there."""
+    out = {"out": str(tmp_path / "s")}
+    write_teacher(tmp_path / "other.pt", seed=50)
+    with pytest.raises(CacheMismatchError, match="weights_sha256"):
+        run_train(digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)), quiet=True)
+    with pytest.raises(CacheMismatchError, match="dataset"):
+        run_train(digits_recipe(world, train=out, data={"limit": 19}, overrides=("overwrite=true",)), quiet=True)
+    with pytest.raises(CacheMismatchError, match=r"plan\.seed"):
+        run_train(digits_recipe(world, train=out, overrides=("seed=4", "overwrite=true")), quiet=True)
+    with pytest.raises(CacheMismatchError, match=r"cache\.views"):
+        run_train(digits_recipe(world, train=out, cache={"views": 3}, overrides=("overwrite=true",)), quiet=True)
+    assert not (tmp_path / "s" / "student.pt").exists()
+
+
+def test_an_incomplete_cache_says_so(world: Path, tmp_path: Path) -> None:
+    half = digits_recipe(world, cache={"path": str(tmp_path / "half.zarr"), "part": "0/2"})
+    run_cache(half, quiet=True)
+    with pytest.raises(CacheDamageError, match="incomplete") as caught:
+        run_train(digits_recipe(world, cache={"path": str(tmp_path / "half.zarr")}, train={"out": str(tmp_path / "s")}), quiet=True)
+    assert caught.value.exit_code == 1
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(FeedfastError, match="finite loss"):
+        run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4}), quiet=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "one-cycle"])
+def test_schedules_are_torchs(schedule: str) -> None:
+    """Against torch.optim.lr_scheduler, step by step."""
+    total = 200
+    train = Train(epochs=10, lr=0.4, schedule=schedule)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    reference: torch.optim.lr_scheduler.LRScheduler
+    if schedule == "cosine":
+        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    elif schedule == "step":
+        reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [100, 150], 0.1)
+    else:
+        reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=total + 1)
+    ours = Schedule(train, total)
+    for step in range(total):
+        expected = optimizer.param_groups[0]["lr"]
+        assert ours.lr(step) == pytest.approx(expected, rel=2e-2 if schedule == "one-cycle" else 1e-9, abs=1e-3 if schedule == "one-cycle" else 0), step
+        optimizer.step()
+        reference.step()
+
+
+def test_warm_up_is_linear() -> None:
+    ours = Schedule(Train(epochs=10, lr=1.0, warmup_epochs=1.0), 100)
+    assert [ours.lr(step) for step in range(10)] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert ours.lr(10) == pytest.approx(1.0)
+
+
+def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.compile` changes how the student runs, not what it learns (traced here without a C compiler)."""
+    import torch as torch_module
+
+    eager = digits_recipe(world, train={"max_steps": 3, "out": str(tmp_path / "e"), "eval_every": 0})
+    run_train(eager, quiet=True)
+    original = torch_module.compile
+    monkeypatch.setattr(torch_module, "compile", lambda module: original(module, backend="aot_eager"))
+    compiled = digits_recipe(world, train={"max_steps": 3, "out": str(tmp_path / "c"), "compile": True, "eval_every": 0})
+    run_train(compiled, quiet=True)
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("e", "c")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_two_ranks_walk_the_same_global_batches(world: Path, tmp_path: Path) -> None:
+    """torchrun with two ranks on the CPU: finishes, one set of files, loss near that of one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    recipe = digits_recipe(world, train={"out": str(tmp_path / "ranks"), "max_steps": 4, "threads": 1})
+    file = as_toml(recipe, tmp_path / "r.toml")
+    jobs = []
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        jobs.append(subprocess.Popen([sys.executable, "-m", "feedfast", "train", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [job.communicate(timeout=240) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}), quiet=True)
+    both = json.loads(outputs[0][0].splitlines()[-1])
+    assert both["steps"] == single["steps"] == 4
+    assert both["final_loss"] == pytest.approx(single["final_loss"], rel=0.25)
+    assert weights(tmp_path / "ranks").keys() == weights(tmp_path / "one").keys()
