@@ -128,7 +128,7 @@ def test_full_verification_finds_every_flipped_bit(cache: Cache, array: str) -> 
     file = path / array / spec.key(0, 0)
     sound = bytearray(file.read_bytes())
     index_bytes = 16 * spec.blocks_per_shard + 4 if spec.sharded else 4
-    for byte, bit in list(flips(len(sound), index_bytes))[::6]:
+    for byte, bit in list(flips(len(sound), index_bytes))[:: 1 if array in (RAW, ZSTD) else 6]:
         damaged = bytearray(sound)
         damaged[byte] ^= 1 << bit
         file.write_bytes(damaged)
