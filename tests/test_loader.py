@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -376,6 +377,13 @@ def test_describe(cifar: Dataset) -> None:
     assert said["backend"] == "dali-cpu"
     assert said["dali"][0].isdigit()
     assert said["nvimgcodec"] != "unknown"
+
+
+def test_the_bench_still_runs(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[1] / "bench" / "bench_loader.py"
+    runpy.run_path(str(file))["main"](["--tiny", "--data", str(shared_data)])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(row["images_per_second"] > 0 for name, row in said["rows"].items() if name != "plan")
 
 
 @pytest.mark.gpu
