@@ -117,8 +117,8 @@ def test_no_flipped_bit_reads_silently_wrong(cache: Cache, array: str) -> None:
         assert len(set(raised)) == 1, f"byte {byte} bit {bit}: the paths disagree: {raised}"
         harmless += not raised[0]
     file.write_bytes(sound)
-    # zstd's header has one bit that decoders ignore, and a window size that does not matter here
-    assert harmless == 0 if spec.compression == "none" else harmless <= 9
+    # zstd's header has one bit that decoders ignore; the values are right, and full verification sees it
+    assert harmless == 0 if spec.compression == "none" else harmless <= 1
 
 
 @pytest.mark.parametrize("array", [RAW, ZSTD, "targets/a/half/codes", "labels", "views/order", "targets/a/dense/scale"])
