@@ -286,6 +286,31 @@ def test_maps_that_nobody_overwrites_are_not_copied() -> None:
     assert maps["y"] is caught[-1]
 
 
+def test_an_in_place_activation_is_made_out_of_place_instead_of_copied() -> None:
+    model = Net(lambda m, x: m.relu(m.b(m.a(x))))
+    caught: list[Tensor] = []
+    model.b.register_forward_hook(lambda _m, _a, y: caught.append(y))
+    _, maps = Tapped(model, (Tap("y", "relu", "pre"),), X)(X)
+    assert maps["y"] is caught[-1]
+    assert (maps["y"] < 0).any()
+
+
+def test_an_activation_that_serves_a_whole_network_stays_in_place() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.relu(m.a(x))
+        for _ in range(4):
+            x = m.relu(m.b(x))
+        return x
+
+    model = Net(forward)
+    _, maps = Tapped(model, (Tap("y", "relu", "pre"),), X)(X)
+    assert model.relu.inplace
+    y = F.conv2d(X, model.a.weight, model.a.bias, padding=1).relu()
+    for _ in range(3):
+        y = F.conv2d(y, model.b.weight, model.b.bias, padding=1).relu()
+    assert torch.equal(maps["y"], F.conv2d(y, model.b.weight, model.b.bias, padding=1))
+
+
 def test_in_place_dropout_writes_only_while_training() -> None:
     model = Net(lambda m, x: m.drop(m.a(x)), drop=nn.Dropout(0.5, inplace=True)).train()
     tapped = Tapped(model, (Tap("y", "a"),), X)

@@ -90,7 +90,7 @@ def describe_taps(model: nn.Module, example: Tensor) -> list[TapPlace]:
             if activation.output is not output:
                 hazards.append(f"pre: the last activation, {activation.path}, is not the last layer inside")
             elif getattr(activation.module, "inplace", False):
-                hazards.append("pre: the activation works in place: a copy is kept")
+                hazards.append("pre: the activation works in place: a tap makes it out of place")
         elif activation is not None:
             hazards.append(f"pre is not available: the last activation inside is a function call ({activation.name})")
         if output.dim() != 4:
