@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from types import TracebackType
 from typing import Any
 
@@ -159,7 +159,7 @@ class Loader:
         gpu = self.device.type == "cuda"
         return {
             "backend": "dali-mixed" if gpu else "dali-cpu",
-            "dali": str(import_module("nvidia.dali").__version__),
+            "dali": str(_dali()[0].__version__),
             "nvimgcodec": _nvimgcodec_version(),
             "flags": {**_FLAGS, "region_decode": not gpu, **(_MIXED_FLAGS if gpu else {})},
         }
@@ -207,6 +207,9 @@ class Loader:
         try:
             feed = _Feed(self.dataset, work.positions, parts, reader, ahead=self.prefetch + 1)
             pipeline = self._pipeline(work.geometry, feed)
+            # A CUDA stream of its own: waiting for the copy must not wait for the consumer's kernels.
+            cuda: Any = torch.cuda  # parts of it carry no types
+            copier = cuda.Stream(self.device) if self.device.type == "cuda" else None
             for index, part in enumerate(parts):
                 try:
                     (output,) = pipeline.run()
@@ -215,14 +218,15 @@ class Loader:
                     raise _explained(error, self.dataset, bad) from error
                 positions = work.positions[part]
                 labels = torch.from_numpy(self.dataset.labels[positions].astype(np.int64)).to(self.device)
-                yield PixelBatch(_owned(output, self.device), self.dataset.ids[positions], labels, rows[part], view)
+                yield PixelBatch(
+                    _owned(output, self.device, copier), self.dataset.ids[positions], labels, rows[part], view
+                )
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 
     def _pipeline(self, geometry: Geometry, feed: _Feed) -> Any:
         """The one pipeline: source → decode (region) → box → resize → window → mirror → uint8 NHWC."""
-        # through importlib: DALI's type stubs are partial, and wrong for per-sample arguments
-        dali, fn, types = (import_module(f"nvidia.dali{part}") for part in ("", ".fn", ".types"))
+        dali, fn, types = _dali()
 
         gpu = self.device.type == "cuda"
         files = self.dataset.kind == "files"
@@ -336,17 +340,27 @@ class _Feed:
         return source
 
 
-def _owned(output: Any, device: torch.device) -> torch.Tensor:
+def _dali() -> tuple[Any, Any, Any]:
+    """DALI, its operators and its types; untyped, because its stubs are partial and wrong for per-sample arguments."""
+    from nvidia import dali
+    from nvidia.dali import fn, types
+
+    return dali, fn, types
+
+
+def _owned(output: Any, device: torch.device, copier: Any) -> torch.Tensor:
     """A copy of DALI's output batch: its buffers are reused for a later one."""
     tensor = output.as_tensor()
     if device.type == "cpu":
         return torch.from_numpy(np.array(tensor))
-    # On a stream of its own, so that waiting for the copy does not wait for the consumer's kernels.
+    from nvidia.dali.plugin import pytorch
+
+    plugin: Any = pytorch
     cuda: Any = torch.cuda  # parts of it carry no types
-    consumer, copier = cuda.current_stream(device), cuda.Stream(device)
+    consumer = cuda.current_stream(device)
     with cuda.stream(copier):
         images = torch.empty(tensor.shape(), dtype=torch.uint8, device=device)
-        import_module("nvidia.dali.plugin.pytorch").feed_ndarray(tensor, images, cuda_stream=copier)
+        plugin.feed_ndarray(tensor, images, cuda_stream=copier)
     copier.synchronize()
     images.record_stream(consumer)
     return images
