@@ -202,11 +202,15 @@ def run_verify(cache: str, *, full: bool = False, replay: int = 0, teachers_perc
     """
     if not Path(cache).is_dir():
         raise RequestError(f"cache: expected a folder, found nothing at {cache}")
+    problems: list[Problem] = []
     try:
-        problems = list(verify_cache(cache, full=full))
+        problems += verify_cache(cache, full=full)
         reader = CacheReader(cache)
     except CacheDamageError as error:
-        return {"ok": False, "problems": error.problems or [problem("", "", "cache", str(error))], "objects": 0, "bytes": 0, "replayed": 0, "cosine": {}}
+        known = problems + (error.problems or [problem("", "", "cache", str(error))])
+        problems = [entry for number, entry in enumerate(known) if entry not in known[:number]]
+        _tell(problems)
+        return {"ok": False, "problems": problems, "objects": 0, "bytes": 0, "replayed": 0, "cosine": {}}
     replayed, cosine = 0, {}
     if (replay or teachers_percent) and not problems:
         recipe = recipe or recipe_of(reader)
@@ -225,16 +229,23 @@ def run_verify(cache: str, *, full: bool = False, replay: int = 0, teachers_perc
             found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent, quiet=quiet)
             problems += found
     commits = reader.log.commits.values()
+    _tell(problems)
+    return {"ok": not problems, "problems": problems, "objects": len(commits), "bytes": sum(commit.bytes for commit in commits), "replayed": replayed, "cosine": cosine}
+
+
+def _tell(problems: list[Problem]) -> None:
     for entry in problems:
         say(f"{entry['kind']}: {entry['array']} {entry['shard']}: {entry['detail']}")
-    return {"ok": not problems, "problems": problems, "objects": len(commits), "bytes": sum(commit.bytes for commit in commits), "replayed": replayed, "cosine": cosine}
 
 
 def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
     """The cache's teachers with exactly the stored taps."""
     files = {spec.name: spec.weights for spec in recipe.teachers}
+    trusted = {spec.model for spec in recipe.teachers}
     out = {}
     for name, info in reader.manifest.teachers.items():
+        if ":" in info.model and info.model not in trusted:
+            raise RequestError(f"teachers[{name}].model: {info.model!r} would import code that a cache names; give --recipe with this model in it")
         taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in info.taps.values())
         spec = Teacher(name=name, model=info.model, weights=files.get(name, ""), classes=info.num_classes, bn=info.bn, precision=info.precision, taps=taps, mean=info.mean, std=info.std)
         teacher = FrozenTeacher(spec, recipe, info.num_classes, torch.device("cpu"))

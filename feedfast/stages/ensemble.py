@@ -55,7 +55,7 @@ class TapRequest:
     margin: bool
 
 
-def tap_requests(model: nn.Module, specs: Sequence[str], where: str) -> tuple[TapRequest, ...]:
+def tap_requests(model: nn.Module, specs: Sequence[str], example: Tensor, where: str) -> tuple[TapRequest, ...]:
     """The taps that ``specs`` ask for ("final", "ofd", "name=path:pre", each with an optional "+margin").
 
     Raises:
@@ -64,7 +64,7 @@ def tap_requests(model: nn.Module, specs: Sequence[str], where: str) -> tuple[Ta
     found: dict[str, TapRequest] = {}
     for spec in specs:
         text = spec.removesuffix(MARGIN_SUFFIX)
-        taps = (parse_tap(text),) if "=" in text else preset_taps(model, text)
+        taps = (parse_tap(text),) if "=" in text else preset_taps(model, text, example)
         for tap in taps:
             if tap.name in found or tap.name == LOGITS:
                 raise RequestError(f"{where}.taps: every tap needs its own name, found {tap.name!r} twice or reserved")
@@ -80,7 +80,7 @@ class FrozenTeacher:
         requests: the taps it serves, by name.
         shapes: (channel, height, width) of each tap; (class,) of ``logits``.
         weights_sha256: hex digest of the loaded state_dict.
-        margins: OFD's margin per channel for every pre-activation tap behind a BatchNorm (float32, CPU).
+        margins: OFD's margin per channel for every tap whose last layer is a BatchNorm (float32, CPU).
     """
 
     def __init__(self, spec: recipes.Teacher, recipe: recipes.Recipe, num_classes: int, device: torch.device) -> None:
@@ -93,23 +93,23 @@ class FrozenTeacher:
         if spec.bn == "batch":
             _use_batch_statistics(model)
         model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        specs = spec.taps or taps_needed(recipe.method.name)
-        self.requests = {request.tap.name: request for request in tap_requests(model, specs, where)}
         mean, std = recipe.data.normalisation
         self.mean, self.std = spec.mean or mean, spec.std or std
         self.normalise = Normalise(self.mean, self.std).to(device)
         # Two samples: batch statistics of a single 1x1 map are undefined.
         example = self.normalise(torch.full((2, recipe.data.size, recipe.data.size, 3), 128, dtype=torch.uint8, device=device))
+        specs = spec.taps or taps_needed(recipe.method.name)
+        self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
         with torch.no_grad():
             logits, _ = self.tapped(example)
         self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: tuple(logits.shape[1:])}
         self.margins: dict[str, Tensor] = {}
-        for name, request in self.requests.items():
-            parameters = bn_parameters(model, request.tap)
-            if request.tap.position == "pre" and parameters is not None:
+        for tap in self.tapped.taps:  # resolved: a hand-written place has been given the norm in front of it
+            parameters = bn_parameters(model, tap)
+            if parameters is not None:
                 gamma, beta = parameters
-                self.margins[name] = margin_from_bn(gamma.float().cpu(), beta.float().cpu())
+                self.margins[tap.name] = margin_from_bn(gamma.cpu(), beta.cpu())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -140,7 +140,12 @@ class FrozenTeacher:
         self.margins.update({name: margin.value() for name, margin in running.items()})
 
     def _unfitted(self) -> list[str]:
-        return [name for name, request in self.requests.items() if request.tap.position == "pre" and name not in self.margins]
+        return [name for name, request in self.requests.items() if is_signed(request.tap) and name not in self.margins]
+
+
+def is_signed(tap: Tap) -> bool:
+    """Whether a map has not been through its activation, so that its sign carries information (OFD's partial distance)."""
+    return tap.position == "pre" or tap.bn is not None
 
 
 def load_teachers(recipe: recipes.Recipe, num_classes: int, device: torch.device) -> dict[str, FrozenTeacher]:

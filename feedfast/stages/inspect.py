@@ -20,7 +20,7 @@ from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.models.build import build_model
-from feedfast.models.taps import describe_taps
+from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
 from feedfast.report.run import figure_html, page, table_html
 from feedfast.stages.audit import plan_of, recipe_of, stored_values

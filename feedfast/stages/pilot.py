@@ -20,7 +20,7 @@ from torch import Tensor
 from feedfast.cache.codec import choose_compression, fit_affine, measure
 from feedfast.cache.schema import CodecName, TapInfo
 from feedfast.errors import FeedfastError
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import FrozenTeacher, is_signed
 from feedfast_kernels import encode
 
 CHANNEL_VALUES = 1 << 16
@@ -78,10 +78,10 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     margin = teacher.margins.get(name)
     clip = margin.numpy() if request.margin and margin is not None else None
     if request.margin and clip is None:
-        raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: +margin needs a pre-activation tap, found position {request.tap.position!r}")
+        raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: +margin needs a map before its activation, found {request.tap.path} {request.tap.position!r}")
     values = np.concatenate(sample.fit)
     offset, step = fit_affine(values if clip is None else np.maximum(values, clip), codec)
-    error = measure(np.concatenate(sample.held_out or sample.fit), offset, step, codec, clip, pre_activation=request.tap.position == "pre")
+    error = measure(np.concatenate(sample.held_out or sample.fit), offset, step, codec, clip, pre_activation=is_signed(request.tap))
     assert sample.first is not None
     block = store(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), None if clip is None else torch.from_numpy(clip))[0]
     info = TapInfo(

@@ -160,7 +160,7 @@ class StudentRun:
         bare = bare.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
         normalise = Normalise(*recipe.data.normalisation).to(self.device)
         example = normalise(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
-        taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(bare, group))
+        taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(bare, group, example))
         tapped = Tapped(bare, taps, example)
         # Adapters start from the recipe's seed and nothing else, so that live and cached runs start equal.
         with torch.random.fork_rng(devices=[]):
