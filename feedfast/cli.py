@@ -18,10 +18,18 @@ import typer
 from feedfast.errors import FeedfastError
 from feedfast.recipe import Recipe, load_recipe
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0])
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=(__doc__ or "").split("\n")[0],
+)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recipe")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")
+]
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -74,13 +82,17 @@ def verify(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
     replay: Annotated[int, typer.Option(min=0, help="blocks of pixels decoded again and compared; 0 = none")] = 0,
-    teachers: Annotated[float, typer.Option(min=0, max=100, help="percent of the rows whose maps are recomputed; 0 = none")] = 0.0,
+    teachers: Annotated[
+        float, typer.Option(min=0, max=100, help="percent of the rows whose maps are recomputed; 0 = none")
+    ] = 0.0,
     recipe: Annotated[Path | None, typer.Option(help="where to find data and weights when they have moved")] = None,
 ) -> None:
     """Check a cache: log and lengths always; checksums, pixels and maps on request."""
     from feedfast.stages.audit import run_verify
 
-    document = run_verify(cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read(recipe, None) if recipe else None)
+    document = run_verify(
+        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read(recipe, None) if recipe else None
+    )
     _print(document)
     raise typer.Exit(0 if document["ok"] else 1)
 
@@ -88,7 +100,9 @@ def verify(
 @app.command()
 def inspect(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
-    out: Annotated[Path | None, typer.Option(help="folder for inspect.html with pictures of maps; none = no pictures")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for inspect.html with pictures of maps; none = no pictures")
+    ] = None,
 ) -> None:
     """Show what a cache holds: manifest, sizes, ratios, measured errors, pictures of maps."""
     from feedfast.stages.inspect import run_inspect

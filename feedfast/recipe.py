@@ -42,9 +42,13 @@ class Data(_Section):
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = "pad-crop-flip"
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
     limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
-    mean: Triple | None = Field(None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's")
+    mean: Triple | None = Field(
+        None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
+    )
     std: Triple | None = None
-    check: Literal["fast", "full"] = Field("fast", description="image files: headers and end marks, or a complete decode")
+    check: Literal["fast", "full"] = Field(
+        "fast", description="image files: headers and end marks, or a complete decode"
+    )
     threads: int = Field(0, ge=0, description="decoding threads; 0 = one a core")
 
     @property
@@ -60,13 +64,20 @@ class Cache(_Section):
     """What the offline stage stores, and how."""
 
     path: str = ""
-    views: int = Field(4, ge=0, le=65535, description="augmentation seeds, used in turn by epoch; 0 = a new one every epoch (live, none)")
+    views: int = Field(
+        4,
+        ge=0,
+        le=65535,
+        description="augmentation seeds, used in turn by epoch; 0 = a new one every epoch (live, none)",
+    )
     codec: Literal["f32", "f16", "u8", "u4"] = "u8"
     images: Literal["replay", "stored"] = "replay"
     batch: int = Field(128, ge=1, description="rows a teacher sees at once; part of the cache's identity")
     pilot: int = Field(512, ge=16, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
-    part: str = Field("0/1", pattern=r"^\d+/\d+$", description="i/n: write every n-th shard from the i-th; under torchrun: rank/world")
+    part: str = Field(
+        "0/1", pattern=r"^\d+/\d+$", description="i/n: write every n-th shard from the i-th; under torchrun: rank/world"
+    )
     threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
 
 
@@ -79,7 +90,9 @@ class Teacher(_Section):
     classes: int = Field(0, ge=0, description="outputs of the model; 0 = the classes of the data set")
     bn: Literal["eval", "batch"] = "eval"
     precision: Literal["fp32", "bf16"] = "fp32"
-    taps: tuple[str, ...] = Field((), description='groups ("final", "ofd", "ofd+margin") or "name=module.path:pre"; () = what the method needs')
+    taps: tuple[str, ...] = Field(
+        (), description='groups ("final", "ofd", "ofd+margin") or "name=module.path:pre"; () = what the method needs'
+    )
     mean: Triple | None = None
     std: Triple | None = None
 

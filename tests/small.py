@@ -45,10 +45,25 @@ def digits_recipe(folder: Path, overrides: tuple[str, ...] = (), *, teachers: in
     tree: dict[str, Any] = {
         "data": {"train": str(train), "val": str(val), "size": 16, "limit": 20, "flip": 0.5},
         "cache": {"path": str(folder / "digits.zarr"), "views": 2, "batch": 32, "pilot": 160, "shard_mb": 0.05},
-        "teachers": [{"name": name, "model": "zoo/wrn-10-1", "weights": str(folder / f"{name}.pt"), "taps": ["final", "ofd+margin"]} for name in names],
+        "teachers": [
+            {
+                "name": name,
+                "model": "zoo/wrn-10-1",
+                "weights": str(folder / f"{name}.pt"),
+                "taps": ["final", "ofd+margin"],
+            }
+            for name in names
+        ],
         "student": {"model": "zoo/wrn-10-1"},
         "method": {"name": "pfeed"},
-        "train": {"epochs": 2, "batch": 32, "lr": 0.02, "device": "cpu", "out": str(folder / "student"), "log_every": 1},
+        "train": {
+            "epochs": 2,
+            "batch": 32,
+            "lr": 0.02,
+            "device": "cpu",
+            "out": str(folder / "student"),
+            "log_every": 1,
+        },
     }
     for name, section in sections.items():
         tree[name] = {**tree[name], **section} if isinstance(tree.get(name), dict) else section

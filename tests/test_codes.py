@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import feedfast_kernels
 import numpy as np
 import pytest
 import torch
-from feedfast_kernels import Codes, _layout, as_float, decode, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+import feedfast_kernels
+from feedfast_kernels import Codes, _layout, as_float, decode, encode
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 32, 8, 8), (2, 17, 1, 31), (5, 10), (1, 129), (0, 4, 3, 3)]
 TOP = {"u8": 254, "u4": 14}

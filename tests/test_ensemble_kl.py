@@ -7,9 +7,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from feedfast_kernels import ensemble_kl
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
+
+from feedfast_kernels import ensemble_kl
 
 Average = Literal["probabilities", "logits"]
 Direction = Literal["forward", "reverse"]

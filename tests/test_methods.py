@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from feedfast_kernels import Codes, Target, encode
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import truncnorm
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from feedfast.methods import (
     taps_needed,
 )
 from feedfast.methods.base import numbered_taps
+from feedfast_kernels import Codes, Target, encode
 
 STUDENT = {"ofd1": (4, 6, 6), "ofd2": (6, 3, 3), "ofd10": (8, 2, 2), "final": (8, 2, 2)}
 TEACHER_CHANNELS = {

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from feedfast_kernels import Codes, Target, as_float, decode, encode, normalized_l1
 from torch import Tensor
+
+from feedfast_kernels import Codes, Target, as_float, decode, encode, normalized_l1
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (4, 16, 8, 8), (3, 17, 1, 31), (5, 10)]
 KINDS = ["f32", "f16", "u8", "u4"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import digits_recipe, write_teacher
 
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
@@ -26,7 +27,6 @@ from feedfast.stages.audit import plan_of, run_verify, stored_values
 from feedfast.stages.common import ranks
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.offline import run_cache
-from small import digits_recipe, write_teacher
 
 KILLS = 10
 
@@ -76,23 +76,32 @@ def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -
                 for tap, values in teacher(batch.images).items():
                     if tap.startswith("ofd"):
                         values = torch.maximum(values, teacher.margins[tap].view(1, -1, 1, 1))
-                    assert torch.equal(values, stored_values(reader, spec.name, tap, view, batch.rows)), (spec.name, tap)
+                    assert torch.equal(values, stored_values(reader, spec.name, tap, view, batch.rows)), (
+                        spec.name,
+                        tap,
+                    )
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_digest(tmp_path: Path) -> None:
     """SIGKILL at ten random moments of the job, each time the same command again; digest and bytes equal an uninterrupted run."""
-    whole = digits_recipe(tmp_path, cache={"path": str(tmp_path / "whole.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1})
+    whole = digits_recipe(
+        tmp_path, cache={"path": str(tmp_path / "whole.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1}
+    )
     began = time.monotonic()
     expected = run_cache(whole, quiet=True)
     seconds = time.monotonic() - began
-    torn = digits_recipe(tmp_path, cache={"path": str(tmp_path / "torn.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1})
+    torn = digits_recipe(
+        tmp_path, cache={"path": str(tmp_path / "torn.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1}
+    )
     file = as_toml(torn, tmp_path / "torn.toml")
     rng = random.Random(7)
     killed, committed = 0, []
     for _ in range(60):
         if killed == KILLS:
             break
-        job = subprocess.Popen([sys.executable, "-m", "feedfast", "cache", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        job = subprocess.Popen(
+            [sys.executable, "-m", "feedfast", "cache", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         log = tmp_path / "torn.zarr" / "commits" / "part-0-of-1.jsonl"
         size = log.stat().st_size if log.exists() else 0
         wanted = rng.random()
@@ -134,8 +143,19 @@ def test_a_second_teacher_tap_and_view_leave_what_is_there_untouched(tmp_path: P
 def test_two_parts_at_once_make_the_cache_of_one(tmp_path: Path) -> None:
     whole = digits_recipe(tmp_path, cache={"path": str(tmp_path / "whole.zarr")}, train={"threads": 1})
     expected = run_cache(whole, quiet=True)["digest"]
-    files = [as_toml(digits_recipe(tmp_path, cache={"part": f"{part}/2"}, train={"threads": 1}), tmp_path / f"{part}.toml") for part in (0, 1)]
-    jobs = [subprocess.Popen([sys.executable, "-m", "feedfast", "cache", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for file in files]
+    files = [
+        as_toml(digits_recipe(tmp_path, cache={"part": f"{part}/2"}, train={"threads": 1}), tmp_path / f"{part}.toml")
+        for part in (0, 1)
+    ]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "feedfast", "cache", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for file in files
+    ]
     for job in jobs:
         _, errors = job.communicate(timeout=240)
         assert job.returncode == 0, errors
@@ -168,7 +188,10 @@ def test_batch_statistics_make_other_maps(tmp_path: Path) -> None:
     """``bn = "batch"`` is another teacher: its maps differ, and its running averages are not touched by caching."""
     spec = digits_recipe(tmp_path, teachers=1)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8))
-    plain, batch = (FrozenTeacher(spec.teachers[0].model_copy(update={"bn": bn}), spec, 10, torch.device("cpu")) for bn in ("eval", "batch"))
+    plain, batch = (
+        FrozenTeacher(spec.teachers[0].model_copy(update={"bn": bn}), spec, 10, torch.device("cpu"))
+        for bn in ("eval", "batch")
+    )
     assert plain.weights_sha256 == batch.weights_sha256
     first = batch(images)["final"]
     assert not torch.allclose(plain(images)["final"], first, rtol=1e-2)
@@ -220,9 +243,20 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     script = "import resource, sys; from feedfast.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     peaks = []
     for views in (2, 12):
-        recipe = digits_recipe(tmp_path, cache={"views": views, "path": str(tmp_path / f"{views}.zarr"), "codec": "f32"}, train={"threads": 1})
+        recipe = digits_recipe(
+            tmp_path,
+            cache={"views": views, "path": str(tmp_path / f"{views}.zarr"), "codec": "f32"},
+            train={"threads": 1},
+        )
         file = as_toml(recipe, tmp_path / f"{views}.toml")
-        job = subprocess.run([sys.executable, "-c", script, "cache", str(file)], capture_output=True, text=True, check=True, env={**os.environ, "RANK": "0"}, timeout=240)
+        job = subprocess.run(
+            [sys.executable, "-c", script, "cache", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "RANK": "0"},
+            timeout=240,
+        )
         peaks.append(int(job.stderr.split()[-1]) / 1024)
     stored = sum(file.stat().st_size for file in (tmp_path / "12.zarr").rglob("*") if file.is_file()) / 2**20
     assert stored > 100, "too small a cache to show anything"

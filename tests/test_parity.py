@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import digits_recipe
 
 from feedfast.cache.reader import CacheReader
 from feedfast.recipe import Recipe
@@ -16,9 +17,12 @@ from feedfast.report.run import read_metrics
 from feedfast.stages.common import ranks
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
-from small import digits_recipe
 
-METHODS: dict[str, dict[str, Any]] = {"kd": {"name": "kd"}, "ofd": {"name": "ofd", "alpha": 1e-3}, "pfeed": {"name": "pfeed", "beta": 500.0}}
+METHODS: dict[str, dict[str, Any]] = {
+    "kd": {"name": "kd"},
+    "ofd": {"name": "ofd", "alpha": 1e-3},
+    "pfeed": {"name": "pfeed", "beta": 500.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +49,16 @@ def losses(recipe: Recipe) -> list[float]:
 def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method: str, tmp_path: Path) -> None:
     """Six rows a view and two views: the later epochs read mixed, permuted blocks, the first two the stored order."""
     epochs = 17  # 6 steps each
-    cached = losses(recipe_for(world, "f32", method, source="cache", epochs=epochs, max_steps=100, out=str(tmp_path / "c"), eval_every=0))
-    live = losses(recipe_for(world, "f32", method, source="live", epochs=epochs, max_steps=100, out=str(tmp_path / "l"), eval_every=0))
+    cached = losses(
+        recipe_for(
+            world, "f32", method, source="cache", epochs=epochs, max_steps=100, out=str(tmp_path / "c"), eval_every=0
+        )
+    )
+    live = losses(
+        recipe_for(
+            world, "f32", method, source="live", epochs=epochs, max_steps=100, out=str(tmp_path / "l"), eval_every=0
+        )
+    )
     assert len(live) == 100
     # The stored order (two epochs of 6 steps) has the batches the teachers saw: every bit is the same.
     assert cached[:12] == live[:12]
@@ -60,7 +72,9 @@ def _first_step(recipe: Recipe) -> tuple[float, list[torch.Tensor]]:
     loss = run.trainee(batch.images, run.source.targets(item, batch.images), batch.labels)["loss"]
     loss.backward()
     run.loader.close()
-    return float(loss.detach()), [parameter.grad for parameter in run.trainee.parameters() if parameter.grad is not None]
+    return float(loss.detach()), [
+        parameter.grad for parameter in run.trainee.parameters() if parameter.grad is not None
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,7 +105,9 @@ def test_u8_error_is_small_and_reported(world: Path) -> None:
             assert entry.error["relative_rms_error"] == pytest.approx(error, rel=0.2)
             if entry.position == "pre":
                 assert entry.transform == "margin"
-                assert entry.error["mask_flip_rate"] == pytest.approx(((want > 0) != (found > 0)).mean(), rel=0.5, abs=1e-3)
+                assert entry.error["mask_flip_rate"] == pytest.approx(
+                    ((want > 0) != (found > 0)).mean(), rel=0.5, abs=1e-3
+                )
             else:
                 assert "mask_flip_rate" not in entry.error
 
@@ -99,7 +115,14 @@ def test_u8_error_is_small_and_reported(world: Path) -> None:
 def test_none_is_plain_training_of_the_same_student(world: Path, tmp_path: Path) -> None:
     """With weight 0 on the teachers, KD from the cache is plain training: same data, same start, same steps."""
     plain = losses(digits_recipe(world, method={"name": "none"}, train={"source": "none", "out": str(tmp_path / "p")}))
-    zero = losses(digits_recipe(world, cache={"codec": "f32", "path": str(world / "f32.zarr")}, method={"name": "kd", "alpha": 0.0}, train={"out": str(tmp_path / "z")}))
+    zero = losses(
+        digits_recipe(
+            world,
+            cache={"codec": "f32", "path": str(world / "f32.zarr")},
+            method={"name": "kd", "alpha": 0.0},
+            train={"out": str(tmp_path / "z")},
+        )
+    )
     assert plain == zero
 
 

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from feedfast_kernels import Codes, Target, _layout, as_float, decode, encode, partial_l2
 from torch import Tensor
+
+from feedfast_kernels import Codes, Target, _layout, as_float, decode, encode, partial_l2
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (4, 32, 8, 8), (3, 17, 1, 31), (5, 10), (2, 129)]
 KINDS = ["f32", "f16", "u8", "u4"]

@@ -92,4 +92,6 @@ def test_digest_is_of_the_values_not_of_their_order(seed: int, epochs: int) -> N
     two = parse_recipe({"train": {"epochs": epochs}, "seed": seed, **MINIMAL})
     assert one.digest() == two.digest()
     assert one.digest() != parse_recipe(MINIMAL, [f"seed={seed}", f"train.epochs={epochs + 1}"]).digest()
-    assert one.digest(without=["train.epochs"]) == parse_recipe(MINIMAL, [f"seed={seed}"]).digest(without=["train.epochs"])
+    assert one.digest(without=["train.epochs"]) == parse_recipe(MINIMAL, [f"seed={seed}"]).digest(
+        without=["train.epochs"]
+    )

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import digits_recipe, write_teacher
+from test_offline import as_toml
 
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
 from feedfast.recipe import Train
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import Schedule, run_train
-from small import digits_recipe, write_teacher
-from test_offline import as_toml
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,17 @@ def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) ->
     """Stopped in mid-epoch, at an epoch's end, in a later pass: weights and metrics equal those of one run."""
     whole = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "whole")}, method={"name": "ofd"})
     run_train(whole, quiet=True)
-    parts = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "parts"), "max_steps": stop}, method={"name": "ofd"})
+    parts = digits_recipe(
+        world, train={"epochs": 4, "out": str(tmp_path / "parts"), "max_steps": stop}, method={"name": "ofd"}
+    )
     assert run_train(parts, quiet=True)["steps"] == stop
     rest = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "parts")}, method={"name": "ofd"})
     assert run_train(rest, quiet=True)["steps"] == 24
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
-    rows = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("whole", "parts")]
+    rows = [
+        [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("whole", "parts")
+    ]
     assert rows[0] == rows[1]
 
 
@@ -76,8 +81,18 @@ def test_a_finished_run_is_not_run_again(world: Path, tmp_path: Path) -> None:
     recipe = digits_recipe(world, train={"out": str(tmp_path / "s")})
     first = run_train(recipe, quiet=True)
     again = run_train(recipe, quiet=True)
-    assert {key: again[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")} == {key: first[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")}
-    for name in ("metrics.jsonl", "student.pt", "checkpoint.pt", "report.html", "recipe.json", "result.json", "tensorboard"):
+    assert {key: again[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")} == {
+        key: first[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")
+    }
+    for name in (
+        "metrics.jsonl",
+        "student.pt",
+        "checkpoint.pt",
+        "report.html",
+        "recipe.json",
+        "result.json",
+        "tensorboard",
+    ):
         assert (tmp_path / "s" / name).exists(), name
     page = (tmp_path / "s" / "report.html").read_text()
     assert "data:image/png;base64," in page
@@ -89,7 +104,15 @@ def test_another_recipe_is_refused_and_overwrite_starts_afresh(world: Path, tmp_
     other = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5})
     with pytest.raises(RequestError, match=r"train\.lr: there 0\.02, here 0\.5"):
         run_train(other, quiet=True)
-    assert run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5}, overrides=("overwrite=true",)), quiet=True)["steps"] == 2
+    assert (
+        run_train(
+            digits_recipe(
+                world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5}, overrides=("overwrite=true",)
+            ),
+            quiet=True,
+        )["steps"]
+        == 2
+    )
 
 
 def test_a_damaged_checkpoint_is_one_sentence(world: Path, tmp_path: Path) -> None:
@@ -111,7 +134,14 @@ def test_nothing_is_unpickled(world: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     torch.save(Malicious(), tmp_path / "evil.pt")
     with pytest.raises(RequestError, match=r"evil\.pt"):
-        run_train(digits_recipe(world, train={"source": "live", "out": str(tmp_path / "s")}, overrides=(f"teachers.0.weights={tmp_path / 'evil.pt'}",)), quiet=True)
+        run_train(
+            digits_recipe(
+                world,
+                train={"source": "live", "out": str(tmp_path / "s")},
+                overrides=(f"teachers.0.weights={tmp_path / 'evil.pt'}",),
+            ),
+            quiet=True,
+        )
     recipe = digits_recipe(world, train={"out": str(tmp_path / "t"), "max_steps": 1})
     run_train(recipe, quiet=True)
     torch.save(Malicious(), tmp_path / "t" / "checkpoint.pt")
@@ -125,7 +155,9 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path) -> No
     out = {"out": str(tmp_path / "s")}
     write_teacher(tmp_path / "other.pt", seed=50)
     with pytest.raises(CacheMismatchError, match="weights_sha256"):
-        run_train(digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)), quiet=True)
+        run_train(
+            digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)), quiet=True
+        )
     with pytest.raises(CacheMismatchError, match="dataset"):
         run_train(digits_recipe(world, train=out, data={"limit": 19}, overrides=("overwrite=true",)), quiet=True)
     with pytest.raises(CacheMismatchError, match=r"plan\.seed"):
@@ -139,7 +171,10 @@ def test_an_incomplete_cache_says_so(world: Path, tmp_path: Path) -> None:
     half = digits_recipe(world, cache={"path": str(tmp_path / "half.zarr"), "part": "0/2"})
     run_cache(half, quiet=True)
     with pytest.raises(CacheDamageError, match="incomplete") as caught:
-        run_train(digits_recipe(world, cache={"path": str(tmp_path / "half.zarr")}, train={"out": str(tmp_path / "s")}), quiet=True)
+        run_train(
+            digits_recipe(world, cache={"path": str(tmp_path / "half.zarr")}, train={"out": str(tmp_path / "s")}),
+            quiet=True,
+        )
     assert caught.value.exit_code == 1
 
 
@@ -164,7 +199,9 @@ def test_schedules_are_torchs(schedule: str) -> None:
     ours = Schedule(train, total)
     for step in range(total):
         expected = optimizer.param_groups[0]["lr"]
-        assert ours.lr(step) == pytest.approx(expected, rel=2e-2 if schedule == "one-cycle" else 1e-9, abs=1e-3 if schedule == "one-cycle" else 0), step
+        assert ours.lr(step) == pytest.approx(
+            expected, rel=2e-2 if schedule == "one-cycle" else 1e-9, abs=1e-3 if schedule == "one-cycle" else 0
+        ), step
         optimizer.step()
         reference.step()
 
@@ -183,9 +220,13 @@ def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypat
     run_train(eager, quiet=True)
     original = torch_module.compile
     monkeypatch.setattr(torch_module, "compile", lambda module: original(module, backend="aot_eager"))
-    compiled = digits_recipe(world, train={"max_steps": 3, "out": str(tmp_path / "c"), "compile": True, "eval_every": 0})
+    compiled = digits_recipe(
+        world, train={"max_steps": 3, "out": str(tmp_path / "c"), "compile": True, "eval_every": 0}
+    )
     run_train(compiled, quiet=True)
-    losses = [[row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("e", "c")]
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("e", "c")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -198,8 +239,23 @@ def test_two_ranks_walk_the_same_global_batches(world: Path, tmp_path: Path) -> 
     file = as_toml(recipe, tmp_path / "r.toml")
     jobs = []
     for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        jobs.append(subprocess.Popen([sys.executable, "-m", "feedfast", "train", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        jobs.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "feedfast", "train", str(file)],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     outputs = [job.communicate(timeout=240) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
     single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}), quiet=True)

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from feedfast_kernels import Target
 from torch import Tensor
 from torch.nn import functional as F
 
 from feedfast.errors import RequestError
+from feedfast_kernels import Target
 
 Targets = Mapping[str, Mapping[str, Target]]
 """Teacher name -> tap name -> target. "logits" is a float [B, K]; other taps are maps or vectors."""

@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Literal
 
-from feedfast_kernels import normalized_l1
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import StudentOutput, TapInfo, Targets, label_loss, require_teachers, tap_shape
+from feedfast_kernels import normalized_l1
 
 BETA_OF_THE_MEAN = 500.0
 TAP = "final"

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from feedfast_kernels import as_float, ensemble_kl
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import StudentOutput, Targets, label_loss
+from feedfast_kernels import as_float, ensemble_kl
 
 
 class CrossEntropy(nn.Module):

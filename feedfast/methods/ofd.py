@@ -23,7 +23,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from feedfast_kernels import partial_l2
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
@@ -36,6 +35,7 @@ from feedfast.methods.base import (
     require_teachers,
     tap_shape,
 )
+from feedfast_kernels import partial_l2
 
 RARELY_NEGATIVE = 0.001  # the authors' threshold on the probability of a negative response
 LEAST_DEVIATION = 1e-12  # a channel with gamma = 0 is a constant; the formula divides by |gamma|

@@ -24,7 +24,9 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     Console(stderr=True, width=max(100, Console(stderr=True).width)).print(table)
 
 
-def write_comparison(path: Path, title: str, rows: list[dict[str, Any]], runs: Mapping[str, Path], details: Mapping[str, Any]) -> Path:
+def write_comparison(
+    path: Path, title: str, rows: list[dict[str, Any]], runs: Mapping[str, Path], details: Mapping[str, Any]
+) -> Path:
     """One page: the table, accuracy and loss of every run in ``runs`` (name → its output folder), and ``details`` as JSON."""
     from matplotlib.figure import Figure
 

@@ -72,7 +72,9 @@ def table_html(rows: list[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(show(value))}</td>" for value in row.values()) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(show(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
@@ -109,7 +111,13 @@ def curves(rows: list[dict[str, Any]]) -> Any:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3, linewidth=1.2)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    label=name,
+                    marker="o" if len(points) < 30 else None,
+                    markersize=3,
+                    linewidth=1.2,
+                )
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -43,13 +43,19 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
     for view in range(views):
         order = plan.order(view, data.ids)
         positions = np.searchsorted(data.ids, order)
-        expected = {"order": order, "crop": plan.crops(view, order, data.sizes[positions]), "flip": plan.flips(view, order)}
+        expected = {
+            "order": order,
+            "crop": plan.crops(view, order, data.sizes[positions]),
+            "flip": plan.flips(view, order),
+        }
         for name, want in expected.items():
             stored = reader.read_array(f"views/{name}", view)
             if not np.array_equal(stored, want):
                 row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])
                 detail = f"view {view}, row {row}: expected {want[row].tolist()} as the plan gives it, found {stored[row].tolist()}"
-                raise CacheDamageError(f"{reader.path}: views/{name}: {detail}", [problem(f"views/{name}", str(view), "plan", detail)])
+                raise CacheDamageError(
+                    f"{reader.path}: views/{name}: {detail}", [problem(f"views/{name}", str(view), "plan", detail)]
+                )
 
 
 def pixel_checksums(reader: CacheReader, view: int) -> dict[int, str]:
@@ -64,7 +70,16 @@ def pixel_checksums(reader: CacheReader, view: int) -> dict[int, str]:
     return out
 
 
-def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks: int, views: int, seed: int, threads: int | None = None) -> int:
+def replay_pixels(
+    reader: CacheReader,
+    data: Dataset,
+    plan: ViewPlan,
+    *,
+    blocks: int,
+    views: int,
+    seed: int,
+    threads: int | None = None,
+) -> int:
     """Decode ``blocks`` blocks of pixels again, spread over the views, and compare checksums. Returns how many were compared.
 
     Decoding here is always that of the CPU or GPU the manifest names, whatever the training device is.
@@ -86,14 +101,20 @@ def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks:
         for view in sorted(rng.choice(views, size=min(views, blocks), replace=False).tolist()):
             sums = pixel_checksums(reader, view)
             share = -(-blocks // min(views, blocks))
-            for block in sorted(rng.choice(sorted(sums), size=min(share, len(sums)), replace=False).tolist()) if sums else ():
+            for block in (
+                sorted(rng.choice(sorted(sums), size=min(share, len(sums)), replace=False).tolist()) if sums else ()
+            ):
                 rows = np.arange(block * manifest.block_rows, min((block + 1) * manifest.block_rows, manifest.num_rows))
                 images = np.concatenate([batch.images.cpu().numpy() for batch in loader.stream(view, rows)])
                 found = f"{crc32c(np.ascontiguousarray(images)):08x}"
                 if found != sums[block]:
                     there = {**manifest.versions, **manifest.decoder.versions}
                     here = {**library_versions(), **decoder_info(loader.describe()).versions}
-                    changed = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)}
+                    changed = {
+                        key: (there.get(key), here.get(key))
+                        for key in sorted(there.keys() | here.keys())
+                        if there.get(key) != here.get(key)
+                    }
                     raise CacheMismatchError(
                         f"{reader.path}: view {view}, rows {rows[0]}..{rows[-1]}: the pixels are not those the teachers saw "
                         f"(expected crc32c {sums[block]}, found {found}). Versions that differ (there, here): {changed or 'none'}"
@@ -104,7 +125,15 @@ def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks:
     return compared
 
 
-def recompute_teachers(reader: CacheReader, data: Dataset, plan: ViewPlan, teachers: dict[str, FrozenTeacher], percent: float, *, quiet: bool = False) -> tuple[list[Problem], dict[str, float]]:
+def recompute_teachers(
+    reader: CacheReader,
+    data: Dataset,
+    plan: ViewPlan,
+    teachers: dict[str, FrozenTeacher],
+    percent: float,
+    *,
+    quiet: bool = False,
+) -> tuple[list[Problem], dict[str, float]]:
     """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
 
     A map must agree with its stored codes to a cosine of at least `MIN_COSINE` (float64), for every batch. Batches are the
@@ -123,19 +152,32 @@ def recompute_teachers(reader: CacheReader, data: Dataset, plan: ViewPlan, teach
     with Meter("recompute", picks * size * manifest.views, quiet=quiet) as meter:
         for view in range(manifest.views):
             chosen = np.sort(rng.choice(total, size=picks, replace=False))
-            rows = np.concatenate([np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen])
+            rows = np.concatenate(
+                [np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen]
+            )
             for batch in loader.stream(view, rows):
                 for name, teacher in teachers.items():
                     for tap, values in teacher(batch.images).items():
                         array = f"targets/{name}/{tap}/codes"
                         if tap != LOGITS and tap not in manifest.teachers[name].taps:
                             continue
-                        cosine = _cosine(values.double(), stored_values(reader, name, tap, view, batch.rows).double(), manifest.teachers[name].taps.get(tap))
+                        cosine = _cosine(
+                            values.double(),
+                            stored_values(reader, name, tap, view, batch.rows).double(),
+                            manifest.teachers[name].taps.get(tap),
+                        )
                         smallest[array] = min(smallest.get(array, 1.0), cosine)
                         if not cosine >= MIN_COSINE:
                             spec = array_specs(manifest)[array]
                             shard = spec.key(view, int(batch.rows[0]) // spec.shard_rows)
-                            problems.append(problem(array, shard, "teacher", f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed maps, expected at least {MIN_COSINE}"))
+                            problems.append(
+                                problem(
+                                    array,
+                                    shard,
+                                    "teacher",
+                                    f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed maps, expected at least {MIN_COSINE}",
+                                )
+                            )
                 meter.advance(len(batch.rows))
     loader.close()
     return problems, smallest
@@ -175,16 +217,35 @@ def recipe_of(reader: CacheReader) -> Recipe:
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
     plan = manifest.plan
     data = {"train": train, "limit": limit, "size": plan.size, "augment": plan.augment, "flip": plan.flip}
-    return parse_recipe({"seed": plan.seed, "data": data, "cache": {"path": str(reader.path), "views": manifest.views}}, where=str(reader.path))
+    return parse_recipe(
+        {"seed": plan.seed, "data": data, "cache": {"path": str(reader.path), "views": manifest.views}},
+        where=str(reader.path),
+    )
 
 
 def plan_of(reader: CacheReader) -> ViewPlan:
     """The view plan a manifest describes."""
     plan = reader.manifest.plan
-    return ViewPlan(seed=plan.seed, size=plan.size, augment=plan.augment, flip=plan.flip, pad=-1 if plan.pad is None else plan.pad, scale=plan.scale, ratio=plan.ratio)  # type: ignore[arg-type]
+    return ViewPlan(
+        seed=plan.seed,
+        size=plan.size,
+        augment=plan.augment,
+        flip=plan.flip,
+        pad=-1 if plan.pad is None else plan.pad,
+        scale=plan.scale,
+        ratio=plan.ratio,
+    )  # type: ignore[arg-type]
 
 
-def run_verify(cache: str, *, full: bool = False, replay: int = 0, teachers_percent: float = 0.0, recipe: Recipe | None = None, quiet: bool = False) -> dict[str, Any]:
+def run_verify(
+    cache: str,
+    *,
+    full: bool = False,
+    replay: int = 0,
+    teachers_percent: float = 0.0,
+    recipe: Recipe | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Check a cache.
 
     Args:
@@ -230,7 +291,14 @@ def run_verify(cache: str, *, full: bool = False, replay: int = 0, teachers_perc
             problems += found
     commits = reader.log.commits.values()
     _tell(problems)
-    return {"ok": not problems, "problems": problems, "objects": len(commits), "bytes": sum(commit.bytes for commit in commits), "replayed": replayed, "cosine": cosine}
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "objects": len(commits),
+        "bytes": sum(commit.bytes for commit in commits),
+        "replayed": replayed,
+        "cosine": cosine,
+    }
 
 
 def _tell(problems: list[Problem]) -> None:
@@ -245,11 +313,25 @@ def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
     out = {}
     for name, info in reader.manifest.teachers.items():
         if ":" in info.model and info.model not in trusted:
-            raise RequestError(f"teachers[{name}].model: {info.model!r} would import code that a cache names; give --recipe with this model in it")
+            raise RequestError(
+                f"teachers[{name}].model: {info.model!r} would import code that a cache names; give --recipe with this model in it"
+            )
         taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in info.taps.values())
-        spec = Teacher(name=name, model=info.model, weights=files.get(name, ""), classes=info.num_classes, bn=info.bn, precision=info.precision, taps=taps, mean=info.mean, std=info.std)
+        spec = Teacher(
+            name=name,
+            model=info.model,
+            weights=files.get(name, ""),
+            classes=info.num_classes,
+            bn=info.bn,
+            precision=info.precision,
+            taps=taps,
+            mean=info.mean,
+            std=info.std,
+        )
         teacher = FrozenTeacher(spec, recipe, info.num_classes, torch.device("cpu"))
         if teacher.weights_sha256 != info.weights_sha256:
-            raise CacheMismatchError(f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… in {files.get(name) or 'the pretrained weights'}; give --recipe with the right files")
+            raise CacheMismatchError(
+                f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… in {files.get(name) or 'the pretrained weights'}; give --recipe with the right files"
+            )
         out[name] = teacher
     return out

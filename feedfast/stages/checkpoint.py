@@ -20,7 +20,9 @@ from feedfast.stages.common import write_durably
 NAME = "checkpoint.pt"
 
 
-def save_checkpoint(out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(
+    out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
     """Write ``out/checkpoint.pt`` durably."""
     state: dict[str, Any] = {
         "step": step,
@@ -54,4 +56,6 @@ def load_checkpoint(out: Path, student: nn.Module, method: nn.Module, optimizer:
         return int(state["step"])
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FeedfastError(f"{path}: expected a checkpoint of this run, found a damaged or foreign file ({first}); overwrite=true starts afresh") from error
+        raise FeedfastError(
+            f"{path}: expected a checkpoint of this run, found a damaged or foreign file ({first}); overwrite=true starts afresh"
+        ) from error

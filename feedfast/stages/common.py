@@ -114,7 +114,13 @@ class Meter:
         self.started = self._last = time.perf_counter()
         console = Console(stderr=True)
         if not self.quiet and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[remark]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[remark]}"),
+            )
             self._bar = Progress(*columns, console=console)
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, remark="")
@@ -138,9 +144,13 @@ class Meter:
         elif now - self._last >= self.LINE_SECONDS:
             self._last = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            say(f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f}/s, {left:,.0f} s left {remark}")
+            say(
+                f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f}/s, {left:,.0f} s left {remark}"
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)
             self._bar.stop()

@@ -48,17 +48,38 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     train, val = write_digits(out)
     base: dict[str, Any] = {
         "overwrite": overwrite,
-        "data": {"train": str(train), "val": str(val), "size": SIDE, "flip": 0.0, "mean": [0.3, 0.3, 0.3], "std": [0.35, 0.35, 0.35]},
+        "data": {
+            "train": str(train),
+            "val": str(val),
+            "size": SIDE,
+            "flip": 0.0,
+            "mean": [0.3, 0.3, 0.3],
+            "std": [0.35, 0.35, 0.35],
+        },
     }
     teachers = []
     for seed, name in enumerate(TEACHERS):
         folder = out / f"teacher-{name}"
         settings = {"source": "none", "epochs": 10, "batch": 64, "lr": 0.1, "out": str(folder), "eval_every": 0}
-        recipe = parse_recipe({**base, "seed": seed + 1, "cache": {"views": 0}, "student": {"model": "zoo/wrn-16-2"}, "train": settings})
+        recipe = parse_recipe(
+            {**base, "seed": seed + 1, "cache": {"views": 0}, "student": {"model": "zoo/wrn-16-2"}, "train": settings}
+        )
         run_train(recipe)
-        teachers.append({"name": name, "model": "zoo/wrn-16-2", "weights": str(folder / "student.pt"), "taps": ["final", "ofd+margin"]})
+        teachers.append(
+            {
+                "name": name,
+                "model": "zoo/wrn-16-2",
+                "weights": str(folder / "student.pt"),
+                "taps": ["final", "ofd+margin"],
+            }
+        )
     base["data"] = {**base["data"], "limit": 30}
-    cached = {**base, "teachers": teachers, "cache": {"path": str(out / "digits.zarr"), "views": 4, "batch": 50, "pilot": 256}, "method": {"name": "pfeed"}}
+    cached = {
+        **base,
+        "teachers": teachers,
+        "cache": {"path": str(out / "digits.zarr"), "views": 4, "batch": 50, "pilot": 256},
+        "method": {"name": "pfeed"},
+    }
     recipe = parse_recipe(cached)
     planned = run_plan(recipe)
     say(f"plan: {mebibytes(planned['bytes'])}, {planned['seconds']:.1f} s, {mebibytes(planned['free_bytes'])} free")
@@ -66,12 +87,20 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
     print_table("digits: 30 labelled images a class, student zoo/wrn-16-1, three zoo/wrn-16-2 teachers", rows)
-    report = write_comparison(out / "report.html", "feedfast demo: handwritten digits", rows, {row["method"]: out / f"student-{row['method']}" for row in rows}, {"plan": planned, "cache": written, "verify": checked})
+    report = write_comparison(
+        out / "report.html",
+        "feedfast demo: handwritten digits",
+        rows,
+        {row["method"]: out / f"student-{row['method']}" for row in rows},
+        {"plan": planned, "cache": written, "verify": checked},
+    )
     result = {
         "students": rows,
         "cache": written,
         "verified": checked["ok"],
-        "break_even_epochs": {row["method"]: row["break-even epochs"] for row in rows if row["break-even epochs"] is not None},
+        "break_even_epochs": {
+            row["method"]: row["break-even epochs"] for row in rows if row["break-even epochs"] is not None
+        },
         "seconds": time.perf_counter() - started,
         "report": str(report),
     }
@@ -79,20 +108,53 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     return result
 
 
-def _student(out: Path, cached: dict[str, Any], name: str, parameters: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+def _student(
+    out: Path, cached: dict[str, Any], name: str, parameters: dict[str, Any], written: dict[str, Any]
+) -> dict[str, Any]:
     """Train one student from the cache, then a few steps of the same recipe live; one row of the table."""
     source = "none" if name == "none" else "cache"
-    settings = {"source": source, "epochs": 40, "batch": 50, "lr": 0.05, "warmup_epochs": 2, "weight_decay": 5e-4, "out": str(out / f"student-{name}"), "eval_every": 10}
+    settings = {
+        "source": source,
+        "epochs": 40,
+        "batch": 50,
+        "lr": 0.05,
+        "warmup_epochs": 2,
+        "weight_decay": 5e-4,
+        "out": str(out / f"student-{name}"),
+        "eval_every": 10,
+    }
     tree = {**cached, "method": {"name": name, **parameters}, "student": {"model": "zoo/wrn-16-1"}, "train": settings}
     result = run_train(parse_recipe(tree))
-    row: dict[str, Any] = {"method": name, "accuracy": result["val_accuracy"], "cached step ms": result["step_ms"], "live step ms": None, "live / cached": None, "break-even epochs": None}
+    row: dict[str, Any] = {
+        "method": name,
+        "accuracy": result["val_accuracy"],
+        "cached step ms": result["step_ms"],
+        "live step ms": None,
+        "live / cached": None,
+        "break-even epochs": None,
+    }
     if source == "cache":
-        live = {**tree, "train": {**settings, "source": "live", "max_steps": LIVE_STEPS, "eval_every": 0, "out": str(out / f"live-{name}")}}
+        live = {
+            **tree,
+            "train": {
+                **settings,
+                "source": "live",
+                "max_steps": LIVE_STEPS,
+                "eval_every": 0,
+                "out": str(out / f"live-{name}"),
+            },
+        }
         live["data"] = {**tree["data"], "val": []}
         live_ms = run_train(parse_recipe(live), quiet=True)["step_ms"]
         steps_an_epoch = result["steps"] / settings["epochs"]
         saved_ms = (live_ms - result["step_ms"]) * steps_an_epoch
-        row.update({"live step ms": live_ms, "live / cached": live_ms / result["step_ms"], "break-even epochs": written["seconds"] * 1e3 / saved_ms if saved_ms > 0 else None})
+        row.update(
+            {
+                "live step ms": live_ms,
+                "live / cached": live_ms / result["step_ms"],
+                "break-even epochs": written["seconds"] * 1e3 / saved_ms if saved_ms > 0 else None,
+            }
+        )
     return row
 
 
@@ -102,7 +164,9 @@ def write_digits(out: Path) -> tuple[Path, Path]:
 
     digits = load_digits()
     small = (digits.images * (255 / 16)).round().astype(np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in small])
+    images = np.stack(
+        [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in small]
+    )
     labels = digits.target.astype(np.int32)
     held_out = np.arange(len(labels)) % 5 == 4
     paths = out / "digits-train.npz", out / "digits-val.npz"

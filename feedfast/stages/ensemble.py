@@ -97,7 +97,9 @@ class FrozenTeacher:
         self.mean, self.std = spec.mean or mean, spec.std or std
         self.normalise = Normalise(self.mean, self.std).to(device)
         # Two samples: batch statistics of a single 1x1 map are undefined.
-        example = self.normalise(torch.full((2, recipe.data.size, recipe.data.size, 3), 128, dtype=torch.uint8, device=device))
+        example = self.normalise(
+            torch.full((2, recipe.data.size, recipe.data.size, 3), 128, dtype=torch.uint8, device=device)
+        )
         specs = spec.taps or taps_needed(recipe.method.name)
         self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)

@@ -15,14 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TeacherInfo, describe_differences, differences
+from feedfast.cache.schema import (
+    DatasetInfo,
+    DecoderInfo,
+    Manifest,
+    PlanInfo,
+    TeacherInfo,
+    describe_differences,
+    differences,
+)
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
 from feedfast.models.build import build_model, weights_sha256
 from feedfast.recipe import Recipe
 
-PACKAGES = ("feedfast", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "zarr", "numcodecs", "numpy")
+PACKAGES = (
+    "feedfast",
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda130",
+    "nvidia-nvimgcodec-cu13",
+    "zarr",
+    "numcodecs",
+    "numpy",
+)
 
 
 def library_versions() -> dict[str, str | int | float | bool | None]:
@@ -38,9 +55,16 @@ def library_versions() -> dict[str, str | int | float | bool | None]:
 
 def dataset_info(recipe: Recipe, data: Dataset) -> DatasetInfo:
     """The data as a manifest names them; ``source`` remembers paths and limit, so that a cache can be streamed by itself."""
-    source = json.dumps({"train": [str(Path(path).resolve()) for path in recipe.data.train], "limit": recipe.data.limit})
+    source = json.dumps(
+        {"train": [str(Path(path).resolve()) for path in recipe.data.train], "limit": recipe.data.limit}
+    )
     return DatasetInfo(
-        kind=data.kind, count=len(data), fingerprint=data.fingerprint(), classes=data.classes, source=source, id_space=int(data.ids[-1]) + 1
+        kind=data.kind,
+        count=len(data),
+        fingerprint=data.fingerprint(),
+        classes=data.classes,
+        source=source,
+        id_space=int(data.ids[-1]) + 1,
     )
 
 
@@ -65,16 +89,32 @@ def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan
     teachers: dict[str, TeacherInfo] = {}
     unknown = [spec.name for spec in recipe.teachers if spec.name not in found.teachers]
     if unknown:
-        raise CacheMismatchError(f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; run `feedfast cache` with this recipe to add them")
+        raise CacheMismatchError(
+            f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; run `feedfast cache` with this recipe to add them"
+        )
     mean, std = recipe.data.normalisation
     for spec in recipe.teachers:
         stored = found.teachers[spec.name]
         sha = stored.weights_sha256
         if spec.weights and Path(spec.weights).is_file():
             sha = weights_sha256(build_model(spec.model, num_classes=stored.num_classes, weights=spec.weights))
-        own = {"model": spec.model, "weights_sha256": sha, "bn": spec.bn, "precision": spec.precision, "mean": spec.mean or mean, "std": spec.std or std}
+        own = {
+            "model": spec.model,
+            "weights_sha256": sha,
+            "bn": spec.bn,
+            "precision": spec.precision,
+            "mean": spec.mean or mean,
+            "std": spec.std or std,
+        }
         teachers[spec.name] = stored.model_copy(update=own)
-    expected = found.model_copy(update={"dataset": dataset_info(recipe, data), "plan": plan_info(plan), "num_rows": len(data), "teachers": teachers})
+    expected = found.model_copy(
+        update={
+            "dataset": dataset_info(recipe, data),
+            "plan": plan_info(plan),
+            "num_rows": len(data),
+            "teachers": teachers,
+        }
+    )
     refuse_differences(reader.path, expected, found)
 
 
@@ -82,4 +122,6 @@ def refuse_differences(path: Path | str, expected: Manifest, found: Manifest) ->
     """Raise a `CacheMismatchError` with a two-column table unless the manifests describe the same values."""
     rows = differences(expected, found)
     if rows:
-        raise CacheMismatchError(f"{path} was made from something else; choose another cache.path, or mend the recipe:\n{describe_differences(rows)}")
+        raise CacheMismatchError(
+            f"{path} was made from something else; choose another cache.path, or mend the recipe:\n{describe_differences(rows)}"
+        )

@@ -79,7 +79,13 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        body = table_html(rows) + _pictures(reader) + "<h2>Manifest</h2><pre>" + html.escape(json.dumps(document["manifest"], indent=2)[:200_000]) + "</pre>"
+        body = (
+            table_html(rows)
+            + _pictures(reader)
+            + "<h2>Manifest</h2><pre>"
+            + html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
+            + "</pre>"
+        )
         report = out / "inspect.html"
         report.write_text(page(f"Cache {cache}", body))
         document["report"] = str(report)
@@ -90,7 +96,11 @@ def _pictures(reader: CacheReader) -> str:
     """The first rows of view 0: the image, then the channel mean of every stored map."""
     from matplotlib.figure import Figure
 
-    complete = [array for array, spec in reader.specs.items() if spec.sharded and array.startswith("targets/") and not reader.missing([array], [0])]
+    complete = [
+        array
+        for array, spec in reader.specs.items()
+        if spec.sharded and array.startswith("targets/") and not reader.missing([array], [0])
+    ]
     maps = []
     rows = np.arange(min(SHOWN, reader.manifest.num_rows))
     for array in complete:
@@ -129,5 +139,18 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     """
     network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
-    print_table(f"{model} at {size} px", [{key: ", ".join(value) if isinstance(value, (list, tuple)) and key == "hazards" else "x".join(map(str, value)) if isinstance(value, (list, tuple)) else value for key, value in row.items()} for row in rows])
+    print_table(
+        f"{model} at {size} px",
+        [
+            {
+                key: ", ".join(value)
+                if isinstance(value, (list, tuple)) and key == "hazards"
+                else "x".join(map(str, value))
+                if isinstance(value, (list, tuple))
+                else value
+                for key, value in row.items()
+            }
+            for row in rows
+        ],
+    )
     return {"model": model, "size": size, "taps": rows}

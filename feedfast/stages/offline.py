@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from feedfast.cache.codec import crc32c
+from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
 from feedfast.cache.log import COMMITS, cache_digest, read_log
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
-from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.store import ROOT, read_manifest
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
@@ -80,7 +80,13 @@ class OfflineRun:
         self.data: Dataset = open_train(recipe)
         self.plan: ViewPlan = view_plan(recipe)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
-        self.loader = Loader(self.data, self.plan, batch_size=recipe.cache.batch, device=str(self.device), threads=recipe.data.threads or None)
+        self.loader = Loader(
+            self.data,
+            self.plan,
+            batch_size=recipe.cache.batch,
+            device=str(self.device),
+            threads=recipe.data.threads or None,
+        )
         self.scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -94,7 +100,10 @@ class OfflineRun:
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             if not self.quiet:
                 resumed = manifest.num_rows * manifest.views - total
-                say(f"cache: {len(self.teachers)} teachers, {manifest.views} views of {manifest.num_rows:,} images → {self.path}" + (f", {resumed:,} rows already there" if resumed else ""))
+                say(
+                    f"cache: {len(self.teachers)} teachers, {manifest.views} views of {manifest.num_rows:,} images → {self.path}"
+                    + (f", {resumed:,} rows already there" if resumed else "")
+                )
             computing = time.perf_counter()
             with Meter("cache", total, quiet=self.quiet) as meter:
                 for view, rows in work.batches(self.recipe.cache.batch):
@@ -166,21 +175,33 @@ class OfflineRun:
         groups = [pilot[number] for number in fit], [pilot[number] for number in held_out]
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
-            for tap, entry in run_pilot(self.teachers[name], taps, *groups, self.recipe.cache.codec, block_rows).items():
+            for tap, entry in run_pilot(
+                self.teachers[name], taps, *groups, self.recipe.cache.codec, block_rows
+            ).items():
                 out[name, tap] = entry
                 if not self.quiet:
                     error = entry.info.error
                     flips = f", {error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in error else ""
-                    say(f"pilot: {name}/{tap} {list(entry.info.shape)} {entry.info.codec}, {entry.info.compression}: relative RMS error {error['relative_rms_error']:.2%}{flips}")
+                    say(
+                        f"pilot: {name}/{tap} {list(entry.info.shape)} {entry.info.codec}, {entry.info.compression}: relative RMS error {error['relative_rms_error']:.2%}{flips}"
+                    )
         return out
 
     def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
         request = self.teachers[name].requests[tap].tap
-        asked = {"path": request.path, "position": request.position, "transform": "margin" if margin else "none", "codec": self.recipe.cache.codec, "shape": self.teachers[name].shapes[tap]}
+        asked = {
+            "path": request.path,
+            "position": request.position,
+            "transform": "margin" if margin else "none",
+            "codec": self.recipe.cache.codec,
+            "shape": self.teachers[name].shapes[tap],
+        }
         for key, value in asked.items():
             found = getattr(known, key)
             if value != found:
-                raise CacheMismatchError(f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, found {found!r}; choose another tap name or cache.path")
+                raise CacheMismatchError(
+                    f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, found {found!r}; choose another tap name or cache.path"
+                )
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
         """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""
@@ -191,7 +212,11 @@ class OfflineRun:
         if name.startswith("targets/"):
             _, teacher, tap, _ = name.split("/")
             scale = fitted[teacher, tap].scale
-            return scale if scale is not None else np.stack([np.zeros(spec.shape[1], np.float32), np.ones(spec.shape[1], np.float32)])
+            return (
+                scale
+                if scale is not None
+                else np.stack([np.zeros(spec.shape[1], np.float32), np.ones(spec.shape[1], np.float32)])
+            )
         columns = []
         for view in range(spec.views):
             order = self.plan.order(view, self.data.ids)
@@ -199,10 +224,16 @@ class OfflineRun:
                 columns.append(order)
                 continue
             positions = np.searchsorted(self.data.ids, order)
-            columns.append(self.plan.flips(view, order) if name == "views/flip" else self.plan.crops(view, order, self.data.sizes[positions]))
+            columns.append(
+                self.plan.flips(view, order)
+                if name == "views/flip"
+                else self.plan.crops(view, order, self.data.sizes[positions])
+            )
         return np.stack(columns)
 
-    def _view(self, manifest: Manifest, writer: CacheWriter, work: _Work, view: int, rows: np.ndarray, meter: Meter) -> None:
+    def _view(
+        self, manifest: Manifest, writer: CacheWriter, work: _Work, view: int, rows: np.ndarray, meter: Meter
+    ) -> None:
         """Run the batches of one view."""
         pixels = _PixelChecksums(manifest.block_rows, manifest.num_rows)
         for batch in self.loader.stream(view, rows):
@@ -217,10 +248,27 @@ class OfflineRun:
                 maps = teacher(batch.images)
                 for tap, array in arrays.items():
                     if work.lacks(array, view, start, stop):
-                        self._store(manifest.teachers[name], tap, array, maps[tap], work, (view, start), sums if tap == LOGITS else None)
+                        self._store(
+                            manifest.teachers[name],
+                            tap,
+                            array,
+                            maps[tap],
+                            work,
+                            (view, start),
+                            sums if tap == LOGITS else None,
+                        )
             meter.advance(len(batch.rows), f"{mebibytes(writer.bytes_written)} written")
 
-    def _store(self, teacher: TeacherInfo, tap: str, array: str, values: Tensor, work: _Work, place: tuple[int, int], sums: dict[int, str] | None) -> None:
+    def _store(
+        self,
+        teacher: TeacherInfo,
+        tap: str,
+        array: str,
+        values: Tensor,
+        work: _Work,
+        place: tuple[int, int],
+        sums: dict[int, str] | None,
+    ) -> None:
         margin, codec = None, teacher.logits_codec if tap == LOGITS else "f32"
         offset = step = torch.empty(0)
         if tap != LOGITS:
@@ -232,7 +280,9 @@ class OfflineRun:
         try:
             codes, saturated = store(values, codec, offset, step, margin)
         except ValueError as error:
-            raise FeedfastError(f"teacher {teacher.name!r}, tap {tap!r}, view {place[0]}, rows from {place[1]}: {error}") from error
+            raise FeedfastError(
+                f"teacher {teacher.name!r}, tap {tap!r}, view {place[0]}, rows from {place[1]}: {error}"
+            ) from error
         work.append(array, *place, codes, int(saturated), sums)
 
     def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
@@ -278,7 +328,11 @@ class _Work:
         units = -(-manifest.num_rows // unit)
         index, parts = writer.part
         self.missing = {
-            name: {(view, shard) for view, shard in writer.missing(name) if (view * units + spec.shard_span(shard)[0] // unit) % parts == index}
+            name: {
+                (view, shard)
+                for view, shard in writer.missing(name)
+                if (view * units + spec.shard_span(shard)[0] // unit) % parts == index
+            }
             for name, spec in self.specs.items()
         }
 
@@ -299,12 +353,16 @@ class _Work:
         """Whether rows [start, stop) touch a missing shard of ``array``."""
         return any(True for _ in self._spans(array, view, start, stop))
 
-    def append(self, array: str, view: int, start: int, rows: np.ndarray, saturated: int, sums: dict[int, str] | None) -> None:
+    def append(
+        self, array: str, view: int, start: int, rows: np.ndarray, saturated: int, sums: dict[int, str] | None
+    ) -> None:
         """Hand over what belongs to missing shards of ``array``; the saturated count goes with the first piece."""
         blocks_per_shard = self.specs[array].blocks_per_shard
         for shard, first, last in self._spans(array, view, start, start + len(rows)):
             ours = None if sums is None else [crc for block, crc in sums.items() if block // blocks_per_shard == shard]
-            self.writer.append(array, view, first, rows[first - start : last - start], saturated=saturated, pixel_crc32c=ours)
+            self.writer.append(
+                array, view, first, rows[first - start : last - start], saturated=saturated, pixel_crc32c=ours
+            )
             saturated = 0
 
     def _spans(self, array: str, view: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -42,7 +42,14 @@ class _Sample:
     first: Tensor | None = None
 
 
-def run_pilot(teacher: FrozenTeacher, names: Iterable[str], batches: list[Tensor], held_out: list[Tensor], codec: CodecName, block_rows: int) -> dict[str, Fitted]:
+def run_pilot(
+    teacher: FrozenTeacher,
+    names: Iterable[str],
+    batches: list[Tensor],
+    held_out: list[Tensor],
+    codec: CodecName,
+    block_rows: int,
+) -> dict[str, Fitted]:
     """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
 
     Raises:
@@ -58,7 +65,9 @@ def run_pilot(teacher: FrozenTeacher, names: Iterable[str], batches: list[Tensor
             for name, sample in samples.items():
                 values = maps[name].cpu()
                 if not torch.isfinite(values).all():
-                    raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; are the weights and the normalisation right?")
+                    raise FeedfastError(
+                        f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; are the weights and the normalisation right?"
+                    )
                 getattr(sample, kind).append(_thin(values, len(group)))
                 if sample.first is None:
                     sample.first = values[:block_rows]
@@ -78,12 +87,22 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     margin = teacher.margins.get(name)
     clip = margin.numpy() if request.margin and margin is not None else None
     if request.margin and clip is None:
-        raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: +margin needs a map before its activation, found {request.tap.path} {request.tap.position!r}")
+        raise FeedfastError(
+            f"teacher {teacher.name!r}, tap {name!r}: +margin needs a map before its activation, found {request.tap.path} {request.tap.position!r}"
+        )
     values = np.concatenate(sample.fit)
     offset, step = fit_affine(values if clip is None else np.maximum(values, clip), codec)
-    error = measure(np.concatenate(sample.held_out or sample.fit), offset, step, codec, clip, pre_activation=is_signed(request.tap))
+    error = measure(
+        np.concatenate(sample.held_out or sample.fit), offset, step, codec, clip, pre_activation=is_signed(request.tap)
+    )
     assert sample.first is not None
-    block = store(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), None if clip is None else torch.from_numpy(clip))[0]
+    block = store(
+        sample.first,
+        codec,
+        torch.from_numpy(offset),
+        torch.from_numpy(step),
+        None if clip is None else torch.from_numpy(clip),
+    )[0]
     info = TapInfo(
         name=name,
         path=request.tap.path,
@@ -123,5 +142,3 @@ def held_out_rows(count: int, pilot: int, batch: int) -> tuple[range, range]:
     fit = min(total, max(1, -(-pilot // batch)))
     held = min(total - fit, max(1, -(-fit // 4)))
     return range(fit), range(fit, fit + held) if held else range(fit - 1, fit)
-
-

@@ -47,36 +47,65 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         RequestError: the recipe cannot be run.
     """
     if not recipe.teachers or not recipe.cache.path or not recipe.cache.views:
-        raise RequestError("plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing")
+        raise RequestError(
+            "plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing"
+        )
     device = pick_device(recipe.train.device)
     data = open_train(recipe)
     teachers = load_teachers(recipe, len(data.classes), device)
-    loader = Loader(data, view_plan(recipe), batch_size=recipe.cache.batch, device=str(device), threads=recipe.data.threads or None)
+    loader = Loader(
+        data, view_plan(recipe), batch_size=recipe.cache.batch, device=str(device), threads=recipe.data.threads or None
+    )
     images = next(iter(loader.stream(0, np.arange(min(len(data), recipe.cache.batch))))).images
     loader.close()
     rows = len(data) * recipe.cache.views
     targets: dict[str, dict[str, Any]] = {}
     for name, teacher in teachers.items():
         teacher.fit_margins([images])
-        block = auto_block_rows(int(max(WIDTH[recipe.cache.codec] * np.prod(shape) for shape in teacher.shapes.values())))
+        block = auto_block_rows(
+            int(max(WIDTH[recipe.cache.codec] * np.prod(shape) for shape in teacher.shapes.values()))
+        )
         for tap, values in teacher(images).items():
             raw, ratio = _cost(teacher, tap, values, recipe.cache.codec, block)
-            targets[f"{name}/{tap}"] = {"shape": list(teacher.shapes[tap]), "raw_bytes": raw * rows, "bytes": int(raw * rows / ratio), "bytes_per_sample": raw / ratio, "compression": ratio}
+            targets[f"{name}/{tap}"] = {
+                "shape": list(teacher.shapes[tap]),
+                "raw_bytes": raw * rows,
+                "bytes": int(raw * rows / ratio),
+                "bytes_per_sample": raw / ratio,
+                "compression": ratio,
+            }
     if recipe.cache.images == "stored":
         pixels = recipe.data.size**2 * 3
-        targets["pixels"] = {"shape": [3, recipe.data.size, recipe.data.size], "raw_bytes": pixels * rows, "bytes": pixels * rows, "bytes_per_sample": pixels, "compression": 1.0}
+        targets["pixels"] = {
+            "shape": [3, recipe.data.size, recipe.data.size],
+            "raw_bytes": pixels * rows,
+            "bytes": pixels * rows,
+            "bytes_per_sample": pixels,
+            "compression": 1.0,
+        }
     teachers_ms = _median_ms(lambda: [teacher(images) for teacher in teachers.values()])
     student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
     path = Path(recipe.cache.path)
     present = sum(commit.bytes for commit in read_log(path).commits.values()) if (path / COMMITS).is_dir() else 0
     total = sum(entry["bytes"] for entry in targets.values())
-    free = shutil.disk_usage(next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())).free
+    free = shutil.disk_usage(
+        next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    ).free
     batches = rows / len(images)
     seconds = teachers_ms * batches / 1e3
     epoch_batches = len(data) / len(images)
     print_table(
         f"plan: {len(data):,} images, {recipe.cache.views} views, {recipe.cache.codec}",
-        [{"target": name, "shape": "x".join(map(str, entry["shape"])), "a sample": mebibytes(entry["bytes_per_sample"]), "a view": mebibytes(entry["bytes"] / recipe.cache.views), "in all": mebibytes(entry["bytes"])} for name, entry in targets.items()],
+        [
+            {
+                "target": name,
+                "shape": "x".join(map(str, entry["shape"])),
+                "a sample": mebibytes(entry["bytes_per_sample"]),
+                "a view": mebibytes(entry["bytes"] / recipe.cache.views),
+                "in all": mebibytes(entry["bytes"]),
+            }
+            for name, entry in targets.items()
+        ],
     )
     return {
         "bytes": total,
@@ -112,7 +141,9 @@ def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: str, block_ro
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device) -> float:
     """Forward and backward of the plain student on one batch."""
     memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0).to(device=device, memory_format=memory)  # type: ignore[call-overload]
+    student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0).to(
+        device=device, memory_format=memory
+    )  # type: ignore[call-overload]
     normalise = Normalise(*recipe.data.normalisation).to(device)
 
     def step() -> None:

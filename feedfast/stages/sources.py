@@ -43,12 +43,18 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, d
     kind = recipe.train.source
     if kind == "none":
         if recipe.method.name != "none":
-            raise RequestError(f"train.source: method {recipe.method.name!r} needs targets, expected cache or live, found 'none'")
+            raise RequestError(
+                f"train.source: method {recipe.method.name!r} needs targets, expected cache or live, found 'none'"
+            )
         return OpenedSource(NoTargets(), recipe.cache.views, 0)
     if kind == "live":
         teachers = load_teachers(recipe, len(data.classes), device)
         rows = np.arange(min(len(data), recipe.cache.pilot))
-        pilot = [batch.images.clone() for batch in loader.stream(0, rows)] if any(teacher.needs_pilot for teacher in teachers.values()) else []
+        pilot = (
+            [batch.images.clone() for batch in loader.stream(0, rows)]
+            if any(teacher.needs_pilot for teacher in teachers.values())
+            else []
+        )
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
@@ -63,15 +69,29 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, 
     refuse_other_recipe(reader, recipe, data, plan)
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:
-        raise CacheMismatchError(f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; run `feedfast cache` to add them")
+        raise CacheMismatchError(
+            f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; run `feedfast cache` to add them"
+        )
     names = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
     groups = taps_needed(recipe.method.name)
     have = manifest_taps(reader.manifest)
-    wanted = {name: (*(tap for tap in have[name] if any(tap == group or (group == "ofd" and tap.startswith("ofd")) for group in groups)), LOGITS) for name in names}
+    wanted = {
+        name: (
+            *(
+                tap
+                for tap in have[name]
+                if any(tap == group or (group == "ofd" and tap.startswith("ofd")) for group in groups)
+            ),
+            LOGITS,
+        )
+        for name in names
+    }
     for name, taps in wanted.items():
         for group in groups:
             if not any(tap.startswith(group) for tap in taps):
-                raise CacheMismatchError(f"{reader.path}: method {recipe.method.name!r} needs the {group!r} taps of teacher {name!r}, found {sorted(have[name])}; run `feedfast cache` with this recipe to add them")
+                raise CacheMismatchError(
+                    f"{reader.path}: method {recipe.method.name!r} needs the {group!r} taps of teacher {name!r}, found {sorted(have[name])}; run `feedfast cache` with this recipe to add them"
+                )
     source = CachedTargets(reader, wanted, device)
     reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
     check_views(reader, data, plan, views)

@@ -109,28 +109,51 @@ class Cache:
         return self._batches(view, rows, batch_size, start_batch, drop_last, source, transform, where)
 
     def _batches(
-        self, view: int, rows: np.ndarray, batch_size: int, start_batch: int, drop_last: bool, source: CachedTargets, transform: Normalise | None, device: torch.device
+        self,
+        view: int,
+        rows: np.ndarray,
+        batch_size: int,
+        start_batch: int,
+        drop_last: bool,
+        source: CachedTargets,
+        transform: Normalise | None,
+        device: torch.device,
     ) -> Iterator[Batch]:
         if drop_last:
             rows = rows[: len(rows) // batch_size * batch_size]
         targets = source.stream(view, rows, batch_size, start_batch)
-        for (images, labels, ids, here), item in zip(self._pixels(view, rows, batch_size, start_batch, device), targets, strict=True):
-            yield Batch(images if transform is None else transform(images), labels, source.targets(item, images), ids, here)
+        for (images, labels, ids, here), item in zip(
+            self._pixels(view, rows, batch_size, start_batch, device), targets, strict=True
+        ):
+            yield Batch(
+                images if transform is None else transform(images), labels, source.targets(item, images), ids, here
+            )
 
-    def _pixels(self, view: int, rows: np.ndarray, batch_size: int, start_batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
+    def _pixels(
+        self, view: int, rows: np.ndarray, batch_size: int, start_batch: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
         if self.manifest.images == "replay":
             loader = Loader(self.data, self.plan, batch_size=batch_size, device=str(device))
             for batch in loader.stream(view, rows, start_batch=start_batch):
                 yield batch.images, batch.labels, batch.ids, batch.rows
             return
         order, labels = self.reader.read_array("views/order", view), self.reader.read_array("labels")
-        for number, item in enumerate(self.reader.stream([STORED], view, rows, batch_size, start_batch=start_batch), start_batch):
+        for number, item in enumerate(
+            self.reader.stream([STORED], view, rows, batch_size, start_batch=start_batch), start_batch
+        ):
             here = rows[number * batch_size : (number + 1) * batch_size]
             ids = order[here]
-            yield torch.from_numpy(item[STORED]).to(device), torch.from_numpy(labels[ids].astype(np.int64)).to(device), ids, here
+            yield (
+                torch.from_numpy(item[STORED]).to(device),
+                torch.from_numpy(labels[ids].astype(np.int64)).to(device),
+                ids,
+                here,
+            )
 
 
-def open_cache(path: str | Path, *, data: str | Sequence[str] | None = None, threads: int = 2, replay: int = 2) -> Cache:
+def open_cache(
+    path: str | Path, *, data: str | Sequence[str] | None = None, threads: int = 2, replay: int = 2
+) -> Cache:
     """Open a cache together with the images it was made from.
 
     Args:
@@ -147,7 +170,9 @@ def open_cache(path: str | Path, *, data: str | Sequence[str] | None = None, thr
     reader = CacheReader(path, threads=threads)
     recipe = recipe_of(reader)
     found = open_dataset(data or recipe.data.train, limit=recipe.data.limit)
-    refuse_differences(reader.path, reader.manifest.model_copy(update={"dataset": dataset_info(recipe, found)}), reader.manifest)
+    refuse_differences(
+        reader.path, reader.manifest.model_copy(update={"dataset": dataset_info(recipe, found)}), reader.manifest
+    )
     reader.require(["views/order", "views/crop", "views/flip", "labels"], range(reader.manifest.views))
     cache = Cache(reader, found)
     check_views(reader, found, cache.plan, reader.manifest.views)

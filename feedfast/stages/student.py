@@ -36,7 +36,17 @@ from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe, Train
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint, save_checkpoint
-from feedfast.stages.common import Meter, Ranks, open_train, pick_device, ranks, say, view_plan, write_durably, write_json
+from feedfast.stages.common import (
+    Meter,
+    Ranks,
+    open_train,
+    pick_device,
+    ranks,
+    say,
+    view_plan,
+    write_durably,
+    write_json,
+)
 from feedfast.stages.ensemble import Normalise
 from feedfast.stages.sources import open_source
 from feedfast.stages.targets import Targets, TargetSource
@@ -77,12 +87,16 @@ class Schedule:
         if train.schedule == "cosine":
             return train.lr * 0.5 * (1 + math.cos(math.pi * done))
         if train.schedule == "step":
-            return train.lr * train.gamma ** sum(step >= round(milestone * self.total) for milestone in train.milestones)
+            return train.lr * train.gamma ** sum(
+                step >= round(milestone * self.total) for milestone in train.milestones
+            )
         if train.schedule == "one-cycle":
             low, high, rise = train.lr / 25, train.lr, 0.3
             if done < rise:
                 return high + (low - high) * 0.5 * (1 + math.cos(math.pi * done / rise))
-            return train.lr / 25e4 + (high - train.lr / 25e4) * 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+            return train.lr / 25e4 + (high - train.lr / 25e4) * 0.5 * (
+                1 + math.cos(math.pi * (done - rise) / (1 - rise))
+            )
         return train.lr
 
 
@@ -119,17 +133,23 @@ class StudentRun:
         self.resumed = self._claim_out()
         self.data = open_train(recipe)
         if len(self.data) < train.batch:
-            raise RequestError(f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}")
+            raise RequestError(
+                f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
+            )
         self.plan = view_plan(recipe)
         threads = recipe.data.threads or None
-        self.loader = Loader(self.data, self.plan, batch_size=train.batch // me.world, device=str(self.device), threads=threads)
+        self.loader = Loader(
+            self.data, self.plan, batch_size=train.batch // me.world, device=str(self.device), threads=threads
+        )
         self.val: Dataset | None = open_dataset(recipe.data.val, check=recipe.data.check) if recipe.data.val else None
         opened = open_source(recipe, self.data, self.plan, self.loader, self.device)
         self.source: TargetSource = opened.source
         self.views = opened.views
         self.num_classes = len(self.data.classes) or opened.num_classes
         if not self.num_classes:
-            raise RequestError(f"data.train: expected labelled images (class sub-folders), found none in {self.data.source}")
+            raise RequestError(
+                f"data.train: expected labelled images (class sub-folders), found none in {self.data.source}"
+            )
         self._build_student()
         self.steps_per_epoch = len(self.data) // train.batch
         self.total = self.steps_per_epoch * train.epochs
@@ -144,7 +164,9 @@ class StudentRun:
             differing = differences(theirs, ours)
             if differing:
                 lines = "".join(f"\n  {key}: there {there!r}, here {here!r}" for key, there, here in differing)
-                raise RequestError(f"train.out: {self.out} holds another run; expected the same recipe or overwrite=true, found{lines}")
+                raise RequestError(
+                    f"train.out: {self.out} holds another run; expected the same recipe or overwrite=true, found{lines}"
+                )
             return (self.out / "checkpoint.pt").is_file()
         if self.me.first:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +177,9 @@ class StudentRun:
 
     def _build_student(self) -> None:
         recipe, train, size = self.recipe, self.recipe.train, self.recipe.data.size
-        bare = build_model(recipe.student.model, num_classes=self.num_classes, weights=recipe.student.weights, seed=recipe.seed)
+        bare = build_model(
+            recipe.student.model, num_classes=self.num_classes, weights=recipe.student.weights, seed=recipe.seed
+        )
         memory = torch.channels_last if train.channels_last else torch.contiguous_format
         bare = bare.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
         normalise = Normalise(*recipe.data.normalisation).to(self.device)
@@ -165,18 +189,24 @@ class StudentRun:
         # Adapters start from the recipe's seed and nothing else, so that live and cached runs start equal.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            method = build_method(recipe.method.name, recipe.method.parameters, student_taps=tapped.shapes, teachers=self.source.taps)
+            method = build_method(
+                recipe.method.name, recipe.method.parameters, student_taps=tapped.shapes, teachers=self.source.taps
+            )
         method = method.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
         self.bare, self.method = bare, method
         self.parameters = sum(parameter.numel() for parameter in bare.parameters())
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
         self.trainee: nn.Module = Trainee(normalise, stepped, method)
         if self.me.world > 1:
-            self.trainee = nn.parallel.DistributedDataParallel(self.trainee, device_ids=None if self.device.type == "cpu" else [self.device.index])
+            self.trainee = nn.parallel.DistributedDataParallel(
+                self.trainee, device_ids=None if self.device.type == "cpu" else [self.device.index]
+            )
         weights = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
         if train.optimizer == "sgd":
             nesterov = train.nesterov and train.momentum > 0
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(weights, train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=nesterov)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                weights, train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=nesterov
+            )
         else:
             self.optimizer = torch.optim.AdamW(weights, train.lr, weight_decay=train.weight_decay)
 
@@ -185,7 +215,9 @@ class StudentRun:
         epoch, start = divmod(step, self.steps_per_epoch)
         view, pass_index = (epoch % self.views, epoch // self.views) if self.views else (epoch, 0)
         local = self.recipe.train.batch // self.me.world
-        rows = pass_order(len(self.data), self.recipe.seed, view, pass_index)[: self.steps_per_epoch * self.recipe.train.batch]
+        rows = pass_order(len(self.data), self.recipe.seed, view, pass_index)[
+            : self.steps_per_epoch * self.recipe.train.batch
+        ]
         rows = np.ascontiguousarray(rows.reshape(-1, self.me.world, local)[:, self.me.rank].reshape(-1))
         pixels = self.loader.stream(view, rows, start_batch=start)
         return zip(pixels, self.source.stream(view, rows, local, start), strict=False)
@@ -197,45 +229,64 @@ class StudentRun:
         if self.resumed:
             step = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
         stop = min(self.total, train.max_steps) if train.max_steps else self.total
-        log = EventLog(self.out, step) if self.me.first else None
         if not self.quiet:
             what = f"{self.recipe.student.model} ({self.parameters:,} parameters), {self.recipe.method.name} from {train.source}"
-            say(f"train: {what}, {len(self.data):,} images, {self.total:,} steps of {train.batch}, {train.precision} on {self.device}" + (f", resumed at step {step}" if step else ""))
+            resumed = f", resumed at step {step}" if step else ""
+            say(
+                f"train: {what}, {len(self.data):,} images, {self.total:,} steps of {train.batch}, {train.precision} on {self.device}{resumed}"
+            )
         timing = Timing(train.batch)
-        losses: dict[str, Tensor] = {}
-        accuracy: float | None = None
-        with Meter("train", (stop - step) * train.batch, quiet=self.quiet) as meter:
-            while step < stop:
+        log = EventLog(self.out, step) if self.me.first else None
+        try:
+            with Meter("train", (stop - step) * train.batch, quiet=self.quiet) as meter:
                 accuracy = None
-                stream = self.batches(step)
-                epoch_end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
-                while step < epoch_end:
-                    timing.begin()
-                    batch, item = next(stream)
-                    timing.waited()
-                    losses = self.step(step, batch, item)
-                    step += 1
-                    due = step % train.log_every == 0 or step == stop
-                    if due:
-                        values = {name: float(value) for name, value in losses.items()}
-                        self._check_finite(values["loss"], step)
-                    timing.end()
-                    if due and log is not None:
-                        log.scalars(step, {**values, "lr": self.schedule.lr(step - 1), **timing.row()})
-                    meter.advance(train.batch, f"loss {values['loss']:.3f}" if due else "")
-                    if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
-                        self._checkpoint(step, timing)
-                del stream
-                epoch = math.ceil(step / self.steps_per_epoch)
-                last = step == stop
-                if self.val is not None and (last or (train.eval_every and epoch % train.eval_every == 0)):
+                while step < stop:
+                    step = self._epoch(step, stop, log, timing, meter)
+                    accuracy = self._evaluate_if_due(step, stop, log)
+                    self._checkpoint(step, timing)
+                if accuracy is None and self.val is not None:
                     accuracy = self.evaluate()
-                    if log is not None and accuracy is not None:
-                        log.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
-                self._checkpoint(step, timing)
-        if self.val is not None and accuracy is None and step:
-            accuracy = self.evaluate()
+        finally:
+            self.loader.close()
+            if log is not None:
+                log.close()
         return self._finish(step, accuracy, log, timing)
+
+    def _epoch(self, step: int, stop: int, log: EventLog | None, timing: Timing, meter: Meter) -> int:
+        """Train to the end of the epoch that ``step`` is in, or to ``stop``; returns the step reached."""
+        train = self.recipe.train
+        stream = self.batches(step)
+        end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
+        remark = ""
+        while step < end:
+            timing.begin()
+            batch, item = next(stream)
+            timing.waited()
+            losses = self.step(step, batch, item)
+            step += 1
+            if step % train.log_every == 0 or step == stop:
+                values = {name: float(value) for name, value in losses.items()}
+                self._check_finite(values["loss"], step)
+                timing.end()
+                if log is not None:
+                    log.scalars(step, {**values, "lr": self.schedule.lr(step - 1), **timing.row()})
+                remark = f"loss {values['loss']:.3f}"
+            else:
+                timing.end()
+            meter.advance(train.batch, remark)
+            if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
+                self._checkpoint(step, timing)
+        return step
+
+    def _evaluate_if_due(self, step: int, stop: int, log: EventLog | None) -> float | None:
+        epoch = math.ceil(step / self.steps_per_epoch)
+        every = self.recipe.train.eval_every
+        if self.val is None or not (step == stop or (every and epoch % every == 0)):
+            return None
+        accuracy = self.evaluate()
+        if log is not None and accuracy is not None:
+            log.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
+        return accuracy
 
     def step(self, index: int, batch: PixelBatch, item: Any) -> dict[str, Tensor]:
         """One optimiser step; returns the detached losses, still on the device."""
@@ -259,7 +310,9 @@ class StudentRun:
         normalise = Normalise(*self.recipe.data.normalisation).to(self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         total = 0
-        loader = Loader(self.val, self.plan, batch_size=256, device=str(self.device), threads=self.recipe.data.threads or None)
+        loader = Loader(
+            self.val, self.plan, batch_size=256, device=str(self.device), threads=self.recipe.data.threads or None
+        )
         for batch in loader.evaluation():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
                 logits = self.bare(normalise(batch.images))
@@ -271,7 +324,9 @@ class StudentRun:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise FeedfastError(f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight ({self.out} keeps the last checkpoint)")
+            raise FeedfastError(
+                f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight ({self.out} keeps the last checkpoint)"
+            )
 
     def _checkpoint(self, step: int, timing: Timing) -> None:
         if self.me.first:
@@ -295,14 +350,18 @@ class StudentRun:
             "parameters": self.parameters,
             "out": str(self.out),
         }
-        result.update({key: earlier[key] for key in ("images_per_second", "data_wait_fraction", "step_ms", "seconds") if key in earlier})
-        self.loader.close()
-        if self.me.first and log is not None:
+        result.update(
+            {
+                key: earlier[key]
+                for key in ("images_per_second", "data_wait_fraction", "step_ms", "seconds")
+                if key in earlier
+            }
+        )
+        if self.me.first:
             with (self.out / ".student.tmp").open("wb") as file:
                 torch.save({name: value.cpu() for name, value in self.bare.state_dict().items()}, file)
             write_durably(self.out / "student.pt", (self.out / ".student.tmp").read_bytes())
             (self.out / ".student.tmp").unlink()
-            log.close()
             write_json(held, result)
             write_report(self.out, result, self.recipe.model_dump(mode="json"))
         if self.me.world > 1:
@@ -343,7 +402,10 @@ class Timing:
     def row(self) -> dict[str, float]:
         """The last twenty steps, for metrics.jsonl."""
         steps, waits = self.steps[-20:], self.waits[-20:]
-        return {"images_per_second": self.batch * len(steps) / max(sum(steps) / 1e3, 1e-9), "data_wait_fraction": sum(waits) / max(sum(steps), 1e-9)}
+        return {
+            "images_per_second": self.batch * len(steps) / max(sum(steps) / 1e3, 1e-9),
+            "data_wait_fraction": sum(waits) / max(sum(steps), 1e-9),
+        }
 
     def seconds(self) -> float:
         """Time spent in steps."""
@@ -368,7 +430,11 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON without the keys that do not change the result of a run."""
     tree = recipe.model_dump(mode="json")
     tree.pop("overwrite")
-    for section, keys in {"train": ("out", "max_steps", "threads", "replay", "log_every", "checkpoint_minutes", "eval_every", "device"), "data": ("threads", "check"), "cache": ("threads", "part")}.items():
+    for section, keys in {
+        "train": ("out", "max_steps", "threads", "replay", "log_every", "checkpoint_minutes", "eval_every", "device"),
+        "data": ("threads", "check"),
+        "cache": ("threads", "part"),
+    }.items():
         for key in keys:
             tree[section].pop(key)
     return tree

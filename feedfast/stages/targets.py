@@ -82,7 +82,9 @@ class CachedTargets:
             for tap in taps:
                 if tap not in self.taps.get(teacher, {}):
                     have = {name: sorted(infos) for name, infos in self.taps.items()}
-                    raise CacheMismatchError(f"{reader.path}: expected tap {tap!r} of teacher {teacher!r}, found {have}; run `feedfast cache` with this recipe to add it")
+                    raise CacheMismatchError(
+                        f"{reader.path}: expected tap {tap!r} of teacher {teacher!r}, found {have}; run `feedfast cache` with this recipe to add it"
+                    )
                 array = f"targets/{teacher}/{tap}/codes"
                 codec = "float" if tap == LOGITS else reader.manifest.teachers[teacher].taps[tap].codec
                 offset = step = torch.empty(0)
@@ -117,7 +119,10 @@ def manifest_taps(manifest: Manifest) -> dict[str, dict[str, TapInfo]]:
     """What the cache of ``manifest`` can serve, in the methods' words."""
     out: dict[str, dict[str, TapInfo]] = {}
     for name, teacher in manifest.teachers.items():
-        taps = {tap: TapInfo(tuple(entry.shape), None if entry.margin is None else torch.tensor(entry.margin)) for tap, entry in teacher.taps.items()}
+        taps = {
+            tap: TapInfo(tuple(entry.shape), None if entry.margin is None else torch.tensor(entry.margin))
+            for tap, entry in teacher.taps.items()
+        }
         taps[LOGITS] = TapInfo((teacher.num_classes,), None)
         out[name] = taps
     return out

@@ -1,0 +1,302 @@
+"""What the product claims, as ratios of one run: cached step over the same step from RAM, live over cached, caching over forward.
+
+The floor of a cached step is the step whose pixels and targets lie in RAM; the reader may add what it must decode. The ideal of
+live over cached is (teachers' forward + student step) / student step. The floor of the caching pass is the teachers' forward on
+images in RAM; DALI, encoding, compression, checksums and fsync come on top, partly beside it.
+
+Every ratio is taken between variants that alternate in short rounds within one process, so a machine that drifts drifts for both;
+quoted is the median of the rounds' ratios with the lowest and highest round. Read-ahead queues are full when a round begins and
+when it ends, so a round pays for what it consumes. Losses of cached and live f32 steps are compared elsewhere (tests/test_parity.py);
+here a round is refused if its loss is not finite.
+
+    python bench/bench_end_to_end.py [--data ../shared/data/cifar-100-binary/train.bin] [--teachers a.pt b.pt c.pt] [--tiny]
+
+Teachers without weights files are random ones; their maps compress differently from trained ones, so say which you used.
+Rows go to bench/results_end_to_end.csv, the last stdout line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feedfast.data.loader import PixelBatch
+from feedfast.models.build import build_model
+from feedfast.recipe import Recipe, parse_recipe
+from feedfast.report.compare import print_table
+from feedfast.stages.common import Ranks, open_train, view_plan
+from feedfast.stages.demo import write_digits
+from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.offline import run_cache
+from feedfast.stages.student import StudentRun
+
+METHODS: dict[str, dict[str, Any]] = {"kd": {}, "pfeed": {"beta": 500.0}, "ofd": {"alpha": 1e-3}}
+RESULTS = Path(__file__).with_name("results_end_to_end.csv")
+
+
+def base_recipe(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Data and teachers of the bench as a recipe's tree."""
+    small = args.tiny or not Path(args.data).exists()
+    data: dict[str, Any] = (
+        {"train": str(write_digits(folder)[0]), "size": 16, "limit": 26}
+        if small
+        else {"train": args.data, "size": 32, "limit": args.limit}
+    )
+    model, classes = ("zoo/wrn-10-1", 10) if small else ("zoo/wrn-16-2", 100)
+    teachers = []
+    for number in range(3):
+        weights = args.teachers[number] if number < len(args.teachers) else str(folder / f"{number}.pt")
+        if number >= len(args.teachers):
+            torch.save(build_model(model, num_classes=classes, weights=None, seed=number).state_dict(), weights)
+        teachers.append({"name": f"t{number}", "model": model, "weights": weights, "precision": args.precision})
+    batch = 64 if small else 128
+    return {
+        "data": data,
+        "cache": {"views": 2, "batch": batch, "pilot": 256},
+        "teachers": teachers,
+        "student": {"model": "zoo/wrn-10-1" if small else "zoo/wrn-16-1"},
+        "train": {"batch": batch, "precision": args.student_precision, "epochs": 1000, "replay": 0},
+    }
+
+
+def recipe(tree: dict[str, Any], method: str, folder: Path, source: str = "cache") -> Recipe:
+    """The recipe of one method: its taps, its cache, its source."""
+    taps = {"kd": [], "pfeed": ["final"], "ofd": ["ofd+margin"]}[method]
+    teachers = [{**teacher, "taps": taps} for teacher in tree["teachers"]] if taps else tree["teachers"]
+    cache = {**tree["cache"], "path": str(folder / f"{method}.zarr")}
+    train = {**tree["train"], "source": source, "out": str(folder / f"{method}-{source}")}
+    return parse_recipe(
+        {**tree, "teachers": teachers, "cache": cache, "method": {"name": method, **METHODS[method]}, "train": train}
+    )
+
+
+def images_in_ram(of: Recipe) -> list[torch.Tensor]:
+    """Every batch of view 0 as the teachers get it."""
+    from feedfast.data.loader import Loader
+
+    data = open_train(of)
+    with Loader(data, view_plan(of), batch_size=of.cache.batch) as loader:
+        return [batch.images for batch in loader.stream(0, np.arange(len(data)))]
+
+
+def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """The caching pass over the teachers' forward on the same images in RAM, alternating."""
+    of = recipe(tree, method, folder)
+    batches = images_in_ram(of)
+    classes = len(open_train(of).classes)
+    teachers = [FrozenTeacher(spec, of, classes, torch.device("cpu")) for spec in of.teachers]
+
+    def forward() -> float:
+        begin = time.perf_counter()
+        for images in batches:
+            for teacher in teachers:
+                teacher(images)
+        return (time.perf_counter() - begin) / sum(len(images) for images in batches)
+
+    forward()
+    ratios, pure, spent = [], [], []
+    result: dict[str, Any] = {}
+    for repeat in range(repeats):
+        before = forward()
+        written = of.model_copy(
+            update={
+                "cache": of.cache.model_copy(
+                    update={
+                        "path": str(folder / f"{method}.zarr")
+                        if repeat == 0
+                        else str(folder / f"{method}-{repeat}.zarr")
+                    }
+                )
+            }
+        )
+        result = run_cache(written, quiet=True)
+        after = forward()
+        one = 1 / result["images_per_second"]
+        pure.append((before + after) / 2)
+        spent.append(one)
+        ratios.append(one / pure[-1])
+    u8 = {name: entry["bytes_per_sample"] / float(np.prod(entry["shape"])) for name, entry in result["taps"].items()}
+    return {
+        "ratio": ratios,
+        "forward_ms_per_image": statistics.median(pure) * 1e3,
+        "caching_ms_per_image": statistics.median(spent) * 1e3,
+        "bytes_per_sample": result["bytes_per_sample"],
+        "bytes_over_chw": max(u8.values(), default=None),
+    }
+
+
+def steps(run: StudentRun, start: int) -> Iterator[tuple[int, PixelBatch, Any]]:
+    """(step, pixels, read-ahead targets) without end."""
+    while True:
+        for batch, item in run.batches(start):
+            yield start, batch, item
+            start += 1
+
+
+def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
+    """Step from the cache, from RAM (pixels and targets), from RAM targets with streamed pixels, and beside live teachers."""
+    cached = StudentRun(recipe(tree, method, folder), Ranks(), quiet=True)
+    live = StudentRun(recipe(tree, method, folder, "live"), Ranks(), quiet=True)
+    held = [
+        (batch, {name: value.copy() for name, value in item.items()})
+        for _, (batch, item) in zip(range(count), cached.batches(0), strict=False)
+    ]
+    streams = {"cached": steps(cached, 0), "live": steps(live, 0), "pixels": steps(cached, 0)}
+
+    def one(kind: str, number: int) -> float:
+        begin = time.perf_counter()
+        if kind == "ram":
+            batch, item = held[number % len(held)]
+            losses = cached.step(number, batch, item)
+        elif kind == "ram targets":
+            step, batch, _ = next(streams["pixels"])
+            losses = cached.step(step, batch, held[number % len(held)][1])
+        else:
+            step, batch, item = next(streams[kind])
+            losses = (cached if kind == "cached" else live).step(step, batch, item)
+        value = float(losses["loss"])
+        if not np.isfinite(value):
+            raise SystemExit(f"{method}, {kind}: loss {value}; no timing without a sound step")
+        return (time.perf_counter() - begin) * 1e3
+
+    kinds = ("ram", "cached", "ram targets", "live")
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind in kinds if number % 2 else reversed(kinds):
+            measured = [one(kind, step) for step in range(count if kind != "live" else max(2, count // 3))]
+            if number:
+                times[kind].append(statistics.median(measured))
+            time.sleep(0.02)
+    images = held[0][0].images
+    teachers_ms = [_timed(lambda: live.source.targets(None, images)) for _ in range(5)]
+    for run in (cached, live):
+        run.loader.close()
+    student = statistics.median(times["ram"])
+    ideal = (statistics.median(teachers_ms) + student) / student
+    return {
+        "cached_over_ram": _ratios(times["cached"], times["ram"]),
+        "cached_over_ram_targets": _ratios(times["cached"], times["ram targets"]),
+        "live_over_cached": _ratios(times["live"], times["cached"]),
+        "ideal_live_over_cached": ideal,
+        "share_of_ideal": statistics.median(_ratios(times["live"], times["cached"])) / ideal,
+        **{f"{kind.replace(' ', '_')}_ms": statistics.median(values) for kind, values in times.items()},
+        "teachers_ms": statistics.median(teachers_ms),
+    }
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    return [one / two for one, two in zip(above, below, strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Median (lowest to highest round)."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}..{max(values):.3f})"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default="../shared/data/cifar-100-binary/train.bin", help="CIFAR-100 binary file; digits without it"
+    )
+    parser.add_argument(
+        "--teachers", nargs="*", default=[], help="state_dicts of WRN-16-2; random weights without them"
+    )
+    parser.add_argument("--limit", type=int, default=30, help="images a class")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of the teachers")
+    parser.add_argument("--student-precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=12, help="steps a round")
+    parser.add_argument("--repeats", type=int, default=3, help="caching passes")
+    parser.add_argument(
+        "--tiny", action="store_true", help="digits and small networks: checks the bench, measures nothing"
+    )
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.rounds, args.steps, args.repeats = 1, 2, 1
+    rows, csv_rows = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tree = base_recipe(args, folder)
+        for method in args.methods:
+            caching = bench_caching(tree, method, folder, args.repeats)
+            step = bench_steps(tree, method, folder, args.rounds, args.steps)
+            row = {
+                "method": method, "cached / RAM": spread(step["cached_over_ram"]), "cached / RAM targets": spread(step["cached_over_ram_targets"]),
+                "live / cached": spread(step["live_over_cached"]), "of ideal": step["share_of_ideal"], "caching / forward": spread(caching["ratio"]),
+                "bytes a sample": caching["bytes_per_sample"], "bytes / CHW": caching["bytes_over_chw"], "cached ms": step["cached_ms"], "live ms": step["live_ms"],
+            }  # fmt: skip
+            rows.append(row)
+            csv_rows.append(
+                {
+                    **provenance(args),
+                    "method": method,
+                    **{
+                        key: round(value, 4)
+                        if isinstance(value, float)
+                        else spread(value)
+                        if isinstance(value, list)
+                        else value
+                        for key, value in {
+                            **step,
+                            **{f"caching_{key}": value for key, value in caching.items()},
+                        }.items()
+                    },
+                }
+            )
+            print_table("end to end (median of rounds, lowest to highest)", [row])
+    if not args.tiny:
+        _append(csv_rows)
+    print(json.dumps({"rows": csv_rows}))
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what a row was measured."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "date": datetime.now(UTC).date().isoformat(), "commit": commit, "cpu": f"{model} x{torch.get_num_threads()}", "torch": torch.__version__,
+        "teachers": "trained" if args.teachers else "random", "precision": f"teachers {args.precision}, student {args.student_precision}",
+    }  # fmt: skip
+
+
+def _append(rows: list[dict[str, Any]]) -> None:
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
