@@ -60,15 +60,15 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     teachers = []
     for seed, name in enumerate(TEACHERS):
         folder = out / f"teacher-{name}"
-        settings = {"source": "none", "epochs": 10, "batch": 64, "lr": 0.1, "out": str(folder), "eval_every": 0}
+        settings = {"source": "none", "epochs": 8, "batch": 64, "lr": 0.1, "out": str(folder), "eval_every": 0}
         recipe = parse_recipe(
-            {**base, "seed": seed + 1, "cache": {"views": 0}, "student": {"model": "zoo/wrn-16-2"}, "train": settings}
+            {**base, "seed": seed + 1, "cache": {"views": 0}, "student": {"model": "zoo/wrn-10-2"}, "train": settings}
         )
         run_train(recipe)
         teachers.append(
             {
                 "name": name,
-                "model": "zoo/wrn-16-2",
+                "model": "zoo/wrn-10-2",
                 "weights": str(folder / "student.pt"),
                 "taps": ["final", "ofd+margin"],
             }
@@ -84,9 +84,9 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     planned = run_plan(recipe)
     say(f"plan: {mebibytes(planned['bytes'])}, {planned['seconds']:.1f} s, {mebibytes(planned['free_bytes'])} free")
     written = run_cache(recipe)
-    checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5)
+    checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
-    print_table("digits: 30 labelled images a class, student zoo/wrn-16-1, three zoo/wrn-16-2 teachers", rows)
+    print_table("digits: 30 labelled images a class, student zoo/wrn-10-1, three zoo/wrn-10-2 teachers", rows)
     report = write_comparison(
         out / "report.html",
         "feedfast demo: handwritten digits",
@@ -123,7 +123,7 @@ def _student(
         "out": str(out / f"student-{name}"),
         "eval_every": 10,
     }
-    tree = {**cached, "method": {"name": name, **parameters}, "student": {"model": "zoo/wrn-16-1"}, "train": settings}
+    tree = {**cached, "method": {"name": name, **parameters}, "student": {"model": "zoo/wrn-10-1"}, "train": settings}
     result = run_train(parse_recipe(tree))
     row: dict[str, Any] = {
         "method": name,
