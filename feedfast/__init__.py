@@ -1,7 +1,7 @@
 """feedfast: distil from an ensemble of teachers at feature level for the price of plain training.
 
-The names below load on first use, so that `import feedfast` costs nothing. Methods live in `feedfast.methods`, losses in
-`feedfast_kernels`.
+The names below load on first use, so that `import feedfast` costs nothing. Methods live in `feedfast.methods`,
+losses in `feedfast_kernels`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The command line: argv → recipe → a stage.
 
-Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or the check
-failed, 2 the request was wrong. A user's mistake gets one message that names the key or path, what was expected and what was
-found; a traceback here is always a bug of ours. Stages are imported inside the commands, so that `feedfast --help` is instant.
+Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
+the check failed, 2 the request was wrong. A user's mistake gets one message that names the key or path, what was
+expected and what was found; a traceback here is always a bug of ours. Stages are imported inside the commands, so
+that `feedfast --help` is instant.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the cache, the runs and report.html")] = Path("runs/demo"),
     overwrite: Annotated[bool, typer.Option(help="start afresh instead of resuming")] = False,
 ) -> None:
-    """Run the whole pipeline on real handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
+    """Run the whole pipeline on handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
     from feedfast.stages.demo import run_demo
 
     _print(run_demo(out, overwrite=overwrite))
@@ -71,7 +72,7 @@ def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Train a student from the cache, beside live teachers, or plainly (which also trains teachers); resumes by itself."""
+    """Train a student from the cache, beside live teachers, or plainly (this also trains teachers); resumes by itself."""
     from feedfast.stages.student import run_train
 
     _print(run_train(_read(recipe, overrides)))

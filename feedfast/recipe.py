@@ -1,13 +1,14 @@
 """The recipe: the one typed description of a run, read by both stages.
 
-A recipe is a TOML file (or the same object built in Python). `feedfast cache`, `train` and `plan` read the same file,
-so the run that makes the targets and the runs that use them cannot disagree about the data, the plan or the teachers.
-`key=value` arguments override any dotted key; a list entry is addressed by its number: `teachers.0.weights=runs/a/student.pt`.
-Values are read as TOML where that is possible (`2`, `true`, `[1, 2]`) and as plain text otherwise.
+A recipe is a TOML file (or the same object built in Python). `feedfast cache`, `train` and `plan` read the same
+file, so the run that makes the targets and the runs that use them cannot disagree about the data, the plan or the
+teachers. `key=value` arguments override any dotted key; a list entry is addressed by its number:
+`teachers.0.weights=runs/a/student.pt`. Values are read as TOML where that is possible (`2`, `true`, `[1, 2]`) and
+as plain text otherwise.
 
-Every mistake ends in one `RequestError` that names the key, what was expected and what was found. Paths are relative to the
-current directory. The recipe knows nothing of torch, DALI or Zarr: validation costs milliseconds, and only facts that need no
-data are checked here (whether a path exists is the stage's business).
+Every mistake ends in one `RequestError` that names the key, what was expected and what was found. Paths are
+relative to the current directory. The recipe knows nothing of torch, DALI or Zarr: validation costs milliseconds,
+and only facts that need no data are checked here (whether a path exists is the stage's business).
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML recipe and apply ``key=value`` overrides.
 
     Raises:
-        RequestError: the file is missing or not TOML, an override is not ``key=value``, or a key is unknown or has a bad value.
+        RequestError: the file is missing or not TOML, an override is not ``key=value``, or a key is unknown or has a
+            bad value.
     """
     path = Path(path)
     try:
@@ -203,11 +205,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
     """Validate a nested mapping as a recipe, after applying ``key=value`` overrides (see the module docstring)."""
-    tree = json.loads(json.dumps(tree, default=str))
+    copy: dict[str, Any] = json.loads(json.dumps(tree, default=str))
     for override in overrides:
-        _override(tree, override)
+        _override(copy, override)
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(copy)
     except ValidationError as error:
         raise RequestError(f"{where}: " + "; ".join(_sentence(item) for item in error.errors())) from None
 
@@ -223,10 +225,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     node: Any = tree
     *parents, leaf = key.split(".")
     for parent in parents:
-        if isinstance(node, list):
-            node = _element(node, parent, key)
-        else:
-            node = node.setdefault(parent, {})
+        node = _element(node, parent, key) if isinstance(node, list) else node.setdefault(parent, {})
         if not isinstance(node, (dict, list)):
             raise RequestError(f"override {text!r}: {parent!r} is a value, not a section")
     if isinstance(node, list):
@@ -258,7 +257,7 @@ def _sentence(item: Mapping[str, Any]) -> str:
         return f"{where}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{where}: required, found nothing"
-    message = item["msg"].removeprefix("Value error, ")
+    message: str = item["msg"].removeprefix("Value error, ")
     if not where:
         return message
     return f"{where}: {message[0].lower()}{message[1:]}, found {item['input']!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write_comparison(
-    path: Path, title: str, rows: list[dict[str, Any]], runs: Mapping[str, Path], details: Mapping[str, Any]
+    path: Path, title: str, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Path], details: Mapping[str, Any]
 ) -> Path:
-    """One page: the table, accuracy and loss of every run in ``runs`` (name → its output folder), and ``details`` as JSON."""
+    """One page: the table, the curves of every run in ``runs`` (name → its output folder), and ``details`` as JSON.
+
+    The curves are validation accuracy and training cross-entropy, from each folder's metrics.jsonl.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4))

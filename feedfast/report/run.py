@@ -1,7 +1,8 @@
 """What a run leaves for people: metrics.jsonl, TensorBoard events and one self-contained report.html.
 
-``metrics.jsonl`` is the source: one JSON object a row, always with ``step``. On resume, rows from after the checkpoint are dropped,
-so the file reads like that of an uninterrupted run. The report is drawn from that file alone and can be drawn again at any time.
+``metrics.jsonl`` is the source: one JSON object a row, always with ``step``. On resume, rows from after the
+checkpoint are dropped, so the file reads like that of an uninterrupted run. The report is drawn from that file
+alone and can be drawn again at any time.
 """
 
 from __future__ import annotations
@@ -10,9 +11,18 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+STYLE = """\
+body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}
+td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}
+td:first-child,th:first-child{text-align:left}
+img{max-width:100%}
+pre{background:#f6f6f6;padding:1em;overflow:auto}
+"""
 
 
 class EventLog:
@@ -67,7 +77,7 @@ def figure_html(figure: Any) -> str:
     return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def table_html(rows: list[Mapping[str, Any]]) -> str:
+def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as an HTML table."""
     if not rows:
         return ""
@@ -87,15 +97,12 @@ def show(value: Any) -> str:
 
 def page(title: str, body: str) -> str:
     """A complete HTML page without anything to fetch."""
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"
-    )
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>'
+    name = html.escape(title)
+    head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>'
 
 
-def curves(rows: list[dict[str, Any]]) -> Any:
+def curves(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Loss and its parts, accuracy, learning rate and throughput over steps: a 2 x 2 matplotlib figure."""
     from matplotlib.figure import Figure
 
@@ -110,14 +117,9 @@ def curves(rows: list[dict[str, Any]]) -> Any:
     for axis, title, names in plots:
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
+            marker = "o" if len(points) < 30 else None
             if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    label=name,
-                    marker="o" if len(points) < 30 else None,
-                    markersize=3,
-                    linewidth=1.2,
-                )
+                axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, linewidth=1.2)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
