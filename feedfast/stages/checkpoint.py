@@ -1,8 +1,9 @@
 """One file that lets a run continue as if it had never stopped: ``checkpoint.pt``.
 
-It holds tensors and numbers only and is read with ``weights_only=True``: a checkpoint from somebody else cannot run code. It is
-written beside its name, synced and renamed, so a kill leaves the old one or the new one. The student, the adapters, the optimiser
-and the random state of torch are in it; the data pipeline is not, because it is a pure function of the step.
+It holds tensors and numbers only and is read with ``weights_only=True``: a checkpoint from somebody else cannot run
+code. It is written beside its name, synced and renamed, so a kill leaves the old one or the new one. The student,
+the adapters, the optimiser and the random state of torch are in it; the data pipeline is not, because it is a pure
+function of the step.
 """
 
 from __future__ import annotations
@@ -57,5 +58,6 @@ def load_checkpoint(out: Path, student: nn.Module, method: nn.Module, optimizer:
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FeedfastError(
-            f"{path}: expected a checkpoint of this run, found a damaged or foreign file ({first}); overwrite=true starts afresh"
+            f"{path}: expected a checkpoint of this run, found a damaged or foreign file ({first}); "
+            "overwrite=true starts afresh"
         ) from error

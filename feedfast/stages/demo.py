@@ -1,9 +1,10 @@
 """`feedfast demo`: the whole product on real images in a few minutes, with nothing to download and no GPU.
 
-scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, grey; the test part of the UCI set). They are enlarged to 16x16
-and stored as .npz. Three teachers of different seeds learn from all 1,437 training images; then the student is given only the
-first 30 a class and four views of them, plainly or with what the cached ensemble says about them. Every step is an ordinary
-stage with an ordinary recipe, kept beside the results, so the demo is also an example of how to do it.
+scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, grey; the test part of the UCI set). They are
+enlarged to 16x16 and stored as .npz. Three teachers of different seeds learn from all 1,437 training images; then
+the student is given only the first 30 a class and four views of them, plainly or with what the cached ensemble says
+about them. Every step is an ordinary stage with an ordinary recipe, kept beside the results, so the demo is also an
+example of how to do it.
 
 Not a benchmark: a data set this small separates methods poorly, and the step times are those of a tiny network.
 """
@@ -33,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ofd": {"alpha": 1e-3},
 }
 TEACHERS = ("a", "b", "c")
+TEACHER_MODEL, STUDENT_MODEL = "zoo/wrn-10-2", "zoo/wrn-10-1"
 LIVE_STEPS = 40
 
 
@@ -40,42 +42,37 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Train teachers, plan, cache, verify, train four students from the cache, time them live, report.
 
     Returns:
-        The JSON of `feedfast demo`: ``students`` (one row a method), ``cache`` (the stage's JSON), ``break_even_epochs`` by method,
-        ``seconds``, ``report``.
+        The JSON of `feedfast demo`: ``students`` (one row a method), ``cache`` (the stage's JSON), ``verified``,
+        ``break_even_epochs`` by method, ``seconds``, ``report``.
     """
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     train, val = write_digits(out)
-    base: dict[str, Any] = {
-        "overwrite": overwrite,
-        "data": {
-            "train": str(train),
-            "val": str(val),
-            "size": SIDE,
-            "flip": 0.0,
-            "mean": [0.3, 0.3, 0.3],
-            "std": [0.35, 0.35, 0.35],
-        },
+    data = {
+        "train": str(train),
+        "val": str(val),
+        "size": SIDE,
+        "flip": 0.0,
+        "mean": [0.3, 0.3, 0.3],
+        "std": [0.35, 0.35, 0.35],
     }
     teachers = []
-    for seed, name in enumerate(TEACHERS):
+    for seed, name in enumerate(TEACHERS, start=1):
         folder = out / f"teacher-{name}"
-        settings = {"source": "none", "epochs": 8, "batch": 64, "lr": 0.1, "out": str(folder), "eval_every": 0}
-        recipe = parse_recipe(
-            {**base, "seed": seed + 1, "cache": {"views": 0}, "student": {"model": "zoo/wrn-10-2"}, "train": settings}
-        )
-        run_train(recipe)
-        teachers.append(
-            {
-                "name": name,
-                "model": "zoo/wrn-10-2",
-                "weights": str(folder / "student.pt"),
-                "taps": ["final", "ofd+margin"],
-            }
-        )
-    base["data"] = {**base["data"], "limit": 30}
+        tree = {
+            "overwrite": overwrite,
+            "seed": seed,
+            "data": data,
+            "cache": {"views": 0},
+            "student": {"model": TEACHER_MODEL},
+            "train": {"source": "none", "epochs": 8, "batch": 64, "lr": 0.1, "out": str(folder), "eval_every": 0},
+        }
+        run_train(parse_recipe(tree))
+        weights = str(folder / "student.pt")
+        teachers.append({"name": name, "model": TEACHER_MODEL, "weights": weights, "taps": ["final", "ofd+margin"]})
     cached = {
-        **base,
+        "overwrite": overwrite,
+        "data": {**data, "limit": 30},
         "teachers": teachers,
         "cache": {"path": str(out / "digits.zarr"), "views": 4, "batch": 50, "pilot": 256},
         "method": {"name": "pfeed"},
@@ -86,7 +83,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     written = run_cache(recipe)
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
-    print_table("digits: 30 labelled images a class, student zoo/wrn-10-1, three zoo/wrn-10-2 teachers", rows)
+    print_table(f"digits: 30 labelled images a class, student {STUDENT_MODEL}, three {TEACHER_MODEL} teachers", rows)
     report = write_comparison(
         out / "report.html",
         "feedfast demo: handwritten digits",
@@ -94,13 +91,12 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
         {row["method"]: out / f"student-{row['method']}" for row in rows},
         {"plan": planned, "cache": written, "verify": checked},
     )
+    break_even = {row["method"]: row["break-even epochs"] for row in rows if row["break-even epochs"] is not None}
     result = {
         "students": rows,
         "cache": written,
         "verified": checked["ok"],
-        "break_even_epochs": {
-            row["method"]: row["break-even epochs"] for row in rows if row["break-even epochs"] is not None
-        },
+        "break_even_epochs": break_even,
         "seconds": time.perf_counter() - started,
         "report": str(report),
     }
@@ -123,7 +119,7 @@ def _student(
         "out": str(out / f"student-{name}"),
         "eval_every": 10,
     }
-    tree = {**cached, "method": {"name": name, **parameters}, "student": {"model": "zoo/wrn-10-1"}, "train": settings}
+    tree = {**cached, "method": {"name": name, **parameters}, "student": {"model": STUDENT_MODEL}, "train": settings}
     result = run_train(parse_recipe(tree))
     row: dict[str, Any] = {
         "method": name,
@@ -134,27 +130,14 @@ def _student(
         "break-even epochs": None,
     }
     if source == "cache":
-        live = {
-            **tree,
-            "train": {
-                **settings,
-                "source": "live",
-                "max_steps": LIVE_STEPS,
-                "eval_every": 0,
-                "out": str(out / f"live-{name}"),
-            },
-        }
-        live["data"] = {**tree["data"], "val": []}
+        beside = {"source": "live", "max_steps": LIVE_STEPS, "eval_every": 0, "out": str(out / f"live-{name}")}
+        live = {**tree, "data": {**tree["data"], "val": []}, "train": {**settings, **beside}}
         live_ms = run_train(parse_recipe(live), quiet=True)["step_ms"]
         steps_an_epoch = result["steps"] / settings["epochs"]
         saved_ms = (live_ms - result["step_ms"]) * steps_an_epoch
-        row.update(
-            {
-                "live step ms": live_ms,
-                "live / cached": live_ms / result["step_ms"],
-                "break-even epochs": written["seconds"] * 1e3 / saved_ms if saved_ms > 0 else None,
-            }
-        )
+        row["live step ms"] = live_ms
+        row["live / cached"] = live_ms / result["step_ms"]
+        row["break-even epochs"] = written["seconds"] * 1e3 / saved_ms if saved_ms > 0 else None
     return row
 
 

@@ -1,9 +1,9 @@
 """What a run and a cache must agree on before one feeds the other, and the sentences when they do not.
 
-A cache is named by its manifest. This module writes the parts of a manifest that follow from a recipe and its data, and compares
-a recipe with the manifest of an existing cache: same images, same view plan, and under each teacher's name the same model with
-the same weights. The student stage can do that without a teacher in memory; weights are compared by hash where their file is
-still there, and trusted to the manifest where it is not.
+A cache is named by its manifest. This module writes the parts of a manifest that follow from a recipe and its data,
+and compares a recipe with the manifest of an existing cache: same images, same view plan, and under each teacher's
+name the same model with the same weights. The student stage can do that without a teacher in memory; weights are
+compared by hash where their file is still there, and trusted to the manifest where it is not.
 """
 
 from __future__ import annotations
@@ -54,16 +54,14 @@ def library_versions() -> dict[str, str | int | float | bool | None]:
 
 
 def dataset_info(recipe: Recipe, data: Dataset) -> DatasetInfo:
-    """The data as a manifest names them; ``source`` remembers paths and limit, so that a cache can be streamed by itself."""
-    source = json.dumps(
-        {"train": [str(Path(path).resolve()) for path in recipe.data.train], "limit": recipe.data.limit}
-    )
+    """The data as a manifest names them; ``source`` keeps paths and limit: a cache can then be streamed by itself."""
+    paths = [str(Path(path).resolve()) for path in recipe.data.train]
     return DatasetInfo(
         kind=data.kind,
         count=len(data),
         fingerprint=data.fingerprint(),
         classes=data.classes,
-        source=source,
+        source=json.dumps({"train": paths, "limit": recipe.data.limit}),
         id_space=int(data.ids[-1]) + 1,
     )
 
@@ -90,7 +88,8 @@ def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan
     unknown = [spec.name for spec in recipe.teachers if spec.name not in found.teachers]
     if unknown:
         raise CacheMismatchError(
-            f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; run `feedfast cache` with this recipe to add them"
+            f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; "
+            "run `feedfast cache` with this recipe to add them"
         )
     mean, std = recipe.data.normalisation
     for spec in recipe.teachers:
@@ -107,15 +106,13 @@ def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan
             "std": spec.std or std,
         }
         teachers[spec.name] = stored.model_copy(update=own)
-    expected = found.model_copy(
-        update={
-            "dataset": dataset_info(recipe, data),
-            "plan": plan_info(plan),
-            "num_rows": len(data),
-            "teachers": teachers,
-        }
-    )
-    refuse_differences(reader.path, expected, found)
+    asked = {
+        "dataset": dataset_info(recipe, data),
+        "plan": plan_info(plan),
+        "num_rows": len(data),
+        "teachers": teachers,
+    }
+    refuse_differences(reader.path, found.model_copy(update=asked), found)
 
 
 def refuse_differences(path: Path | str, expected: Manifest, found: Manifest) -> None:
@@ -123,5 +120,6 @@ def refuse_differences(path: Path | str, expected: Manifest, found: Manifest) ->
     rows = differences(expected, found)
     if rows:
         raise CacheMismatchError(
-            f"{path} was made from something else; choose another cache.path, or mend the recipe:\n{describe_differences(rows)}"
+            f"{path} was made from something else; choose another cache.path, or mend the recipe:\n"
+            f"{describe_differences(rows)}"
         )

@@ -5,9 +5,10 @@
         loss = my_loss(model(batch.images), batch.labels, batch.targets["a"]["final"])
         ...
 
-Images are decoded again with the stored crops and flips by the loader that fed the teachers, or read from the cache if it was
-made with ``images = "stored"``; targets are read ahead by threads and verified on the way. Both sides walk the same rows, so
-a batch can be resumed exactly: pass ``start_batch``. This is the part of the student stage that other trainers want.
+Images are decoded again with the stored crops and flips by the loader that fed the teachers, or read from the cache
+if it was made with ``images = "stored"``; targets are read ahead by threads and verified on the way. Both sides
+walk the same rows, so a batch can be resumed exactly: pass ``start_batch``. This is the part of the student stage
+that other trainers want.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Batch:
     """One batch of a stream.
 
     Attributes:
-        images: float32 [batch, 3, height, width], normalised, channels-last strides (uint8 [batch, height, width, 3] with
-            ``normalise=False``).
+        images: float32 [batch, 3, height, width], normalised, channels-last strides (uint8
+            [batch, height, width, 3] with ``normalise=False``).
         labels: int64 [batch], -1 where there is none.
         targets: teacher → tap → `feedfast_kernels.Codes` or a float map; ``logits`` [batch, class].
         ids: uint32 [batch], sample ids.
@@ -89,7 +90,8 @@ class Cache:
             batch_size: rows a batch.
             device: where tensors are put.
             taps: teacher → targets wanted; all of them without it.
-            pass_index: 0 is the stored order; later passes over the same view mix rows (`feedfast.data.views.pass_order`).
+            pass_index: 0 is the stored order; later passes over the same view mix rows
+                (`feedfast.data.views.pass_order`).
             start_batch: first batch to hand out; nothing before it is read.
             drop_last: leave out a last batch with fewer rows.
             normalise: images as networks take them (with the first teacher's mean and std), or uint8 pixels.
@@ -121,13 +123,11 @@ class Cache:
     ) -> Iterator[Batch]:
         if drop_last:
             rows = rows[: len(rows) // batch_size * batch_size]
-        targets = source.stream(view, rows, batch_size, start_batch)
-        for (images, labels, ids, here), item in zip(
-            self._pixels(view, rows, batch_size, start_batch, device), targets, strict=True
-        ):
-            yield Batch(
-                images if transform is None else transform(images), labels, source.targets(item, images), ids, here
-            )
+        pixels = self._pixels(view, rows, batch_size, start_batch, device)
+        items = source.stream(view, rows, batch_size, start_batch)
+        for (images, labels, ids, here), item in zip(pixels, items, strict=True):
+            shown = images if transform is None else transform(images)
+            yield Batch(shown, labels, source.targets(item, images), ids, here)
 
     def _pixels(
         self, view: int, rows: np.ndarray, batch_size: int, start_batch: int, device: torch.device
@@ -138,17 +138,12 @@ class Cache:
                 yield batch.images, batch.labels, batch.ids, batch.rows
             return
         order, labels = self.reader.read_array("views/order", view), self.reader.read_array("labels")
-        for number, item in enumerate(
-            self.reader.stream([STORED], view, rows, batch_size, start_batch=start_batch), start_batch
-        ):
+        items = self.reader.stream([STORED], view, rows, batch_size, start_batch=start_batch)
+        for number, item in enumerate(items, start_batch):
             here = rows[number * batch_size : (number + 1) * batch_size]
             ids = order[here]
-            yield (
-                torch.from_numpy(item[STORED]).to(device),
-                torch.from_numpy(labels[ids].astype(np.int64)).to(device),
-                ids,
-                here,
-            )
+            images = torch.from_numpy(item[STORED]).to(device)
+            yield images, torch.from_numpy(labels[ids].astype(np.int64)).to(device), ids, here
 
 
 def open_cache(
@@ -170,9 +165,8 @@ def open_cache(
     reader = CacheReader(path, threads=threads)
     recipe = recipe_of(reader)
     found = open_dataset(data or recipe.data.train, limit=recipe.data.limit)
-    refuse_differences(
-        reader.path, reader.manifest.model_copy(update={"dataset": dataset_info(recipe, found)}), reader.manifest
-    )
+    expected = reader.manifest.model_copy(update={"dataset": dataset_info(recipe, found)})
+    refuse_differences(reader.path, expected, reader.manifest)
     reader.require(["views/order", "views/crop", "views/flip", "labels"], range(reader.manifest.views))
     cache = Cache(reader, found)
     check_views(reader, found, cache.plan, reader.manifest.views)

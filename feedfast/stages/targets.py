@@ -1,8 +1,9 @@
 """Where a student's targets come from: the cache, live teachers, or nowhere.
 
-The three sources have one face, so the training loop cannot tell them apart: `taps` says what a method may ask for, `stream`
-reads ahead whatever can be read without pixels, `targets` turns one read item and its pixels into what the method compares with.
-The live source is the oracle the cached one is tested against; ``none`` is the plain baseline both are timed against.
+The three sources have one face, so the training loop cannot tell them apart: `taps` says what a method may ask for,
+`stream` reads ahead whatever can be read without pixels, `targets` turns one read item and its pixels into what the
+method compares with. The live source is the oracle the cached one is tested against; ``none`` is the plain baseline
+both are timed against.
 
 Codes stay codes: a u8 map travels to the device as uint8 and is dequantised inside the loss.
 """
@@ -75,7 +76,7 @@ class CachedTargets:
     def __init__(self, reader: CacheReader, wanted: Mapping[str, tuple[str, ...]], device: torch.device) -> None:
         """``wanted``: teacher → tap names (``logits`` included when needed)."""
         self.reader, self.device = reader, device
-        self.taps = manifest_taps(reader.manifest)
+        self.taps: Mapping[str, Mapping[str, TapInfo]] = manifest_taps(reader.manifest)
         self.arrays: list[str] = []
         self._entries: list[tuple[str, str, str, str, Tensor, Tensor]] = []
         for teacher, taps in wanted.items():
@@ -83,7 +84,8 @@ class CachedTargets:
                 if tap not in self.taps.get(teacher, {}):
                     have = {name: sorted(infos) for name, infos in self.taps.items()}
                     raise CacheMismatchError(
-                        f"{reader.path}: expected tap {tap!r} of teacher {teacher!r}, found {have}; run `feedfast cache` with this recipe to add it"
+                        f"{reader.path}: expected tap {tap!r} of teacher {teacher!r}, found {have}; "
+                        "run `feedfast cache` with this recipe to add it"
                     )
                 array = f"targets/{teacher}/{tap}/codes"
                 codec = "float" if tap == LOGITS else reader.manifest.teachers[teacher].taps[tap].codec
