@@ -1,18 +1,21 @@
-"""What the product claims, as ratios of one run: cached step over the same step from RAM, live over cached, caching over forward.
+"""What the product claims, as ratios of one run.
 
-The floor of a cached step is the step whose pixels and targets lie in RAM; the reader may add what it must decode. The ideal of
-live over cached is (teachers' forward + student step) / student step. The floor of the caching pass is the teachers' forward on
-images in RAM; DALI, encoding, compression, checksums and fsync come on top, partly beside it.
+Cached step over the same step from RAM, live step over cached step, caching pass over the teachers' forward pass.
 
-Every ratio is taken between variants that alternate in short rounds within one process, so a machine that drifts drifts for both;
-quoted is the median of the rounds' ratios with the lowest and highest round. Read-ahead queues are full when a round begins and
-when it ends, so a round pays for what it consumes. Losses of cached and live f32 steps are compared elsewhere (tests/test_parity.py);
-here a round is refused if its loss is not finite.
+The floor of a cached step is the step whose pixels and targets lie in RAM; the reader may add what it must decode.
+The ideal of live over cached is (teachers' forward + student step) / student step. The floor of the caching pass is
+the teachers' forward on images in RAM; DALI, encoding, compression, checksums and fsync come on top, partly beside
+it.
 
-    python bench/bench_end_to_end.py [--data ../shared/data/cifar-100-binary/train.bin] [--teachers a.pt b.pt c.pt] [--tiny]
+Every ratio is taken between variants that alternate in short rounds within one process, so a machine that drifts
+drifts for both; quoted is the median of the rounds' ratios with the lowest and highest round. Read-ahead queues are
+full when a round begins and when it ends, so a round pays for what it consumes. Losses of cached and live f32 steps
+are compared elsewhere (tests/test_parity.py); here a round is refused if its loss is not finite.
 
-Teachers without weights files are random ones; their maps compress differently from trained ones, so say which you used.
-Rows go to bench/results_end_to_end.csv, the last stdout line is one JSON document.
+    python bench/bench_end_to_end.py [--data CIFAR-100.bin] [--teachers a.pt b.pt c.pt] [--tiny]
+
+Teachers without weights files are random ones; their maps compress differently from trained ones, so say which you
+used. Rows go to bench/results_end_to_end.csv, the last stdout line is one JSON document.
 """
 
 from __future__ import annotations
@@ -111,31 +114,23 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
     ratios, pure, spent = [], [], []
     result: dict[str, Any] = {}
     for repeat in range(repeats):
+        # The first pass leaves the cache that `bench_steps` reads.
+        path = of.cache.path if repeat == 0 else str(folder / f"{method}-{repeat}.zarr")
+        fresh = of.model_copy(update={"cache": of.cache.model_copy(update={"path": path})})
         before = forward()
-        written = of.model_copy(
-            update={
-                "cache": of.cache.model_copy(
-                    update={
-                        "path": str(folder / f"{method}.zarr")
-                        if repeat == 0
-                        else str(folder / f"{method}-{repeat}.zarr")
-                    }
-                )
-            }
-        )
-        result = run_cache(written, quiet=True)
+        result = run_cache(fresh, quiet=True)
         after = forward()
         one = 1 / result["images_per_second"]
         pure.append((before + after) / 2)
         spent.append(one)
         ratios.append(one / pure[-1])
-    u8 = {name: entry["bytes_per_sample"] / float(np.prod(entry["shape"])) for name, entry in result["taps"].items()}
+    over_chw = [entry["bytes_per_sample"] / float(np.prod(entry["shape"])) for entry in result["taps"].values()]
     return {
         "ratio": ratios,
         "forward_ms_per_image": statistics.median(pure) * 1e3,
         "caching_ms_per_image": statistics.median(spent) * 1e3,
         "bytes_per_sample": result["bytes_per_sample"],
-        "bytes_over_chw": max(u8.values(), default=None),
+        "bytes_over_chw": max(over_chw, default=None),
     }
 
 
@@ -148,7 +143,7 @@ def steps(run: StudentRun, start: int) -> Iterator[tuple[int, PixelBatch, Any]]:
 
 
 def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
-    """Step from the cache, from RAM (pixels and targets), from RAM targets with streamed pixels, and beside live teachers."""
+    """Step from the cache, from RAM (pixels and targets), from RAM targets and streamed pixels, beside live teachers."""
     cached = StudentRun(recipe(tree, method, folder), Ranks(), quiet=True)
     live = StudentRun(recipe(tree, method, folder, "live"), Ranks(), quiet=True)
     held = [
@@ -213,6 +208,13 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f}..{max(values):.3f})"
 
 
+def _cell(value: Any) -> Any:
+    """A figure as the CSV file holds it."""
+    if isinstance(value, list):
+        return spread(value)
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -234,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.tiny:
         args.rounds, args.steps, args.repeats = 1, 2, 1
-    rows, csv_rows = [], []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tree = base_recipe(args, folder)
@@ -242,32 +244,24 @@ def main(argv: list[str] | None = None) -> None:
             caching = bench_caching(tree, method, folder, args.repeats)
             step = bench_steps(tree, method, folder, args.rounds, args.steps)
             row = {
-                "method": method, "cached / RAM": spread(step["cached_over_ram"]), "cached / RAM targets": spread(step["cached_over_ram_targets"]),
-                "live / cached": spread(step["live_over_cached"]), "of ideal": step["share_of_ideal"], "caching / forward": spread(caching["ratio"]),
-                "bytes a sample": caching["bytes_per_sample"], "bytes / CHW": caching["bytes_over_chw"], "cached ms": step["cached_ms"], "live ms": step["live_ms"],
-            }  # fmt: skip
-            rows.append(row)
-            csv_rows.append(
-                {
-                    **provenance(args),
-                    "method": method,
-                    **{
-                        key: round(value, 4)
-                        if isinstance(value, float)
-                        else spread(value)
-                        if isinstance(value, list)
-                        else value
-                        for key, value in {
-                            **step,
-                            **{f"caching_{key}": value for key, value in caching.items()},
-                        }.items()
-                    },
-                }
-            )
+                "method": method,
+                "cached / RAM": spread(step["cached_over_ram"]),
+                "cached / RAM targets": spread(step["cached_over_ram_targets"]),
+                "live / cached": spread(step["live_over_cached"]),
+                "of ideal": step["share_of_ideal"],
+                "caching / forward": spread(caching["ratio"]),
+                "bytes a sample": caching["bytes_per_sample"],
+                "bytes / CHW": caching["bytes_over_chw"],
+                "cached ms": step["cached_ms"],
+                "live ms": step["live_ms"],
+            }
             print_table("end to end (median of rounds, lowest to highest)", [row])
+            figures = {**step, **{f"caching_{key}": value for key, value in caching.items()}}
+            shown = {key: _cell(value) for key, value in figures.items()}
+            rows.append({**provenance(args), "method": method, **shown})
     if not args.tiny:
-        _append(csv_rows)
-    print(json.dumps({"rows": csv_rows}))
+        _append(rows)
+    print(json.dumps({"rows": rows}))
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
@@ -275,18 +269,17 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     ).stdout.strip()
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
     return {
-        "date": datetime.now(UTC).date().isoformat(), "commit": commit, "cpu": f"{model} x{torch.get_num_threads()}", "torch": torch.__version__,
-        "teachers": "trained" if args.teachers else "random", "precision": f"teachers {args.precision}, student {args.student_precision}",
-    }  # fmt: skip
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+        "cpu": f"{cpu} x{torch.get_num_threads()}",
+        "torch": torch.__version__,
+        "teachers": "trained" if args.teachers else "random",
+        "precision": f"teachers {args.precision}, student {args.student_precision}",
+    }
 
 
 def _append(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The offline stage as a job: kills, resumes, parts, extensions, and refusals. Digits and small real teachers throughout."""
+"""The offline stage as a job: kills, resumes, parts, extensions, refusals. Digits and small real teachers."""
 
 from __future__ import annotations
 
@@ -76,14 +76,12 @@ def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -
                 for tap, values in teacher(batch.images).items():
                     if tap.startswith("ofd"):
                         values = torch.maximum(values, teacher.margins[tap].view(1, -1, 1, 1))
-                    assert torch.equal(values, stored_values(reader, spec.name, tap, view, batch.rows)), (
-                        spec.name,
-                        tap,
-                    )
+                    stored = stored_values(reader, spec.name, tap, view, batch.rows)
+                    assert torch.equal(values, stored), (spec.name, tap)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_digest(tmp_path: Path) -> None:
-    """SIGKILL at ten random moments of the job, each time the same command again; digest and bytes equal an uninterrupted run."""
+    """SIGKILL at ten random moments, each time the same command again: digest and bytes equal an uninterrupted run."""
     whole = digits_recipe(
         tmp_path, cache={"path": str(tmp_path / "whole.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1}
     )
@@ -240,7 +238,12 @@ def test_a_diverged_teacher_is_found_before_anything_is_stored(tmp_path: Path) -
 
 def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     """The peak of a job of twelve views stays close to that of one of two."""
-    script = "import resource, sys; from feedfast.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    script = (
+        "import resource, sys\n"
+        "from feedfast.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
     peaks = []
     for views in (2, 12):
         recipe = digits_recipe(

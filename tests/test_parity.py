@@ -1,4 +1,4 @@
-"""Training from the cache is training beside the teachers: losses, gradients and weights compared between the two sources."""
+"""Training from the cache is training beside the teachers: losses and gradients of the two sources compared."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from small import digits_recipe
 
 from feedfast.cache.reader import CacheReader
+from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.common import ranks
@@ -49,20 +50,14 @@ def losses(recipe: Recipe) -> list[float]:
 def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method: str, tmp_path: Path) -> None:
     """Six rows a view and two views: the later epochs read mixed, permuted blocks, the first two the stored order."""
     epochs = 17  # 6 steps each
-    cached = losses(
-        recipe_for(
-            world, "f32", method, source="cache", epochs=epochs, max_steps=100, out=str(tmp_path / "c"), eval_every=0
-        )
-    )
-    live = losses(
-        recipe_for(
-            world, "f32", method, source="live", epochs=epochs, max_steps=100, out=str(tmp_path / "l"), eval_every=0
-        )
-    )
+    train = {"epochs": epochs, "max_steps": 100, "eval_every": 0}
+    cached = losses(recipe_for(world, "f32", method, source="cache", out=str(tmp_path / "c"), **train))
+    live = losses(recipe_for(world, "f32", method, source="live", out=str(tmp_path / "l"), **train))
     assert len(live) == 100
     # The stored order (two epochs of 6 steps) has the batches the teachers saw: every bit is the same.
     assert cached[:12] == live[:12]
-    # In later passes a live teacher sees samples in other batches than the cache's; a convolution may then differ in its last bit.
+    # In later passes a live teacher sees samples in other batches than the cache's; a convolution may then differ in
+    # its last bit.
     np.testing.assert_allclose(cached, live, rtol=1e-6)
 
 
@@ -72,9 +67,8 @@ def _first_step(recipe: Recipe) -> tuple[float, list[torch.Tensor]]:
     loss = run.trainee(batch.images, run.source.targets(item, batch.images), batch.labels)["loss"]
     loss.backward()
     run.loader.close()
-    return float(loss.detach()), [
-        parameter.grad for parameter in run.trainee.parameters() if parameter.grad is not None
-    ]
+    gradients = [parameter.grad for parameter in run.trainee.parameters() if parameter.grad is not None]
+    return float(loss.detach()), gradients
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -90,7 +84,7 @@ def test_u8_loss_and_gradient(world: Path, method: str, tmp_path: Path) -> None:
 
 
 def test_u8_error_is_small_and_reported(world: Path) -> None:
-    """Relative RMS error of every tap, and sign flips of every pre-activation tap, are in the manifest and match a recount."""
+    """Every tap's relative RMS error and every pre-activation tap's sign flips are in the manifest; both are recounted."""
     manifest = CacheReader(world / "u8.zarr").manifest
     exact, coded = CacheReader(world / "f32.zarr"), CacheReader(world / "u8.zarr")
     rows = np.arange(100)
@@ -105,9 +99,8 @@ def test_u8_error_is_small_and_reported(world: Path) -> None:
             assert entry.error["relative_rms_error"] == pytest.approx(error, rel=0.2)
             if entry.position == "pre":
                 assert entry.transform == "margin"
-                assert entry.error["mask_flip_rate"] == pytest.approx(
-                    ((want > 0) != (found > 0)).mean(), rel=0.5, abs=1e-3
-                )
+                flips = ((want > 0) != (found > 0)).mean()
+                assert entry.error["mask_flip_rate"] == pytest.approx(flips, rel=0.5, abs=1e-3)
             else:
                 assert "mask_flip_rate" not in entry.error
 
@@ -115,14 +108,9 @@ def test_u8_error_is_small_and_reported(world: Path) -> None:
 def test_none_is_plain_training_of_the_same_student(world: Path, tmp_path: Path) -> None:
     """With weight 0 on the teachers, KD from the cache is plain training: same data, same start, same steps."""
     plain = losses(digits_recipe(world, method={"name": "none"}, train={"source": "none", "out": str(tmp_path / "p")}))
-    zero = losses(
-        digits_recipe(
-            world,
-            cache={"codec": "f32", "path": str(world / "f32.zarr")},
-            method={"name": "kd", "alpha": 0.0},
-            train={"out": str(tmp_path / "z")},
-        )
-    )
+    cache = {"codec": "f32", "path": str(world / "f32.zarr")}
+    method = {"name": "kd", "alpha": 0.0}
+    zero = losses(digits_recipe(world, cache=cache, method=method, train={"out": str(tmp_path / "z")}))
     assert plain == zero
 
 
@@ -130,8 +118,6 @@ def test_the_saved_student_carries_no_adapters(world: Path, tmp_path: Path) -> N
     recipe = recipe_for(world, "u8", "ofd", out=str(tmp_path / "o"), max_steps=2)
     result = run_train(recipe, quiet=True)
     state = torch.load(tmp_path / "o" / "student.pt", weights_only=True)
-    from feedfast.models.build import build_model
-
     bare = build_model("zoo/wrn-10-1", num_classes=10, weights=None)
     assert set(state) == set(bare.state_dict())
     assert result["parameters"] == sum(parameter.numel() for parameter in bare.parameters())
