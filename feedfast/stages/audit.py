@@ -3,7 +3,7 @@
 Three checks of rising cost. *Plan*: the stored order, crops and flips equal those the plan gives today (no decoding).
 *Replay*: blocks of pixels are decoded again and compared with the checksum taken when the teachers saw them; a difference means
 another decoder, another version or another data set, and the message shows both sides' versions. *Teachers*: a share of the rows
-is run through the teachers again and compared with the stored codes, in units of what the codec is allowed to lose.
+is run through the teachers again, encoded again and compared with what is stored, so that what the codec loses is no difference.
 
 Training runs the first two by itself; `feedfast verify` offers all three, after the checksums.
 """
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.cache.codec import crc32c, dequantise, unpack_u4
+from feedfast.cache.codec import crc32c, dequantise, quantise, unpack_u4
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
+from feedfast.cache.schema import TapInfo
 from feedfast.cache.verify import verify_cache
 from feedfast.data.dataset import Dataset, open_dataset
 from feedfast.data.loader import Loader
@@ -136,11 +137,12 @@ def recompute_teachers(
 ) -> tuple[list[Problem], dict[str, float]]:
     """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
 
-    A map must agree with its stored codes to a cosine of at least `MIN_COSINE` (float64), for every batch. Batches are the
-    cache's own, so a teacher on batch statistics can be checked too.
+    A map, encoded and decoded, must agree with the stored one to a cosine of at least `MIN_COSINE` (float64), for every batch.
+    Batches are the cache's own, so a teacher on batch statistics can be checked too.
 
     Returns:
-        The problems, and the smallest cosine per array.
+        The problems, and per array the smallest cosine of a stored batch with the teacher's exact maps: that one shows what
+        the codec loses, coarse steps and values out of its range included.
     """
     manifest = reader.manifest
     size, total = manifest.batch_rows, -(-manifest.num_rows // manifest.batch_rows)
@@ -161,12 +163,10 @@ def recompute_teachers(
                         array = f"targets/{name}/{tap}/codes"
                         if tap != LOGITS and tap not in manifest.teachers[name].taps:
                             continue
-                        cosine = _cosine(
-                            values.double(),
-                            stored_values(reader, name, tap, view, batch.rows).double(),
-                            manifest.teachers[name].taps.get(tap),
-                        )
-                        smallest[array] = min(smallest.get(array, 1.0), cosine)
+                        stored = stored_values(reader, name, tap, view, batch.rows)
+                        exact = _floored(values, manifest.teachers[name].taps.get(tap))
+                        smallest[array] = min(smallest.get(array, 1.0), _cosine(exact, stored))
+                        cosine = _cosine(_encoded(reader, name, tap, exact), stored)
                         if not cosine >= MIN_COSINE:
                             spec = array_specs(manifest)[array]
                             shard = spec.key(view, int(batch.rows[0]) // spec.shard_rows)
@@ -195,10 +195,26 @@ def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: 
     return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
 
 
-def _cosine(live: torch.Tensor, stored: torch.Tensor, info: Any) -> float:
-    if info is not None and info.transform == "margin":
-        live = torch.maximum(live, torch.tensor(info.margin, dtype=live.dtype).view(1, -1, 1, 1))
-    live, stored = live.reshape(-1).cpu(), stored.reshape(-1)
+def _floored(values: torch.Tensor, info: TapInfo | None) -> torch.Tensor:
+    """What the codec is given: the map on the CPU, not below OFD's margin where the cache says so."""
+    values = values.cpu()
+    if info is None or info.transform != "margin":
+        return values
+    return torch.maximum(values, torch.tensor(info.margin).view(1, -1, *[1] * (values.dim() - 2)))
+
+
+def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) -> torch.Tensor:
+    """``values`` as the cache would give them back."""
+    info = reader.manifest.teachers[teacher].taps.get(tap)
+    if info is None or info.codec not in ("u8", "u4"):
+        return values
+    offset, step = reader.scale(teacher, tap)
+    decoded = dequantise(quantise(values.movedim(1, -1).numpy(), offset, step, info.codec), offset, step)
+    return torch.from_numpy(decoded).movedim(-1, 1)
+
+
+def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:
+    live, stored = live.reshape(-1).double(), stored.reshape(-1).double()
     norm = float(live.norm() * stored.norm())
     return float(live @ stored) / norm if norm else float(torch.equal(live, stored))
 
@@ -328,7 +344,12 @@ def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
             mean=info.mean,
             std=info.std,
         )
-        teacher = FrozenTeacher(spec, recipe, info.num_classes, torch.device("cpu"))
+        try:
+            teacher = FrozenTeacher(spec, recipe, info.num_classes, torch.device("cpu"))
+        except RequestError as error:
+            if name in files:
+                raise
+            raise RequestError(f"{error}; if its weights are in a file, give --recipe, which names it") from error
         if teacher.weights_sha256 != info.weights_sha256:
             raise CacheMismatchError(
                 f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… in {files.get(name) or 'the pretrained weights'}; give --recipe with the right files"

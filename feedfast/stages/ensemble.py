@@ -85,8 +85,13 @@ class FrozenTeacher:
 
     def __init__(self, spec: recipes.Teacher, recipe: recipes.Recipe, num_classes: int, device: torch.device) -> None:
         where = f"teachers[{spec.name}]"
-        classes = spec.classes or (None if not spec.weights else num_classes)
-        model = build_model(spec.model, num_classes=classes, weights=spec.weights, seed=recipe.seed)
+        # Unlabelled images say nothing of classes: the model's own number, unless the recipe has one.
+        classes = spec.classes or (num_classes if spec.weights else 0) or None
+        try:
+            model = build_model(spec.model, num_classes=classes, weights=spec.weights, seed=recipe.seed)
+        except RequestError as error:
+            hint = "" if spec.classes or num_classes else f"; the images have no labels, so {where}.classes must say it"
+            raise RequestError(f"{where}: {error}{hint}") from error
         self.name, self.spec, self.device = spec.name, spec, device
         self.weights_sha256 = weights_sha256(model)
         model.eval().requires_grad_(False)

@@ -40,7 +40,7 @@ from feedfast.recipe import Recipe
 from feedfast.stages.common import Meter, mebibytes, open_train, pick_device, ranks, say, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
-from feedfast.stages.pilot import Fitted, held_out_rows, run_pilot, store
+from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store
 
 PIXELS = "pixels/codes"
 
@@ -168,11 +168,7 @@ class OfflineRun:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
             return {}
-        batch = self.recipe.cache.batch
-        fit, held_out = held_out_rows(len(self.data), self.recipe.cache.pilot, batch)
-        rows = np.arange(fit.start * batch, min(max(fit.stop, held_out.stop) * batch, len(self.data)))
-        pilot = [item.images.cpu().clone() for item in self.loader.stream(0, rows)]
-        groups = [pilot[number] for number in fit], [pilot[number] for number in held_out]
+        groups = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
             for tap, entry in run_pilot(

@@ -1,8 +1,10 @@
 """The pilot: a few batches of real maps on which a tap's codec is fitted, measured and given its compression.
 
 The first ``cache.pilot`` rows of view 0 fit the range; the next quarter as many, which the fit has not seen, measure what it
-costs: relative RMS error, cosine, saturation, and for pre-activation maps how often the sign flips. Batches are cut exactly as
-the caching pass will cut them, so a teacher on batch statistics shows the values it will have.
+costs: relative RMS error, cosine, saturation, and for pre-activation maps how often the sign flips. A data set smaller than that
+is shown again in the next views, three at most, and the view after them measures: with 61 photographs and one view, an error of
+0.6 % was claimed where 4.6 % was true of the next view, whose crops left the fitted range. Batches are cut exactly as the
+caching pass will cut them, so a teacher on batch statistics shows the values it will have.
 
 Spatial positions are thinned evenly (a map of 56x56 has far more positions than a range needs): at most 2^16 values a channel
 and 2^24 values a tap are kept, so memory does not grow with the map.
@@ -19,10 +21,12 @@ from torch import Tensor
 
 from feedfast.cache.codec import choose_compression, fit_affine, measure
 from feedfast.cache.schema import CodecName, TapInfo
+from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.stages.ensemble import FrozenTeacher, is_signed
 from feedfast_kernels import encode
 
+PILOT_VIEWS = 3
 CHANNEL_VALUES = 1 << 16
 TAP_VALUES = 1 << 24
 
@@ -112,7 +116,7 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
         margin=None if margin is None else tuple(margin.tolist()),
         codec=codec,
         compression=choose_compression([np.ascontiguousarray(block)]),
-        fit={"values_per_channel": len(values), "pilot": "first rows of view 0"},
+        fit={"values_per_channel": len(values), "pilot": "first rows of view 0, then of the next views"},
         error=error,
     )
     return Fitted(info, np.stack([offset, step]) if codec in ("u8", "u4") else None)
@@ -136,9 +140,31 @@ def store(values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tens
     return last.to(dtype).cpu().numpy(), torch.zeros((), dtype=torch.int64)
 
 
-def held_out_rows(count: int, pilot: int, batch: int) -> tuple[range, range]:
-    """Batch numbers of the pilot and of its held-out part: whole batches, at least one; the last ones serve twice in tiny data."""
-    total = -(-count // batch)
-    fit = min(total, max(1, -(-pilot // batch)))
-    held = min(total - fit, max(1, -(-fit // 4)))
-    return range(fit), range(fit, fit + held) if held else range(fit - 1, fit)
+def pilot_batches(
+    count: int, pilot: int, batch: int, *, augmented: bool
+) -> tuple[list[tuple[int, range]], list[tuple[int, range]]]:
+    """Which batches fit the codec and which measure it, as (view, batch numbers); never the same one if that can be helped.
+
+    Args:
+        count: images in the data set.
+        pilot: images asked for.
+        batch: rows of a batch, cut from row 0 of a view.
+        augmented: whether a further view shows other pixels.
+    """
+    total, wanted = -(-count // batch), max(1, -(-pilot // batch))
+    if wanted < total:
+        return [(0, range(wanted))], [(0, range(wanted, min(total, wanted + -(-wanted // 4))))]
+    views = min(PILOT_VIEWS, -(-wanted // total)) if augmented else 1
+    fit = [(view, range(total)) for view in range(views)]
+    return fit, [(views, range(min(total, -(-views * total // 4))))] if augmented else [(0, range(total - 1, total))]
+
+
+def pilot_pixels(loader: Loader, pilot: int) -> tuple[list[Tensor], list[Tensor]]:
+    """uint8 pixels [batch, height, width, 3] of the fitting and of the measuring batches; ``loader`` cuts as the caching pass does."""
+    size, count = loader.batch_size, len(loader.dataset)
+    augmented = loader.plan.augment != "none"
+    groups = []
+    for parts in pilot_batches(count, pilot, size, augmented=augmented):
+        rows = [(view, np.arange(part.start * size, min(part.stop * size, count))) for view, part in parts]
+        groups.append([item.images.cpu().clone() for view, numbers in rows for item in loader.stream(view, numbers)])
+    return groups[0], groups[1]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import Dataset
@@ -22,6 +22,7 @@ from feedfast.recipe import Recipe
 from feedfast.stages.audit import check_views, replay_pixels
 from feedfast.stages.ensemble import LOGITS, load_teachers
 from feedfast.stages.identity import refuse_other_recipe
+from feedfast.stages.pilot import pilot_pixels
 from feedfast.stages.targets import CachedTargets, LiveTargets, NoTargets, TargetSource, manifest_taps
 
 
@@ -49,12 +50,13 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, d
         return OpenedSource(NoTargets(), recipe.cache.views, 0)
     if kind == "live":
         teachers = load_teachers(recipe, len(data.classes), device)
-        rows = np.arange(min(len(data), recipe.cache.pilot))
-        pilot = (
-            [batch.images.clone() for batch in loader.stream(0, rows)]
-            if any(teacher.needs_pilot for teacher in teachers.values())
-            else []
-        )
+        pilot: list[Tensor] = []
+        if any(teacher.needs_pilot for teacher in teachers.values()):
+            # Cut as the caching pass cuts them: both sources then have the same margins.
+            with Loader(
+                data, plan, batch_size=recipe.cache.batch, device=str(device), threads=recipe.data.threads or None
+            ) as cutter:
+                pilot, _ = pilot_pixels(cutter, recipe.cache.pilot)
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)

@@ -100,6 +100,15 @@ class Schedule:
         return train.lr
 
 
+def seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step of one rank: what a network draws is then a function of the step."""
+    number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond while CUDA is not in use
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
+
+
 def run_train(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
 
@@ -294,6 +303,8 @@ class StudentRun:
         targets = self.source.targets(item, batch.images)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(index)
+        # Dropout draws from torch's generator: seeded by the step, a live, a cached and a resumed run draw the same.
+        seed_step(self.device, self.recipe.seed, index, self.me.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
             losses: dict[str, Tensor] = self.trainee(batch.images, targets, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
