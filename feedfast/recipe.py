@@ -21,12 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from feedfast.errors import RequestError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-Triple = tuple[float, float, float]
+Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Positives = tuple[Positive, Positive, Positive]
 Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
@@ -46,7 +48,7 @@ class Data(_Section):
     mean: Triple | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
-    std: Triple | None = None
+    std: Positives | None = None
     check: Literal["fast", "full"] = Field(
         "fast", description="image files: headers and end marks, or a complete decode"
     )
@@ -74,7 +76,7 @@ class Cache(_Section):
     codec: Literal["f32", "f16", "u8", "u4"] = "u8"
     images: Literal["replay", "stored"] = "replay"
     batch: int = Field(128, ge=1, description="rows a teacher sees at once; part of the cache's identity")
-    pilot: int = Field(512, ge=16, description="samples the codec is fitted on")
+    pilot: int = Field(2048, ge=16, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
     part: str = Field(
         "0/1", pattern=r"^\d+/\d+$", description="i/n: write every n-th shard from the i-th; under torchrun: rank/world"
@@ -95,7 +97,7 @@ class Teacher(_Section):
         (), description='groups ("final", "ofd", "ofd+margin") or "name=module.path:pre"; () = what the method needs'
     )
     mean: Triple | None = None
-    std: Triple | None = None
+    std: Positives | None = None
 
 
 class Student(_Section):
