@@ -61,8 +61,9 @@ def refuse_foreign(root: Path) -> None:
     Raises:
         RequestError: something else is there.
     """
-    if root.exists() and not root.is_dir():
-        raise RequestError(f"{root}: expected a directory or nothing, found a file")
+    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    if not place.is_dir():
+        raise RequestError(f"{root}: expected a directory or nothing, found a file at {place}")
     if root.is_dir() and not (root / ROOT).exists() and not (root / COMMITS / ".lock-manifest").exists():
         found = sorted(entry.name for entry in root.iterdir() if entry.name != COMMITS)
         if found:

@@ -194,6 +194,7 @@ class Tapped(nn.Module):
         taps: the taps in the order given, with the batch norm of each hand-written ``pre`` tap filled in where the
             example's pass showed one directly before the activation (or before the residual sum).
         shapes: of each tap's map without the batch, usually (channel, height, width).
+        outputs: shape of the network's own output without the batch, None if it is no tensor.
 
     Raises:
         RequestError: a path that is not in the network or never called, an output that is no tensor, a pre-activation
@@ -214,13 +215,16 @@ class Tapped(nn.Module):
         self.model = model
         self.taps: tuple[Tap, ...] = tuple(taps)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.outputs: tuple[int, ...] | None
         self._expected: tuple[int, ...] = ()
         self._recorder = _Recorder(len(self.taps))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._copies: tuple[bool, ...] = ()
         self._copies_training: tuple[bool, ...] = ()
+        seen = trace(model, example)
+        self.outputs = tuple(seen.output.shape[1:]) if isinstance(seen.output, Tensor) else None
         if self.taps:
-            self._install(trace(model, example))
+            self._install(seen)
             try:
                 self._learn(example)
             except BaseException:

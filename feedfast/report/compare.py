@@ -11,14 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from feedfast.report.run import figure_html, page, read_metrics, show, table_html
+from feedfast.report.run import figure_html, page, read_metrics, show, table_html, write_page
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table on stderr."""
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table on stderr; nothing without rows."""
+    if not rows:
+        return
     table = Table(title=title)
     for key in rows[0]:
-        table.add_column(key, justify="left" if key == "method" else "right")
+        # What names a row is never cut short; the other columns wrap.
+        first = key == next(iter(rows[0]))
+        table.add_column(key, justify="left" if first else "right", no_wrap=first, overflow="fold")
     for row in rows:
         table.add_row(*(show(value) for value in row.values()))
     Console(stderr=True, width=max(100, Console(stderr=True).width)).print(table)
@@ -50,5 +54,5 @@ def write_comparison(
     body = table_html(rows) + figure_html(figure)
     for name, value in details.items():
         body += f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=2))}</pre>"
-    path.write_text(page(title, body))
+    write_page(path, page(title, body))
     return path

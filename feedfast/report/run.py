@@ -8,12 +8,15 @@ alone and can be drawn again at any time.
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from feedfast.errors import FeedfastError
 
 STYLE = """\
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
@@ -33,28 +36,64 @@ class EventLog:
 
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_page(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = kept
-        self._file = self.path.open("a")
-        self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        with written(self.path):
+            self._file = self.path.open("a")
+        with written(out / "tensorboard"):
+            self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One row."""
+        """One row.
+
+        Raises:
+            FeedfastError: the disk is full.
+        """
         row = {"step": step, **values}
         self._rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with written(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        with written(self.path.parent / "tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def last(self, name: str) -> float | None:
         """The newest value of ``name``."""
         return next((row[name] for row in reversed(self._rows) if name in row), None)
 
     def close(self) -> None:
-        """Flush both."""
-        self._file.close()
-        self._board.close()
+        """Close both. A full disk was reported by the row that failed: every row is flushed when it is written."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns a failure to write ``path`` into the one sentence that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FeedfastError(
+            f"{path}: cannot be written: {error.strerror or error}; the same command continues when it can"
+        ) from error
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replace a text file; on a full disk the old one stays.
+
+    Raises:
+        FeedfastError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with written(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -62,11 +101,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -135,5 +177,5 @@ def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any]
     body = table_html([{"figure": key, "value": value} for key, value in result.items()])
     body += figure_html(curves(rows)) + "<h2>Recipe</h2><pre>" + html.escape(json.dumps(recipe, indent=2)) + "</pre>"
     path = out / "report.html"
-    path.write_text(page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
+    write_page(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
     return path

@@ -1,9 +1,10 @@
 """Proof that a cache still says what its teachers would say: plan, pixels and maps, checked against a live run.
 
-Three checks of rising cost. *Plan*: the stored order, crops and flips equal those the plan gives today (no decoding).
-*Replay*: blocks of pixels are decoded again and compared with the checksum taken when the teachers saw them; a difference means
-another decoder, another version or another data set, and the message shows both sides' versions. *Teachers*: a share of the rows
-is run through the teachers again, encoded again and compared with what is stored, so that what the codec loses is no difference.
+Three checks of rising cost. *Plan*: the stored order, crops and flips equal those the plan gives today (no
+decoding). *Replay*: blocks of pixels are decoded again and compared with the checksum taken when the teachers saw
+them; a difference means another decoder, another version or another data set, and the message shows both sides'
+versions. *Teachers*: a share of the rows is run through the teachers again, encoded again and compared with what is
+stored, so that what the codec loses is no difference.
 
 Training runs the first two by itself; `feedfast verify` offers all three, after the checksums.
 """
@@ -278,7 +279,8 @@ def run_verify(
         ``cosine`` (per array, smallest).
     """
     if not Path(cache).is_dir():
-        raise RequestError(f"cache: expected a folder, found nothing at {cache}")
+        found_there = "a file" if Path(cache).exists() else "nothing"
+        raise RequestError(f"cache: expected a folder, found {found_there} at {cache}")
     problems: list[Problem] = []
     try:
         problems += verify_cache(cache, full=full)

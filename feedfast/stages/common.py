@@ -1,11 +1,12 @@
 """What every stage needs and no room below offers: devices, ranks, durable small files, and progress a person can read.
 
-Progress goes to stderr (a live bar on a terminal, a line every ten seconds otherwise) and always shows rate, time left and, where
-something is written, bytes. The last line of stdout belongs to the stage's JSON alone.
+Progress goes to stderr (a live bar on a terminal, a line every ten seconds otherwise) and always shows rate, time
+left and, where something is written, bytes. The last line of stdout belongs to the stage's JSON alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ import torch.distributed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from feedfast.cache.store import fsync_dir, write_error
 from feedfast.data.dataset import Dataset, open_dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
@@ -65,6 +67,41 @@ def open_train(recipe: Recipe) -> Dataset:
     return open_dataset(recipe.data.train, limit=recipe.data.limit, check=recipe.data.check)
 
 
+def open_val(recipe: Recipe, train: Dataset) -> Dataset | None:
+    """The validation images of the recipe, None without ``data.val``.
+
+    Raises:
+        RequestError: they have no labels, or a label number means another class than in ``train``.
+    """
+    if not recipe.data.val:
+        return None
+    val = open_dataset(recipe.data.val, check=recipe.data.check)
+    if not val.classes or not (val.labels >= 0).any():
+        raise RequestError(f"data.val: expected labelled images (class sub-folders), found none in {val.source}")
+    if not train.classes:
+        return val
+    if len(val.classes) > len(train.classes):
+        only = [name for name in val.classes if name not in train.classes]
+        raise RequestError(
+            f"data.val: expected the {len(train.classes)} classes of data.train, found {len(val.classes)} in "
+            f"{val.source}: not in training: {only[:5]}"
+        )
+    if not (_numbered(val) or _numbered(train)):
+        for number, (found, expected) in enumerate(zip(val.classes, train.classes, strict=False)):
+            if found != expected:
+                raise RequestError(
+                    f"data.val: expected class {number} to be {expected!r} as in data.train, found {found!r} in "
+                    f"{val.source}; "
+                    "labels are numbered by sorted name, so both need the same class folders"
+                )
+    return val
+
+
+def _numbered(data: Dataset) -> bool:
+    """Whether the classes have no names of their own (CIFAR files without a name list, most .npz files)."""
+    return data.classes == tuple(str(number) for number in range(len(data.classes)))
+
+
 def view_plan(recipe: Recipe) -> ViewPlan:
     """The recipe's view plan."""
     data = recipe.data
@@ -72,18 +109,23 @@ def view_plan(recipe: Recipe) -> ViewPlan:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` with ``data``: a crash leaves the old file or the new one, never a mixture."""
+    """Replace ``path`` with ``data``: a crash or a full disk leaves the old file or the new one, never a mixture.
+
+    Raises:
+        FeedfastError: the disk is full, or the file cannot be written; the old one is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_error(error, path, len(data)) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """The frozen ensemble: teachers as the recipe describes them, from uint8 pixels to named float maps.
 
-Used by the offline stage (which stores the maps), by the live source of the student stage (which uses them at once) and by the
-audit (which compares stored maps with fresh ones). All three call `FrozenTeacher.__call__`, so there is one forward pass to
-trust. Each teacher normalises the pixels its own way: pixels stay uint8 until here.
+Used by the offline stage (which stores the maps), by the live source of the student stage (which uses them at once)
+and by the audit (which compares stored maps with fresh ones). All three call `FrozenTeacher.__call__`, so there is
+one forward pass to trust. Each teacher normalises the pixels its own way: pixels stay uint8 until here.
 
-Maps leave as float32, logical [batch, channel, height, width] with channels-last strides, whatever the network used inside,
-because reductions must not depend on where a map came from: a live map and a cached f32 map then give bit-equal losses.
+Maps leave as float32, logical [batch, channel, height, width] with channels-last strides, whatever the network used
+inside, because reductions must not depend on where a map came from: a live map and a cached f32 map then give
+bit-equal losses.
 
-``bn = "batch"`` runs the teacher on batch statistics, as the OFD authors do. Such maps depend on the batch a sample is in; they
-are reproducible only because offline batches are cut at fixed rows of a view, and the manifest says so.
+``bn = "batch"`` runs the teacher on batch statistics, as the OFD authors do. Such maps depend on the batch a sample
+is in; they are reproducible only because offline batches are cut at fixed rows of a view, and the manifest says so.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ class FrozenTeacher:
         specs = spec.taps or taps_needed(recipe.method.name)
         self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
-        with torch.no_grad():
-            logits, _ = self.tapped(example)
-        self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: tuple(logits.shape[1:])}
+        self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: class_logits(self.tapped, where)}
         self.margins: dict[str, Tensor] = {}
         for tap in self.tapped.taps:  # resolved: a hand-written place has been given the norm in front of it
             parameters = bn_parameters(model, tap)
@@ -153,6 +152,21 @@ class FrozenTeacher:
 def is_signed(tap: Tap) -> bool:
     """Whether a map has not been through its activation, so that its sign carries information (OFD's partial distance)."""
     return tap.position == "pre" or tap.bn is not None
+
+
+def class_logits(tapped: Tapped, where: str, classes: int = 0) -> tuple[int]:
+    """Shape (class,) of the network's logits.
+
+    Raises:
+        RequestError: it is no classifier, or not one of ``classes`` classes; ``where`` begins the message.
+    """
+    if tapped.outputs is None or len(tapped.outputs) != 1:
+        found = "no tensor" if tapped.outputs is None else f"{list(tapped.outputs)} a sample"
+        raise RequestError(f"{where}: expected a classifier that returns logits [batch, class], found {found}")
+    (found_classes,) = tapped.outputs
+    if classes and found_classes != classes:
+        raise RequestError(f"{where}: expected logits of {classes} classes, found {found_classes}")
+    return (found_classes,)
 
 
 def load_teachers(recipe: recipes.Recipe, num_classes: int, device: torch.device) -> dict[str, FrozenTeacher]:

@@ -1,7 +1,7 @@
 """`feedfast inspect` and `feedfast taps`: what a cache holds, and what a model could give.
 
-Both print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the maps: a few
-images as the teachers saw them, and for every tap the mean over channels of the decoded map.
+Both print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the
+maps: a few images as the teachers saw them, and for every tap the mean over channels of the decoded map.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from feedfast.errors import FeedfastError
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
-from feedfast.report.run import figure_html, page, table_html
+from feedfast.report.run import figure_html, page, table_html, write_page
 from feedfast.stages.audit import plan_of, recipe_of, stored_values
 from feedfast.stages.common import mebibytes, say
+from feedfast.stages.folder import made_folder
 
 SHOWN = 6
 
@@ -33,8 +34,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     """Describe a cache.
 
     Returns:
-        The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets`` (array →
-        codec, shape, bytes a sample, compression, measured errors), ``manifest``, ``report`` (with ``out``).
+        The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
+        (array → codec, shape, bytes a sample, compression, measured errors), ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
     manifest = reader.manifest
@@ -61,11 +62,18 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             **(info.error if info else {}),
         }
         targets[array] = entry
-        rows.append({
-            "array": array.removesuffix("/codes"), "row": "x".join(map(str, spec.row_shape)), "codec": entry["codec"] or entry["dtype"],
-            "rows": count, "size": mebibytes(stored), "a sample": mebibytes(entry["bytes_per_sample"] or 0), "ratio": entry["ratio"],
-            "rel. RMS error": entry.get("relative_rms_error"), "signs flipped": entry.get("mask_flip_rate"),
-        })  # fmt: skip
+        row = {
+            "array": array.removesuffix("/codes"),
+            "row": "x".join(map(str, spec.row_shape)),
+            "codec": entry["codec"] or entry["dtype"],
+            "rows": count,
+            "size": mebibytes(stored),
+            "a sample": mebibytes(entry["bytes_per_sample"] or 0),
+            "ratio": entry["ratio"],
+            "rel. RMS error": entry.get("relative_rms_error"),
+            "signs flipped": entry.get("mask_flip_rate"),
+        }
+        rows.append(row)
     print_table(f"{cache}: {manifest.num_rows:,} rows, {manifest.views} views", rows)
     document = {
         "path": cache,
@@ -78,16 +86,11 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "manifest": manifest.to_attrs()["feedfast"],
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        body = (
-            table_html(rows)
-            + _pictures(reader)
-            + "<h2>Manifest</h2><pre>"
-            + html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-            + "</pre>"
-        )
+        made_folder(out, "--out")
+        listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
+        body = f"{table_html(rows)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
-        report.write_text(page(f"Cache {cache}", body))
+        write_page(report, page(f"Cache {cache}", body))
         document["report"] = str(report)
     return document
 
@@ -134,23 +137,18 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     """Describe the tappable places of a model with random weights.
 
     Returns:
-        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry a place: path, kind, shape, values, position,
-        hazards, suggestion).
+        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry a place, with the fields of
+        `feedfast.models.doctor.TapPlace`).
     """
     network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
-    print_table(
-        f"{model} at {size} px",
-        [
-            {
-                key: ", ".join(value)
-                if isinstance(value, (list, tuple)) and key == "hazards"
-                else "x".join(map(str, value))
-                if isinstance(value, (list, tuple))
-                else value
-                for key, value in row.items()
-            }
-            for row in rows
-        ],
-    )
+    shown = [{key: _cell(key, value) for key, value in row.items()} for row in rows]
+    print_table(f"{model} at {size} px", shown)
     return {"model": model, "size": size, "taps": rows}
+
+
+def _cell(key: str, value: Any) -> Any:
+    """A fact of `describe_taps` as the table prints it: 64x8x8 for shapes, commas between sentences and names."""
+    if not isinstance(value, tuple):
+        return value
+    return ("x" if key in ("shape", "pre_shape") else ", ").join(map(str, value))

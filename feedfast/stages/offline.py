@@ -2,13 +2,15 @@
 
     rows of a view ──► DALI pixels ──► teachers ──► codes ──► shards (durable) ──► log
 
-Only what is missing is computed. The commit log says which shards exist; a batch is run by a teacher only if it touches a shard
-that teacher still lacks. So the same command starts a cache, finishes it after a kill, and adds a teacher, a tap or a view.
-Batches are cut at fixed rows of a view (multiples of ``cache.batch``), never at the place where a job happens to resume: a
-convolution's last bits may depend on its batch, and the bytes of a resumed cache must equal those of an uninterrupted one.
+Only what is missing is computed. The commit log says which shards exist; a batch is run by a teacher only if it
+touches a shard that teacher still lacks. So the same command starts a cache, finishes it after a kill, and adds a
+teacher, a tap or a view. Batches are cut at fixed rows of a view (multiples of ``cache.batch``), never at the place
+where a job happens to resume: a convolution's last bits may depend on its batch, and the bytes of a resumed cache
+must equal those of an uninterrupted one.
 
-Memory is one shard buffer a stored array plus what the writer has in flight, whatever the size of the cache. A checksum of the
-pixels each block of rows was computed from goes into the log, so that training can prove it sees the same pixels.
+Memory is one shard buffer a stored array plus what the writer has in flight, whatever the size of the cache. A
+checksum of the pixels each block of rows was computed from goes into the log, so that training can prove it sees
+the same pixels.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.common import Meter, mebibytes, open_train, pick_device, ranks, say, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
+from feedfast.stages.folder import made_folder
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store
 
@@ -404,7 +407,7 @@ def _row_bytes(teacher: FrozenTeacher, codec: str) -> int:
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Serialise the preparation of jobs that start together on one cache: the first fits, the others find it done."""
-    (path / COMMITS).mkdir(parents=True, exist_ok=True)
+    made_folder(path / COMMITS, "cache.path")
     with open(path / COMMITS / ".lock-prepare", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,11 +1,12 @@
 """`feedfast plan`: what a caching job will cost, before it costs it.
 
-The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels through the
-real teachers, maps encoded and compressed as they will be, a student step beside them. Estimates are labelled by how they were
-made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one batch of real codes reached.
+The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels
+through the real teachers, maps encoded and compressed as they will be, a student step beside them. Estimates are
+labelled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
+batch of real codes reached.
 
-Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every epoch, a
-cached one paid it once a view.
+Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every
+epoch, a cached one paid it once a view.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ import torch
 from torch import Tensor
 
 from feedfast.cache.codec import compress_block, fit_affine
+from feedfast.cache.create import refuse_foreign
 from feedfast.cache.log import COMMITS, read_log
 from feedfast.cache.schema import auto_block_rows
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
+from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.common import mebibytes, open_train, pick_device, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalise, load_teachers
 from feedfast.stages.pilot import store
 
+BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
+VIEW_ROW = 21  # bytes a row of views/order, views/crop and views/flip
 WIDTH = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}
 
 
@@ -39,9 +44,10 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     """Estimate the recipe's cache.
 
     Returns:
-        The JSON of `feedfast plan`: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view), ``targets`` (per teacher/tap
-        the same), ``bytes_present``, ``free_bytes``, ``fits``, ``seconds``, ``images_per_second``, ``teachers_ms`` and
-        ``student_ms`` (one batch, forward, and forward with backward), ``break_even_epochs``.
+        The JSON of `feedfast plan`: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view), ``targets`` (per
+        teacher/tap the same), ``bytes_present``, ``free_bytes``, ``fits``, ``seconds``, ``images_per_second``,
+        ``teachers_ms`` and ``student_ms`` (one batch, forward, and forward with backward), ``live_over_cached``,
+        ``break_even_epochs``.
 
     Raises:
         RequestError: the recipe cannot be run.
@@ -50,6 +56,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         raise RequestError(
             "plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing"
         )
+    refuse_foreign(Path(recipe.cache.path))
     device = pick_device(recipe.train.device)
     data = open_train(recipe)
     teachers = load_teachers(recipe, len(data.classes), device)
@@ -60,18 +67,21 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     loader.close()
     rows = len(data) * recipe.cache.views
     targets: dict[str, dict[str, Any]] = {}
+    widest = max(np.prod(shape) for teacher in teachers.values() for shape in teacher.shapes.values())
+    block = auto_block_rows(int(WIDTH[recipe.cache.codec] * widest))
+    blocks = -(-len(data) // block) * recipe.cache.views
     for name, teacher in teachers.items():
         teacher.fit_margins([images])
-        block = auto_block_rows(
-            int(max(WIDTH[recipe.cache.codec] * np.prod(shape) for shape in teacher.shapes.values()))
-        )
         for tap, values in teacher(images).items():
             raw, ratio = _cost(teacher, tap, values, recipe.cache.codec, block)
+            # Blocks are whole: what fills up the last one of a view takes room unless zstd squeezes it to nothing.
+            stored = raw * rows / ratio if ratio > 1 else raw * blocks * block
+            size = int(stored) + BLOCK_EXTRA * blocks
             targets[f"{name}/{tap}"] = {
                 "shape": list(teacher.shapes[tap]),
-                "raw_bytes": raw * rows,
-                "bytes": int(raw * rows / ratio),
-                "bytes_per_sample": raw / ratio,
+                "raw_bytes": int(raw * rows),
+                "bytes": size,
+                "bytes_per_sample": size / rows,
                 "compression": ratio,
             }
     if recipe.cache.images == "stored":
@@ -79,34 +89,31 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         targets["pixels"] = {
             "shape": [3, recipe.data.size, recipe.data.size],
             "raw_bytes": pixels * rows,
-            "bytes": pixels * rows,
-            "bytes_per_sample": pixels,
+            "bytes": pixels * blocks * block + BLOCK_EXTRA * blocks,
+            "bytes_per_sample": pixels * blocks * block / rows,
             "compression": 1.0,
         }
     teachers_ms = _median_ms(lambda: [teacher(images) for teacher in teachers.values()])
     student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
     path = Path(recipe.cache.path)
     present = sum(commit.bytes for commit in read_log(path).commits.values()) if (path / COMMITS).is_dir() else 0
-    total = sum(entry["bytes"] for entry in targets.values())
-    free = shutil.disk_usage(
-        next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    ).free
+    total = sum(entry["bytes"] for entry in targets.values()) + VIEW_ROW * rows + 4 * len(data)  # labels: int32
+    standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(standing).free
     batches = rows / len(images)
     seconds = teachers_ms * batches / 1e3
     epoch_batches = len(data) / len(images)
-    print_table(
-        f"plan: {len(data):,} images, {recipe.cache.views} views, {recipe.cache.codec}",
-        [
-            {
-                "target": name,
-                "shape": "x".join(map(str, entry["shape"])),
-                "a sample": mebibytes(entry["bytes_per_sample"]),
-                "a view": mebibytes(entry["bytes"] / recipe.cache.views),
-                "in all": mebibytes(entry["bytes"]),
-            }
-            for name, entry in targets.items()
-        ],
-    )
+    table = [
+        {
+            "target": name,
+            "shape": "x".join(map(str, entry["shape"])),
+            "a sample": mebibytes(entry["bytes_per_sample"]),
+            "a view": mebibytes(entry["bytes"] / recipe.cache.views),
+            "in all": mebibytes(entry["bytes"]),
+        }
+        for name, entry in targets.items()
+    ]
+    print_table(f"plan: {len(data):,} images, {recipe.cache.views} views, {recipe.cache.codec}", table)
     return {
         "bytes": total,
         "raw_bytes": sum(entry["raw_bytes"] for entry in targets.values()),
@@ -141,10 +148,10 @@ def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: str, block_ro
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device) -> float:
     """Forward and backward of the plain student on one batch."""
     memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0).to(
-        device=device, memory_format=memory
-    )  # type: ignore[call-overload]
+    student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0)
+    student = student.to(device=device, memory_format=memory)  # type: ignore[call-overload]
     normalise = Normalise(*recipe.data.normalisation).to(device)
+    Tapped(student, (), normalise(images[:2]))  # refuses a network that cannot run at this size
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):

@@ -1,18 +1,21 @@
 """The student stage: a recipe becomes a trained student (and, with ``source = "none"``, a trained teacher).
 
-Everything that decides a run is a pure function of the step: the view (epoch modulo views), the order of its rows, each crop,
-the learning rate. A checkpoint therefore holds weights, optimiser state and one number; resuming seeks to that batch in O(1) and
-ends with the weights an uninterrupted run would have.
+Everything that decides a run is a pure function of the step: the view (epoch modulo views), the order of its rows,
+each crop, the learning rate. A checkpoint therefore holds weights, optimiser state and one number; resuming seeks
+to that batch in O(1) and ends with the weights an uninterrupted run would have.
 
-Order of one step: pixels from DALI and targets from the source arrive already read ahead; student forward; method; backward;
-optimiser. Losses are kept on the device and fetched only when a row of metrics.jsonl is due, so the loop does not wait for the GPU.
+Order of one step: pixels from DALI and targets from the source arrive already read ahead; student forward; method;
+backward; optimiser. Losses are kept on the device and fetched only when a row of metrics.jsonl is due, so the loop
+does not wait for the GPU.
 
-Under torchrun every rank takes its slice of each global batch and gradients are averaged, so the mean over the global batch is
-what is minimised; batch statistics stay local, as in plain DDP. The saved student carries no adapters.
+Under torchrun every rank takes its slice of each global batch and gradients are averaged, so the mean over the
+global batch is what is minimised; batch statistics stay local, as in plain DDP. The saved student carries no
+adapters.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -25,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader, PixelBatch
 from feedfast.data.views import pass_order
 from feedfast.errors import FeedfastError, RequestError
@@ -40,6 +43,7 @@ from feedfast.stages.common import (
     Meter,
     Ranks,
     open_train,
+    open_val,
     pick_device,
     ranks,
     say,
@@ -47,7 +51,8 @@ from feedfast.stages.common import (
     write_durably,
     write_json,
 )
-from feedfast.stages.ensemble import Normalise
+from feedfast.stages.ensemble import LOGITS, Normalise, class_logits
+from feedfast.stages.folder import look_into, take_over
 from feedfast.stages.sources import open_source
 from feedfast.stages.targets import Targets, TargetSource
 
@@ -87,9 +92,8 @@ class Schedule:
         if train.schedule == "cosine":
             return train.lr * 0.5 * (1 + math.cos(math.pi * done))
         if train.schedule == "step":
-            return train.lr * train.gamma ** sum(
-                step >= round(milestone * self.total) for milestone in train.milestones
-            )
+            passed = sum(step >= round(milestone * self.total) for milestone in train.milestones)
+            return train.lr * train.gamma**passed
         if train.schedule == "one-cycle":
             low, high, rise = train.lr / 25, train.lr, 0.3
             if done < rise:
@@ -139,7 +143,7 @@ class StudentRun:
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
-        self.resumed = self._claim_out()
+        self.resumed = look_into(self.out, recipe)
         self.data = open_train(recipe)
         if len(self.data) < train.batch:
             raise RequestError(
@@ -150,8 +154,8 @@ class StudentRun:
         self.loader = Loader(
             self.data, self.plan, batch_size=train.batch // me.world, device=str(self.device), threads=threads
         )
-        self.val: Dataset | None = open_dataset(recipe.data.val, check=recipe.data.check) if recipe.data.val else None
-        opened = open_source(recipe, self.data, self.plan, self.loader, self.device)
+        self.val: Dataset | None = open_val(recipe, self.data)
+        opened = open_source(recipe, self.data, self.plan, self.device)
         self.source: TargetSource = opened.source
         self.views = opened.views
         self.num_classes = len(self.data.classes) or opened.num_classes
@@ -164,26 +168,6 @@ class StudentRun:
         self.total = self.steps_per_epoch * train.epochs
         self.schedule = Schedule(train, self.total)
 
-    def _claim_out(self) -> bool:
-        """Whether ``out`` holds an earlier part of this very run; refuses another run's folder."""
-        held = self.out / "recipe.json"
-        ours = comparable(self.recipe)
-        if held.is_file() and not self.recipe.overwrite:
-            theirs = json.loads(held.read_text())
-            differing = differences(theirs, ours)
-            if differing:
-                lines = "".join(f"\n  {key}: there {there!r}, here {here!r}" for key, there, here in differing)
-                raise RequestError(
-                    f"train.out: {self.out} holds another run; expected the same recipe or overwrite=true, found{lines}"
-                )
-            return (self.out / "checkpoint.pt").is_file()
-        if self.me.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("checkpoint.pt", "student.pt", "metrics.jsonl", "result.json", "report.html"):
-                (self.out / name).unlink(missing_ok=True)
-            write_json(held, ours)
-        return False
-
     def _build_student(self) -> None:
         recipe, train, size = self.recipe, self.recipe.train, self.recipe.data.size
         bare = build_model(
@@ -195,6 +179,14 @@ class StudentRun:
         example = normalise(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
         taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(bare, group, example))
         tapped = Tapped(bare, taps, example)
+        class_logits(tapped, f"student {recipe.student.model}", self.num_classes)
+        if recipe.method.name == "kd":
+            for name, infos in self.source.taps.items():
+                if infos[LOGITS].shape != (self.num_classes,):
+                    raise RequestError(
+                        f"method.name: 'kd' compares classes one by one, expected {self.num_classes} in every teacher, "
+                        f"found {infos[LOGITS].shape[0]} in {name!r}"
+                    )
         # Adapters start from the recipe's seed and nothing else, so that live and cached runs start equal.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -235,6 +227,8 @@ class StudentRun:
         """See `run_train`."""
         train = self.recipe.train
         step = 0
+        if self.me.first and not self.resumed:
+            take_over(self.out, self.recipe)
         if self.resumed:
             step = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
         stop = min(self.total, train.max_steps) if train.max_steps else self.total
@@ -308,7 +302,7 @@ class StudentRun:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
             losses: dict[str, Tensor] = self.trainee(batch.images, targets, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return {name: value.detach() for name, value in losses.items()}
 
@@ -369,10 +363,9 @@ class StudentRun:
             }
         )
         if self.me.first:
-            with (self.out / ".student.tmp").open("wb") as file:
-                torch.save({name: value.cpu() for name, value in self.bare.state_dict().items()}, file)
-            write_durably(self.out / "student.pt", (self.out / ".student.tmp").read_bytes())
-            (self.out / ".student.tmp").unlink()
+            buffer = io.BytesIO()
+            torch.save({name: value.cpu() for name, value in self.bare.state_dict().items()}, buffer)
+            write_durably(self.out / "student.pt", buffer.getvalue())
             write_json(held, result)
             write_report(self.out, result, self.recipe.model_dump(mode="json"))
         if self.me.world > 1:
@@ -435,27 +428,3 @@ class Timing:
     def median_ms(self) -> float | None:
         """Median step."""
         return float(np.median(self.steps[1:] or self.steps)) if self.steps else None
-
-
-def comparable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON without the keys that do not change the result of a run."""
-    tree = recipe.model_dump(mode="json")
-    tree.pop("overwrite")
-    for section, keys in {
-        "train": ("out", "max_steps", "threads", "replay", "log_every", "checkpoint_minutes", "eval_every", "device"),
-        "data": ("threads", "check"),
-        "cache": ("threads", "part"),
-    }.items():
-        for key in keys:
-            tree[section].pop(key)
-    return tree
-
-
-def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ between two JSON trees."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found = []
-        for name in sorted(there.keys() | here.keys()):
-            found += differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
-        return found
-    return [] if there == here else [(key, there, here)]
