@@ -143,7 +143,7 @@ def steps(run: StudentRun, start: int) -> Iterator[tuple[int, PixelBatch, Any]]:
 
 
 def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
-    """Step from the cache, from RAM (pixels and targets), from RAM targets and streamed pixels, beside live teachers."""
+    """Step from the cache, from RAM (pixels, targets), from RAM targets and streamed pixels, beside live teachers."""
     cached = StudentRun(recipe(tree, method, folder), Ranks(), quiet=True)
     live = StudentRun(recipe(tree, method, folder, "live"), Ranks(), quiet=True)
     held = [

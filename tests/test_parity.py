@@ -84,7 +84,7 @@ def test_u8_loss_and_gradient(world: Path, method: str, tmp_path: Path) -> None:
 
 
 def test_u8_error_is_small_and_reported(world: Path) -> None:
-    """Every tap's relative RMS error and every pre-activation tap's sign flips are in the manifest; both are recounted."""
+    """Relative RMS error of all taps and sign flips of pre-activation taps are in the manifest and match a recount."""
     manifest = CacheReader(world / "u8.zarr").manifest
     exact, coded = CacheReader(world / "f32.zarr"), CacheReader(world / "u8.zarr")
     rows = np.arange(100)

@@ -73,7 +73,8 @@ def run_pilot(
                 values = maps[name].cpu()
                 if not torch.isfinite(values).all():
                     raise FeedfastError(
-                        f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; are the weights and the normalisation right?"
+                        f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; "
+                        "are the weights and the normalisation right?"
                     )
                 getattr(sample, kind).append(_thin(values, len(group)))
                 if sample.first is None:
@@ -95,21 +96,16 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     clip = margin.numpy() if request.margin and margin is not None else None
     if request.margin and clip is None:
         raise FeedfastError(
-            f"teacher {teacher.name!r}, tap {name!r}: +margin needs a map before its activation, found {request.tap.path} {request.tap.position!r}"
+            f"teacher {teacher.name!r}, tap {name!r}: +margin needs a map before its activation, "
+            f"found {request.tap.path} {request.tap.position!r}"
         )
     values = np.concatenate(sample.fit)
     offset, step = fit_affine(values if clip is None else np.maximum(values, clip), codec)
-    error = measure(
-        np.concatenate(sample.held_out or sample.fit), offset, step, codec, clip, pre_activation=is_signed(request.tap)
-    )
+    unseen = np.concatenate(sample.held_out or sample.fit)
+    error = measure(unseen, offset, step, codec, clip, pre_activation=is_signed(request.tap))
     assert sample.first is not None
-    block = store(
-        sample.first,
-        codec,
-        torch.from_numpy(offset),
-        torch.from_numpy(step),
-        None if clip is None else torch.from_numpy(clip),
-    )[0]
+    floor = None if clip is None else torch.from_numpy(clip)
+    block, _ = store(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), floor)
     info = TapInfo(
         name=name,
         path=request.tap.path,
@@ -126,7 +122,7 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
 
 
 def store(values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tensor | None) -> tuple[np.ndarray, Tensor]:
-    """A float map [batch, channel, height, width] or [batch, channel] as the array rows that are stored, and the saturated count.
+    """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
 
     Raises:
         ValueError: a value is not finite (on the CPU; see `feedfast_kernels.encode`).
@@ -146,7 +142,7 @@ def store(values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tens
 def pilot_batches(
     count: int, pilot: int, batch: int, *, augmented: bool
 ) -> tuple[list[tuple[int, range]], list[tuple[int, range]]]:
-    """Which batches fit the codec and which measure it, as (view, batch numbers); never the same one if that can be helped.
+    """Which batches fit the codec and which measure it, as (view, batch numbers); disjoint if that can be helped.
 
     Args:
         count: images in the data set.
@@ -156,14 +152,20 @@ def pilot_batches(
     """
     total, wanted = -(-count // batch), max(1, -(-pilot // batch))
     if wanted < total:
-        return [(0, range(wanted))], [(0, range(wanted, min(total, wanted + -(-wanted // 4))))]
-    views = min(PILOT_VIEWS, -(-wanted // total)) if augmented else 1
-    fit = [(view, range(total)) for view in range(views)]
-    return fit, [(views, range(min(total, -(-views * total // 4))))] if augmented else [(0, range(total - 1, total))]
+        quarter = -(-wanted // 4)
+        return [(0, range(wanted))], [(0, range(wanted, min(total, wanted + quarter)))]
+    if not augmented:
+        return [(0, range(total))], [(0, range(total - 1, total))]
+    views = min(PILOT_VIEWS, -(-wanted // total))
+    quarter = -(-views * total // 4)
+    return [(view, range(total)) for view in range(views)], [(views, range(min(total, quarter)))]
 
 
 def pilot_pixels(loader: Loader, pilot: int) -> tuple[list[Tensor], list[Tensor]]:
-    """uint8 pixels [batch, height, width, 3] of the fitting and of the measuring batches; ``loader`` cuts as the caching pass does."""
+    """uint8 pixels [batch, height, width, 3] of the fitting and of the measuring batches.
+
+    ``loader`` must cut batches as the caching pass does.
+    """
     size, count = loader.batch_size, len(loader.dataset)
     augmented = loader.plan.augment != "none"
     groups = []

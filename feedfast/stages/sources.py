@@ -1,8 +1,9 @@
 """From a recipe to the source of its targets: opens the cache or loads the teachers, and refuses what does not fit.
 
-A cache is checked against the recipe before anything trains: same data, same plan, same teachers with the same weights, every
-needed shard present; the stored order and crops must be those of the plan; and a few blocks of pixels are decoded again and
-compared with the checksums taken when the teachers saw them. Wrong numbers must not reach a student.
+A cache is checked against the recipe before anything trains: same data, same plan, same teachers with the same
+weights, every needed shard present; the stored order and crops must be those of the plan; and a few blocks of
+pixels are decoded again and compared with the checksums taken when the teachers saw them. Wrong numbers must not
+reach a student.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from feedfast.stages.targets import CachedTargets, LiveTargets, NoTargets, Targe
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A source, the number of views its epochs run through (0 = a new one every epoch) and the classes its logits have."""
+    """A source, how many views its epochs run through (0 = a new one every epoch), and the classes of its logits."""
 
     source: TargetSource
     views: int
     num_classes: int
 
 
-def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, device: torch.device) -> OpenedSource:
+def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device) -> OpenedSource:
     """The source that ``train.source`` names, ready to stream.
 
     Raises:
@@ -53,18 +54,17 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, d
         pilot: list[Tensor] = []
         if any(teacher.needs_pilot for teacher in teachers.values()):
             # Cut as the caching pass cuts them: both sources then have the same margins.
-            with Loader(
-                data, plan, batch_size=recipe.cache.batch, device=str(device), threads=recipe.data.threads or None
-            ) as cutter:
+            batch, threads = recipe.cache.batch, recipe.data.threads or None
+            with Loader(data, plan, batch_size=batch, device=str(device), threads=threads) as cutter:
                 pilot, _ = pilot_pixels(cutter, recipe.cache.pilot)
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
         return OpenedSource(LiveTargets(teachers), recipe.cache.views, classes)
-    return _open_cached(recipe, data, plan, loader, device)
+    return _open_cached(recipe, data, plan, device)
 
 
-def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, device: torch.device) -> OpenedSource:
+def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device) -> OpenedSource:
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
@@ -72,28 +72,24 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, loader: Loader, 
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:
         raise CacheMismatchError(
-            f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; run `feedfast cache` to add them"
+            f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; "
+            "run `feedfast cache` to add them"
         )
     names = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
     groups = taps_needed(recipe.method.name)
     have = manifest_taps(reader.manifest)
-    wanted = {
-        name: (
-            *(
-                tap
-                for tap in have[name]
-                if any(tap == group or (group == "ofd" and tap.startswith("ofd")) for group in groups)
-            ),
-            LOGITS,
-        )
-        for name in names
-    }
-    for name, taps in wanted.items():
+    wanted: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        taps: list[str] = []
         for group in groups:
-            if not any(tap.startswith(group) for tap in taps):
+            members = [tap for tap in have[name] if tap == group or (group == "ofd" and tap.startswith("ofd"))]
+            if not members:
                 raise CacheMismatchError(
-                    f"{reader.path}: method {recipe.method.name!r} needs the {group!r} taps of teacher {name!r}, found {sorted(have[name])}; run `feedfast cache` with this recipe to add them"
+                    f"{reader.path}: method {recipe.method.name!r} needs the {group!r} taps of teacher {name!r}, "
+                    f"found {sorted(have[name])}; run `feedfast cache` with this recipe to add them"
                 )
+            taps += members
+        wanted[name] = (*taps, LOGITS)
     source = CachedTargets(reader, wanted, device)
     reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
     check_views(reader, data, plan, views)

@@ -81,8 +81,8 @@ class Schedule:
     def lr(self, step: int) -> float:
         """The rate of ``step`` (0-based).
 
-        Warm-up is linear from lr/warm-up steps; cosine ends at 0; one-cycle climbs for 30 % from lr/25 and ends at lr/1e4
-        (torch's OneCycleLR defaults, with ``lr`` as its peak); step multiplies by ``gamma`` at each milestone.
+        Warm-up is linear from lr/warm-up steps; cosine ends at 0; one-cycle climbs for 30 % from lr/25 and ends at
+        lr/25e4 (torch's OneCycleLR defaults, with ``lr`` as its peak); step multiplies by ``gamma`` at each milestone.
         """
         train = self.train
         warm = round(train.warmup_epochs * self.total / train.epochs)
@@ -90,18 +90,21 @@ class Schedule:
             return train.lr * (step + 1) / warm
         done = (step - warm) / max(self.total - warm, 1)
         if train.schedule == "cosine":
-            return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+            return _anneal(train.lr, 0.0, done)
         if train.schedule == "step":
             passed = sum(step >= round(milestone * self.total) for milestone in train.milestones)
             return train.lr * train.gamma**passed
         if train.schedule == "one-cycle":
-            low, high, rise = train.lr / 25, train.lr, 0.3
+            low, last, rise = train.lr / 25, train.lr / 25e4, 0.3
             if done < rise:
-                return high + (low - high) * 0.5 * (1 + math.cos(math.pi * done / rise))
-            return train.lr / 25e4 + (high - train.lr / 25e4) * 0.5 * (
-                1 + math.cos(math.pi * (done - rise) / (1 - rise))
-            )
+                return _anneal(low, train.lr, done / rise)
+            return _anneal(train.lr, last, (done - rise) / (1 - rise))
         return train.lr
+
+
+def _anneal(start: float, end: float, done: float) -> float:
+    """Half a cosine from ``start`` (done = 0) to ``end`` (done = 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
@@ -117,8 +120,9 @@ def run_train(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
 
     Returns:
-        The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``, ``data_wait_fraction``,
-        ``step_ms`` (median), ``seconds``, ``source``, ``method``, ``parameters`` (of the bare student), ``out``.
+        The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``,
+        ``data_wait_fraction``, ``step_ms`` (median), ``seconds``, ``source``, ``method``, ``model``, ``parameters``
+        (of the bare student), ``out``.
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.
@@ -212,14 +216,13 @@ class StudentRun:
             self.optimizer = torch.optim.AdamW(weights, train.lr, weight_decay=train.weight_decay)
 
     def batches(self, step: int) -> Iterator[tuple[PixelBatch, Any]]:
-        """Pixels and read-ahead targets from ``step`` to the end of its epoch, this rank's slice of each global batch."""
+        """Pixels and read-ahead targets from ``step`` to the end of its epoch, this rank's part of each batch."""
         epoch, start = divmod(step, self.steps_per_epoch)
         view, pass_index = (epoch % self.views, epoch // self.views) if self.views else (epoch, 0)
         local = self.recipe.train.batch // self.me.world
-        rows = pass_order(len(self.data), self.recipe.seed, view, pass_index)[
-            : self.steps_per_epoch * self.recipe.train.batch
-        ]
-        rows = np.ascontiguousarray(rows.reshape(-1, self.me.world, local)[:, self.me.rank].reshape(-1))
+        order = pass_order(len(self.data), self.recipe.seed, view, pass_index)
+        slices = order[: self.steps_per_epoch * self.recipe.train.batch].reshape(-1, self.me.world, local)
+        rows = np.ascontiguousarray(slices[:, self.me.rank].reshape(-1))
         pixels = self.loader.stream(view, rows, start_batch=start)
         return zip(pixels, self.source.stream(view, rows, local, start), strict=False)
 
@@ -233,10 +236,12 @@ class StudentRun:
             step = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
         stop = min(self.total, train.max_steps) if train.max_steps else self.total
         if not self.quiet:
-            what = f"{self.recipe.student.model} ({self.parameters:,} parameters), {self.recipe.method.name} from {train.source}"
             resumed = f", resumed at step {step}" if step else ""
             say(
-                f"train: {what}, {len(self.data):,} images, {self.total:,} steps of {train.batch}, {train.precision} on {self.device}{resumed}"
+                f"train: {self.recipe.student.model} ({self.parameters:,} parameters), "
+                f"{self.recipe.method.name} from {train.source}, "
+                f"{len(self.data):,} images, {self.total:,} steps of {train.batch}, "
+                f"{train.precision} on {self.device}{resumed}"
             )
         timing = Timing(train.batch)
         log = EventLog(self.out, step) if self.me.first else None
@@ -330,7 +335,8 @@ class StudentRun:
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise FeedfastError(
-                f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight ({self.out} keeps the last checkpoint)"
+                f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight "
+                f"({self.out} keeps the last checkpoint)"
             )
 
     def _checkpoint(self, step: int, timing: Timing) -> None:
@@ -355,13 +361,8 @@ class StudentRun:
             "parameters": self.parameters,
             "out": str(self.out),
         }
-        result.update(
-            {
-                key: earlier[key]
-                for key in ("images_per_second", "data_wait_fraction", "step_ms", "seconds")
-                if key in earlier
-            }
-        )
+        timed = ("images_per_second", "data_wait_fraction", "step_ms", "seconds")
+        result.update({key: earlier[key] for key in timed if key in earlier})
         if self.me.first:
             buffer = io.BytesIO()
             torch.save({name: value.cpu() for name, value in self.bare.state_dict().items()}, buffer)
