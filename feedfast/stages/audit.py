@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from feedfast.cache.schema import TapInfo
 from feedfast.cache.verify import verify_cache
 from feedfast.data.dataset import Dataset, open_dataset
 from feedfast.data.loader import Loader
-from feedfast.data.views import ViewPlan
+from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe, Teacher, parse_recipe
 from feedfast.stages.common import Meter, say
@@ -45,7 +45,7 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
     for view in range(views):
         order = plan.order(view, data.ids)
         positions = np.searchsorted(data.ids, order)
-        expected = {
+        expected: dict[str, np.ndarray] = {
             "order": order,
             "crop": plan.crops(view, order, data.sizes[positions]),
             "flip": plan.flips(view, order),
@@ -54,7 +54,10 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
             stored = reader.read_array(f"views/{name}", view)
             if not np.array_equal(stored, want):
                 row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])
-                detail = f"view {view}, row {row}: expected {want[row].tolist()} as the plan gives it, found {stored[row].tolist()}"
+                detail = (
+                    f"view {view}, row {row}: expected {want[row].tolist()} as the plan gives it, "
+                    f"found {stored[row].tolist()}"
+                )
                 raise CacheDamageError(
                     f"{reader.path}: views/{name}: {detail}", [problem(f"views/{name}", str(view), "plan", detail)]
                 )
@@ -82,9 +85,12 @@ def replay_pixels(
     seed: int,
     threads: int | None = None,
 ) -> int:
-    """Decode ``blocks`` blocks of pixels again, spread over the views, and compare checksums. Returns how many were compared.
+    """Decode ``blocks`` blocks of pixels again, spread over the views, and compare checksums.
 
     Decoding here is always that of the CPU or GPU the manifest names, whatever the training device is.
+
+    Returns:
+        How many blocks were compared; 0 where the manifest names a GPU and there is none.
 
     Raises:
         CacheMismatchError: pixels differ; the message holds both sides' library versions.
@@ -102,29 +108,32 @@ def replay_pixels(
     try:
         for view in sorted(rng.choice(views, size=min(views, blocks), replace=False).tolist()):
             sums = pixel_checksums(reader, view)
+            if not sums:
+                continue
             share = -(-blocks // min(views, blocks))
-            for block in (
-                sorted(rng.choice(sorted(sums), size=min(share, len(sums)), replace=False).tolist()) if sums else ()
-            ):
+            picked = rng.choice(sorted(sums), size=min(share, len(sums)), replace=False)
+            for block in sorted(picked.tolist()):
                 rows = np.arange(block * manifest.block_rows, min((block + 1) * manifest.block_rows, manifest.num_rows))
                 images = np.concatenate([batch.images.cpu().numpy() for batch in loader.stream(view, rows)])
                 found = f"{crc32c(np.ascontiguousarray(images)):08x}"
                 if found != sums[block]:
-                    there = {**manifest.versions, **manifest.decoder.versions}
-                    here = {**library_versions(), **decoder_info(loader.describe()).versions}
-                    changed = {
-                        key: (there.get(key), here.get(key))
-                        for key in sorted(there.keys() | here.keys())
-                        if there.get(key) != here.get(key)
-                    }
                     raise CacheMismatchError(
-                        f"{reader.path}: view {view}, rows {rows[0]}..{rows[-1]}: the pixels are not those the teachers saw "
-                        f"(expected crc32c {sums[block]}, found {found}). Versions that differ (there, here): {changed or 'none'}"
+                        f"{reader.path}: view {view}, rows {rows[0]}..{rows[-1]}: the pixels are not those the "
+                        f"teachers saw (expected crc32c {sums[block]}, found {found}). "
+                        f"Versions that differ (there, here): {_changed_versions(reader, loader) or 'none'}"
                     )
                 compared += 1
     finally:
         loader.close()
     return compared
+
+
+def _changed_versions(reader: CacheReader, loader: Loader) -> dict[str, tuple[object, object]]:
+    """Library → its version when the cache was made and its version here, where they differ."""
+    there = {**reader.manifest.versions, **reader.manifest.decoder.versions}
+    here = {**library_versions(), **decoder_info(loader.describe()).versions}
+    both = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys())}
+    return {key: (old, new) for key, (old, new) in both.items() if old != new}
 
 
 def recompute_teachers(
@@ -138,12 +147,12 @@ def recompute_teachers(
 ) -> tuple[list[Problem], dict[str, float]]:
     """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
 
-    A map, encoded and decoded, must agree with the stored one to a cosine of at least `MIN_COSINE` (float64), for every batch.
-    Batches are the cache's own, so a teacher on batch statistics can be checked too.
+    A map, encoded and decoded, must agree with the stored one to a cosine of at least `MIN_COSINE` (float64), for every
+    batch. Batches are the cache's own, so a teacher on batch statistics can be checked too.
 
     Returns:
-        The problems, and per array the smallest cosine of a stored batch with the teacher's exact maps: that one shows what
-        the codec loses, coarse steps and values out of its range included.
+        The problems, and per array the smallest cosine of a stored batch with the teacher's exact maps: that one shows
+        what the codec loses, coarse steps and values out of its range included.
     """
     manifest = reader.manifest
     size, total = manifest.batch_rows, -(-manifest.num_rows // manifest.batch_rows)
@@ -155,15 +164,14 @@ def recompute_teachers(
     with Meter("recompute", picks * size * manifest.views, quiet=quiet) as meter:
         for view in range(manifest.views):
             chosen = np.sort(rng.choice(total, size=picks, replace=False))
-            rows = np.concatenate(
-                [np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen]
-            )
+            parts = [np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen]
+            rows = np.concatenate(parts)
             for batch in loader.stream(view, rows):
                 for name, teacher in teachers.items():
                     for tap, values in teacher(batch.images).items():
-                        array = f"targets/{name}/{tap}/codes"
                         if tap != LOGITS and tap not in manifest.teachers[name].taps:
                             continue
+                        array = f"targets/{name}/{tap}/codes"
                         stored = stored_values(reader, name, tap, view, batch.rows)
                         exact = _floored(values, manifest.teachers[name].taps.get(tap))
                         smallest[array] = min(smallest.get(array, 1.0), _cosine(exact, stored))
@@ -171,14 +179,11 @@ def recompute_teachers(
                         if not cosine >= MIN_COSINE:
                             spec = array_specs(manifest)[array]
                             shard = spec.key(view, int(batch.rows[0]) // spec.shard_rows)
-                            problems.append(
-                                problem(
-                                    array,
-                                    shard,
-                                    "teacher",
-                                    f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed maps, expected at least {MIN_COSINE}",
-                                )
+                            detail = (
+                                f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed maps, "
+                                f"expected at least {MIN_COSINE}"
                             )
+                            problems.append(problem(array, shard, "teacher", detail))
                 meter.advance(len(batch.rows))
     loader.close()
     return problems, smallest
@@ -246,12 +251,12 @@ def plan_of(reader: CacheReader) -> ViewPlan:
     return ViewPlan(
         seed=plan.seed,
         size=plan.size,
-        augment=plan.augment,
+        augment=cast(Augment, plan.augment),  # ViewPlan itself refuses other words
         flip=plan.flip,
         pad=-1 if plan.pad is None else plan.pad,
         scale=plan.scale,
         ratio=plan.ratio,
-    )  # type: ignore[arg-type]
+    )
 
 
 def run_verify(
@@ -269,14 +274,14 @@ def run_verify(
         cache: its folder.
         full: read every byte and check every checksum.
         replay: blocks of pixels to decode again.
-        teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files, unless
-            the teachers are pretrained ones.
+        teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files,
+            unless the teachers are pretrained ones.
         recipe: where data and weights are; the manifest's own paths without it.
         quiet: no progress.
 
     Returns:
-        The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``, ``replayed``,
-        ``cosine`` (per array, smallest).
+        The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``,
+        ``replayed``, ``cosine`` (per array, smallest).
     """
     if not Path(cache).is_dir():
         found_there = "a file" if Path(cache).exists() else "nothing"
@@ -290,7 +295,8 @@ def run_verify(
         problems = [entry for number, entry in enumerate(known) if entry not in known[:number]]
         _tell(problems)
         return {"ok": False, "problems": problems, "objects": 0, "bytes": 0, "replayed": 0, "cosine": {}}
-    replayed, cosine = 0, {}
+    replayed = 0
+    cosine: dict[str, float] = {}
     if (replay or teachers_percent) and not problems:
         recipe = recipe or recipe_of(reader)
         data = open_dataset(recipe.data.train, limit=recipe.data.limit)
@@ -332,7 +338,8 @@ def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
     for name, info in reader.manifest.teachers.items():
         if ":" in info.model and info.model not in trusted:
             raise RequestError(
-                f"teachers[{name}].model: {info.model!r} would import code that a cache names; give --recipe with this model in it"
+                f"teachers[{name}].model: {info.model!r} would import code that a cache names; "
+                "give --recipe with this model in it"
             )
         taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in info.taps.values())
         spec = Teacher(
@@ -353,8 +360,10 @@ def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
                 raise
             raise RequestError(f"{error}; if its weights are in a file, give --recipe, which names it") from error
         if teacher.weights_sha256 != info.weights_sha256:
+            origin = files.get(name) or "the pretrained weights"
             raise CacheMismatchError(
-                f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… in {files.get(name) or 'the pretrained weights'}; give --recipe with the right files"
+                f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, "
+                f"found {teacher.weights_sha256[:16]}… in {origin}; give --recipe with the right files"
             )
         out[name] = teacher
     return out

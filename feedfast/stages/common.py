@@ -90,8 +90,8 @@ def open_val(recipe: Recipe, train: Dataset) -> Dataset | None:
         for number, (found, expected) in enumerate(zip(val.classes, train.classes, strict=False)):
             if found != expected:
                 raise RequestError(
-                    f"data.val: expected class {number} to be {expected!r} as in data.train, found {found!r} in "
-                    f"{val.source}; "
+                    f"data.val: expected class {number} to be {expected!r} as in data.train, "
+                    f"found {found!r} in {val.source}; "
                     "labels are numbered by sorted name, so both need the same class folders"
                 )
     return val
@@ -186,9 +186,8 @@ class Meter:
         elif now - self._last >= self.LINE_SECONDS:
             self._last = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            say(
-                f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f}/s, {left:,.0f} s left {remark}"
-            )
+            done = f"{self.done:,}/{self.total:,} {self.unit}"
+            say(f"{self.label}: {done}, {self.rate:,.0f}/s, {left:,.0f} s left {remark}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -32,7 +32,10 @@ MARGIN_SUFFIX = "+margin"
 
 
 class Normalise(nn.Module):
-    """uint8 pixels [batch, height, width, 3] to float32 [batch, 3, height, width] (channels-last strides), (x/255 - mean) / std."""
+    """(x/255 - mean) / std: uint8 pixels [batch, height, width, 3] to float32 [batch, 3, height, width].
+
+    The result keeps the channels-last strides of its pixels.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -103,9 +106,8 @@ class FrozenTeacher:
         self.mean, self.std = spec.mean or mean, spec.std or std
         self.normalise = Normalise(self.mean, self.std).to(device)
         # Two samples: batch statistics of a single 1x1 map are undefined.
-        example = self.normalise(
-            torch.full((2, recipe.data.size, recipe.data.size, 3), 128, dtype=torch.uint8, device=device)
-        )
+        size = recipe.data.size
+        example = self.normalise(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
         specs = spec.taps or taps_needed(recipe.method.name)
         self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
@@ -150,7 +152,7 @@ class FrozenTeacher:
 
 
 def is_signed(tap: Tap) -> bool:
-    """Whether a map has not been through its activation, so that its sign carries information (OFD's partial distance)."""
+    """Whether a map has not been through its activation, so that its sign tells something (OFD's partial distance)."""
     return tap.position == "pre" or tap.bn is not None
 
 
