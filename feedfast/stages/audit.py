@@ -180,8 +180,8 @@ def recompute_teachers(
                             spec = array_specs(manifest)[array]
                             shard = spec.key(view, int(batch.rows[0]) // spec.shard_rows)
                             detail = (
-                                f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed maps, "
-                                f"expected at least {MIN_COSINE}"
+                                f"rows {batch.rows[0]}..{batch.rows[-1]}: cosine {cosine:.6f} with the recomputed "
+                                f"maps, expected at least {MIN_COSINE}"
                             )
                             problems.append(problem(array, shard, "teacher", detail))
                 meter.advance(len(batch.rows))

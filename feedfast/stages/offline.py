@@ -31,7 +31,7 @@ from feedfast.cache.codec import crc32c
 from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
 from feedfast.cache.log import COMMITS, cache_digest, read_log
-from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
+from feedfast.cache.schema import CodecName, Manifest, TapInfo, TeacherInfo, auto_block_rows
 from feedfast.cache.store import ROOT, read_manifest
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
@@ -43,7 +43,7 @@ from feedfast.stages.common import Meter, mebibytes, open_train, pick_device, ra
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import made_folder
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
-from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store
+from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store, widest_row
 
 PIXELS = "pixels/codes"
 
@@ -52,9 +52,9 @@ def run_cache(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Returns:
-        The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes``, ``bytes_per_sample`` (of one view),
-        ``images_per_second``, ``seconds``, ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the
-        saturated fraction), ``path``.
+        The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
+        ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
+        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``.
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -70,7 +70,7 @@ def run_cache(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
 
 
 class OfflineRun:
-    """One caching job; building it opens data, plan and teachers, so that every mistake shows before hours are spent."""
+    """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
     def __init__(self, recipe: Recipe, quiet: bool = False) -> None:
         me = ranks()
@@ -83,12 +83,9 @@ class OfflineRun:
         self.data: Dataset = open_train(recipe)
         self.plan: ViewPlan = view_plan(recipe)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
+        threads = recipe.data.threads or None
         self.loader = Loader(
-            self.data,
-            self.plan,
-            batch_size=recipe.cache.batch,
-            device=str(self.device),
-            threads=recipe.data.threads or None,
+            self.data, self.plan, batch_size=recipe.cache.batch, device=str(self.device), threads=threads
         )
         self.scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
@@ -103,9 +100,10 @@ class OfflineRun:
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             if not self.quiet:
                 resumed = manifest.num_rows * manifest.views - total
+                there = f", {resumed:,} rows already there" if resumed else ""
                 say(
-                    f"cache: {len(self.teachers)} teachers, {manifest.views} views of {manifest.num_rows:,} images → {self.path}"
-                    + (f", {resumed:,} rows already there" if resumed else "")
+                    f"cache: {len(self.teachers)} teachers, {manifest.views} views of {manifest.num_rows:,} images "
+                    f"→ {self.path}{there}"
                 )
             computing = time.perf_counter()
             with Meter("cache", total, quiet=self.quiet) as meter:
@@ -145,18 +143,33 @@ class OfflineRun:
             taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
             taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
             teachers[name] = TeacherInfo(
-                name=name, model=teacher.spec.model, weights_sha256=teacher.weights_sha256, bn=teacher.spec.bn, precision=teacher.spec.precision,
-                mean=teacher.mean, std=teacher.std, num_classes=teacher.shapes[LOGITS][0], taps=taps,
-                # Logits are float16, except beside float32 maps: a cache made for exact comparison must be exact throughout.
+                name=name,
+                model=teacher.spec.model,
+                weights_sha256=teacher.weights_sha256,
+                bn=teacher.spec.bn,
+                precision=teacher.spec.precision,
+                mean=teacher.mean,
+                std=teacher.std,
+                num_classes=teacher.shapes[LOGITS][0],
+                taps=taps,
+                # float16, except beside float32 maps: a cache made for exact comparison must be exact throughout.
                 logits_codec="f32" if recipe.cache.codec == "f32" else "f16",
-            )  # fmt: skip
-        row_bytes = max(_row_bytes(teacher, recipe.cache.codec) for teacher in self.teachers.values())
+            )
+        own_block_rows = auto_block_rows(widest_row(self.teachers.values(), recipe.cache.codec))
         return Manifest(
-            dataset=dataset_info(recipe, self.data), plan=plan_info(self.plan), decoder=decoder_info(self.loader.describe()), images=recipe.cache.images,
-            num_rows=len(self.data), views=recipe.cache.views, block_rows=held.block_rows if held else auto_block_rows(row_bytes),
-            shard_bytes=held.shard_bytes if held else int(recipe.cache.shard_mb * 2**20), batch_rows=recipe.cache.batch, teachers=teachers,
-            versions=library_versions(), created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )  # fmt: skip
+            dataset=dataset_info(recipe, self.data),
+            plan=plan_info(self.plan),
+            decoder=decoder_info(self.loader.describe()),
+            images=recipe.cache.images,
+            num_rows=len(self.data),
+            views=recipe.cache.views,
+            block_rows=held.block_rows if held else own_block_rows,
+            shard_bytes=held.shard_bytes if held else int(recipe.cache.shard_mb * 2**20),
+            batch_rows=recipe.cache.batch,
+            teachers=teachers,
+            versions=library_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
     def _fit(self, held: Manifest | None, block_rows: int) -> dict[tuple[str, str], Fitted]:
         """Pilot for the taps the cache does not have yet, and for those whose scale a kill kept from being written."""
@@ -171,19 +184,14 @@ class OfflineRun:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
             return {}
-        groups = pilot_pixels(self.loader, self.recipe.cache.pilot)
+        fit, held_out = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
-            for tap, entry in run_pilot(
-                self.teachers[name], taps, *groups, self.recipe.cache.codec, block_rows
-            ).items():
+            entries = run_pilot(self.teachers[name], taps, fit, held_out, self.recipe.cache.codec, block_rows)
+            for tap, entry in entries.items():
                 out[name, tap] = entry
                 if not self.quiet:
-                    error = entry.info.error
-                    flips = f", {error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in error else ""
-                    say(
-                        f"pilot: {name}/{tap} {list(entry.info.shape)} {entry.info.codec}, {entry.info.compression}: relative RMS error {error['relative_rms_error']:.2%}{flips}"
-                    )
+                    _say_fitted(name, entry.info)
         return out
 
     def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
@@ -199,7 +207,8 @@ class OfflineRun:
             found = getattr(known, key)
             if value != found:
                 raise CacheMismatchError(
-                    f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, found {found!r}; choose another tap name or cache.path"
+                    f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, "
+                    f"found {found!r}; choose another tap name or cache.path"
                 )
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
@@ -211,35 +220,33 @@ class OfflineRun:
         if name.startswith("targets/"):
             _, teacher, tap, _ = name.split("/")
             scale = fitted[teacher, tap].scale
-            return (
-                scale
-                if scale is not None
-                else np.stack([np.zeros(spec.shape[1], np.float32), np.ones(spec.shape[1], np.float32)])
-            )
-        columns = []
+            if scale is not None:
+                return scale
+            channels = spec.shape[1]  # a float map: offset 0, step 1
+            return np.stack([np.zeros(channels, np.float32), np.ones(channels, np.float32)])
+        columns: list[np.ndarray] = []
         for view in range(spec.views):
             order = self.plan.order(view, self.data.ids)
             if name == "views/order":
                 columns.append(order)
-                continue
-            positions = np.searchsorted(self.data.ids, order)
-            columns.append(
-                self.plan.flips(view, order)
-                if name == "views/flip"
-                else self.plan.crops(view, order, self.data.sizes[positions])
-            )
+            elif name == "views/flip":
+                columns.append(self.plan.flips(view, order))
+            else:
+                positions = np.searchsorted(self.data.ids, order)
+                columns.append(self.plan.crops(view, order, self.data.sizes[positions]))
         return np.stack(columns)
 
     def _view(
         self, manifest: Manifest, writer: CacheWriter, work: _Work, view: int, rows: np.ndarray, meter: Meter
     ) -> None:
         """Run the batches of one view."""
-        pixels = _PixelChecksums(manifest.block_rows, manifest.num_rows)
+        checksums = _PixelChecksums(manifest.block_rows, manifest.num_rows)
         for batch in self.loader.stream(view, rows):
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
-            sums = pixels.add(start, batch.images.cpu().numpy())
+            pixels = batch.images.cpu().numpy()
+            sums = checksums.add(start, pixels)
             if manifest.images == "stored":
-                work.append(PIXELS, view, start, batch.images.cpu().numpy(), 0, None)
+                work.append(PIXELS, view, start, pixels, 0, None)
             for name, teacher in self.teachers.items():
                 arrays = {tap: f"targets/{name}/{tap}/codes" for tap in teacher.shapes}
                 if not any(work.lacks(array, view, start, stop) for array in arrays.values()):
@@ -247,28 +254,14 @@ class OfflineRun:
                 maps = teacher(batch.images)
                 for tap, array in arrays.items():
                     if work.lacks(array, view, start, stop):
-                        self._store(
-                            manifest.teachers[name],
-                            tap,
-                            array,
-                            maps[tap],
-                            work,
-                            (view, start),
-                            sums if tap == LOGITS else None,
-                        )
+                        codes, saturated = self._codes(manifest.teachers[name], tap, maps[tap], view, start)
+                        work.append(array, view, start, codes, saturated, sums if tap == LOGITS else None)
             meter.advance(len(batch.rows), f"{mebibytes(writer.bytes_written)} written")
 
-    def _store(
-        self,
-        teacher: TeacherInfo,
-        tap: str,
-        array: str,
-        values: Tensor,
-        work: _Work,
-        place: tuple[int, int],
-        sums: dict[int, str] | None,
-    ) -> None:
-        margin, codec = None, teacher.logits_codec if tap == LOGITS else "f32"
+    def _codes(self, teacher: TeacherInfo, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
+        """A batch's map as the rows that are stored, and how many of its values saturated."""
+        codec: CodecName = teacher.logits_codec
+        margin = None
         offset = step = torch.empty(0)
         if tap != LOGITS:
             info = teacher.taps[tap]
@@ -280,9 +273,9 @@ class OfflineRun:
             codes, saturated = store(values, codec, offset, step, margin)
         except ValueError as error:
             raise FeedfastError(
-                f"teacher {teacher.name!r}, tap {tap!r}, view {place[0]}, rows from {place[1]}: {error}"
+                f"teacher {teacher.name!r}, tap {tap!r}, view {view}, rows from {start}: {error}"
             ) from error
-        work.append(array, *place, codes, int(saturated), sums)
+        return codes, int(saturated)
 
     def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
         log = read_log(self.path)
@@ -293,14 +286,17 @@ class OfflineRun:
             for tap, info in teacher.taps.items():
                 array = f"targets/{name}/{tap}/codes"
                 commits = log.of(array)
-                values = sum(commit.rows[1] - commit.rows[0] for commit in commits) * int(np.prod(info.shape))
-                stored = sum(commit.bytes for commit in commits)
-                rows_stored = sum(commit.rows[1] - commit.rows[0] for commit in commits)
+                count = sum(commit.rows[1] - commit.rows[0] for commit in commits)
+                values = count * int(np.prod(info.shape))
                 taps[f"{name}/{tap}"] = {
-                    "codec": info.codec, "compression": info.compression, "shape": list(info.shape), "transform": info.transform, **info.error,
+                    "codec": info.codec,
+                    "compression": info.compression,
+                    "shape": list(info.shape),
+                    "transform": info.transform,
+                    **info.error,
                     "saturated_fraction": sum(commit.saturated for commit in commits) / max(values, 1),
-                    "bytes_per_sample": stored / max(rows_stored, 1),
-                }  # fmt: skip
+                    "bytes_per_sample": sum(commit.bytes for commit in commits) / max(count, 1),
+                }
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
         return {
             "rows_written": rows,
@@ -398,10 +394,13 @@ class _PixelChecksums:
         return done
 
 
-def _row_bytes(teacher: FrozenTeacher, codec: str) -> int:
-    """Bytes of the teacher's widest stored row."""
-    width = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}[codec]
-    return int(max(width * np.prod(shape) for shape in teacher.shapes.values()))
+def _say_fitted(teacher: str, info: TapInfo) -> None:
+    """One line on what the pilot found for a tap."""
+    flips = f", {info.error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in info.error else ""
+    say(
+        f"pilot: {teacher}/{info.name} {list(info.shape)} {info.codec}, {info.compression}: "
+        f"relative RMS error {info.error['relative_rms_error']:.2%}{flips}"
+    )
 
 
 @contextmanager

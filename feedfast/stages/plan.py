@@ -24,7 +24,7 @@ from torch import Tensor
 from feedfast.cache.codec import compress_block, fit_affine
 from feedfast.cache.create import refuse_foreign
 from feedfast.cache.log import COMMITS, read_log
-from feedfast.cache.schema import auto_block_rows
+from feedfast.cache.schema import CodecName, auto_block_rows
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
@@ -33,11 +33,10 @@ from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.common import mebibytes, open_train, pick_device, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalise, load_teachers
-from feedfast.stages.pilot import store
+from feedfast.stages.pilot import store, widest_row
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
 VIEW_ROW = 21  # bytes a row of views/order, views/crop and views/flip
-WIDTH = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}
 
 
 def run_plan(recipe: Recipe) -> dict[str, Any]:
@@ -67,8 +66,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     loader.close()
     rows = len(data) * recipe.cache.views
     targets: dict[str, dict[str, Any]] = {}
-    widest = max(np.prod(shape) for teacher in teachers.values() for shape in teacher.shapes.values())
-    block = auto_block_rows(int(WIDTH[recipe.cache.codec] * widest))
+    block = auto_block_rows(widest_row(teachers.values(), recipe.cache.codec))
     blocks = -(-len(data) // block) * recipe.cache.views
     for name, teacher in teachers.items():
         teacher.fit_margins([images])
@@ -131,7 +129,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: str, block_rows: int) -> tuple[float, float]:
+def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, block_rows: int) -> tuple[float, float]:
     """Raw bytes a row, and the compression that a block of real codes reaches (1 where zstd would not be used)."""
     if tap == LOGITS:
         return float(np.prod(teacher.shapes[tap])) * (4 if codec == "f32" else 2), 1.0
@@ -139,7 +137,7 @@ def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: str, block_ro
     margin = teacher.margins.get(tap) if teacher.requests[tap].margin else None
     flat = values.movedim(1, -1).reshape(-1, values.shape[1])
     thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
-    offset, step = fit_affine(thin if margin is None else np.maximum(thin, margin.numpy()), codec)  # type: ignore[arg-type]
+    offset, step = fit_affine(thin if margin is None else np.maximum(thin, margin.numpy()), codec)
     codes, _ = store(values[:block_rows], codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
     ratio = codes.nbytes / len(compress_block(np.ascontiguousarray(codes), "zstd"))
     return codes.nbytes / len(codes), ratio if ratio >= 1.15 else 1.0
