@@ -108,10 +108,6 @@ class ArraySpec:
         start, stop = self.shard_span(shard)
         return -(-(stop - start) // self.block_rows)
 
-    def fill_array(self, rows: int) -> np.ndarray[Any, np.dtype[Any]]:
-        """A new array of ``rows`` rows holding the fill value."""
-        return np.full((rows, *self.row_shape), self.fill, self.dtype)
-
     def key(self, view: int, shard: int) -> str:
         """Object key below the array, e.g. ``c/0/3/0/0/0``.
 
