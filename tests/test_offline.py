@@ -265,3 +265,30 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     assert stored > 100, "too small a cache to show anything"
     assert peaks[1] - peaks[0] < 0.35 * stored, (peaks, stored)
     assert ranks().world == 1
+
+
+def test_a_teacher_that_the_recipe_does_not_name_is_left_to_its_own(tmp_path: Path) -> None:
+    """A kill between manifest and scale leaves a teacher half made; a job of another teacher goes on beside it."""
+    first = digits_recipe(tmp_path, teachers=1)
+    run_cache(first, quiet=True)
+    root = Path(first.cache.path)
+    log = root / "commits" / "part-0-of-1.jsonl"
+    kept = [line for line in log.read_text().splitlines() if "targets/a/" not in line]
+    log.write_text("".join(line + "\n" for line in kept))
+    both = digits_recipe(tmp_path)
+    other = both.model_copy(update={"teachers": both.teachers[1:]})
+    result = run_cache(other, quiet=True)
+    assert (result["rows_written"], result["complete"]) == (400, False)
+    assert not [entry for entry in CacheReader(root).missing() if entry[0].startswith("targets/b/")]
+    assert run_cache(both, quiet=True)["complete"]
+
+
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    """Logits are float16: a teacher whose logits leave its range is one sentence, not infinities in a cache."""
+    recipe = digits_recipe(tmp_path, teachers=1)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    name = next(key for key in reversed(state) if key.endswith("weight") and state[key].dim() == 2)
+    state[name] *= 1e6
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(FeedfastError, match=r"'logits'.*65504"):
+        run_cache(recipe, quiet=True)

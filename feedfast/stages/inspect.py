@@ -142,13 +142,21 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     """
     network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
-    shown = [{key: _cell(key, value) for key, value in row.items()} for row in rows]
+    hazards = dict.fromkeys(hazard for row in rows for hazard in row["hazards"])
+    notes = {hazard: number for number, hazard in enumerate(hazards, 1)}
+    shown = [
+        {
+            "path": row["path"],
+            "kind": row["kind"],
+            "shape": "x".join(map(str, row["shape"])),
+            "u8 bytes": row["values"],
+            "positions": ", ".join(row["positions"]),
+            "for": ", ".join(row["suggestions"]),
+            "hazards": ", ".join(str(notes[hazard]) for hazard in row["hazards"]),
+        }
+        for row in rows
+    ]
     print_table(f"{model} at {size} px", shown)
+    for hazard, number in notes.items():
+        say(f"hazard {number}: {hazard}")
     return {"model": model, "size": size, "taps": rows}
-
-
-def _cell(key: str, value: Any) -> Any:
-    """A fact of `describe_taps` as the table prints it: 64x8x8 for shapes, commas between sentences and names."""
-    if not isinstance(value, tuple):
-        return value
-    return ("x" if key in ("shape", "pre_shape") else ", ").join(map(str, value))

@@ -30,7 +30,7 @@ from torch import Tensor
 from feedfast.cache.codec import crc32c
 from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
-from feedfast.cache.log import COMMITS, cache_digest, read_log
+from feedfast.cache.log import COMMITS, Commit, cache_digest, object_path, read_log
 from feedfast.cache.schema import CodecName, Manifest, TapInfo, TeacherInfo, auto_block_rows
 from feedfast.cache.store import ROOT, read_manifest
 from feedfast.cache.writer import CacheWriter
@@ -96,7 +96,10 @@ class OfflineRun:
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
-            work = _Work(manifest, writer)
+            arrays = {
+                f"targets/{name}/{tap}/codes" for name, teacher in self.teachers.items() for tap in teacher.shapes
+            }
+            work = _Work(manifest, writer, arrays | {PIXELS})
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             if not self.quiet:
                 resumed = manifest.num_rows * manifest.views - total
@@ -124,7 +127,9 @@ class OfflineRun:
         manifest = open_for_writing(self.path, self._manifest(held, fitted))
         with CacheWriter(self.path, manifest, part=self.part, workers=1) as writer:
             for name, array in array_specs(manifest).items():
-                if not array.sharded and writer.missing(name):
+                # A kill may have left a teacher in the manifest that this recipe does not name: not ours to finish.
+                ours = not name.startswith("targets/") or tuple(name.split("/")[1:3]) in fitted
+                if ours and not array.sharded and writer.missing(name):
                     writer.put(name, self._small(name, array, fitted))
             for name, teacher in manifest.teachers.items():
                 for tap, info in teacher.taps.items():
@@ -172,8 +177,8 @@ class OfflineRun:
         )
 
     def _fit(self, held: Manifest | None, block_rows: int) -> dict[tuple[str, str], Fitted]:
-        """Pilot for the taps the cache does not have yet, and for those whose scale a kill kept from being written."""
-        durable = {commit.array for commit in read_log(self.path).commits.values()}
+        """Pilot for the taps the cache does not have yet, and for those whose scale is lost or was never written."""
+        durable = {commit.array for commit in read_log(self.path).commits.values() if self._is_there(commit)}
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
@@ -193,6 +198,13 @@ class OfflineRun:
                 if not self.quiet:
                     _say_fitted(name, entry.info)
         return out
+
+    def _is_there(self, commit: Commit) -> bool:
+        """Whether a committed object still has its length."""
+        try:
+            return object_path(self.path, commit.array, commit.shard).stat().st_size == commit.bytes
+        except OSError:
+            return False
 
     def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
         request = self.teachers[name].requests[tap].tap
@@ -314,12 +326,13 @@ class OfflineRun:
 
 
 class _Work:
-    """What a job still has to write: the missing shards of this part, as rows."""
+    """What a job still has to write: the missing shards of its part and of its ``arrays``, as rows."""
 
-    def __init__(self, manifest: Manifest, writer: CacheWriter) -> None:
+    def __init__(self, manifest: Manifest, writer: CacheWriter, arrays: set[str]) -> None:
         self.manifest, self.writer = manifest, writer
-        self.specs = {name: spec for name, spec in array_specs(manifest).items() if spec.sharded}
-        unit = unit_rows(self.specs)
+        specs = array_specs(manifest)
+        self.specs = {name: spec for name, spec in specs.items() if name in arrays}
+        unit = unit_rows(specs)
         units = -(-manifest.num_rows // unit)
         index, parts = writer.part
         self.missing = {

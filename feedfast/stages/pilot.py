@@ -126,18 +126,29 @@ def store(values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tens
     """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
 
     Raises:
-        ValueError: a value is not finite (on the CPU; see `feedfast_kernels.encode`).
+        ValueError: a value is not finite, or too large for float16.
     """
     if codec in ("u8", "u4"):
+        if values.is_cuda:  # `encode` does not look there, lest it wait; the copy below waits anyway
+            _require_finite(values, values)
         codes, saturated = encode(values, offset, step, codec=codec, margin_C=margin)
         return codes.cpu().numpy(), saturated
     if margin is not None:
         values = torch.maximum(values, margin.to(values.device).view(1, -1, *[1] * (values.dim() - 2)))
     last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
-    if not torch.isfinite(last.sum()) and not torch.isfinite(last).all():
-        raise ValueError("expected finite values, got NaN or infinity")
-    dtype = torch.float32 if codec == "f32" else torch.float16
-    return last.to(dtype).cpu().numpy(), torch.zeros((), dtype=torch.int64)
+    stored = last.to(torch.float32 if codec == "f32" else torch.float16)
+    _require_finite(stored, last)
+    return stored.cpu().numpy(), torch.zeros((), dtype=torch.int64)
+
+
+def _require_finite(stored: Tensor, values: Tensor) -> None:
+    if torch.isfinite(stored.float().sum()) or torch.isfinite(stored).all():
+        return
+    if torch.isfinite(values).all():
+        raise ValueError(
+            f"expected values within float16's 65504, found {float(values.abs().max()):.4g}; use codec f32"
+        )
+    raise ValueError("expected finite values, got NaN or infinity")
 
 
 def widest_row(teachers: Iterable[FrozenTeacher], codec: CodecName) -> int:

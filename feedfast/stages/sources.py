@@ -89,9 +89,10 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.de
                     f"found {sorted(have[name])}; run `feedfast cache` with this recipe to add them"
                 )
             taps += members
-        wanted[name] = (*taps, LOGITS)
-    source = CachedTargets(reader, wanted, device)
-    reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
+        wanted[name] = (*taps, LOGITS) if recipe.method.name == "kd" else tuple(taps)
+    source = CachedTargets(reader, wanted, device) if any(wanted.values()) else NoTargets()
+    arrays = source.arrays if isinstance(source, CachedTargets) else []
+    reader.require([*arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
     check_views(reader, data, plan, views)
     replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
     classes = next((reader.manifest.teachers[name].num_classes for name in names), 0)

@@ -15,6 +15,7 @@ adapters.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -121,8 +122,8 @@ def run_train(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``,
-        ``data_wait_fraction``, ``step_ms`` (median), ``seconds``, ``source``, ``method``, ``model``, ``parameters``
-        (of the bare student), ``out``.
+        ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
+        ``model``, ``parameters`` (of the bare student), ``out``.
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.
@@ -243,7 +244,7 @@ class StudentRun:
                 f"{len(self.data):,} images, {self.total:,} steps of {train.batch}, "
                 f"{train.precision} on {self.device}{resumed}"
             )
-        timing = Timing(train.batch)
+        timing = Timing(train.batch, queued=self.device.type == "cuda")
         log = EventLog(self.out, step) if self.me.first else None
         try:
             with Meter("train", (stop - step) * train.batch, quiet=self.quiet) as meter:
@@ -268,7 +269,10 @@ class StudentRun:
         remark = ""
         while step < end:
             timing.begin()
-            batch, item = next(stream)
+            pair = next(stream, None)
+            if pair is None:
+                raise FeedfastError(f"train: the data of step {step} never came; expected batches up to step {end}")
+            batch, item = pair
             timing.waited()
             losses = self.step(step, batch, item)
             step += 1
@@ -346,14 +350,17 @@ class StudentRun:
 
     def _finish(self, step: int, accuracy: float | None, log: EventLog | None, timing: Timing) -> dict[str, Any]:
         held = self.out / "result.json"
-        earlier = json.loads(held.read_text()) if held.is_file() and not timing.steps else {}
+        earlier: dict[str, Any] = {}
+        if held.is_file() and not timing.steps:
+            with contextlib.suppress(OSError, ValueError):  # a damaged one is written again
+                earlier = json.loads(held.read_bytes())
         result: dict[str, Any] = {
             "val_accuracy": accuracy,
             "final_loss": log.last("loss") if log is not None else None,
             "steps": step,
             "images_per_second": timing.images_per_second(),
             "data_wait_fraction": timing.wait_fraction(),
-            "step_ms": timing.median_ms(),
+            "step_ms": timing.step_ms(),
             "seconds": timing.seconds(),
             "source": self.recipe.train.source,
             "method": self.recipe.method.name,
@@ -377,8 +384,8 @@ class StudentRun:
 class Timing:
     """Step and waiting times of this process, in milliseconds, without evaluation and checkpoints."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, *, queued: bool = False) -> None:
+        self.batch, self.queued = batch, queued
         self.steps: list[float] = []
         self.waits: list[float] = []
         self._checkpoint = time.perf_counter()
@@ -426,6 +433,9 @@ class Timing:
         steps, waits = self.steps[1:] or self.steps, self.waits[1:] or self.waits
         return sum(waits) / max(sum(steps), 1e-9) if steps else None
 
-    def median_ms(self) -> float | None:
-        """Median step."""
-        return float(np.median(self.steps[1:] or self.steps)) if self.steps else None
+    def step_ms(self) -> float | None:
+        """Median step; on a GPU the mean, because there a step only queues its work until a later one waits for it."""
+        steps = self.steps[1:] or self.steps
+        if not steps:
+            return None
+        return float(np.mean(steps) if self.queued else np.median(steps))
