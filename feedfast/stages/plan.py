@@ -33,7 +33,7 @@ from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.common import mebibytes, open_train, pick_device, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalise, load_teachers
-from feedfast.stages.pilot import store, widest_row
+from feedfast.stages.pilot import PILOT_VIEWS, store, widest_row
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
 VIEW_ROW = 21  # bytes a row of views/order, views/crop and views/flip
@@ -98,8 +98,9 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     total = sum(entry["bytes"] for entry in targets.values()) + VIEW_ROW * rows + 4 * len(data)  # labels: int32
     standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(standing).free
-    batches = rows / len(images)
-    seconds = teachers_ms * batches / 1e3
+    # A quarter of the fitting rows measures the fit.
+    pilot = 1.25 * min(recipe.cache.pilot, PILOT_VIEWS * len(data))
+    seconds = teachers_ms * (rows + pilot) / len(images) / 1e3
     epoch_batches = len(data) / len(images)
     table = [
         {
