@@ -33,6 +33,9 @@ Overrides = Annotated[
 ]
 
 
+INTERRUPTED = 130
+
+
 def _print(document: Mapping[str, Any]) -> None:
     print(json.dumps(document), flush=True)
 
@@ -134,6 +137,7 @@ def main() -> None:
     except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's way of passing Ctrl-C on
+            print("interrupted; the same command continues", file=sys.stderr)
+        raise

@@ -394,10 +394,21 @@ class CacheWriter:
             for number, chunk in zip(numbers, chunks, strict=True):
                 if (number, 0) not in self._done[array]:
                     data = np.ascontiguousarray(chunk).tobytes()
-                    self._commit(spec, number, 0, [data, crc_bytes(crc32c(data))])
+                    content = [data, crc_bytes(crc32c(data))]
+                    self._refuse_other_values(spec, number, content)
+                    self._commit(spec, number, 0, content)
                     self._done[array].add((number, 0))
                 elif self._read_small(spec, number).tobytes() != np.ascontiguousarray(chunk).tobytes():
                     raise CacheMismatchError(f"{self.root}: {array} of view {number}: other values are committed")
+
+    def _refuse_other_values(self, spec: ArraySpec, number: int, content: list[bytes]) -> None:
+        """A lost small array comes back as it was or not at all: codes mean nothing with another scale or order."""
+        earlier = self._commits.get((spec.name, spec.key(number, 0)))
+        if earlier is not None and hashlib.sha256(b"".join(content)).hexdigest() != earlier.sha256:
+            raise CacheMismatchError(
+                f"{self.root}: {spec.name} {spec.key(number, 0)} is lost, and its values cannot be made again: "
+                "what this recipe gives differs from what was committed"
+            )
 
     def _refresh(self, spec: ArraySpec) -> None:
         """Learn what other writers have committed of a small array since."""
@@ -417,7 +428,11 @@ class CacheWriter:
             raise CacheDamageError(f"{self.root}: {spec.name} {key}: {error.strerror}", [entry]) from error
         if len(data) != commit.bytes or hashlib.sha256(data).hexdigest() != commit.sha256:
             entry = problem(spec.name, key, "checksum", "not the object that was committed")
-            raise CacheDamageError(f"{self.root}: {spec.name} {key}: not the object that was committed", [entry])
+            raise CacheDamageError(
+                f"{self.root}: {spec.name} {key}: not the object that was committed; "
+                "delete the file to have it written again",
+                [entry],
+            )
         return np.frombuffer(data[:-4], spec.dtype).reshape(spec.chunk[1:] if spec.views else spec.chunk)
 
     def _spec(self, array: str) -> ArraySpec:

@@ -25,7 +25,9 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(key, justify="left" if first else "right", no_wrap=first, overflow="fold")
     for row in rows:
         table.add_row(*(show(value) for value in row.values()))
-    Console(stderr=True, width=max(100, Console(stderr=True).width)).print(table)
+    console = Console(stderr=True)
+    width = max(100, console.width) if console.is_terminal else 160  # a log file has no edge to wrap at
+    Console(stderr=True, width=width).print(table)
 
 
 def write_comparison(

@@ -37,11 +37,18 @@ MIN_COSINE = 0.999
 
 
 def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) -> None:
-    """Raise unless the stored order, crops and flips of the first ``views`` views are those of the plan.
+    """Raise unless labels are those of the data, and order, crops and flips of the first ``views`` views the plan's.
 
     Raises:
         CacheDamageError: an array was changed.
     """
+    stored = reader.read_array("labels")[data.ids]
+    if not np.array_equal(stored, data.labels):
+        position = int(np.flatnonzero(stored != data.labels)[0])
+        detail = (
+            f"sample {data.ids[position]}: expected {data.labels[position]} as in the data, found {stored[position]}"
+        )
+        raise CacheDamageError(f"{reader.path}: labels: {detail}", [problem("labels", "c/0", "labels", detail)])
     for view in range(views):
         order = plan.order(view, data.ids)
         positions = np.searchsorted(data.ids, order)

@@ -53,13 +53,20 @@ def pick_device(text: str, local_rank: int = 0) -> torch.device:
     """``auto`` = this rank's CUDA device when there is one, else the CPU.
 
     Raises:
-        RequestError: CUDA was asked for and is not there.
+        RequestError: neither ``cpu`` nor a CUDA device that is there.
     """
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"train.device: expected an available device, found {text!r} but torch sees no CUDA GPU")
-    return torch.device(f"cuda:{local_rank}" if text == "cuda" else text)
+    try:
+        device = torch.device(f"cuda:{local_rank}" if text == "cuda" else text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        raise RequestError(f"train.device: expected auto, cpu or one of {count} CUDA devices, found {text!r}")
+    return device
 
 
 def open_train(recipe: Recipe) -> Dataset:

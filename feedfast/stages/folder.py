@@ -41,7 +41,7 @@ def look_into(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
             )
         return False
     try:
-        theirs = json.loads(held.read_text())
+        theirs = json.loads(held.read_bytes())
     except (OSError, ValueError) as error:
         raise FeedfastError(f"{held}: cannot be read ({error}); overwrite=true starts afresh") from error
     differing = differences(theirs, comparable(recipe))

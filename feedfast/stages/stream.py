@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ class Cache:
             view: which augmentation seed.
             batch_size: rows a batch.
             device: where tensors are put.
-            taps: teacher → targets wanted; all of them without it.
+            taps: teacher → targets wanted; all of them without it, none with {}.
             pass_index: 0 is the stored order; later passes over the same view mix rows
                 (`feedfast.data.views.pass_order`).
             start_batch: first batch to hand out; nothing before it is read.
@@ -97,34 +98,42 @@ class Cache:
             normalise: images as networks take them (with the first teacher's mean and std), or uint8 pixels.
 
         Raises:
-            RequestError: no such view, teacher or tap.
-            CacheDamageError: a shard is missing, short or changed.
+            RequestError: no such view, teacher or tap, or a number below its least.
+            CacheDamageError: a shard is missing or short; while iterating, before the batch it belongs to: changed.
         """
         where = pick_device(device)
         if not 0 <= view < self.manifest.views:
             raise RequestError(f"{self.reader.path}: expected a view below {self.manifest.views}, found {view}")
-        wanted = {name: tuple(names) for name, names in (self.taps if taps is None else taps).items()}
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("start_batch", start_batch, 0),
+            ("pass_index", pass_index, 0),
+        ):
+            if value < least:
+                raise RequestError(f"{key}: expected at least {least}, found {value}")
+        wanted = {
+            name: (names,) if isinstance(names, str) else tuple(names)
+            for name, names in (self.taps if taps is None else taps).items()
+        }
         source = CachedTargets(self.reader, wanted, where)
         rows = pass_order(len(self), self.plan.seed, view, pass_index)
+        if drop_last:
+            rows = rows[: len(rows) // batch_size * batch_size]
+        # Opened here and not by the first batch: a shard that is not there ends the call, not a loop under way.
+        batches = -(-len(rows) // batch_size)
+        items = source.stream(view, rows, batch_size, start_batch) if wanted else repeat({}, batches - start_batch)
         first = next(iter(self.manifest.teachers.values()))
         transform = Normalise(first.mean, first.std).to(where) if normalise else None
-        return self._batches(view, rows, batch_size, start_batch, drop_last, source, transform, where)
+        pixels = self._pixels(view, rows, batch_size, start_batch, where)
+        return self._batches(pixels, items, source, transform)
 
     def _batches(
         self,
-        view: int,
-        rows: np.ndarray,
-        batch_size: int,
-        start_batch: int,
-        drop_last: bool,
+        pixels: Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]],
+        items: Iterator[dict[str, np.ndarray]],
         source: CachedTargets,
         transform: Normalise | None,
-        device: torch.device,
     ) -> Iterator[Batch]:
-        if drop_last:
-            rows = rows[: len(rows) // batch_size * batch_size]
-        pixels = self._pixels(view, rows, batch_size, start_batch, device)
-        items = source.stream(view, rows, batch_size, start_batch)
         for (images, labels, ids, here), item in zip(pixels, items, strict=True):
             shown = images if transform is None else transform(images)
             yield Batch(shown, labels, source.targets(item, images), ids, here)
