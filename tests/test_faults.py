@@ -194,7 +194,8 @@ def test_a_torn_log_is_an_incomplete_cache_and_is_repaired(world: World) -> None
     log = world.cache / LOG
     last = json.loads(log.read_bytes().splitlines()[-1])
     os.truncate(log, log.stat().st_size - 30)
-    error = world.train().error
+    reader = {"final": "pfeed", "logits": "kd"}.get(last["array"].split("/")[2], "ofd")
+    error = world.train(f"method.name={reader}").error
     assert "incomplete" in error
     assert last["array"] in error
     assert last["shard"] in error
@@ -306,6 +307,42 @@ def test_other_weights_under_the_same_name(world: World) -> None:
     assert outcome.code == 2
     assert "a.pt" in outcome.error
     assert not (world.student / "student.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def stranger(whole: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that differs in its teacher's weights alone, and in those little."""
+    folder = tmp_path_factory.mktemp("stranger")
+    path, weights = folder / "c.zarr", folder / "a.pt"
+    state = torch.load(whole.folder / "a.pt", weights_only=True)
+    state["block3.0.conv2.weight"] *= 1.02
+    torch.save(state, weights)
+    other = (f"cache.path={path}", f"teachers.0.weights={weights}", "cache.shard_mb=0.0625")
+    assert feedfast("cache", whole.file(), *other).code == 0
+    return path
+
+
+@pytest.mark.parametrize("array", [OFD3, LOGITS, "targets/a/ofd3/scale"])
+@pytest.mark.parametrize("origin", ["another cache", "another view"])
+def test_a_sound_object_of_somewhere_else(world: World, stranger: Path, array: str, origin: str) -> None:
+    """Same name, same length, every checksum in it right: maps of other weights or crops are not taken for these."""
+    shard = SECOND.get(array, "c/0/0")
+    if origin == "another cache":
+        source = stranger / array / shard
+    elif array.endswith("scale"):
+        source = world.cache / "targets/a/final/scale" / shard
+    else:
+        source = world.cache / array / shard.replace("c/1", "c/0")
+    target = world.cache / array / shard
+    assert source.stat().st_size == target.stat().st_size
+    shutil.copy(source, target)
+    outcome = world.train(f"method.name={METHOD.get(array, 'ofd')}")
+    assert outcome.code == 1
+    for word in (array, shard, "of another object"):
+        assert word in outcome.error
+    assert not (world.student / "student.pt").exists()
+    assert "of another object" in stopped_stream(world)
+    assert {(entry["array"], entry["shard"]) for entry in verified(world, "--full")} == {(array, shard)}
 
 
 # ---- a disk that is full

@@ -55,6 +55,12 @@ def holds_fill(spec: ArraySpec, values: Array) -> bool:
     return bool(extreme == spec.fill)
 
 
+def block_sums(spec: ArraySpec, parts: list[Any]) -> tuple[str, ...]:
+    """The last four bytes of each block of an object that is about to be written, in hex; see `feedfast.cache.log`."""
+    ends = [part[-4:] for part in parts[:-1]] if spec.compression == "zstd" else parts[1::2]
+    return tuple(bytes(end).hex() for end in ends)
+
+
 def encode_shard(shard: Shard) -> list[Any]:
     """The buffers of a shard's object, laid end to end: stored blocks, then the index.
 

@@ -11,7 +11,10 @@ An object that has gone missing or short is computed again and logged with a hig
 older line. Two different lines of the same attempt are ``log-duplicate``; two equal ones are harmless.
 
 Data followed by their own crc32c always have the same crc32c, so the object's is one constant for all objects of raw
-blocks and one shape. It finds every change within an object; only the sha256 tells two objects apart.
+blocks and one shape. It finds every change within an object, but only the sha256 tells two objects apart, and hashing
+whole objects is too slow for training. So a line also repeats the checksum that ends each block (``block_sums``): a
+reader compares eight digits a block, and a sound object of the same length from another view, another cache or other
+weights is found when its first block is read.
 
 The digest of a cache is taken over the lines in canonical order and depends on neither the writers nor the history.
 This module only reads; `feedfast.cache.writer` appends.
@@ -22,6 +25,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +46,8 @@ class Commit:
     ``rows`` are its real rows [start, stop); ``crc32c`` (8 hex digits) and ``sha256`` cover the whole object.
 
     ``saturated`` counts values the codec clipped. ``pixel_crc32c`` holds, where the writer was given them, one
-    checksum per block of rows over the decoded pixels the teachers saw.
+    checksum per block of rows over the decoded pixels the teachers saw. ``block_sums`` holds the last four bytes of
+    each stored block as they lie in the object (raw: its crc32c; zstd: the frame's checksum), 8 hex digits each.
     """
 
     array: str
@@ -55,6 +60,7 @@ class Commit:
     manifest: str
     saturated: int = 0
     pixel_crc32c: tuple[str, ...] = ()
+    block_sums: tuple[str, ...] = ()
     attempt: int = 0
 
     def to_line(self) -> str:
@@ -80,18 +86,22 @@ class Commit:
         for key, value in found.items():
             if type(value) is not _TYPES[key] or (type(value) is int and value < 0):
                 raise ValueError(f"{key}: expected {_TYPES[key].__name__}, found {value!r}")
-        rows, pixels = found["rows"], found.get("pixel_crc32c", [])
+        rows, pixels, sums = found["rows"], found.get("pixel_crc32c", []), found.get("block_sums", [])
         if len(rows) != 2 or any(type(row) is not int for row in rows) or not 0 <= rows[0] < rows[1]:
             raise ValueError(f"rows: expected [start, stop], found {rows!r}")
         if any(type(value) is not str for value in pixels):
             raise ValueError("pixel_crc32c: expected strings")
-        return cls(**{**found, "rows": (rows[0], rows[1]), "pixel_crc32c": tuple(pixels)})
+        if any(type(value) is not str or not _SUM.fullmatch(value) for value in sums):
+            raise ValueError("block_sums: expected strings of 8 hexadecimal digits")
+        own = {"rows": (rows[0], rows[1]), "pixel_crc32c": tuple(pixels), "block_sums": tuple(sums)}
+        return cls(**{**found, **own})
 
 
-_OPTIONAL: Final = {"saturated", "pixel_crc32c", "attempt"}
+_SUM: Final = re.compile("[0-9a-f]{8}")
+_OPTIONAL: Final = {"saturated", "pixel_crc32c", "block_sums", "attempt"}
 _TYPES: Final[dict[str, type]] = {
     "array": str, "shard": str, "view": int, "rows": list, "bytes": int, "crc32c": str, "sha256": str, "manifest": str,
-    "saturated": int, "pixel_crc32c": list, "attempt": int,
+    "saturated": int, "pixel_crc32c": list, "block_sums": list, "attempt": int,
 }  # fmt: skip
 
 
@@ -187,6 +197,9 @@ def check_commit(commit: Commit, specs: Mapping[str, ArraySpec]) -> Problem | No
         expected = f"view {view}, rows {list(spec.shard_span(shard))}"
         found = f"view {commit.view}, rows {list(commit.rows)}"
         return problem(commit.array, commit.shard, "log-damaged", f"expected {expected}, found {found}")
+    if commit.block_sums and len(commit.block_sums) != spec.real_blocks(shard):
+        detail = f"expected {spec.real_blocks(shard)} block_sums, found {len(commit.block_sums)}"
+        return problem(commit.array, commit.shard, "log-damaged", detail)
     return None
 
 

@@ -275,8 +275,10 @@ class CacheReader:
         return spec
 
     def _source(self, array: str, view: int) -> ArrayView:
-        sizes = {shard: commit.bytes for shard, commit in self.committed(array, view).items()}
-        return ArrayView(self.specs[array], self.path / array, view, sizes)
+        commits = self.committed(array, view)
+        sizes = {shard: commit.bytes for shard, commit in commits.items()}
+        sums = {shard: commit.block_sums for shard, commit in commits.items()}
+        return ArrayView(self.specs[array], self.path / array, view, sizes, sums)
 
     def _absent(self, source: ArrayView, shards: Iterable[int]) -> list[Problem]:
         problems: list[Problem] = []

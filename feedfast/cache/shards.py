@@ -13,8 +13,9 @@ at about 30 GB/s a block holds it for tens of microseconds.
 Checked, in this order: the file's length against the commit log before a byte is read; the index's checksum; offset
 and length of each block against the file; for zstd the frame header (content size as expected, checksum flag set: a
 flipped flag would otherwise switch the check off, and a forged content size would choose how much memory the decoder
-takes); the block's own checksum; the fill value inside rows that hold data. A flipped bit that zstd itself ignores
-(there is an unused one in its header) changes no value and is left to ``verify --full``.
+takes); the block's own checksum, and that it is the one in the commit log; the fill value inside rows that hold
+data. A flipped bit that zstd itself ignores (there is an unused one in its header) changes no value and is left to
+``verify --full``.
 
 Announcing blocks to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed nothing:
 the threads' own reads keep a local disk busy.
@@ -47,16 +48,36 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ArrayView:
-    """One view of one array: how it is stored (``spec``), where (``folder``), its committed bytes by shard number."""
+    """One view of one array: how it is stored (``spec``), where (``folder``), its committed bytes by shard number.
+
+    ``sums`` are the logged ends of each shard's blocks, where there are any (`feedfast.cache.log`).
+    """
 
     spec: ArraySpec
     folder: Path
     view: int
     sizes: Mapping[int, int] = field(repr=False)
+    sums: Mapping[int, Sequence[str]] = field(default_factory=dict, repr=False)
 
     def path(self, shard: int) -> Path:
         """The shard's file."""
         return self.folder / self.spec.key(self.view, shard)
+
+    def refuse_stranger(self, shard: int, block: int, end: Bytes) -> None:
+        """Raise unless a sound block, whose last four bytes are ``end``, is the one that was committed.
+
+        Args:
+            shard: number of the shard.
+            block: number of the block within it.
+            end: uint8 [4].
+
+        Raises:
+            CacheDamageError: kind ``checksum``.
+        """
+        sums = self.sums.get(shard)
+        if sums and end.tobytes().hex() != sums[block]:
+            number = shard * self.spec.blocks_per_shard + block if self.spec.sharded else None
+            raise self.damage("checksum", shard, "sound, but not what was committed: it is of another object", number)
 
     def damage(self, kind: str, shard: int, detail: str, block: int | None = None) -> CacheDamageError:
         """The error for a bad shard; ``block`` counts from the start of the view."""
@@ -196,6 +217,8 @@ class Shard:
         for block, part, stored in zip(blocks, parts, sums.view("<u4")[:, 0].tolist(), strict=True):
             if crc32c(part) != stored:
                 raise self.source.damage("checksum", self.number, "the block does not match its crc32c", block)
+        for block, end in zip(blocks, sums, strict=True):
+            self.source.refuse_stranger(self.number, block % self.source.spec.blocks_per_shard, end)
 
     def _read_zstd(self, blocks: Sequence[int], ranges: list[tuple[int, int]], parts: list[Bytes]) -> None:
         for first, last in _adjacent(ranges):
@@ -208,6 +231,7 @@ class Shard:
                     decompress(frame, "zstd", parts[i])
                 except CacheDamageError as error:
                     raise self.source.damage("checksum", self.number, str(error), blocks[i]) from None
+                self.source.refuse_stranger(self.number, blocks[i] % self.source.spec.blocks_per_shard, frame[-4:])
 
 
 class ShardFiles:
@@ -274,4 +298,5 @@ def read_small(source: ArrayView, number: int = 0) -> Bytes:
     file.read([data, stored], 0)
     if crc32c(data) != int(stored.view("<u4")[0]):
         raise source.damage("checksum", number, "the array does not match its crc32c")
+    source.refuse_stranger(number, 0, stored)
     return data

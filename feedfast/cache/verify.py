@@ -69,7 +69,8 @@ def verify_cache(
                 known[spec.locate(commit.shard)] = commit
         for view in range(spec.num_views):
             sizes = {shard: known[view, shard].bytes for shard in range(spec.num_shards) if (view, shard) in known}
-            source = ArrayView(spec, root / spec.name, view, sizes)
+            sums = {shard: known[view, shard].block_sums for shard in sizes}
+            source = ArrayView(spec, root / spec.name, view, sizes, sums)
             for shard in range(spec.num_shards):
                 commit_of = known.get((view, shard))
                 key = spec.key(view, shard)

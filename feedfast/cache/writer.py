@@ -35,7 +35,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from feedfast.cache.assemble import Shard, block_ends, encode_shard, holds_fill
+from feedfast.cache.assemble import Shard, block_ends, block_sums, encode_shard, holds_fill
 from feedfast.cache.codec import crc32c, crc_bytes
 from feedfast.cache.create import open_for_writing
 from feedfast.cache.layout import ArraySpec, array_specs
@@ -341,6 +341,7 @@ class CacheWriter:
             manifest=self._digests[spec.name],
             saturated=saturated,
             pixel_crc32c=tuple(pixels),
+            block_sums=block_sums(spec, parts),
             attempt=earlier.attempt + 1 if earlier else 0,
         )
         with self._lock:
