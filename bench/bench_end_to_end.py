@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -143,24 +143,23 @@ def steps(run: StudentRun, start: int) -> Iterator[tuple[int, PixelBatch, Any]]:
 
 
 def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
-    """Step from the cache, from RAM (pixels, targets), from RAM targets and streamed pixels, beside live teachers."""
+    """Step from the cache, from RAM (pixels and targets), and beside live teachers."""
     cached = StudentRun(recipe(tree, method, folder), Ranks(), quiet=True)
     live = StudentRun(recipe(tree, method, folder, "live"), Ranks(), quiet=True)
     held = [
         (batch, {name: value.copy() for name, value in item.items()})
         for _, (batch, item) in zip(range(count), cached.batches(0), strict=False)
     ]
-    # A live source reads nothing ahead but pixels: that is the stream of the steps whose targets lie in RAM.
-    streams = {"cached": steps(cached, 0), "live": steps(live, 0), "pixels": steps(live, 0)}
+    streams = {"cached": steps(cached, 0), "live": steps(live, 0)}
 
     def one(kind: str, number: int) -> float:
         begin = time.perf_counter()
+        if kind == "teachers":
+            live.source.targets(None, held[number % len(held)][0].images)
+            return (time.perf_counter() - begin) * 1e3
         if kind == "ram":
             batch, item = held[number % len(held)]
             losses = cached.step(number, batch, item)
-        elif kind == "ram targets":
-            step, batch, _ = next(streams["pixels"])
-            losses = cached.step(step, batch, held[number % len(held)][1])
         else:
             step, batch, item = next(streams[kind])
             losses = (cached if kind == "cached" else live).step(step, batch, item)
@@ -169,35 +168,25 @@ def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, co
             raise SystemExit(f"{method}, {kind}: loss {value}; no timing without a sound step")
         return (time.perf_counter() - begin) * 1e3
 
-    kinds = ("ram", "cached", "ram targets", "live")
+    kinds = ("ram", "cached", "live", "teachers")
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for kind in kinds if number % 2 else reversed(kinds):
-            measured = [one(kind, step) for step in range(count if kind != "live" else max(2, count // 3))]
+            measured = [one(kind, step) for step in range(count)]
             if number:
                 times[kind].append(statistics.median(measured))
             time.sleep(0.02)
-    images = held[0][0].images
-    teachers_ms = [_timed(lambda: live.source.targets(None, images)) for _ in range(5)]
     for run in (cached, live):
         run.loader.close()
-    student = statistics.median(times["ram"])
-    ideal = (statistics.median(teachers_ms) + student) / student
+    ideal = [(teachers + ram) / ram for teachers, ram in zip(times["teachers"], times["ram"], strict=True)]
+    live_over_cached = _ratios(times["live"], times["cached"])
     return {
         "cached_over_ram": _ratios(times["cached"], times["ram"]),
-        "cached_over_ram_targets": _ratios(times["cached"], times["ram targets"]),
-        "live_over_cached": _ratios(times["live"], times["cached"]),
+        "live_over_cached": live_over_cached,
         "ideal_live_over_cached": ideal,
-        "share_of_ideal": statistics.median(_ratios(times["live"], times["cached"])) / ideal,
-        **{f"{kind.replace(' ', '_')}_ms": statistics.median(values) for kind, values in times.items()},
-        "teachers_ms": statistics.median(teachers_ms),
+        "share_of_ideal": _ratios(live_over_cached, ideal),
+        **{f"{kind}_ms": statistics.median(values) for kind, values in times.items()},
     }
-
-
-def _timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return (time.perf_counter() - begin) * 1e3
 
 
 def _ratios(above: list[float], below: list[float]) -> list[float]:
@@ -247,9 +236,8 @@ def main(argv: list[str] | None = None) -> None:
             row = {
                 "method": method,
                 "cached / RAM": spread(step["cached_over_ram"]),
-                "cached / RAM targets": spread(step["cached_over_ram_targets"]),
                 "live / cached": spread(step["live_over_cached"]),
-                "of ideal": step["share_of_ideal"],
+                "of ideal": spread(step["share_of_ideal"]),
                 "caching / forward": spread(caching["ratio"]),
                 "bytes a sample": caching["bytes_per_sample"],
                 "bytes / CHW": caching["bytes_over_chw"],
