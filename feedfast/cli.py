@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help=(__doc__ or "").split("\n")[0],
+    help="Distil from an ensemble of teachers: run them once, then train students from what they said.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recipe")]
