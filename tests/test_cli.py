@@ -495,21 +495,21 @@ def test_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "feedfast",
-        "train",
-        recipe,
-        f"train.out={tmp_path / 'out'}",
-        "train.epochs=100000",
-    ]
-    job = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.02)
-    job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=60)
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: the job is given its handler back.
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from feedfast.cli import main; main()"
+    )
+    arguments = ["train", recipe, f"train.out={tmp_path / 'out'}", "train.epochs=100000"]
+    command = [sys.executable, "-c", start, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            metrics = tmp_path / "out" / "metrics.jsonl"
+            while job.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+                time.sleep(0.02)
+            job.send_signal(signal.SIGINT)
+            out, err = job.communicate(timeout=60)
+        finally:
+            job.kill()
     assert job.returncode == 130, err
     assert out == ""
     assert "Traceback" not in err
