@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton's decorators bind to the compiler or to the interpreter when it is imported: without a GPU, the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One thread: the networks here are tiny, and a busy machine makes OpenMP threads wait for each other.
 torch.set_num_threads(1)
 
@@ -19,3 +23,23 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"real images not found: {folder} (set FEEDFAST_DATA)")
     return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a CUDA device its tests are not offered: hundreds of skips would hide the one that matters."""
+    if torch.cuda.is_available():
+        return
+    gone = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gone)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the Triton kernels run: in Triton's interpreter on CPU tensors, or compiled on a GPU."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled here; the interpreter is for machines without a GPU")
+    monkeypatch.setattr("feedfast_kernels._ops.INTERPRET", True)
+    return torch.device("cpu")

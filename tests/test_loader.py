@@ -387,7 +387,6 @@ def test_the_bench_still_runs(shared_data: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_is_close_to_cpu(cifar: Dataset, photos: Dataset) -> None:
     for data, plan in ((cifar, ViewPlan(0, 32, "pad-crop-flip")), (photos, ViewPlan(0, 96, "resized-crop-flip"))):
         rows = np.arange(len(data))

@@ -1,0 +1,71 @@
+"""Loading tiles of maps and codes: what the kernels of several operations share.
+
+Legend: B batch, R = H * W pixels of a sample, C channels. A tile is [ROWS, BLOCK_C]: pixels by channels.
+
+Stored codes are [B, R, C]. A float map is either [B, R, C] in memory (channels-last: SPATIAL_FIRST is False) or
+[B, C, R]. When all maps of a call are channels-last the batch is one image of B * R pixels (IMAGE_ROWS is 0, their
+number a run-time argument: the last batch of an epoch compiles nothing new). Otherwise tiles stay inside a sample of
+IMAGE_ROWS pixels, a constant so that the compiler knows how rows are aligned, and one operand's tile is turned round in
+shared memory.
+
+Masked lanes read 0, and 0 is not neutral after an affine map (it becomes the offset): callers mask again afterwards.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(rows, C: tl.constexpr, PACKED: tl.constexpr, IMAGE_ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """Where this program's SPAN rows are.
+
+    Returns:
+        the rows that exist from its first on (at most SPAN), its first row relative to what the next two point at, and
+        the int64 starts of that in maps and in stored codes.
+    """
+    if IMAGE_ROWS == 0:
+        start = tl.program_id(0).to(tl.int64) * SPAN
+        left = tl.minimum(rows - start, SPAN).to(tl.int32)
+        first = 0
+    else:
+        chunks: tl.constexpr = (IMAGE_ROWS + SPAN - 1) // SPAN
+        image = tl.program_id(0) // chunks
+        first = (tl.program_id(0) - image * chunks) * SPAN
+        left = tl.minimum(IMAGE_ROWS - first, SPAN)
+        start = image.to(tl.int64) * IMAGE_ROWS
+    return left, first, start * C, start * PACKED
+
+
+@triton.jit
+def map_offsets(row, c, C: tl.constexpr, IMAGE_ROWS: tl.constexpr, SPATIAL_FIRST: tl.constexpr):
+    """int32 [ROWS, BLOCK_C] offsets of a float map."""
+    return row[:, None] + c[None, :] * IMAGE_ROWS if SPATIAL_FIRST else row[:, None] * C + c[None, :]
+
+
+@triton.jit
+def inside(row_ok, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mask of a tile: constant along the channels wherever the block divides them, or accesses are one element wide."""
+    return row_ok[:, None] if C % BLOCK_C == 0 else row_ok[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def channel_values(ptr, c, c_ok):
+    """fp32 [BLOCK_C] of a per-channel vector; 0 beyond the last channel."""
+    return tl.load(ptr + c, mask=c_ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_codes(ptr, row, row_ok, c0, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr):
+    """fp32 [ROWS, BLOCK_C] of codes 0..254 or 0..14, not yet scaled; `ptr` points at row 0 of the tile."""
+    if CODEC == "u4":
+        packed: tl.constexpr = (C + 1) // 2
+        pair = c0 // 2 + tl.arange(0, BLOCK_C // 2)
+        ok = inside(row_ok, 2 * pair, C, BLOCK_C)
+        byte = tl.load(ptr + row[:, None] * packed + pair[None, :], mask=ok, other=0)
+        code = tl.reshape(tl.join(byte & 15, byte >> 4), (ROWS, BLOCK_C))
+    else:
+        c = c0 + tl.arange(0, BLOCK_C)
+        code = tl.load(ptr + row[:, None] * C + c[None, :], mask=inside(row_ok, c, C, BLOCK_C), other=0)
+    return code.to(tl.float32)

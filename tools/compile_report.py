@@ -1,0 +1,195 @@
+"""What the compiler makes of every kernel, for GPUs that are not here: registers, stack, spills, access widths.
+
+Each operation plans its launches from meta tensors of the shapes real networks have, exactly as it does from real ones,
+and Triton compiles them for sm_80, sm_90 and sm_100. Numbers come from the machine code, read with the disassembler in
+Triton's wheel:
+
+    regs        registers a thread; with the warps and the shared memory they bound how many programs fit
+    stack       bytes of local memory a thread; 0, or the kernel spills
+    spills      loads and stores of local memory (LDL, STL)
+    load, store bits of the widest access to global memory; 128 is the most a thread can ask for
+    narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorised
+    sass/el     instructions a thread executes for one element of the map, prologue and tail included
+    occupancy   warps that fit on a multiprocessor, of the most
+
+    python tools/compile_report.py [--arch 90 ...] [--op partial_l2 ...] [--quick]
+
+A table goes to stderr; the last line of stdout is one JSON document. What this cannot see: time, races, alignment that
+the caller does not deliver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # a decorator binds to the interpreter for good
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
+
+import torch
+import triton
+from launches import Case, cases  # beside this file
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from feedfast_kernels.gpu.launch import Launch
+
+POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+# a multiprocessor holds so many registers, bytes of shared memory, warps and programs (CUDA programming guide)
+LIMITS = {80: (65536, 164 << 10, 64, 32), 90: (65536, 228 << 10, 64, 32), 100: (65536, 228 << 10, 64, 32)}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one launch became."""
+
+    name: str
+    arch: int
+    regs: int
+    stack_bytes: int
+    spills: int
+    widest_load_bits: int
+    widest_store_bits: int
+    narrow: int
+    shared_bytes: int
+    instructions: int
+    sass_per_element: float
+    warps: int
+    occupancy_warps: int
+    most_warps: int
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The launch as the JIT would specialise it: argument types, 16-byte alignment, integers that are 1."""
+    signature: dict[str, Any] = {}
+    constants = dict(launch.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    names = launch.kernel.arg_names
+    for name in names:
+        index = names.index(name)
+        value = launch.arguments.get(name)
+        if name in launch.constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, tuple):
+            signature[name] = tuple(POINTER[x.dtype] if x is not None else "constexpr" for x in value)
+            for position, x in enumerate(value):
+                if x is not None:
+                    attributes[(index, position)] = [["tt.divisibility", 16]]
+                else:
+                    constants[(index, position)] = None
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTER[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage and machine code of one binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED):(\d+)", usage.stdout + usage.stderr)}
+    return numbers, sass
+
+
+def access_bits(sass: str, kind: str) -> list[int]:
+    """Bits of every LDG or STG, and a 0 in front."""
+    widths = [0]
+    for modifiers in re.findall(rf"\b{kind}((?:\.\w+)*)", sass):
+        named = [int(part) for part in modifiers.split(".") if part in ("64", "128", "256")]
+        small = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
+        widths.append(named[0] if named else next((b for m, b in small.items() if m in modifiers.split(".")), 32))
+    return widths
+
+
+def report(case: Case, arch: int) -> Report:
+    """Compile one launch for one architecture and read the result."""
+    launch = case.launch
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False}
+    binary = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    usage, sass = disassemble(binary.asm["cubin"])
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
+    code = [op for op in code if not op.startswith("NOP")]
+    registers, shared, most_warps, most_programs = LIMITS[arch]
+    shared_bytes = int(binary.metadata.shared)
+    fit = [most_programs, most_warps // launch.warps]
+    fit.append(registers // (-(-usage["REG"] * 32 // 256) * 256) // launch.warps)
+    if shared_bytes:
+        fit.append(shared // (shared_bytes + 1024))
+    loads, stores = access_bits(sass, "LDG"), access_bits(sass, "STG")
+    threads = prod(launch.grid) * launch.warps * 32
+    return Report(
+        name=case.name,
+        arch=arch,
+        regs=usage["REG"],
+        stack_bytes=usage["STACK"],
+        spills=sum(op.startswith(("LDL", "STL")) for op in code),
+        widest_load_bits=max(loads),
+        widest_store_bits=max(stores),
+        narrow=sum(0 < bits < 32 for bits in loads + stores),
+        shared_bytes=shared_bytes,
+        instructions=len(code),
+        sass_per_element=round(len(code) * threads / case.elements, 1),
+        warps=launch.warps,
+        occupancy_warps=min(fit) * launch.warps,
+        most_warps=most_warps,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
+    parser.add_argument("--op", nargs="+", help="only these operations")
+    parser.add_argument("--quick", action="store_true", help="the shapes that compile differently, once each")
+    options = parser.parse_args()
+    rows = []
+    line = "{:<58} {:>4} {:>5} {:>6} {:>6} {:>5} {:>5} {:>6} {:>7} {:>8} {:>6}"
+    head = line.format(
+        "launch", "arch", "regs", "stack", "spills", "load", "store", "narrow", "shared", "sass/el", "warps"
+    )
+    print(head, file=sys.stderr)
+    for case in cases(options.quick):
+        if options.op and case.operation not in options.op:
+            continue
+        for arch in options.arch:
+            r = report(case, arch)
+            rows.append(asdict(r))
+            occupancy = f"{r.occupancy_warps}/{r.most_warps}"
+            widths = (r.widest_load_bits, r.widest_store_bits, r.narrow)
+            text = line.format(
+                r.name, arch, r.regs, r.stack_bytes, r.spills, *widths, r.shared_bytes, r.sass_per_element, occupancy
+            )
+            print(text, file=sys.stderr, flush=True)
+    print(json.dumps({"triton": triton.__version__, "reports": rows}))
+
+
+if __name__ == "__main__":
+    main()
