@@ -1,0 +1,249 @@
+"""The benches of the kernels: they run everywhere at tiny sizes, refuse a number to what is wrong, and count right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+CPU = torch.device("cpu")
+NAMES = ["partial_l2"]
+# bytes of a bf16 student element and its u8 code: forward, backward (student + code, and the gradient out)
+HAND_COUNT = {"partial_l2": (2 + 1, 2 + 1 + 2)}
+COLUMNS = [
+    "date", "commit", "gpu", "torch", "triton", "cuda", "operation", "shape", "dtype", "codec", "layout", "variant",
+    "direction", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "percent_of_copy", "peak_bytes", "note",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench_on_path() -> Iterator[None]:
+    """The benches import the module they share as scripts do: from their own folder."""
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture
+def measure() -> ModuleType:
+    import measure
+
+    return measure
+
+
+def bench_of(name: str) -> Any:
+    return __import__(f"bench_{name}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tiny_run_says_everything(
+    name: str, measure: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bench, out = bench_of(name), tmp_path / "results.csv"
+    committed = {file: file.read_bytes() for file in BENCH.glob("*.csv")}
+    assert measure.main(bench.settings, bench.__doc__, ["--tiny", "--device", "cpu", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS == list(document["rows"][0])
+    assert len(rows) == len(document["rows"]) == document["measured"] + document["skipped"]
+    planned = {
+        (s.operation, s.shape, s.dtype, s.codec, s.layout, variant, direction)
+        for s in bench.settings(True)
+        for variant in s.variants
+        for direction in (("both",) if "graph" in variant else s.directions)
+    }
+    keys = ("operation", "shape", "dtype", "codec", "layout", "variant", "direction")
+    assert {tuple(row[key] for key in keys) for row in rows} == planned
+    assert {row["variant"] for row in rows} >= {"feedfast", "copy", "compile default", "reference eager"}
+    for row in document["rows"]:
+        compiles, graphs = row["variant"].startswith("compile"), "graph" in row["variant"]
+        assert row["note"].startswith("skipped: ") == (row["median_ms"] is None) == (compiles or graphs), row
+        if row["median_ms"] is not None:
+            assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert row["gbps"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+            assert (row["gpu"], row["cuda"], row["peak_bytes"]) == ("cpu", "", None)
+    first = {row["variant"] for row in document["rows"][: len(document["rows"]) // 4]}
+    assert first == {"feedfast", "copy"}, "what matters comes first"
+    assert {file: file.read_bytes() for file in BENCH.glob("*.csv")} == committed
+
+
+@pytest.mark.parametrize("name", HAND_COUNT)
+def test_bytes_are_those_counted_by_hand(name: str) -> None:
+    setting = bench_of(name).settings(True)[0]
+    assert (setting.dtype, setting.codec) == ("bf16", "u8")
+    work = setting.build(CPU)
+    elements = sum(leaf.numel() for leaf in work.leaves if leaf.ndim > 1)
+    forward, backward = HAND_COUNT[name]
+    assert work.bytes == {
+        "forward": forward * elements,
+        "backward": backward * elements,
+        "both": (forward + backward) * elements,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_composites_are_one_graph(name: str, measure: Any) -> None:
+    """What `torch.compile` is given has no graph break, and its gradients are right when traced."""
+    for setting in bench_of(name).settings(True):
+        work = setting.build(CPU)
+        if "compile default" in setting.variants:
+            call = measure.compiled(work.calls["compile default"], None, backend="aot_eager")
+            assert measure.wrong(measure.outcome(call, work.leaves), call.expected(), call.tolerance) == ""
+
+
+def test_the_kernels_pass_the_check_of_the_bench(measure: Any, kernel_device: torch.device) -> None:
+    """On CPU tensors Triton's interpreter runs them: what the bench will time is what it checks."""
+    for name in NAMES:
+        for setting in bench_of(name).settings(True):
+            work = setting.build(kernel_device)
+            call = work.calls["feedfast"]
+            # the interpreter truncates to bf16 where a GPU rounds
+            allowed = 2.0**-7 if kernel_device.type == "cpu" else call.tolerance.gradient
+            tolerance = replace(call.tolerance, gradient=allowed)
+            assert measure.wrong(measure.outcome(call, work.leaves), call.expected(), tolerance) == "", setting
+
+
+def one_setting(measure: Any, **functions: Any) -> tuple[Any, Any]:
+    """A bench of the sum of squares of 1000 random values, computed by each of the functions."""
+
+    def build(device: torch.device) -> Any:
+        leaf = measure.random_map((10, 100), torch.float32, "", device, seed=0).requires_grad_()
+        calls = {
+            name: measure.Call(function, (leaf,), lambda: measure.exact(lambda x: x.square().sum(), [leaf]))
+            for name, function in functions.items()
+        }
+        return measure.Work([leaf], {"forward": 4000, "backward": 8000, "both": 12000}, calls)
+
+    setting = measure.Setting("squares", "10x100", "fp32", "", "", build, (*functions, "copy"))
+    return setting, measure.Bench(CPU, tiny=True)
+
+
+def test_a_wrong_variant_gets_no_number(measure: Any) -> None:
+    def nan_gradient(x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum() + 0 * (x - x).sqrt().sum()  # 0 in the loss, 0 * inf in the gradient
+
+    setting, bench = one_setting(
+        measure,
+        feedfast=lambda x: x.square().sum(),
+        wrong_loss=lambda x: x.square().sum() * 1.001,
+        wrong_gradient=lambda x: x.square().sum() + (x - x.detach())[3, 7],
+        nan_gradient=nan_gradient,
+        broken=lambda x: x.square().sum() + torch.ones(3)[x.shape[0]],
+    )
+    rows = measure.run([setting], bench, 0, lambda row: None)
+    by_variant = {name: [r for r in rows if r.variant == name] for name in setting.variants}
+    assert [r.median_ms is None for r in by_variant["feedfast"]] == [False] * 3
+    for name, reason in {
+        "wrong_loss": "wrong: result 0 differs in 1 of 1 values (relative 1e-05)",
+        "wrong_gradient": "wrong: result 1 differs in 1 of 1000 values (relative 1e-05); at (3, 7)",
+        "nan_gradient": "wrong: result 1 differs in 1000 of 1000 values",
+        "broken": "failed: IndexError",
+    }.items():
+        assert [r.direction for r in by_variant[name]] == ["forward", "backward", "both"]
+        for row in by_variant[name]:
+            assert row.note.startswith(reason)
+            assert (row.median_ms, row.gbps, row.percent_of_copy, row.bytes) == (None, None, None, None)
+
+
+def test_numbers_are_what_they_say(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 ms for 12,000 bytes are 0.006 GB/s; a copy that takes 0.5 ms makes that 25 %."""
+    setting, bench = one_setting(measure, feedfast=lambda x: x.square().sum())
+    monkeypatch.setattr(measure.Bench, "time", lambda *_: measure.Timing(2.0, 1.5, 2.5))
+    monkeypatch.setattr(measure.Bench, "copy", lambda *_: measure.Timing(0.5, 0.5, 0.5))
+    rows = {(r.variant, r.direction): r for r in measure.run([setting], bench, 0, lambda row: None)}
+    row = rows["feedfast", "both"]
+    assert (row.bytes, row.gbps, row.percent_of_copy) == (12000, pytest.approx(0.006), 25.0)
+    assert (row.p20_ms, row.median_ms, row.p80_ms) == (1.5, 2.0, 2.5)
+    assert rows["copy", "both"].gbps == pytest.approx(0.024)
+    assert measure.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 0.2) == pytest.approx(1.8)
+    assert measure.percentile([7.0], 0.8) == 7.0
+
+
+def test_codes_may_differ_only_where_told(measure: Any) -> None:
+    codes = torch.arange(10, dtype=torch.uint8)
+    other = codes.clone()
+    other[4] = 9
+    assert measure.wrong([codes], [codes], measure.Tolerance()) == ""
+    assert "result 0 differs in 1 of 10" in measure.wrong([other], [codes], measure.Tolerance())
+    assert measure.wrong([other], [codes], measure.Tolerance(share=0.1)) == ""
+    count, near, far = torch.tensor(1000), torch.tensor(1001), torch.tensor(1100)
+    assert measure.wrong([near], [count], measure.Tolerance())
+    assert measure.wrong([near], [count], measure.Tolerance(share=0.01)) == ""
+    assert measure.wrong([far], [count], measure.Tolerance(share=0.01))
+    assert "shape" in measure.wrong([codes[:3]], [codes], measure.Tolerance())
+
+
+def test_when_the_time_is_up_the_rest_says_so(measure: Any) -> None:
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(30)
+        return x.sum()
+
+    setting, bench = one_setting(measure, feedfast=lambda x: x.square().sum(), slow=slow, never=slow)
+    begin = time.monotonic()
+    rows = measure.run([setting], bench, 0.5, lambda row: None)
+    assert time.monotonic() - begin < 10
+    assert [r.median_ms is not None for r in rows if r.variant in ("feedfast", "copy")] == [True] * 6
+    late = [r for r in rows if r.variant in ("slow", "never")]
+    assert len(late) == 6
+    assert {r.note for r in late} == {"skipped: the time budget of 0.5 s was spent"}
+
+
+def test_on_a_gpu_caches_are_cold_and_the_host_is_ahead(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of things around a timed call, with a GPU that only writes down what it is asked."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("event")
+
+        def elapsed_time(self, _: Event) -> float:
+            return 4.0
+
+    properties = SimpleNamespace(L2_cache_size=50 << 20)
+    sizes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(4 * size) or torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("wait" if cycles >= 2e5 else "too short"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: said.append("finish"))
+    bench = measure.Bench(torch.device("cuda"), tiny=True)
+    assert sizes == [4 * (50 << 20)]
+    bench.flush = SimpleNamespace(add_=lambda _: said.append("write"))
+    timing = bench.time(lambda _: said.append("run"), lambda: said.append("prepare"))
+    once = ["prepare", "write", "wait", "event", "run", "event", "finish"]
+    assert said == 4 * once
+    assert (timing.median_ms, timing.p20_ms, timing.p80_ms) == (4.0, 4.0, 4.0)
+    assert timing.host_us is not None
+
+
+def test_without_a_gpu_a_bench_says_so(measure: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert measure.main(bench_of("partial_l2").settings, "", []) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_data_is_random_and_not_all_alive(measure: Any) -> None:
+    codes = measure.random_codes((4, 32, 5, 5), "u4", CPU, seed=0)
+    low, high = codes.data & 15, codes.data >> 4
+    assert (int(low.max()), int(high.max()), int(low.min())) == (14, 14, 0)
+    odd = measure.random_codes((4, 5, 3, 3), "u4", CPU, seed=0)
+    assert odd.shape == (4, 5, 3, 3)
+    assert int((odd.data[..., -1] >> 4).max()) == 0
+    silent = float((measure.random_codes((4, 32, 5, 5), "u8", CPU, seed=0).data < 101).float().mean())
+    assert 0.3 < silent < 0.5
