@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
-from measure import Call, Setting, Work, exact, main, random_codes, random_map
+from measure import DTYPES, Call, Setting, Work, exact, main, random_codes, random_map
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, decode, partial_l2
@@ -37,7 +37,6 @@ EVERYONE = (
     "feedfast", "copy", "compile default", "reference eager", "official eager", "composite eager",
     "compile max-autotune",
 )  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def settings(tiny: bool) -> list[Setting]:

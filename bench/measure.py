@@ -54,6 +54,7 @@ UPSTREAM = 0.37
 OURS, COPY = "feedfast", "copy"
 COMPILED = {"compile default": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
 LATER = {"composite eager": 2, "compile max-autotune": 3}  # everything else but ours and the copy is 1
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RESULTS = Path(__file__).with_name("results.csv")
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a result, half a last place
 
@@ -97,11 +98,13 @@ class Tolerance:
         gradient: of a gradient's element, times its size plus the root mean square of all; None follows the dtype.
         share: of the elements that may be off nevertheless, where a rounding decides between two results: signs at a
             tie, codes half way between two integers.
+        vector: in place of ``gradient`` for vectors, which are sums over many elements.
     """
 
     value: float = 1e-5
     gradient: float | None = None
     share: float = 0.0
+    vector: float = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +289,8 @@ def wrong(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: Toler
     """Empty where the results are right, else what is not."""
     if len(actual) != len(expected):
         return f"{len(actual)} results instead of {len(expected)}"
-    for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
+    for index, (got, exact_one) in enumerate(zip(actual, expected, strict=True)):
+        want = exact_one.double() if got.is_floating_point() else exact_one
         if got.shape != want.shape:
             return f"result {index} has the shape {list(got.shape)} instead of {list(want.shape)}"
         if not got.is_floating_point():
@@ -298,6 +302,7 @@ def wrong(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: Toler
             bound = f"relative {tolerance.value:g}"
         else:
             relative = ROUNDING[got.dtype] if tolerance.gradient is None else tolerance.gradient
+            relative = tolerance.vector if got.ndim == 1 else relative
             error = (got.double() - want).abs()
             bad = ~(error <= relative * 1.01 * (want.abs() + want.square().mean().sqrt()))
             bound = f"relative {relative:g}"

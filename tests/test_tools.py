@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,3 +54,150 @@ def test_gpu_check_says_that_there_is_no_gpu() -> None:
     )
     assert (job.returncode, job.stdout) == (2, '{"gpu": null, "checked": false}\n')
     assert "no CUDA GPU" in job.stderr
+
+
+@pytest.fixture
+def gpu_check() -> Any:
+    """The module behind gpu_check.sh."""
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOLS / "gpu_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # sanitize_kernels.py imports it, too
+    spec.loader.exec_module(module)
+    return module
+
+
+def shell(check: Any, name: str, script: str, limit_s: float = 60.0, **others: Any) -> Any:
+    return check.Part(name, ("bash", "-c", script), limit_s, **others)
+
+
+ROW = {
+    "operation": "partial_l2", "shape": "2x3", "dtype": "bf16", "codec": "u8", "layout": "NHWC", "direction": "both",
+    "variant": "feedfast", "median_ms": 2.0, "gbps": 4000.0, "percent_of_copy": 93.5, "note": "",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU that is not here")
+
+
+def pretend_parts(check: Any, monkeypatch: pytest.MonkeyPatch, tests_exit: int) -> None:
+    """Parts that answer at once: the report spills nothing, a bench has rows, one tool is not there."""
+    answer = json.dumps({"measured": 2, "skipped": 0, "wrong_or_failed": 0, "rows": [
+        ROW, {**ROW, "variant": "compile default", "median_ms": 5.0}, {**ROW, "variant": "copy", "median_ms": 1.9},
+    ]})  # fmt: skip
+    report = '{"reports": [{"name": "k", "regs": 32, "spills": 0, "stack_bytes": 0}]}'
+    real = check.start_part
+
+    def start(part: Any) -> Any:
+        if part.name == "compile report":
+            part = shell(check, part.name, f"echo '{report}'", read=part.read)
+        return real(part)
+
+    monkeypatch.setattr(check, "start_part", start)
+    monkeypatch.setattr(check, "parts_before", lambda _: [shell(check, "kernel tests", f"exit {tests_exit}")])
+    monkeypatch.setattr(
+        check, "bench_part", lambda name, *_: shell(check, f"bench {name}", f"echo '{answer}'", read=check.read_bench)
+    )
+    monkeypatch.setattr(check, "parts_after", lambda *_: [shell(check, "memcheck", "exit 1", missing="not on PATH")])
+
+
+@pytest.mark.usefixtures("pretend_gpu")
+@pytest.mark.parametrize("tests_exit", [0, 1])
+def test_gpu_check_goes_on_after_a_failure(
+    gpu_check: Any, tests_exit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend_parts(gpu_check, monkeypatch, tests_exit)
+    file = tmp_path / "gpu.json"
+    assert gpu_check.main(["--json", str(file)]) == tests_exit
+    said = capfd.readouterr()
+    document = json.loads(file.read_text())
+    assert (document["checked"], document["ok"], document["gpu"]) == (True, tests_exit == 0, "a GPU that is not here")
+    parts = document["parts"]
+    assert parts["kernel tests"]["ok"] is (tests_exit == 0)
+    assert parts["bench partial_l2"]["rows"][0] == ROW
+    assert parts["compile report"]["most_registers"] == 32
+    assert parts["memcheck"] == {"ok": None, "seconds": 0.0, "note": "skipped: not on PATH"}
+    short = json.loads(said.out.splitlines()[-1])
+    assert "rows" not in short["parts"]["bench partial_l2"]
+    line = next(line for line in said.err.splitlines() if line.startswith("partial_l2"))
+    assert line.split() == ["partial_l2", "2x3", "bf16/u8", "NHWC", "both", "2.0000", "4000", "93.5", "2.50", "-", "-"]
+    assert gpu_check.main([]) == tests_exit
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["parts"]["bench partial_l2"]["rows"]
+
+
+def test_gpu_check_stops_what_takes_too_long(gpu_check: Any) -> None:
+    details = gpu_check.run_part(shell(gpu_check, "stuck", "sleep 60 & sleep 60", limit_s=1))
+    assert (details["ok"], details["note"]) == (False, "stopped after 1 s")
+    assert details["seconds"] < 10
+    silent = gpu_check.run_part(shell(gpu_check, "silent", "true", read=gpu_check.read_bench))
+    assert silent["ok"] is False
+    assert "could not be read" in silent["note"]
+
+
+@pytest.mark.usefixtures("pretend_gpu")
+def test_gpu_check_keeps_its_time(
+    gpu_check: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the tests took all the time, the rest says so instead of running over; that is not `all passed`."""
+    pretend_parts(gpu_check, monkeypatch, 0)
+    assert gpu_check.main(["--seconds", "1"]) == 1
+    parts = json.loads(capfd.readouterr().out.splitlines()[-1])["parts"]
+    assert parts["bench partial_l2"]["note"] == "skipped: the 1 s of the check are over"
+
+
+def test_gpu_check_reads_what_tests_and_tools_say(gpu_check: Any, tmp_path: Path) -> None:
+    xml = tmp_path / "t.xml"
+    head = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="{}">'
+    for counts, body, code, ok in (
+        ((2, 0, 1), '<testcase classname="a" name="b"/>', 0, True),
+        ((2, 1, 0), '<testcase classname="a" name="b"><failure/></testcase>', 1, False),
+        ((2, 0, 2), "", 0, False),  # all skipped: nothing was tested
+        ((0, 0, 0), "", 5, False),
+    ):
+        xml.write_text(head.format(*counts) + body + "</testsuite></testsuites>")
+        details = gpu_check.read_tests(xml)(code, "")
+        assert details["ok"] is ok
+        assert details.get("failed") == (["a::b"] if counts[1] else None)
+    assert gpu_check.read_sanitizer(0, "========= ERROR SUMMARY: 0 errors\n")["ok"] is True
+    assert gpu_check.read_sanitizer(0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n")["ok"] is True
+    bad = gpu_check.read_sanitizer(86, "========= Invalid __global__ write\n========= ERROR SUMMARY: 10 errors\n")
+    assert (bad["ok"], bad["said"][0]) == (False, "========= Invalid __global__ write")
+    assert gpu_check.read_sanitizer(1, "")["ok"] is False, "no summary is no success"
+    assert gpu_check.read_sanitizer(1, "========= Error: Device not supported.\n")["ok"] is None
+    spilled = '{"reports": [{"name": "k", "regs": 255, "spills": 3, "stack_bytes": 8}]}'
+    assert gpu_check.read_report(0, spilled)["ok"] is False
+
+
+def test_gpu_check_starts_from_a_bare_clone(gpu_check: Any, tmp_path: Path) -> None:
+    """Its commands name files that are there, and what is not installed is named as the reason."""
+    parts = gpu_check.parts_before(tmp_path) + gpu_check.parts_after(tmp_path, "nowhere")
+    parts += [gpu_check.bench_part("partial_l2", 60, None)]
+    assert {"kernel tests", "drive", "memcheck", "racecheck", "other tests", "decode"} <= {part.name for part in parts}
+    files = [word for part in parts for word in part.command if word.startswith(("tools/", "bench/", "tests/"))]
+    assert files
+    assert all((TOOLS.parent / file).is_file() for file in files)
+    assert gpu_check.absent(["no_such_package", "no_such_package.inner", "torch"]) == [
+        "no_such_package",
+        "no_such_package.inner",
+    ]
+
+
+def test_the_driver_of_the_sanitizer_calls_every_kernel(
+    gpu_check: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    driver = runpy.run_path(str(TOOLS / "sanitize_kernels.py"))
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    assert driver["main"](["--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["wrong"] == []
+    for name in gpu_check.BENCHES:
+        if (TOOLS.parent / f"bench/bench_{name}.py").is_file():
+            assert f"{'encode' if name == 'codes' else name} " in said.err
+    assert driver["main"]([]) == 2
