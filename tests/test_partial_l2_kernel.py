@@ -54,8 +54,8 @@ def test_equals_the_reference(
 def test_rows_one_past_what_a_program_takes(kernel_device: torch.device, codec: str) -> None:
     for batch in (127, 128, 129):  # a tile of 16 channels is 128 rows
         student, target, margin = make((batch, 16), codec, kernel_device)
-        expected, (gradient,) = run(lambda s: reference(s, target, margin_C=margin), [student])  # noqa: B023
-        loss, (actual,) = run(lambda s: partial_l2(s, target, margin_C=margin), [student])  # noqa: B023
+        expected, (gradient,) = run(lambda s: reference(s, target, margin_C=margin), [student])
+        loss, (actual,) = run(lambda s: partial_l2(s, target, margin_C=margin), [student])
         torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
         torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=0)
 
@@ -64,9 +64,9 @@ def test_several_tiles_a_program(kernel_device: torch.device, monkeypatch: pytes
     monkeypatch.setattr("feedfast_kernels.gpu.partial_l2.FEW_TILES", 2)
     for shape in ((5, 32, 9, 9), (2, 8, 16, 16)):
         student, target, margin = make(shape, "u8", kernel_device)
-        expected, (gradient,) = run(lambda s: reference(s, target, margin_C=margin), [student])  # noqa: B023
+        expected, (gradient,) = run(lambda s: reference(s, target, margin_C=margin), [student])
         for given in orders(student).values():
-            loss, (actual,) = run(lambda s: partial_l2(s, target, margin_C=margin), [given])  # noqa: B023
+            loss, (actual,) = run(lambda s: partial_l2(s, target, margin_C=margin), [given])
             torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
             torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=0)
 
@@ -117,7 +117,7 @@ def test_ties_and_silence_give_exactly_zero(kernel_device: torch.device) -> None
 def test_empty_batch_is_zero_with_a_gradient(kernel_device: torch.device) -> None:
     for shape in ((0, 16, 4, 4), (0, 3)):
         student, target, margin = make(shape, "", kernel_device)
-        loss, (gradient,) = run(lambda s: partial_l2(s, target, margin_C=margin), [student])  # noqa: B023
+        loss, (gradient,) = run(lambda s: partial_l2(s, target, margin_C=margin), [student])
         assert loss == 0
         assert gradient.shape == shape
 

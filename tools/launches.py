@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feedfast_kernels.gpu import partial_l2
+from feedfast_kernels.gpu import codes, connector_partial_l2, ensemble_kl, partial_l2
 from feedfast_kernels.gpu.launch import Launch
 
 # (batch, channels, side of the map)
@@ -40,6 +40,9 @@ class Case:
 def cases(quick: bool = False) -> Iterator[Case]:
     """Every launch to compile; ``quick`` keeps the shapes that compile differently."""
     yield from partial_l2_cases(quick)
+    yield from connector_partial_l2_cases(quick)
+    yield from codes_cases(quick)
+    yield from ensemble_kl_cases(quick)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
@@ -71,3 +74,86 @@ def partial_l2_cases(quick: bool) -> Iterator[Case]:
                 for direction, launch in launches.items():
                     name = f"partial_l2 {direction} {channels}x{side}x{side} bf16/{codec or 'bf16'} {order}"
                     yield Case("partial_l2", name, launch, student.numel(), aligned)
+
+
+def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
+    """All four launches of a call."""
+    for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
+        vector, statistics, sums, upstream = meta(channels), meta(3, channels), meta(2, channels), meta()
+        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", ""):
+            if codec:
+                stored = (channels + 1) // 2 if codec == "u4" else channels
+                target = meta(batch, side, side, stored, dtype=torch.uint8)
+            else:
+                target = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
+            scale = (vector, vector) if codec else (None, None)
+            for order in ("NHWC", "NCHW"):
+                nhwc = order == "NHWC"
+                y = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
+                plan = connector_partial_l2.Plan(y, target, *scale, codec, vector, vector, vector)
+                launches = {
+                    "statistics": plan.statistics(1e-5)[0][0],
+                    "merge": plan.statistics(1e-5)[0][1],
+                    "forward": plan.loss(statistics)[0],
+                    "backward": plan.gradient(statistics, sums, upstream, 0.5, torch.empty_like(y)),
+                }
+                aligned = channels % 8 == 0 if nhwc else side * side % 4 == 0
+                for part, launch in launches.items():
+                    if codec != "u8" and part in ("statistics", "merge"):
+                        continue  # they do not read the target
+                    name = f"connector_partial_l2 {part} {channels}x{side}x{side} bf16/{codec or 'bf16'} {order}"
+                    yield Case("connector_partial_l2", name, launch, y.numel(), aligned)
+
+
+def codes_cases(quick: bool) -> Iterator[Case]:
+    """Encoding from bf16 and fp32 in both memory orders, with and without a margin; decoding to both."""
+    for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
+        vector = meta(channels)
+        for codec, dtype in (("u8", torch.bfloat16), ("u8", torch.float32), ("u4", torch.bfloat16)):
+            every = channels == 256 and side == 56
+            if not every and (quick or dtype == torch.float32) and (codec, dtype) != ("u8", torch.bfloat16):
+                continue
+            kind = f"{channels}x{side}x{side} {'bf16' if dtype == torch.bfloat16 else 'fp32'}/{codec}"
+            stored = (channels + 1) // 2 if codec == "u4" else channels
+            data = meta(batch, side, side, stored, dtype=torch.uint8)
+            values = meta(batch, side, side, channels, dtype=dtype)
+            for order in ("NHWC", "NCHW"):
+                nhwc = order == "NHWC"
+                x = meta(batch, channels, side, side, dtype=dtype, channels_last=nhwc)
+                aligned = channels % 8 == 0 if nhwc else side * side % 4 == 0 and channels % 8 == 0
+                for margin in (None, vector) if every else (vector,):
+                    launch, _ = codes.plan_encode(x, vector, vector, codec, margin, data)
+                    name = f"encode {'plain ' if margin is None else 'margin'} {kind} {order}"
+                    yield Case("codes", name, launch, x.numel(), aligned)
+            launch = codes.plan_decode(data, vector, vector, codec, values)
+            yield Case("codes", f"decode {kind} NHWC", launch, values.numel(), channels % 8 == 0)
+
+
+def ensemble_kl_cases(quick: bool) -> Iterator[Case]:
+    """CIFAR, ImageNet-1k and ImageNet-22k; one to five teachers; with labels, and the divergence alone."""
+    shapes = [(256, 1000, 3), (256, 21841, 3)]
+    for batch, classes, count in shapes if quick else [(128, 10, 1), (128, 100, 5), (256, 1000, 1), *shapes]:
+        student = meta(batch, classes, dtype=torch.bfloat16)
+        teachers = [meta(batch, classes, dtype=torch.float16)] * count
+        for average in ("probabilities", "logits")[: 1 if count == 1 else 2]:
+            for direction in ("forward", "reverse"):
+                for labels in (meta(batch, dtype=torch.int64), None):
+                    gradient = labels is not None or classes != 1000  # without both: an evaluation
+                    launch = ensemble_kl.plan(
+                        student,
+                        teachers,
+                        labels,
+                        4.0,
+                        average == "logits",
+                        direction == "reverse",
+                        0.9,
+                        0.1,
+                        labels is not None,
+                        gradient,
+                        None if labels is None else meta(dtype=torch.int64),
+                    )[0]
+                    what = f"{classes} x {count} {average[:6]} {direction}"
+                    what += f" bf16/f16{' gradient' if gradient else ''}{' labels' if labels is not None else ''}"
+                    # the label's own logit is one narrow load
+                    aligned = classes % 8 == 0 and labels is None
+                    yield Case("ensemble_kl", f"ensemble_kl {what}", launch, student.numel(), aligned)

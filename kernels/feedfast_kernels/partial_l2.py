@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
+from feedfast_kernels._layout import Tile, as_BHWC, tiles, work_dtype
 from feedfast_kernels._ops import OPS, register, runs_triton
 from feedfast_kernels.codes import Codes, Target, unpack
 
@@ -109,7 +109,7 @@ class _PartialL2(torch.autograd.Function):
         if triton:
             loss: Tensor = OPS.partial_l2(student, target, offset_C, step_C, codec, margin_C, scale)
             return loss
-        source = _Source(student, target, offset_C, step_C, codec, margin_C)
+        source = Source(student, target, offset_C, step_C, codec, margin_C)
         sums = []
         for tile in tiles(source.student.shape, student.device):
             residual = source.residual(tile)
@@ -126,7 +126,7 @@ class _PartialL2(torch.autograd.Function):
                 upstream, student, target, offset_C, step_C, ctx.codec, margin_C, ctx.scale
             )
             return gradient, *[None] * 7
-        source = _Source(student, target, offset_C, step_C, ctx.codec, margin_C)
+        source = Source(student, target, offset_C, step_C, ctx.codec, margin_C)
         gradient = torch.empty_like(student)
         gradient_BHWC = as_BHWC(gradient)
         factor = upstream * (2 * ctx.scale)
@@ -149,7 +149,7 @@ register(
 )
 
 
-class _Source:
+class Source:
     """The arguments of one call, ready to give the residual of any tile."""
 
     def __init__(
@@ -171,19 +171,29 @@ class _Source:
 
         self.offset, self.step, self.margin = row(offset_C), row(step_C), row(margin_C)
 
-    def residual(self, tile: tuple[slice, slice]) -> Tensor:
-        """d of one tile, [image rows, W * C] in the working dtype, in memory of its own."""
-        student, target = self.student[tile], self.target[tile]
-        rows = student.shape[0] * student.shape[1]
+    def student_values(self, tile: Tile) -> Tensor:
+        """The student's values of one tile, [image rows, W * C] in the working dtype; may be a view."""
+        student = self.student[tile]
+        return student.to(self.dtype).reshape(student.shape[0] * student.shape[1], -1)
+
+    def target_values(self, tile: Tile) -> Tensor:
+        """t of one tile, [image rows, W * C] in the working dtype; may be a view."""
+        target = self.target[tile]
         if self.codec == "u4":
-            target = unpack(target, student.shape[3])
-        t = target.to(self.dtype).reshape(rows, -1)
+            target = unpack(target, self.student.shape[3])
+        t = target.to(self.dtype).reshape(target.shape[0] * target.shape[1], -1)
         if self.step is not None and self.offset is not None:
             t.mul_(self.step).add_(self.offset)
-        if self.margin is not None:
-            t = torch.maximum(t, self.margin)
-        a = student.to(self.dtype).reshape(rows, -1) - t
-        # threshold_backward(a, t, 0) is "a where t > 0, else 0" and vectorised on the CPU (0.1 ns an element);
-        # torch.where is not (2 ns, torch 2.15)
-        d = torch.maximum(a, torch.ops.aten.threshold_backward(a, t, 0))
-        return d
+        return t if self.margin is None else torch.maximum(t, self.margin)
+
+    def residual(self, tile: Tile) -> Tensor:
+        """d of one tile, [image rows, W * C] in the working dtype, in memory of its own."""
+        return residual(self.student_values(tile), self.target_values(tile))
+
+
+def residual(s: Tensor, t: Tensor) -> Tensor:
+    """0 where s <= t <= 0, else s - t; NaN where either is."""
+    a = s - t
+    # threshold_backward(a, t, 0) is "a where t > 0, else 0" and vectorised on the CPU (0.1 ns an element);
+    # torch.where is not (2 ns, torch 2.15)
+    return torch.maximum(a, torch.ops.aten.threshold_backward(a, t, 0))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from feedfast_kernels._ops import memory_order, ordered
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
-from feedfast_kernels.gpu.tile import channel_values, inside, load_codes, map_offsets, place
+from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
 
 MOST_CHANNELS = 256  # of a tile
 STEPS = 4  # tiles a program, where there are enough of them
@@ -32,21 +32,21 @@ FEW_TILES = 8192  # below this, one tile a program: a GPU of 132 multiprocessors
 
 
 @triton.jit
-def _residual(
-    student, target, row, row_ok, c0, offset_C, step_C, margin_C,
+def _load(
+    student, target, first, left, step, c0,
     C: tl.constexpr, IMAGE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr,
-    HAS_MARGIN: tl.constexpr, STUDENT_SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
+    STUDENT_SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
 ):  # fmt: skip
+    """Tile number `step` of the program, as stored: student and target."""
+    ahead = step * ROWS + tl.arange(0, ROWS)
+    s = load_stored(student, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, "", STUDENT_SPATIAL_FIRST)
+    t = load_stored(target, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, CODEC, TARGET_SPATIAL_FIRST)
+    return s, t
+
+
+@triton.jit
+def _residual(s, t, margin_C, ok, HAS_MARGIN: tl.constexpr):
     """d [ROWS, BLOCK_C] in fp32, 0 outside the map."""
-    c = c0 + tl.arange(0, BLOCK_C)
-    ok = inside(row_ok, c, C, BLOCK_C)
-    s_offsets = map_offsets(row, c, C, IMAGE_ROWS, STUDENT_SPATIAL_FIRST)
-    s = tl.load(student + s_offsets, mask=ok, other=0.0).to(tl.float32)
-    if CODEC == "":
-        t_offsets = map_offsets(row, c, C, IMAGE_ROWS, TARGET_SPATIAL_FIRST)
-        t = tl.load(target + t_offsets, mask=ok, other=0.0).to(tl.float32)
-    else:
-        t = load_codes(target, row, row_ok, c0, C, ROWS, BLOCK_C, CODEC) * step_C[None, :] + offset_C[None, :]
     if HAS_MARGIN:
         t = tl.maximum(t, margin_C[None, :], propagate_nan=tl.PropagateNan.ALL)
     dead = (s <= t) & (t <= 0)
@@ -61,19 +61,28 @@ def _forward(
     STUDENT_SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
 ):  # fmt: skip
     left, first, map_start, code_start = place(rows, C, PACKED, IMAGE_ROWS, ROWS * STEPS)
+    student += map_start
     target += code_start if CODEC != "" else map_start
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
+    next_s, next_t = _load(
+        student, target, first, left, 0, c0,
+        C, IMAGE_ROWS, ROWS, BLOCK_C, CODEC, STUDENT_SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
+    )  # fmt: skip
     offset_C = channel_values(offset, c, c < C) if CODEC != "" else 0.0
     step_C = channel_values(step, c, c < C) if CODEC != "" else 0.0
     margin_C = channel_values(margin, c, c < C) if margin is not None else 0.0
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for i in tl.static_range(STEPS):
-        ahead = i * ROWS + tl.arange(0, ROWS)
-        d = _residual(
-            student + map_start, target, first + ahead, ahead < left, c0, offset_C, step_C, margin_C,
-            C, IMAGE_ROWS, ROWS, BLOCK_C, CODEC, margin is not None, STUDENT_SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
-        )  # fmt: skip
+        s, t = next_s, next_t
+        if i + 1 < STEPS:
+            next_s, next_t = _load(
+                student, target, first, left, i + 1, c0,
+                C, IMAGE_ROWS, ROWS, BLOCK_C, CODEC, STUDENT_SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
+            )  # fmt: skip
+        ok = inside(i * ROWS + tl.arange(0, ROWS) < left, c, C, BLOCK_C)
+        t = values(t, offset_C, step_C, ROWS, BLOCK_C, CODEC)
+        d = _residual(s.to(tl.float32), t, margin_C, ok, margin is not None)
         total = tl.fma(d, d, total)
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial + program, tl.sum(total) * scale)
@@ -87,21 +96,32 @@ def _backward(
     STUDENT_SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
 ):  # fmt: skip
     left, first, map_start, code_start = place(rows, C, PACKED, IMAGE_ROWS, ROWS * STEPS)
+    student += map_start
     target += code_start if CODEC != "" else map_start
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
+    next_s, next_t = _load(
+        student, target, first, left, 0, c0,
+        C, IMAGE_ROWS, ROWS, BLOCK_C, CODEC, STUDENT_SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
+    )  # fmt: skip
     offset_C = channel_values(offset, c, c < C) if CODEC != "" else 0.0
     step_C = channel_values(step, c, c < C) if CODEC != "" else 0.0
     margin_C = channel_values(margin, c, c < C) if margin is not None else 0.0
     factor = tl.load(upstream).to(tl.float32) * (2 * scale)
     for i in tl.static_range(STEPS):
+        s, t = next_s, next_t
+        # before the store: the compiler must assume that a store changes what a later load reads
+        if i + 1 < STEPS:
+            next_s, next_t = _load(
+                student, target, first, left, i + 1, c0,
+                C, IMAGE_ROWS, ROWS, BLOCK_C, CODEC, STUDENT_SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
+            )  # fmt: skip
         ahead = i * ROWS + tl.arange(0, ROWS)
-        d = _residual(
-            student + map_start, target, first + ahead, ahead < left, c0, offset_C, step_C, margin_C,
-            C, IMAGE_ROWS, ROWS, BLOCK_C, CODEC, margin is not None, STUDENT_SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
-        )  # fmt: skip
+        ok = inside(ahead < left, c, C, BLOCK_C)
+        t = values(t, offset_C, step_C, ROWS, BLOCK_C, CODEC)
+        d = _residual(s.to(tl.float32), t, margin_C, ok, margin is not None)
         offsets = map_offsets(first + ahead, c, C, IMAGE_ROWS, STUDENT_SPATIAL_FIRST)
-        tl.store(gradient + map_start + offsets, d * factor, mask=inside(ahead < left, c, C, BLOCK_C))
+        tl.store(gradient + map_start + offsets, d * factor, mask=ok)
 
 
 def plan(

@@ -57,15 +57,41 @@ def channel_values(ptr, c, c_ok):
 
 
 @triton.jit
-def load_codes(ptr, row, row_ok, c0, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr):
-    """fp32 [ROWS, BLOCK_C] of codes 0..254 or 0..14, not yet scaled; `ptr` points at row 0 of the tile."""
+def load_stored(
+    ptr, row, row_ok, c0,
+    C: tl.constexpr, IMAGE_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr, SPATIAL_FIRST: tl.constexpr,
+):  # fmt: skip
+    """A tile as it is stored: codes [ROWS, BLOCK_C], bytes of two codes [ROWS, BLOCK_C / 2], or values in their dtype.
+
+    Loading apart from converting lets a kernel ask for the next tile before it works on this one.
+    """
     if CODEC == "u4":
-        packed: tl.constexpr = (C + 1) // 2
         pair = c0 // 2 + tl.arange(0, BLOCK_C // 2)
+        offsets = row[:, None] * ((C + 1) // 2) + pair[None, :]
         ok = inside(row_ok, 2 * pair, C, BLOCK_C)
-        byte = tl.load(ptr + row[:, None] * packed + pair[None, :], mask=ok, other=0)
-        code = tl.reshape(tl.join(byte & 15, byte >> 4), (ROWS, BLOCK_C))
     else:
         c = c0 + tl.arange(0, BLOCK_C)
-        code = tl.load(ptr + row[:, None] * C + c[None, :], mask=inside(row_ok, c, C, BLOCK_C), other=0)
+        offsets = map_offsets(row, c, C, IMAGE_ROWS, SPATIAL_FIRST)
+        ok = inside(row_ok, c, C, BLOCK_C)
+    return tl.load(ptr + offsets, mask=ok, other=0)
+
+
+@triton.jit
+def values(stored, offset_C, step_C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr):
+    """fp32 [ROWS, BLOCK_C] of a stored tile: offset + step * code, or the values themselves."""
+    if CODEC == "":
+        value = stored.to(tl.float32)
+    elif CODEC == "u4":
+        code = tl.reshape(tl.join(stored & 15, stored >> 4), (ROWS, BLOCK_C))
+        value = code.to(tl.float32) * step_C[None, :] + offset_C[None, :]
+    else:
+        value = stored.to(tl.float32) * step_C[None, :] + offset_C[None, :]
+    return value
+
+
+@triton.jit
+def load_codes(ptr, row, row_ok, c0, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr):
+    """fp32 [ROWS, BLOCK_C] of codes 0..254 or 0..14, not yet scaled; `ptr` points at row 0 of the tile."""
+    stored = load_stored(ptr, row, row_ok, c0, C, 0, BLOCK_C, CODEC, False)
+    code = tl.reshape(tl.join(stored & 15, stored >> 4), (ROWS, BLOCK_C)) if CODEC == "u4" else stored
     return code.to(tl.float32)
