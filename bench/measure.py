@@ -574,6 +574,8 @@ def main(settings: Callable[[bool], list[Setting]], doc: str, argv: Sequence[str
     print(line.format(*head, "note"), file=sys.stderr)
 
     def say(row: Row) -> None:
+        if args.out is not None:
+            append([row], args.out)  # at once: what was measured outlives a bench that is killed
         names = (row.operation, row.shape, row.dtype, row.codec, row.layout, row.variant, row.direction)
         if row.median_ms is None:
             print(line.format(*names, *["-"] * 5, row.note), file=sys.stderr, flush=True)
@@ -586,8 +588,6 @@ def main(settings: Callable[[bool], list[Setting]], doc: str, argv: Sequence[str
     bench = Bench(device, args.tiny)
     bench.warm_up()
     rows = run(chosen, bench, args.seconds, say)
-    if args.out is not None:
-        append(rows, args.out)
     bad = [row for row in rows if row.note.startswith(("wrong", "failed"))]
     document = {
         "seconds": round(time.perf_counter() - begin, 1),

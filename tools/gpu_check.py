@@ -116,6 +116,8 @@ def finish_part(part: Part, job: subprocess.Popen[str], begin: float) -> Details
 
 def last_json(out: str) -> Details:
     """The JSON document on the last line of a tool's stdout."""
+    if not out.strip():
+        raise ValueError("it printed nothing")
     document: Details = json.loads(out.strip().splitlines()[-1])
     return document
 
@@ -172,12 +174,14 @@ def read_decode(code: int, out: str) -> Details:
     return {"ok": code == 0, **last_json(out)}
 
 
-def pytest_part(name: str, arguments: Sequence[str], work: Path, limit_s: float, missing: str = "") -> Part:
+def pytest_part(
+    name: str, arguments: Sequence[str], work: Path, limit_s: float, missing: str = "", workers: int = 0
+) -> Part:
     """Tests marked gpu, also where pytest or its plugins are older; other people's warnings are no failure."""
     xml = work / f"{name.replace(' ', '-')}.xml"
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "strict=false", "-W", "default", f"--junitxml={xml}"]
-    if importlib.util.find_spec("xdist"):
-        options += ["-n", "4"]
+    if workers and not absent(["xdist"]):
+        options += ["-n", str(workers)]  # most of the time goes into compiling
     command = (sys.executable, "-m", "pytest", *options, *arguments)
     # pytest writes to stdout: keep that for the document
     return Part(name, ("bash", "-c", 'exec "$@" >&2', "bash", *command), limit_s, read_tests(xml), missing=missing)
@@ -195,12 +199,12 @@ def absent(modules: Sequence[str]) -> list[str]:
     return [name for name in modules if not found(name)]
 
 
-def parts_before(work: Path) -> list[Part]:
+def parts_before(work: Path, workers: int) -> list[Part]:
     """What comes before the benches."""
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernel.py"))
     missing = "pytest is not installed" if absent(["pytest"]) else ""
     return [
-        pytest_part("kernel tests", tests, work, 150, missing),
+        pytest_part("kernel tests", tests, work, 150, missing, workers),
         Part("drive", (sys.executable, "tools/sanitize_kernels.py"), 90, read_drive),
     ]
 
@@ -288,7 +292,7 @@ def table(parts: dict[str, Details]) -> str:
     return "\n".join(lines)
 
 
-def check(work: Path, options: argparse.Namespace, architecture: int) -> dict[str, Details]:
+def check(work: Path, options: argparse.Namespace, architecture: int, workers: int) -> dict[str, Details]:
     """All parts within the seconds given."""
     begin = time.monotonic()
 
@@ -311,7 +315,7 @@ def check(work: Path, options: argparse.Namespace, architecture: int) -> dict[st
     )
     reporting = start_part(report)
     found[report.name] = {}
-    for part in parts_before(work):
+    for part in parts_before(work, workers):
         found[part.name] = run_part(within(part))
     found[report.name] = finish_part(report, reporting, begin)  # nothing runs beside the benches
     names = [name for name in BENCHES if (ROOT / "bench" / f"bench_{name}.py").is_file()]
@@ -347,9 +351,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # the parts are to compile their kernels
     major, _ = torch.cuda.get_device_capability()
     architecture = max((a for a in ARCHITECTURES if a <= 10 * major), default=ARCHITECTURES[0])
+    # each test process may hold maps of more than 2^31 elements
+    workers = min(4, (os.cpu_count() or 1) // 2) if torch.cuda.mem_get_info()[1] > 64 << 30 else 0
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        parts = check(Path(folder), options, architecture)
+        parts = check(Path(folder), options, architecture, workers)
     document = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

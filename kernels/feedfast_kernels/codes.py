@@ -12,6 +12,9 @@ AVX-512 cores it takes 0.5 ns an element (0.7 from contiguous NCHW) with the fin
 count. Measured beside it and rejected: `torch.quantize_per_channel` 1.5 to 15 ns; plain whole-map operators 0.4 to
 0.8 ns *without* check and count; NumPy in tiles 0.6 to 0.8 ns.
 
+On CUDA Triton kernels do both directions in one pass (gpu/codes.py: 3 bytes an element from bf16 to u8), with the bits
+of the CPU; float64 stays with PyTorch's operators. Neither direction has a gradient.
+
 What it does not do: choose offset and step (see feedfast.cache.codec), or touch float codecs, which need no code.
 """
 
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, tiles
+from feedfast_kernels._ops import OPS, register, runs_triton
 
 TOP_CODE = {"u8": 254, "u4": 14}
 
@@ -91,6 +95,7 @@ def encode(
 
     Args:
         x_NCHW: float [B, C, H, W] or [B, C], fp32 or 16-bit, any strides; channels-last is fastest.
+            float64 is rounded to fp32.
         offset_C: fp32 [C].
         step_C: fp32 [C], >= 0; where it is 0 the code is 0.
         codec: ``"u8"`` or ``"u4"``.
@@ -103,8 +108,35 @@ def encode(
 
     Raises:
         ValueError: wrong shapes, dtypes or codec; on the CPU also NaN or infinite values. On a GPU reading values back
-            would stall it, so there a non-finite value becomes an arbitrary code and counts as saturated.
+            would stall it, so there a non-finite value becomes an arbitrary code and counts as saturated (but minus
+            infinity under a margin is the margin).
     """
+    return _encode(x_NCHW, offset_C, step_C, codec, margin_C, out, triton=runs_triton(x_NCHW))
+
+
+def encode_reference(
+    x_NCHW: Tensor,
+    offset_C: Tensor,
+    step_C: Tensor,
+    *,
+    codec: str,
+    margin_C: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`encode` in PyTorch operators on any device: what the kernel is compared with."""
+    return _encode(x_NCHW, offset_C, step_C, codec, margin_C, out, triton=False)
+
+
+def _encode(
+    x_NCHW: Tensor,
+    offset_C: Tensor,
+    step_C: Tensor,
+    codec: str,
+    margin_C: Tensor | None,
+    out: Tensor | None,
+    *,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
     check_scale(offset_C, step_C, codec)
     channels = offset_C.shape[0]
     if x_NCHW.ndim not in (2, 4) or x_NCHW.shape[1] != channels or not x_NCHW.is_floating_point():
@@ -122,6 +154,10 @@ def encode(
         out = torch.empty(stored, dtype=torch.uint8, device=x_NCHW.device)
     elif out.dtype != torch.uint8 or tuple(out.shape) != stored:
         raise ValueError(f"encode: out expected uint8 {list(stored)}, got {out.dtype} {list(out.shape)}")
+    if triton:
+        into = out if out.is_contiguous() else torch.empty(stored, dtype=torch.uint8, device=x_NCHW.device)
+        count: Tensor = OPS.encode(x_NCHW.detach(), offset_C, step_C, codec, margin_C, into)
+        return (out if into is out else out.copy_(into)), count
     # packing and odd strides are rare and cheap (one byte an element): quantise into a plain buffer first
     direct = codec == "u8" and out.is_contiguous()
     codes = out.view(x_BHWC.shape) if direct else torch.empty(x_BHWC.shape, dtype=torch.uint8, device=out.device)
@@ -200,10 +236,30 @@ def decode(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
     Returns:
         Logical [B, C, H, W] with channels-last strides, or [B, C].
     """
+    if dtype != torch.float64 and runs_triton(codes.data):
+        stored: Tensor = OPS.decode(codes.data, codes.offset.detach(), codes.step.detach(), codes.codec, dtype)
+        return stored.permute(0, 3, 1, 2) if stored.ndim == 4 else stored
+    return decode_reference(codes, dtype)
+
+
+def decode_reference(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`decode` in PyTorch operators on any device: what the kernel is compared with."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     data = unpack(codes.data, codes.offset.shape[0]) if codes.codec == "u4" else codes.data
     value = data.to(work).mul_(codes.step.to(work)).add_(codes.offset.to(work)).to(dtype)
     return value.permute(0, 3, 1, 2) if value.ndim == 4 else value
+
+
+register(
+    "encode(Tensor x, Tensor offset, Tensor step, str codec, Tensor? margin, Tensor(a!) out) -> Tensor",
+    "codes.encode",
+    lambda x, *_: x.new_empty((), dtype=torch.int64),
+)
+register(
+    "decode(Tensor data, Tensor offset, Tensor step, str codec, ScalarType dtype) -> Tensor",
+    "codes.decode",
+    lambda data, offset, _step, _codec, dtype: data.new_empty((*data.shape[:-1], offset.shape[0]), dtype=dtype),
+)
 
 
 def as_float(target: Target) -> Tensor:

@@ -1,0 +1,235 @@
+"""Codes from floats and back: one read of the map and one write, 3 bytes an element from bf16 to u8.
+
+    q = (max(x, margin) - offset) / step, correctly rounded;   code = q rounded to even, clipped to 0..top
+
+Legend: R pixels of an image, C channels; a tile is [ROWS, BLOCK_C], STEPS of them a program. In a channels-last map
+FOLD pixels are one row of FOLD * C values, so that narrow maps have tiles as wide as others.
+
+The codes must be those that a CPU computes, because a cache may be written on one machine and continued on another.
+All the difficulty is at the ties: a value half-way between two codes goes to the even one, so the quotient must have
+the bits of a true division there. A division an element costs 12 instructions more than this (28 against 19 on sm_90),
+and at 3 bytes an element an H200 has about 23 before they, and not the memory, set the pace. So, with
+inverse = 1 / step divided properly once a channel,
+
+    q0 = min(a * inverse, top + 1);   r = a - q0 * step, exact in an fma;   q = q0 + r * inverse, in an fma
+
+(Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). It can differ from the
+rounded quotient only where a / step lies within 3 * 2^-24 ulp of the midpoint of two floats, and a code only if one of
+the two is a tie. That leaves a few thousand pairs of mantissas, and test_codes_kernel.py computes every one of them.
+The inverse must be the correctly rounded one: an ulp beside it, a hundred of the pairs fail. The minimum is there
+because an infinite q0 would make q NaN, which is what is left of minus infinity: code 0, counted.
+
+For the proof nothing may underflow. Steps below 2^-64 are scaled up by a power of two together with what they divide.
+Steps above 2^126, whose inverse is subnormal, are not proven.
+
+Rounding adds 1.5 * 2^23: the sum has no bits left for a fraction, is rounded to even by the hardware, and its lowest
+byte is the code. Clipping first to [-0.5, top + 0.5], ends that round inwards, keeps that byte in range and says what
+saturated: whatever the clip changed, and NaN, which differs from everything.
+
+A contiguous NCHW map is read along its pixels and turned round in shared memory when it is bytes.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from feedfast_kernels._ops import memory_order, ordered
+from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
+from feedfast_kernels.gpu.tile import channel_values, inside, load_codes, map_offsets, place
+
+TOP = {"u8": 254, "u4": 14}
+MOST_CHANNELS = 256  # of a tile
+MOST_STEPS = 4  # tiles a program, to encode; 8 need more registers than there are
+FEW_TILES = 1024  # below this, one tile a program: fewer would leave multiprocessors idle
+MAGIC: tl.constexpr = tl.constexpr(1.5 * 2**23)
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def _fused(x, y, z, FUSED: tl.constexpr):
+    """x * y + z, rounded once."""
+    if FUSED:
+        result = tl.fma(x, y, z)
+    else:  # the interpreter's fma rounds twice: here the product is exact, and the sum rounded to odd keeps fp32 right
+        product, addend = x.to(tl.float64) * y.to(tl.float64), z.to(tl.float64)
+        total = product + addend
+        part = total - product
+        error = (product - (total - part)) + (addend - part)
+        bits = total.to(tl.int64, bitcast=True)
+        toward = tl.where((error > 0) == (total > 0), 1, -1)
+        bits = tl.where((error == error) & (error != 0) & (bits % 2 == 0), bits + toward, bits)
+        result = bits.to(tl.float64, bitcast=True).to(tl.float32)
+    return result
+
+
+@triton.jit
+def _encode(
+    x, offset, step, margin, codes, partial, rows,
+    C: tl.constexpr, PACKED: tl.constexpr, IMAGE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr, FOLD: tl.constexpr, TOP: tl.constexpr, SPATIAL_FIRST: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    left, first, map_start, code_start = place(rows, C, PACKED, IMAGE_ROWS, ROWS * STEPS * FOLD)
+    c0 = tl.program_id(1) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    pair = c0 // 2 + tl.arange(0, BLOCK_C // 2)
+    channel = c % C if FOLD > 1 else c
+    offset_C = channel_values(offset, channel, channel < C)
+    step_C = channel_values(step, channel, channel < C)
+    margin_C = channel_values(offset if margin is None else margin, channel, channel < C)
+    # beside an offset of 2^60 a difference is 0 or more than 2^36, which saturates however roughly it is divided
+    small = (step_C < 2.0**-64) & (step_C != 0) & (tl.abs(offset_C) < 2.0**60)
+    scale_C = tl.where(small, 2.0**64, 1.0)
+    shift_C = -offset_C * scale_C
+    step_C *= scale_C
+    # finite, for 0 * infinity is no code; 0 where the step is, and so are all codes of the channel
+    inverse_C = tl.minimum(tl.div_rn(1.0, tl.where(step_C == 0, 1.0, step_C)), LARGEST)
+    inverse_C = tl.where(step_C == 0, 0.0, inverse_C)
+    saturated = tl.zeros((ROWS, BLOCK_C), tl.int32)
+    for i in tl.static_range(STEPS):
+        ahead = i * ROWS + tl.arange(0, ROWS)
+        row, row_ok = first + ahead, ahead < left
+        offsets = map_offsets(row, c, C * FOLD, IMAGE_ROWS, SPATIAL_FIRST)
+        # left * C is a multiple of what C is one of, so the mask is constant over what a thread loads
+        ok = offsets < left * C if FOLD > 1 else inside(row_ok, c, C, BLOCK_C)
+        value = tl.load(x + map_start + offsets, mask=ok, other=0.0).to(tl.float32)
+        if margin is not None:
+            value = tl.maximum(value, margin_C[None, :], propagate_nan=tl.PropagateNan.ALL)
+        a = tl.fma(value, scale_C[None, :], shift_C[None, :])  # (value - offset) * scale: powers of two are exact
+        q = tl.minimum(a * inverse_C[None, :], TOP + 1.0)
+        remainder = _fused(-q, step_C[None, :], a, FUSED)
+        q = _fused(remainder, inverse_C[None, :], q, FUSED)
+        clipped = tl.minimum(tl.maximum(q, -0.5), TOP + 0.5)
+        saturated += ((clipped != q) & ok).to(tl.int32)  # masked lanes are no zeros: 0 - offset may saturate
+        code = (clipped + MAGIC).to(tl.int32, bitcast=True)
+        if TOP == 14:
+            low, high = tl.split(tl.reshape(code, (ROWS, BLOCK_C // 2, 2)))
+            into = map_offsets(row, pair, PACKED * FOLD, 0, False)
+            pair_ok = into < left * PACKED if FOLD > 1 else inside(row_ok, 2 * pair, C, BLOCK_C)
+            tl.store(codes + code_start + into, (low + high * 16).to(tl.uint8), mask=pair_ok)
+        else:
+            tl.store(codes + code_start + map_offsets(row, c, C * FOLD, 0, False), code.to(tl.uint8), mask=ok)
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + program, tl.sum(saturated))
+
+
+@triton.jit
+def _decode(
+    codes, offset, step, values, rows,
+    C: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+    CODEC: tl.constexpr,
+):  # fmt: skip
+    left, first, map_start, code_start = place(rows, C, PACKED, 0, ROWS * STEPS)
+    c0 = tl.program_id(1) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    offset_C = channel_values(offset, c, c < C)
+    step_C = channel_values(step, c, c < C)
+    for i in tl.static_range(STEPS):
+        ahead = i * ROWS + tl.arange(0, ROWS)
+        row, row_ok = first + ahead, ahead < left
+        code = load_codes(codes + code_start, row, row_ok, c0, C, ROWS, BLOCK_C, CODEC)
+        value = code * step_C[None, :] + offset_C[None, :]  # two roundings, as everywhere: see gpu/launch.py
+        into = values + map_start + map_offsets(row, c, C, 0, False)
+        tl.store(into, value.to(values.dtype.element_ty), mask=inside(row_ok, c, C, BLOCK_C))
+
+
+def _tiling(rows: int, images: int, width: int, most_channels: int, most_steps: int) -> dict[str, int]:
+    """Shape and number of a program's tiles."""
+    block = channel_block(width, most_channels)
+    lines = max(1, THREADS * PER_THREAD // block)
+    steps = 1
+    if images * ceil_div(rows, lines) * ceil_div(width, block) >= FEW_TILES:
+        # what a program does before its first tile costs as much as a tile, and so does a tile outside the image
+        steps = min(range(most_steps, 0, -1), key=lambda n: ceil_div(rows, lines * n) * (n + 1))
+    return {"ROWS": lines, "BLOCK_C": block, "STEPS": steps}
+
+
+def plan_encode(
+    x: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, margin_C: Tensor | None, out: Tensor
+) -> tuple[Launch, Tensor]:
+    """The launch that writes ``out``, and the int32 count of saturated values of each program.
+
+    Args:
+        x: [B, C, H, W] in channels-last or contiguous order, or contiguous [B, C]; not empty.
+        offset_C: fp32 [C], contiguous.
+        step_C: fp32 [C], contiguous.
+        codec: ``"u8"`` or ``"u4"``.
+        margin_C: float [C], contiguous, or None.
+        out: contiguous uint8 [B, H, W, C] or [B, C]; ``u4``: ceil(C / 2).
+    """
+    batch, channels = x.shape[:2]
+    spatial_first = memory_order(x) == "contiguous"
+    if spatial_first and x[:1].numel() >= 2**31:
+        raise ValueError(f"encode: expected fewer than 2^31 values a sample in NCHW order, got {list(x.shape)}")
+    pixels = x[0, 0].numel() if x.ndim == 4 else 1
+    image_rows, images = (pixels, batch) if spatial_first else (batch * pixels, 1)
+    # pixels side by side make a row as wide as a tile, whose threads then share the preparation of its channels
+    foldable = not spatial_first and channels % 8 == 0
+    fold = MOST_CHANNELS // gcd(channels, MOST_CHANNELS) if foldable else 1
+    width = channels * fold
+    most_channels = MOST_CHANNELS if not spatial_first else 32 if pixels > 64 else 64
+    tile = _tiling(ceil_div(image_rows, fold), images, width, most_channels, MOST_STEPS)
+    span = tile["ROWS"] * tile["STEPS"] * fold
+    grid = (images * ceil_div(image_rows, span), ceil_div(width, tile["BLOCK_C"]))
+    partial = torch.empty(grid[0] * grid[1], dtype=torch.int32, device=x.device)
+    arguments = {
+        "x": x,
+        "offset": offset_C,
+        "step": step_C,
+        "margin": margin_C,
+        "codes": out,
+        "partial": partial,
+        "rows": image_rows,
+    }
+    constants = {
+        "C": channels,
+        "PACKED": out.shape[-1],
+        "IMAGE_ROWS": pixels if spatial_first else 0,
+        "FOLD": fold,
+        "TOP": TOP[codec],
+        "SPATIAL_FIRST": spatial_first,
+        "FUSED": x.device.type != "cpu",
+        **tile,
+    }
+    return Launch(_encode, grid, arguments, constants), partial
+
+
+def encode(x: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, margin_C: Tensor | None, out: Tensor) -> Tensor:
+    """Write the codes of ``x`` into the contiguous ``out``; returns the saturation count, an int64 scalar."""
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    margin_C = None if margin_C is None else margin_C.contiguous()
+    launch, partial = plan_encode(ordered(x), offset_C.contiguous(), step_C.contiguous(), codec, margin_C, out)
+    launch.run()
+    return partial.sum()
+
+
+def plan_decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, values: Tensor) -> Launch:
+    """The launch that writes ``values``.
+
+    Args:
+        data: contiguous codes [B, H, W, C] or [B, C]; ``u4``: ceil(C / 2); not empty.
+        offset_C: fp32 [C], contiguous.
+        step_C: fp32 [C], contiguous.
+        codec: ``"u8"`` or ``"u4"``.
+        values: contiguous float [B, H, W, C] or [B, C].
+    """
+    channels = values.shape[-1]
+    rows = values.numel() // channels
+    tile = _tiling(rows, 1, channels, MOST_CHANNELS, 2)
+    grid = (ceil_div(rows, tile["ROWS"] * tile["STEPS"]), ceil_div(channels, tile["BLOCK_C"]))
+    arguments = {"codes": data, "offset": offset_C, "step": step_C, "values": values, "rows": rows}
+    constants = {"C": channels, "PACKED": data.shape[-1], "CODEC": codec, **tile}
+    return Launch(_decode, grid, arguments, constants)
+
+
+def decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, dtype: torch.dtype) -> Tensor:
+    """offset + step * code in the order of the codes, [B, H, W, C] or [B, C]."""
+    values = torch.empty((*data.shape[:-1], offset_C.shape[0]), dtype=dtype, device=data.device)
+    if values.numel():
+        plan_decode(data.contiguous(), offset_C.contiguous(), step_C.contiguous(), codec, values).run()
+    return values
