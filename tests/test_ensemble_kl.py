@@ -138,3 +138,74 @@ def test_compiles_in_one_graph() -> None:
     student, teachers = make(4, 6, 2)
     compiled = torch.compile(ensemble_kl, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(student, teachers, tau=4.0), ensemble_kl(student, teachers, tau=4.0))
+
+
+# --- with labels
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_labels_add_the_cross_entropy_of_the_labelled_rows(direction: Direction) -> None:
+    student, teachers = make(5, 7, 2)
+    labels = torch.tensor([3, -1, 6, 0, -1])
+    rows = log_softmax(student.double().numpy(), axis=1)
+    entropy = -np.mean([rows[0, 3], rows[2, 6], rows[3, 0]])
+    divergence = formula(student, teachers, 4.0, "probabilities", direction)
+    loss, terms = ensemble_kl(
+        student, teachers, tau=4.0, direction=direction, weight=0.9, labels=labels, label_weight=0.1, return_terms=True
+    )
+    assert (terms.dtype, terms.requires_grad) == (torch.float32, False)
+    np.testing.assert_allclose(terms.numpy(), [entropy, divergence], rtol=1e-5)
+    np.testing.assert_allclose(loss.item(), 0.1 * entropy + 0.9 * divergence, rtol=1e-5)
+    alone = ensemble_kl(student, teachers, tau=4.0, direction=direction, weight=0.9, labels=labels, label_weight=0.1)
+    assert torch.equal(alone, loss)
+    leaf = student.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda s: ensemble_kl(s, teachers, tau=3.0, direction=direction, labels=labels, label_weight=0.3), (leaf,)
+    )
+
+
+def test_without_any_label_there_is_no_cross_entropy() -> None:
+    student, teachers = make(3, 5, 1)
+    expected = ensemble_kl(student, teachers, tau=2.0)
+    for labels in (None, torch.full((3,), -1)):
+        loss, terms = ensemble_kl(student, teachers, tau=2.0, labels=labels, return_terms=True)
+        assert torch.equal(loss, expected)
+        assert terms.tolist() == [0.0, expected.item()]
+    empty, terms = ensemble_kl(
+        student[:0], [teachers[0][:0]], tau=2.0, labels=torch.zeros(0, dtype=torch.int64), return_terms=True
+    )
+    assert empty == 0
+    assert terms.tolist() == [0.0, 0.0]
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    student, teachers = make(4, 6, 1)
+    with pytest.raises(ValueError, match=r"labels expected int64 \[4\], got torch.int32 \[4\]"):
+        ensemble_kl(student, teachers, tau=1.0, labels=torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"got torch.int64 \[3\]"):
+        ensemble_kl(student, teachers, tau=1.0, labels=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(IndexError):
+        ensemble_kl(student, teachers, tau=1.0, labels=torch.tensor([0, 6, 1, 2]))
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_minus_infinity_rules_a_class_out(average: Average) -> None:
+    student, teachers = make(3, 6, 2)
+    for teacher in teachers:
+        teacher[:, 2] = float("-inf")
+    leaf = student.clone().requires_grad_()
+    loss = ensemble_kl(leaf, teachers, tau=2.0, average=average)
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), formula(student, teachers, 2.0, average, "forward"), rtol=1e-5)
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert ensemble_kl(student, teachers, tau=2.0, average=average, direction="reverse") == float("inf")
+    student[:, 2] = float("-inf")  # ruled out by both: 0 log 0
+    leaf = student.clone().requires_grad_()
+    for direction in DIRECTIONS:
+        loss = ensemble_kl(leaf, teachers, tau=2.0, average=average, direction=direction)
+        np.testing.assert_allclose(
+            loss.item(), formula(student, teachers, 2.0, average, direction), rtol=1e-5, atol=1e-7
+        )
+        (gradient,) = torch.autograd.grad(loss, [leaf])
+        assert gradient.isfinite().all()

@@ -26,7 +26,7 @@ from feedfast.methods import (
     taps_needed,
 )
 from feedfast.methods.base import numbered_taps
-from feedfast_kernels import Codes, Target, encode
+from feedfast_kernels import Codes, Target, as_float, encode
 
 STUDENT = {"ofd1": (4, 6, 6), "ofd2": (6, 3, 3), "ofd10": (8, 2, 2), "final": (8, 2, 2)}
 TEACHER_CHANNELS = {
@@ -151,6 +151,16 @@ def test_kd_is_its_formula() -> None:
     np.testing.assert_allclose(
         reverse.item(), rel_entr(softmax(as_f64(student.logits), axis=1), q).sum(1).mean(), rtol=1e-5
     )
+
+
+def test_kd_reads_logits_as_they_are_stored() -> None:
+    student, targets, labels, _ = scene()
+    halves = {name: {"logits": as_float(taps["logits"]).half()} for name, taps in targets.items()}
+    floats = {name: {"logits": taps["logits"].float()} for name, taps in halves.items()}
+    found, expected = KD()(student, halves, labels), KD()(student, floats, labels)
+    assert all(torch.equal(found[part], expected[part]) for part in ("loss", "ce", "kd"))
+    assert not found["ce"].requires_grad
+    assert not found["kd"].requires_grad
 
 
 def test_ofd_is_its_formula() -> None:

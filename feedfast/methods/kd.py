@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import StudentOutput, Targets, label_loss
-from feedfast_kernels import as_float, ensemble_kl
+from feedfast_kernels import Codes, as_float, ensemble_kl
 
 
 class CrossEntropy(nn.Module):
@@ -88,7 +88,17 @@ class KD(nn.Module):
         Returns:
             ``loss``, and before their weights ``ce`` and ``kd`` (tau^2 included).
         """
-        ce = label_loss(student.logits, labels)
-        teacher_logits = [as_float(taps["logits"]) for taps in targets.values()]
-        kd = ensemble_kl(student.logits, teacher_logits, tau=self.tau, average=self.average, direction=self.direction)
-        return {"loss": (1 - self.alpha) * ce + self.alpha * kd, "ce": ce.detach(), "kd": kd.detach()}
+        # float logits go in as they are stored: the loss reads 16-bit values itself
+        found = [taps["logits"] for taps in targets.values()]
+        loss, terms = ensemble_kl(
+            student.logits,
+            [as_float(x) if isinstance(x, Codes) else x for x in found],
+            tau=self.tau,
+            average=self.average,
+            direction=self.direction,
+            weight=self.alpha,
+            labels=labels,
+            label_weight=1 - self.alpha,
+            return_terms=True,
+        )
+        return {"loss": loss, "ce": terms[0], "kd": terms[1]}
