@@ -9,7 +9,8 @@ Triton's wheel:
     spills      loads and stores of local memory (LDL, STL)
     load, store bits of the widest access to global memory; 128 is the most a thread can ask for
     narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorised
-    sass/el     instructions a thread executes for one element of the map, prologue and tail included
+    sass/el     instructions executed for one element of the map: all of them over all elements; where there is a loop,
+                those of its largest body over the elements whose bytes it loads
     occupancy   warps that fit on a multiprocessor, of the most
 
     python tools/compile_report.py [--arch 90 ...] [--op partial_l2 ...] [--quick]
@@ -130,6 +131,21 @@ def access_bits(sass: str, kind: str) -> list[int]:
     return widths
 
 
+def largest_loop(sass: str) -> list[str]:
+    """Lines of the longest stretch that a branch jumps back over without another such stretch inside; [] if none."""
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z].*)")
+    lines = [(int(found[1], 16), found[2]) for found in map(line.search, sass.splitlines()) if found]
+    loops = []
+    for address, text in lines:
+        found = re.match(r"BRA\S*\s.*?(?:`\(|0x)([0-9a-f]+)", text)
+        # a jump to itself is the padding behind the exit
+        if found and int(found[1], 16) < address:
+            loops.append((int(found[1], 16), address))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[text for at, text in lines if start <= at <= end] for start, end in inner]
+    return max(bodies, key=len, default=[])
+
+
 def report(case: Case, arch: int) -> Report:
     """Compile one launch for one architecture and read the result."""
     launch = case.launch
@@ -146,6 +162,11 @@ def report(case: Case, arch: int) -> Report:
         fit.append(shared // (shared_bytes + 1024))
     loads, stores = access_bits(sass, "LDG"), access_bits(sass, "STG")
     threads = prod(launch.grid) * launch.warps * 32
+    per_element = len(code) * threads / case.elements
+    body = largest_loop(sass)
+    if body and case.read_bytes:
+        loaded_bytes = sum(access_bits("\n".join(body), "LDG")) / 8
+        per_element = len(body) / (loaded_bytes / case.read_bytes)
     return Report(
         name=case.name,
         arch=arch,
@@ -157,7 +178,7 @@ def report(case: Case, arch: int) -> Report:
         narrow=sum(0 < bits < 32 for bits in loads + stores),
         shared_bytes=shared_bytes,
         instructions=len(code),
-        sass_per_element=round(len(code) * threads / case.elements, 1),
+        sass_per_element=round(per_element, 1),
         warps=launch.warps,
         occupancy_warps=min(fit) * launch.warps,
         most_warps=most_warps,

@@ -28,6 +28,7 @@ class Case:
         launch: from meta tensors.
         elements: of the student's maps, over all teachers.
         aligned: whether rows of the maps are made of whole 16-byte pieces, so that no access may be narrow.
+        read_bytes: an element, where the kernel loops over its maps.
     """
 
     operation: str
@@ -35,6 +36,7 @@ class Case:
     launch: Launch
     elements: int
     aligned: bool
+    read_bytes: float = 0.0
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
@@ -102,7 +104,8 @@ def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
                     if codec != "u8" and part in ("statistics", "merge"):
                         continue  # they do not read the target
                     name = f"connector_partial_l2 {part} {channels}x{side}x{side} bf16/{codec or 'bf16'} {order}"
-                    yield Case("connector_partial_l2", name, launch, y.numel(), aligned)
+                    read_bytes = {"merge": 0.0, "statistics": 2.0}.get(part, 2 + {"u8": 1.0, "u4": 0.5, "": 2.0}[codec])
+                    yield Case("connector_partial_l2", name, launch, y.numel(), aligned, read_bytes)
 
 
 def codes_cases(quick: bool) -> Iterator[Case]:

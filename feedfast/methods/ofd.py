@@ -35,7 +35,7 @@ from feedfast.methods.base import (
     require_teachers,
     tap_shape,
 )
-from feedfast_kernels import partial_l2
+from feedfast_kernels import Target, connector_partial_l2, partial_l2
 
 RARELY_NEGATIVE = 0.001  # the authors' threshold on the probability of a negative response
 LEAST_DEVIATION = 1e-12  # a channel with gamma = 0 is a constant; the formula divides by |gamma|
@@ -99,6 +99,28 @@ class Connector(nn.Sequential):
         convolution = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
         nn.init.normal_(convolution.weight, 0.0, math.sqrt(2 / teacher_channels))
         super().__init__(convolution, nn.BatchNorm2d(teacher_channels))
+
+    def distance(self, student_NCHW: Tensor, target: Target, margin_C: Tensor, weight: float) -> Tensor:
+        """`partial_l2` of the transformed map; in training without the normalised map, which nobody else needs."""
+        convolution, batch_norm = self
+        assert isinstance(batch_norm, nn.BatchNorm2d)
+        if not self.training:
+            return partial_l2(self(student_NCHW), target, margin_C=margin_C, weight=weight)
+        assert batch_norm.momentum is not None
+        assert batch_norm.num_batches_tracked is not None
+        batch_norm.num_batches_tracked.add_(1)
+        return connector_partial_l2(
+            convolution(student_NCHW),
+            target,
+            batch_norm.weight,
+            batch_norm.bias,
+            batch_norm.running_mean,
+            batch_norm.running_var,
+            margin_C=margin_C,
+            momentum=batch_norm.momentum,
+            eps=batch_norm.eps,
+            weight=weight,
+        )
 
 
 class OFD(nn.Module):
@@ -176,8 +198,8 @@ class OFD(nn.Module):
         for name, connectors in zip(self.teacher_names, self.connectors, strict=True):
             assert isinstance(connectors, nn.ModuleList)
             for index, (tap, connector) in enumerate(zip(self.student_taps, connectors, strict=True)):
+                assert isinstance(connector, Connector)
                 margin = connector.get_buffer("margin")
                 weight = 0.5 ** (last - index) / len(self.teacher_names)
-                mapped = connector(student.taps[tap])
-                feature = feature + partial_l2(mapped, targets[name][tap], margin_C=margin, weight=weight)
+                feature = feature + connector.distance(student.taps[tap], targets[name][tap], margin, weight)
         return {"loss": ce + self.alpha * feature, "ce": ce.detach(), "feature": feature.detach()}
