@@ -104,9 +104,12 @@ def test_public_names() -> None:
         "Codes",
         "Target",
         "as_float",
+        "connector_partial_l2",
         "decode",
         "encode",
         "ensemble_kl",
+        "locality",
+        "locality_weights",
         "normalized_l1",
         "partial_l2",
     ]

@@ -6,7 +6,20 @@ Every loss takes codes (:class:`Codes`) or float maps, so the cached and the liv
 from feedfast_kernels.codes import Codes, Target, as_float, decode, encode
 from feedfast_kernels.connector_partial_l2 import connector_partial_l2
 from feedfast_kernels.ensemble_kl import ensemble_kl
+from feedfast_kernels.locality import locality, locality_weights
 from feedfast_kernels.normalized_l1 import normalized_l1
 from feedfast_kernels.partial_l2 import partial_l2
 
-__all__ = ["Codes", "Target", "as_float", "connector_partial_l2", "decode", "encode", "ensemble_kl", "normalized_l1", "partial_l2"]
+__all__ = [
+    "Codes",
+    "Target",
+    "as_float",
+    "connector_partial_l2",
+    "decode",
+    "encode",
+    "ensemble_kl",
+    "locality",
+    "locality_weights",
+    "normalized_l1",
+    "partial_l2",
+]

@@ -1,0 +1,166 @@
+"""LP's distance: samples that are neighbours for the teacher stay close for the student; widths need not agree.
+
+    alpha_ij = exp(-|t_i - t_j|^2 / sigma^2)  where j is one of the k samples nearest to i for the teacher; else 0
+    loss     = weight / denominator * sum over i, j of  alpha_ij * |s_i - s_j|^2
+
+Chen et al., "Learning Student Networks via Feature Embedding", TNNLS 2021. Features are flattened maps or vectors; a
+sample is no neighbour of its own. Neighbours are of the mini-batch and one-sided: j may be near i without i being near
+j. The loss is least for a student that is constant, so it needs a task loss beside it and a small weight.
+
+Legend: m samples of the batch, d values of a sample; W is alpha as [m, m], S and T are [m, d].
+
+Differences of all pairs as they stand would be [m, m, d]. In the teacher's space squared distances come from products,
+|t_i|^2 + |t_j|^2 - 2 t_i t_j. In the student's none is needed: with M = diag(row sums + column sums of W) - W - W^T,
+
+    loss = scale * trace(S^T M S),    d(loss)/dS = 2 * scale * M S
+
+so one product [m, m] x [m, d] gives both. Both forms subtract numbers of the size of |t|^2 and |s|^2. Features are
+therefore taken relative to the batch's mean first, which changes nothing else (M 1 = 0), and a distance is never below
+0. What is left is the rounding of |s|^2: where neighbours are 1,000 times closer than the batch is wide, the gradient
+keeps four digits and the value one or two.
+
+The gradient for an upstream gradient of 1 is kept in fp32 from forward on, 4 bytes a value; backward reads it and
+writes 16 bits, 6 bytes. To compute it again would free those 4 bytes of memory in between, but converting, centring and
+multiplying once more moves about 26 bytes and does 2 m operations a value.
+
+Floor, predicted and not measured: a value of a bf16 student must move 2 + 4 bytes forward; the operators here move
+about 42 (convert 6, mean 4, centre 8, product 8, value 16). The product is 2 m operations a value, 512 at m = 256, and
+the teacher's is the same. By its data sheet an H200 does about 15 fp32 operations in the time of a byte, so either
+product takes as long as 34 bytes: operations as much as bytes decide, libraries are the right tool for those, and a
+kernel of our own could save no more than half. Products are in fp32 under autocast too, because neighbours found in
+bf16 would be others; TF32 is used where the user allows it for fp32 products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feedfast_kernels._layout import as_BHWC, work_dtype
+from feedfast_kernels.codes import Codes, Target, decode
+
+
+def locality(
+    student: Tensor,
+    teacher: Target,
+    *,
+    k: int,
+    sigma_squared: float | None = None,
+    weight: float = 1.0,
+    denominator: float | None = None,
+) -> Tensor:
+    """Squared distances in the student's space between samples that are neighbours in the teacher's.
+
+    Args:
+        student: float [m, ...], flattened a sample; receives the gradient.
+        teacher: codes or float [m, ...] of any width; no gradient.
+        k: neighbours a sample, >= 1. A batch of k or fewer samples takes all others.
+        sigma_squared: > 0, in squared units of the teacher's features. None is the mean over the batch of the squared
+            distances to the k neighbours, found on the device: a constant that does not fit the features' scale makes
+            every alpha 0. `locality_weights` shows alpha.
+        weight: factor of the sum.
+        denominator: divisor of the sum; None is the batch size m.
+
+    Returns:
+        fp32 scalar (float64 for a float64 student); 0 for fewer than two samples; NaN if any value is NaN. Of
+        neighbours equally far the one with the lower index counts.
+
+    Raises:
+        ValueError: if batches differ, k is below 1, or sigma_squared is not positive.
+    """
+    if student.ndim < 2 or len(teacher.shape) < 2 or teacher.shape[0] != student.shape[0]:
+        raise ValueError(
+            f"locality: expected features [m, ...] of one batch, got a student {list(student.shape)} "
+            f"and a teacher {list(teacher.shape)}"
+        )
+    _check(k, sigma_squared)
+    scale = weight / (max(student.shape[0], 1) if denominator is None else denominator)
+    weights = _weights(teacher, k, sigma_squared, work_dtype(student))
+    loss = _Locality.apply(student, weights, scale, student.requires_grad and torch.is_grad_enabled())
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def locality_weights(teacher: Target, *, k: int, sigma_squared: float | None = None) -> Tensor:
+    """The alpha that `locality` uses, to look at: a mean of those above 0 below 1e-6 means that nothing is learned.
+
+    Args:
+        teacher: codes or float [m, ...].
+        k: neighbours a sample, >= 1; at most m - 1 are taken.
+        sigma_squared: > 0, or None for the mean of the neighbours' squared distances.
+
+    Returns:
+        [m, m], fp32 (float64 for float64 features), no gradient: row i has alpha_ij at its k neighbours, 0 elsewhere
+        and on the diagonal.
+
+    Raises:
+        ValueError: if k is below 1 or sigma_squared not positive.
+    """
+    if len(teacher.shape) < 2:
+        raise ValueError(f"locality: expected features [m, ...], got {list(teacher.shape)}")
+    _check(k, sigma_squared)
+    dtype = torch.float32 if isinstance(teacher, Codes) else work_dtype(teacher)
+    return _weights(teacher, k, sigma_squared, dtype)
+
+
+def _check(k: int, sigma_squared: float | None) -> None:
+    if k < 1:
+        raise ValueError(f"locality: k expected >= 1, got {k}")
+    if sigma_squared is not None and not sigma_squared > 0:
+        raise ValueError(f"locality: sigma_squared expected > 0 or None, got {sigma_squared}")
+
+
+@torch.no_grad()
+def _weights(teacher: Target, k: int, sigma_squared: float | None, dtype: torch.dtype) -> Tensor:
+    """W [m, m]."""
+    samples = teacher.shape[0]
+    features = _centred(decode(teacher, dtype) if isinstance(teacher, Codes) else teacher, dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        product = features @ features.T
+    square = product.diagonal()
+    distance = (square[:, None] + square[None, :] - 2 * product).clamp(min=0)
+    # NaN sorts behind every number, so a sample is no neighbour of its own; and where all is NaN, NaN is what is found
+    own = torch.eye(samples, dtype=torch.bool, device=distance.device)
+    found = distance.masked_fill(own, float("nan")).sort(dim=1, stable=True)
+    near, index = (x[:, : min(k, samples - 1)] for x in found)
+    if sigma_squared is None:
+        # neighbours that are all duplicates: 0 / tiny, so alpha is 1
+        alpha = torch.exp(-near / near.mean().clamp(min=torch.finfo(dtype).tiny))
+    else:
+        alpha = torch.exp(-near / sigma_squared)
+    return torch.zeros_like(distance).scatter(1, index, alpha)
+
+
+def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features [m, d] relative to their mean, a new tensor; exactly 0 where all samples agree."""
+    rows = as_BHWC(x) if x.ndim == 4 else x
+    rows = rows.to(dtype).reshape(x.shape[0], x[:1].numel()) if x.numel() else x.new_zeros(x.shape[0], 0, dtype=dtype)
+    # the mean of equal numbers is not always that number, the difference of equal numbers is always 0
+    rows = rows - rows[:1]
+    return rows.sub_(rows.mean(0)) if rows.shape[0] else rows
+
+
+class _Locality(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, weights: Tensor, scale: float, wants_gradient: bool) -> Tensor:
+        features = _centred(student, weights.dtype)
+        laplacian = torch.diag(weights.sum(0) + weights.sum(1)) - weights - weights.T
+        with torch.autocast(features.device.type, enabled=False):
+            gradient = (laplacian * (2 * scale)) @ features
+        if wants_gradient:
+            ctx.save_for_backward(gradient)
+            ctx.shape, ctx.dtype = student.shape, student.dtype
+        loss: Tensor = (features * gradient).sum() / 2
+        return loss.clamp(min=0) if scale >= 0 else loss.clamp(max=0)  # rounding, where it should be 0
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # one kernel, which multiplies in the gradient's dtype and rounds once
+        scaled = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
+        if len(ctx.shape) != 4:
+            return scaled.view(ctx.shape), None, None, None
+        batch, channels, height, width = ctx.shape
+        return scaled.view(batch, height, width, channels).permute(0, 3, 1, 2), None, None, None
