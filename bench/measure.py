@@ -52,7 +52,11 @@ from feedfast_kernels import Codes
 DIRECTIONS = ("forward", "backward", "both")
 UPSTREAM = 0.37
 OURS, COPY = "feedfast", "copy"
-COMPILED = {"compile default": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
+COMPILED = {
+    "compile default": None,
+    "compile gathered": None,
+    "compile max-autotune": "max-autotune-no-cudagraphs",
+}
 LATER = {"composite eager": 2, "compile max-autotune": 3}  # everything else but ours and the copy is 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RESULTS = Path(__file__).with_name("results.csv")
