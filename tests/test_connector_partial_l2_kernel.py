@@ -117,6 +117,15 @@ def test_nan_survives_and_stays_in_its_channel(kernel_device: torch.device) -> N
     assert mean.isnan().nonzero().flatten().tolist() == variance.isnan().nonzero().flatten().tolist() == [2]
 
 
+def test_strided_vectors(kernel_device: torch.device) -> None:
+    y, target, gamma, beta, margin = make((2, 16, 3, 3), "u8", device=kernel_device)
+    strided = [torch.stack([x, x + 1], -1).flatten()[::2] for x in (gamma, beta, margin)]
+    assert torch.equal(
+        connector_partial_l2(y, target, *strided[:2], margin_C=strided[2]),
+        connector_partial_l2(y, target, gamma, beta, margin_C=margin),
+    )
+
+
 def test_empty_batch(kernel_device: torch.device) -> None:
     y, target, gamma, beta, _ = make((0, 16, 3, 3), "f32", device=kernel_device)
     loss, gradient, d_gamma, d_beta, mean, variance = everything(connector_partial_l2, y, target, gamma, beta)

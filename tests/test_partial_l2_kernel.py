@@ -159,6 +159,20 @@ def test_under_autocast(kernel_device: torch.device) -> None:
     assert torch.equal(actual, gradient)
 
 
+def test_strided_vectors_and_codes(kernel_device: torch.device) -> None:
+    student, target, margin = make((2, 16, 3, 3), "u8", kernel_device)
+    assert isinstance(target, Codes)
+    every_other = [torch.stack([x, x + 1], -1).flatten()[::2] for x in (target.offset, target.step, margin)]
+    codes = torch.zeros(2, 3, 3, 32, dtype=torch.uint8, device=kernel_device)
+    codes[..., ::2] = target.data
+    strided = Codes(codes[..., ::2], *every_other[:2], "u8")
+    assert not any(x.is_contiguous() for x in (strided.data, strided.offset, every_other[2]))
+    expected, (gradient,) = run(lambda s: partial_l2(s, target, margin_C=margin), [student])
+    loss, (actual,) = run(lambda s: partial_l2(s, strided, margin_C=every_other[2]), [student])
+    assert torch.equal(loss, expected)
+    assert torch.equal(actual, gradient)
+
+
 @pytest.mark.gpu
 def test_capture_replays_to_the_same_bits() -> None:
     device = torch.device("cuda")

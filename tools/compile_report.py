@@ -8,12 +8,13 @@ Triton's wheel:
     stack       bytes of local memory a thread; 0, or the kernel spills
     spills      loads and stores of local memory (LDL, STL)
     load, store bits of the widest access to global memory; 128 is the most a thread can ask for
+    wide        share of the loaded bytes that 128-bit loads bring
     narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorised
     sass/el     instructions executed for one element of the map: all of them over all elements; where there is a loop,
                 those of its largest body over the elements whose bytes it loads
     occupancy   warps that fit on a multiprocessor, of the most
 
-    python tools/compile_report.py [--arch 90 ...] [--op partial_l2 ...] [--quick]
+    python tools/compile_report.py [--arch 90 ...] [--op partial_l2 ...] [--match REGEX] [--quick]
 
 A table goes to stderr; the last line of stdout is one JSON document. What this cannot see: time, races, alignment that
 the caller does not deliver.
@@ -68,6 +69,7 @@ class Report:
     widest_load_bits: int
     widest_store_bits: int
     narrow: int
+    wide_share: float
     shared_bytes: int
     instructions: int
     sass_per_element: float
@@ -124,7 +126,7 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
 def access_bits(sass: str, kind: str) -> list[int]:
     """Bits of every LDG or STG, and a 0 in front."""
     widths = [0]
-    for modifiers in re.findall(rf"\b{kind}((?:\.\w+)*)", sass):
+    for modifiers in re.findall(rf"\b{kind}(?!\w)((?:\.\w+)*)", sass):
         named = [int(part) for part in modifiers.split(".") if part in ("64", "128", "256")]
         small = {"U8": 8, "S8": 8, "U16": 16, "S16": 16}
         widths.append(named[0] if named else next((b for m, b in small.items() if m in modifiers.split(".")), 32))
@@ -153,7 +155,9 @@ def report(case: Case, arch: int) -> Report:
     binary = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = disassemble(binary.asm["cubin"])
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    code = [op for op in code if not op.startswith("NOP")]
+    # behind the last exit lie padding and the slow path of divisions, for operands that are not normal numbers
+    last_exit = max((at for at, op in enumerate(code) if op.startswith("EXIT")), default=len(code))
+    code = [op for op in code[: last_exit + 1] if not op.startswith("NOP")]
     registers, shared, most_warps, most_programs = LIMITS[arch]
     shared_bytes = int(binary.metadata.shared)
     fit = [most_programs, most_warps // launch.warps]
@@ -175,6 +179,7 @@ def report(case: Case, arch: int) -> Report:
         spills=sum(op.startswith(("LDL", "STL")) for op in code),
         widest_load_bits=max(loads),
         widest_store_bits=max(stores),
+        wide_share=round(sum(bits for bits in loads if bits >= 128) / max(sum(loads), 1), 2),
         narrow=sum(0 < bits < 32 for bits in loads + stores),
         shared_bytes=shared_bytes,
         instructions=len(code),
@@ -189,22 +194,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--op", nargs="+", help="only these operations")
+    parser.add_argument("--match", default="", help="only launches whose name this regular expression is found in")
     parser.add_argument("--quick", action="store_true", help="the shapes that compile differently, once each")
     options = parser.parse_args()
     rows = []
-    line = "{:<58} {:>4} {:>5} {:>6} {:>6} {:>5} {:>5} {:>6} {:>7} {:>8} {:>6}"
+    line = "{:<58} {:>4} {:>5} {:>6} {:>6} {:>5} {:>5} {:>5} {:>6} {:>7} {:>8} {:>6}"
     head = line.format(
-        "launch", "arch", "regs", "stack", "spills", "load", "store", "narrow", "shared", "sass/el", "warps"
+        "launch", "arch", "regs", "stack", "spills", "load", "store", "wide", "narrow", "shared", "sass/el", "warps"
     )
     print(head, file=sys.stderr)
     for case in cases(options.quick):
-        if options.op and case.operation not in options.op:
+        if (options.op and case.operation not in options.op) or not re.search(options.match, case.name):
             continue
         for arch in options.arch:
             r = report(case, arch)
-            rows.append(asdict(r))
+            rows.append(asdict(r) | {"operation": case.operation, "aligned": case.aligned})
             occupancy = f"{r.occupancy_warps}/{r.most_warps}"
-            widths = (r.widest_load_bits, r.widest_store_bits, r.narrow)
+            widths = (r.widest_load_bits, r.widest_store_bits, r.wide_share, r.narrow)
             text = line.format(
                 r.name, arch, r.regs, r.stack_bytes, r.spills, *widths, r.shared_bytes, r.sass_per_element, occupancy
             )

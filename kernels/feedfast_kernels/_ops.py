@@ -66,3 +66,8 @@ def ordered(x: Tensor) -> Tensor:
     if memory_order(x) != "other":
         return x
     return x.contiguous() if x.ndim == 2 else x.contiguous(memory_format=torch.channels_last)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """A per-channel vector as kernels read it: one value after the other."""
+    return None if x is None else x.contiguous()

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
 
@@ -133,7 +133,7 @@ def _merge(
     variance_C = tl.maximum(tl.sum(total, axis=0) / rows, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(statistics + c, mean_C, mask=c < C)
     tl.store(statistics + C + c, variance_C, mask=c < C)
-    tl.store(statistics + 2 * C + c, 1.0 / tl.sqrt_rn(variance_C + eps), mask=c < C)
+    tl.store(statistics + 2 * C + c, tl.rsqrt(variance_C + eps), mask=c < C)
 
 
 @triton.jit
@@ -310,8 +310,9 @@ class Plan:
             "CODEC": codec,
             "TARGET_SPATIAL_FIRST": target_spatial_first,
         }
-        self.inputs: dict[str, Any] = {"y": y, "target": target, "offset": offset_C, "step": step_C, "margin": margin_C}
-        self.inputs |= {"gamma": gamma_C, "beta": beta_C}
+        vectors = {"offset": offset_C, "step": step_C, "margin": margin_C, "gamma": gamma_C, "beta": beta_C}
+        self.inputs: dict[str, Any] = {"y": y, "target": target}
+        self.inputs |= {name: contiguous(vector) for name, vector in vectors.items()}
 
     def empty(self, *shape: int) -> Tensor:
         """An fp32 tensor beside ``y``."""

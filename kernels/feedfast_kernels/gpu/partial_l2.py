@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
 
@@ -163,13 +163,8 @@ def plan(
     if not one_image and per_image % steps:
         steps = 1
     grid = (images * ceil_div(image_rows, rows * steps), ceil_div(channels, block_c))
-    arguments: dict[str, Any] = {
-        "student": student,
-        "target": target,
-        "offset": offset_C,
-        "step": step_C,
-        "margin": margin_C,
-    }
+    arguments: dict[str, Any] = {"student": student, "target": target}
+    arguments |= {"offset": contiguous(offset_C), "step": contiguous(step_C), "margin": contiguous(margin_C)}
     constants = {
         "C": channels,
         "PACKED": (channels + 1) // 2 if codec == "u4" else channels,

@@ -1,0 +1,94 @@
+"""What the compiler makes of every kernel for GPUs that are not here: no spills, full-width accesses, enough warps.
+
+The launches are those the operations plan for the shapes real networks have (tools/launches.py). All of them are
+compiled for sm_90, and the main ones for sm_80 and sm_100.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+pytestmark = pytest.mark.timeout(600)
+
+# Little's law: 4.3 TB/s with 0.6 microseconds of latency is 20 KiB under way on each of 132 multiprocessors. A warp of
+# these kernels has at least 32 * 48 bytes under way, so 12 warps are enough; a kernel of few bytes needs more.
+LEAST_WARPS = 12
+
+
+def reports(*options: str) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    job = subprocess.run(
+        [sys.executable, str(TOOLS / "compile_report.py"), "--quick", *options],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(job.stdout.splitlines()[-1])["reports"]
+    assert rows
+    return rows
+
+
+@pytest.fixture(scope="module")
+def hopper() -> list[dict[str, Any]]:
+    return reports("--arch", "90")
+
+
+@pytest.fixture(scope="module")
+def others() -> list[dict[str, Any]]:
+    main = "256x56x56 bf16/u8|2048x7x7 bf16/u8 NHWC|64x8x8 .*u8 NHWC|ensemble_kl 1000 x 3 prob.* labels"
+    return reports("--arch", "80", "100", "--match", main)
+
+
+def test_every_operation_is_there(hopper: list[dict[str, Any]]) -> None:
+    kernels = {path.stem for path in (TOOLS.parent / "kernels/feedfast_kernels/gpu").glob("*.py")}
+    assert {row["operation"] for row in hopper} == kernels - {"__init__", "launch", "tile"}
+
+
+@pytest.mark.parametrize("which", ["hopper", "others"])
+def test_nothing_spills(which: str, request: pytest.FixtureRequest) -> None:
+    rows = request.getfixturevalue(which)
+    assert [row for row in rows if row["stack_bytes"] or row["spills"]] == []
+
+
+@pytest.mark.parametrize("which", ["hopper", "others"])
+def test_accesses_are_wide_where_the_shape_allows(which: str, request: pytest.FixtureRequest) -> None:
+    """No 8- or 16-bit access; of channels-last maps, at least half of the bytes come with 128-bit loads."""
+    rows = [row for row in request.getfixturevalue(which) if row["aligned"]]
+    assert [row for row in rows if row["narrow"]] == []
+    nhwc = [row for row in rows if "NHWC" in row["name"] and not row["name"].startswith("decode")]
+    assert len(nhwc) >= 10
+    assert [row for row in nhwc if row["widest_load_bits"] != 128 or row["wide_share"] < 0.5] == []
+    backward = [row for row in nhwc if " backward " in row["name"]]
+    assert backward
+    assert [row for row in backward if row["widest_store_bits"] != 128] == []
+
+
+def test_the_check_can_fail(hopper: list[dict[str, Any]]) -> None:
+    """7x7 maps in NCHW order have rows of 98 bytes: there the report must show narrow accesses."""
+    rows = [row for row in hopper if row["name"] == "partial_l2 forward 2048x7x7 bf16/u8 NCHW"]
+    assert [row["narrow"] > 0 for row in rows] == [True]
+
+
+@pytest.mark.parametrize("which", ["hopper", "others"])
+def test_enough_warps_fit_to_hide_memory(which: str, request: pytest.FixtureRequest) -> None:
+    rows = [row for row in request.getfixturevalue(which) if "NHWC" in row["name"] and "fp32" not in row["name"]]
+    assert [row for row in rows if row["occupancy_warps"] < LEAST_WARPS] == []
+
+
+def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) -> None:
+    """132 multiprocessors issue 33 T lane instructions a second: at 4.3 TB/s and 3 bytes an element, 23 an element."""
+    large = [
+        row
+        for row in hopper
+        if "256x56x56 bf16/u8 NHWC" in row["name"]
+        and row["operation"] in ("partial_l2", "connector_partial_l2", "codes")
+    ]
+    assert len(large) >= 7
+    assert [row for row in large if row["sass_per_element"] > 23] == []
