@@ -99,7 +99,7 @@ def finish_part(part: Part, job: subprocess.Popen[str], begin: float) -> Details
         out, _ = job.communicate(timeout=max(part.limit_s - (time.monotonic() - begin), 1))
     except subprocess.TimeoutExpired:
         late = f"stopped after {part.limit_s:.0f} s"
-        os.killpg(job.pid, signal.SIGTERM)
+        os.killpg(job.pid, signal.SIGINT)  # pytest still writes down what it knows
         try:
             out, _ = job.communicate(timeout=5)
         except subprocess.TimeoutExpired:
@@ -181,7 +181,7 @@ def pytest_part(
     xml = work / f"{name.replace(' ', '-')}.xml"
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "strict=false", "-W", "default", f"--junitxml={xml}"]
     if workers and not absent(["xdist"]):
-        options += ["-n", str(workers)]  # most of the time goes into compiling
+        options += ["-n", str(workers)]
     command = (sys.executable, "-m", "pytest", *options, *arguments)
     # pytest writes to stdout: keep that for the document
     return Part(name, ("bash", "-c", 'exec "$@" >&2', "bash", *command), limit_s, read_tests(xml), missing=missing)
@@ -204,7 +204,7 @@ def parts_before(work: Path, workers: int) -> list[Part]:
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernel.py"))
     missing = "pytest is not installed" if absent(["pytest"]) else ""
     return [
-        pytest_part("kernel tests", tests, work, 150, missing, workers),
+        pytest_part("kernel tests", tests, work, 200, missing, workers),
         Part("drive", (sys.executable, "tools/sanitize_kernels.py"), 90, read_drive),
     ]
 
@@ -351,8 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # the parts are to compile their kernels
     major, _ = torch.cuda.get_device_capability()
     architecture = max((a for a in ARCHITECTURES if a <= 10 * major), default=ARCHITECTURES[0])
-    # each test process may hold maps of more than 2^31 elements
-    workers = min(4, (os.cpu_count() or 1) // 2) if torch.cuda.mem_get_info()[1] > 64 << 30 else 0
+    # compiling takes most of the tests' time; but each process may hold maps of more than 2^31 elements, 15 GB of them
+    most = int(torch.cuda.mem_get_info()[1] / 15e9)
+    workers = max(min(12, most, (os.cpu_count() or 1) - 2), 0)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         parts = check(Path(folder), options, architecture, workers)
