@@ -36,7 +36,7 @@ from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_o
 PER_THREAD = 8
 MOST_CHANNELS = 64  # of a tile: 128 bytes of bf16 a row
 MOST_STEPS, PROGRAMS = 32, 2048  # tiles a program walks at most; fewer where that leaves too few programs
-MERGE_ROWS = 128  # partial sums that the merging kernel takes at a time
+MERGE_ROWS = 256  # partial sums that the merging kernel takes at a time
 
 
 @triton.jit
