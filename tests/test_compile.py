@@ -18,9 +18,10 @@ import pytest
 TOOLS = Path(__file__).parents[1] / "tools"
 pytestmark = pytest.mark.timeout(600)
 
-# Little's law: 4.3 TB/s with 0.6 microseconds of latency is 20 KiB under way on each of 132 multiprocessors. A warp of
-# these kernels has at least 32 * 48 bytes under way, so 12 warps are enough; a kernel of few bytes needs more.
-LEAST_WARPS = 12
+# Little's law: 4.3 TB/s at 0.6 microseconds of latency is 20 KiB under way on each of 132 multiprocessors. A thread of
+# the losses asks for at least 48 bytes before it needs them (12 warps: 18 KiB), one of encode for 128 (8 warps: 32 KiB).
+LEAST_WARPS = {"codes": 8}
+OTHER_WARPS = 12
 
 
 def reports(*options: str) -> list[dict[str, Any]]:
@@ -79,7 +80,7 @@ def test_the_check_can_fail(hopper: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("which", ["hopper", "others"])
 def test_enough_warps_fit_to_hide_memory(which: str, request: pytest.FixtureRequest) -> None:
     rows = [row for row in request.getfixturevalue(which) if "NHWC" in row["name"] and "fp32" not in row["name"]]
-    assert [row for row in rows if row["occupancy_warps"] < LEAST_WARPS] == []
+    assert [row for row in rows if row["occupancy_warps"] < LEAST_WARPS.get(row["operation"], OTHER_WARPS)] == []
 
 
 def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) -> None:

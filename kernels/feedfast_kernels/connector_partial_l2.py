@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from feedfast_kernels._layout import as_BHWC, tiles
-from feedfast_kernels._ops import OPS, register, runs_triton
+from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
 from feedfast_kernels.codes import Codes, Target
 from feedfast_kernels.partial_l2 import Source, residual
 from feedfast_kernels.partial_l2 import reference as partial_l2_reference
@@ -163,6 +163,8 @@ class _ConnectorPartialL2(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         y, target, offset_C, step_C, margin_C, gamma_C, beta_C, statistics, sums = ctx.saved_tensors
         arguments = (y, target, offset_C, step_C, ctx.codec, margin_C, gamma_C, beta_C, ctx.scale)
+        if ctx.triton:
+            first_order_only("connector_partial_l2")
         run = OPS.connector_partial_l2_backward if ctx.triton else _backward
         gradient = run(upstream, *arguments, statistics, sums)
         factor = upstream * (2 * ctx.scale)

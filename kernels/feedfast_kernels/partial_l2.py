@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels._layout import Tile, as_BHWC, tiles, work_dtype
-from feedfast_kernels._ops import OPS, register, runs_triton
+from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
 from feedfast_kernels.codes import Codes, Target, unpack
 
 
@@ -122,6 +122,7 @@ class _PartialL2(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, target, offset_C, step_C, margin_C = ctx.saved_tensors
         if ctx.triton:
+            first_order_only("partial_l2")
             gradient = OPS.partial_l2_backward(
                 upstream, student, target, offset_C, step_C, ctx.codec, margin_C, ctx.scale
             )
