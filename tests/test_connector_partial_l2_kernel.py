@@ -120,7 +120,7 @@ def test_nan_survives_and_stays_in_its_channel(kernel_device: torch.device) -> N
 def test_second_derivatives_are_refused(kernel_device: torch.device) -> None:
     y, target, gamma, beta, _ = make((2, 16, 3, 3), "u8", device=kernel_device)
     y.requires_grad_()
-    with pytest.raises(NotImplementedError, match="connector_partial_l2.*float64"):
+    with pytest.raises(NotImplementedError, match=r"connector_partial_l2.*float64"):
         torch.autograd.grad(connector_partial_l2(y, target, gamma, beta), y, create_graph=True)
 
 

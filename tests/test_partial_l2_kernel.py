@@ -162,7 +162,7 @@ def test_under_autocast(kernel_device: torch.device) -> None:
 def test_second_derivatives_are_refused(kernel_device: torch.device) -> None:
     student, target, margin = make((2, 16, 3, 3), "u8", kernel_device)
     student.requires_grad_()
-    with pytest.raises(NotImplementedError, match="partial_l2.*float64"):
+    with pytest.raises(NotImplementedError, match=r"partial_l2.*float64"):
         torch.autograd.grad(partial_l2(student, target, margin_C=margin), student, create_graph=True)
 
 

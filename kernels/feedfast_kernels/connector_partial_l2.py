@@ -23,6 +23,7 @@ Statistics are those of one process: for a synchronised batch norm, and in evalu
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def connector_partial_l2(
         stored = (target.detach(), None, None, "")
     triton = runs_triton(y_NCHW)
     loss, mean_C, variance_C = _ConnectorPartialL2.apply(y_NCHW, *stored, margin_C, gamma_C, beta_C, eps, scale, triton)
-    pixels = y_NCHW.numel() // max(y_NCHW.shape[1], 1)
+    pixels = math.prod((y_NCHW.shape[0], *y_NCHW.shape[2:]))
     if pixels:
         with torch.no_grad():
             if running_mean_C is not None:
@@ -187,13 +188,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss; mean, biased variance and 1 / deviation [3, C]; sums of d and d * (y - mean) [2, C]; tile by tile."""
     source = Source(y, target, offset_C, step_C, codec, margin_C)
-    width, channels = source.student.shape[2:]
+    batch, height, width, channels = source.student.shape
 
     def by_channel(sum_WC: Tensor) -> Tensor:
         # across tiles in float64: there are few tiles, and each adds numbers of very different size
         return sum_WC.view(width, channels).sum(0).double()
 
-    pixels = y.numel() // max(channels, 1)
+    pixels = batch * height * width
     if pixels == 0:
         nothing = torch.zeros(3, channels, dtype=source.dtype, device=y.device)
         return nothing.sum(), nothing, nothing[:2].clone()
@@ -240,8 +241,8 @@ def _backward(
 ) -> Tensor:
     """Gradient of y, tile by tile."""
     source = Source(y, target, offset_C, step_C, codec, margin_C)
-    width, channels = source.student.shape[2:]
-    pixels = max(y.numel() // max(channels, 1), 1)
+    batch, height, width, _ = source.student.shape
+    pixels = max(batch * height * width, 1)
     mean_C, _, rstd_C = statistics
     a_C = gamma_C.to(source.dtype) * rstd_C
     rows = [mean_C, a_C, beta_C.to(source.dtype), sums[0] / pixels, sums[1] * rstd_C * rstd_C / pixels]
