@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feedfast_kernels.gpu import codes, connector_partial_l2, ensemble_kl, partial_l2
+from feedfast_kernels.gpu import codes, connector_partial_l2, ensemble_kl, normalized_l1, partial_l2
 from feedfast_kernels.gpu.launch import Launch
 
 # (batch, channels, side of the map)
@@ -16,6 +16,8 @@ RESNET_50 = [(256, 256, 56), (256, 512, 28), (256, 1024, 14), (256, 2048, 7)]
 CIFAR = [(128, 16, 32), (128, 64, 32), (128, 128, 16), (128, 256, 8), (128, 64, 8)]
 UNEVEN = [(256, 160, 8), (256, 24, 56), (7, 17, 5)]  # a wide ResNet, a MobileNet, and a shape nothing divides
 QUICK = [(256, 256, 56), (256, 1024, 14), (256, 2048, 7), (128, 64, 8), (128, 16, 32), (256, 24, 56)]
+# (batch, channels, side, teachers): FEED on ResNet-56, the last maps of ResNet-50 and -18, a wide ResNet
+FEED = [(128, 64, 8, 5), (256, 2048, 7, 1), (256, 2048, 7, 5), (256, 512, 7, 1), (128, 128, 8, 5)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ def cases(quick: bool = False) -> Iterator[Case]:
     yield from connector_partial_l2_cases(quick)
     yield from codes_cases(quick)
     yield from ensemble_kl_cases(quick)
+    yield from normalized_l1_cases(quick)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
@@ -159,3 +162,34 @@ def ensemble_kl_cases(quick: bool) -> Iterator[Case]:
                     # the label's own logit is one narrow load
                     aligned = classes % 8 == 0 and labels is None
                     yield Case("ensemble_kl", f"ensemble_kl {what}", launch, student.numel(), aligned)
+
+
+def normalized_l1_cases(quick: bool) -> Iterator[Case]:
+    """Both directions; u8, u4 and float targets; both memory orders of the student; one teacher and several."""
+    for batch, channels, side, teachers in FEED:
+        if quick and (channels, teachers) in ((128, 5), (2048, 5)):
+            continue
+        for codec in ("u8",) if quick and channels != 64 else ("u8", "u4", ""):
+            if codec:
+                stored = (channels + 1) // 2 if codec == "u4" else channels
+                target = meta(batch, side, side, stored, dtype=torch.uint8)
+            else:
+                target = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
+            vectors = [meta(channels) if codec else None] * teachers
+            statistics = meta(teachers * batch, normalized_l1.STATISTICS)
+            for order in ("NHWC", "NCHW"):
+                nhwc = order == "NHWC"
+                student = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
+                aligned = channels % 8 == 0 if nhwc else side * side % 4 == 0
+                students = [student] * teachers
+                arguments = (students, [target] * teachers, vectors, vectors, codec, 0.5, 1e-12, statistics)
+                launches = {
+                    "forward": normalized_l1.plan(*arguments),
+                    "backward": normalized_l1.plan(*arguments, meta(), students),
+                }
+                for direction, launch in launches.items():
+                    shape = f"{teachers}x{channels}x{side}x{side}"
+                    name = f"normalized_l1 {direction} {shape} bf16/{codec or 'bf16'} {order}"
+                    # a forward that loops has a second sweep, which reads everything again
+                    read_bytes = 2 * (2 + {"u8": 1, "u4": 0.5, "": 2}[codec])
+                    yield Case("normalized_l1", name, launch, teachers * student.numel(), aligned, read_bytes)
