@@ -305,7 +305,12 @@ def wrong(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: Toler
             bad = ~((got.double() - want).abs() <= tolerance.value * want.abs())  # a NaN is not <= anything
             bound = f"relative {tolerance.value:g}"
         else:
-            relative = ROUNDING[got.dtype] if tolerance.gradient is None else tolerance.gradient
+            relative = tolerance.gradient
+            if relative is None:
+                # on a CPU a 16-bit gradient is kept from forward on and rounded again after the upstream gradient,
+                # and Triton's interpreter truncates
+                twice = got.device.type == "cpu" and got.dtype != torch.float32
+                relative = ROUNDING[got.dtype] * (2 if twice else 1)
             relative = tolerance.vector if got.ndim == 1 else relative
             error = (got.double() - want).abs()
             bad = ~(error <= relative * 1.01 * (want.abs() + want.square().mean().sqrt()))

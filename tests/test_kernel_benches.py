@@ -16,11 +16,12 @@ import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 CPU = torch.device("cpu")
-NAMES = ["connector_partial_l2", "partial_l2", "ensemble_kl", "codes", "locality"]
+NAMES = ["connector_partial_l2", "partial_l2", "normalized_l1", "ensemble_kl", "codes", "locality"]
 # bytes an element of the first tiny setting, bf16 and u8: forward, backward
 HAND_COUNT = {
     "connector_partial_l2": (2 + 2 + 1, 2 + 1 + 2),  # map, map again, code; map, code, gradient
     "partial_l2": (2 + 1, 2 + 1 + 2),  # student, code; student, code, gradient
+    "normalized_l1": (2 + 1, 2 + 1 + 2),  # likewise, of every teacher
     "ensemble_kl": (2 + 2 * 2 + 2, 2 + 2),  # student, two teachers, gradient kept; gradient read and written
     "codes": (2 + 1, None),  # map in, code out
     "locality": (2 + 1, 2 + 2),  # student, code; student, gradient
