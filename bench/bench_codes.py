@@ -24,7 +24,8 @@ from functools import cache, partial
 
 import torch
 from bench_partial_l2 import RESNET, TINY, WRN, values
-from measure import DTYPES, Call, Setting, Tolerance, Work, main, random_codes, random_map
+from inputs import DTYPES, random_codes, random_map
+from measure import Call, Setting, Tolerance, Work, main
 from torch import Tensor
 
 from feedfast_kernels import Codes, decode, encode

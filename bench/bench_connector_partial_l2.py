@@ -27,7 +27,8 @@ from functools import cache, partial
 
 import bench_partial_l2 as distance
 import torch
-from measure import DTYPES, Call, Setting, Tolerance, Work, exact, main, random_codes, random_map
+from inputs import DTYPES, random_codes, random_map
+from measure import Call, Setting, Tolerance, Work, exact, main
 from torch import Tensor
 from torch.nn import functional
 

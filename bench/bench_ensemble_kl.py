@@ -25,7 +25,8 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from measure import DTYPES, Call, Setting, Work, exact, main, random_map
+from inputs import DTYPES, random_map
+from measure import Call, Setting, Work, exact, main
 from torch import Tensor
 from torch.nn import functional
 

@@ -24,7 +24,8 @@ from functools import cache, partial
 
 import torch
 from bench_partial_l2 import parts, values
-from measure import DTYPES, Call, Setting, Tolerance, Work, exact, main, random_map
+from inputs import DTYPES, random_map
+from measure import Call, Setting, Tolerance, Work, exact, main
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, encode

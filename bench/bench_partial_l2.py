@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
-from measure import DTYPES, Call, Setting, Work, exact, main, random_codes, random_map
+from inputs import DTYPES, random_codes, random_map
+from measure import Call, Setting, Work, exact, main
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, decode, partial_l2

@@ -26,16 +26,12 @@ What it does not do: touch clocks or power limits, or draw (plot_kernels.py does
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import gc
-import importlib.metadata
 import json
 import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,9 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import HEAD, RESULTS, Row, append, environment, gbps, line, percentile
 from torch import Tensor
-
-from feedfast_kernels import Codes
 
 DIRECTIONS = ("forward", "backward", "both")
 UPSTREAM = 0.37
@@ -58,39 +53,7 @@ COMPILED = {
     "compile max-autotune": "max-autotune-no-cudagraphs",
 }
 LATER = {"composite eager": 2, "compile max-autotune": 3}  # everything else but ours and the copy is 1
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RESULTS = Path(__file__).with_name("results.csv")
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a result, half a last place
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement, or the reason why there is none; the columns of the results in their order."""
-
-    date: str
-    commit: str
-    gpu: str  # "cpu" where the device is the processor
-    torch: str
-    triton: str
-    cuda: str
-    operation: str
-    shape: str
-    dtype: str
-    codec: str
-    layout: str
-    variant: str
-    direction: str
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    bytes: int | None = None
-    gbps: float | None = None
-    percent_of_copy: float | None = None
-    peak_bytes: int | None = None
-    note: str = ""
-
-
-COLUMNS = tuple(column.name for column in fields(Row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,20 +219,6 @@ class Bench:
         torch.cuda.synchronize(self.device)
         del kept, ready
         return torch.cuda.max_memory_allocated(self.device) - before
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which that share lies, between the two nearest."""
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-def gbps(size: int, milliseconds: float) -> float:
-    """Bytes in a time as 10^9 bytes a second."""
-    return size / milliseconds / 1e6
 
 
 def outcome(call: Call, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -440,7 +389,7 @@ def run(settings: Sequence[Setting], bench: Bench, seconds: float, say: Callable
                 continue
             done.add((id(setting), variant))
             had = {r.direction for r in rows if r.variant == variant and all(getattr(r, k) == what[k] for k in what)}
-            for direction in setting.directions:
+            for direction in ("both",) if variant.endswith("graph") else setting.directions:
                 if direction not in had:
                     keep(Row(**about, **what, variant=variant, direction=direction, note=reason))
 
@@ -492,71 +441,6 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What every row says about where it was measured."""
-
-    def git(*command: str) -> str:
-        try:
-            done = subprocess.run(["git", *command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        except OSError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = os.environ.get("FEEDFAST_COMMIT") or git("rev-parse", "--short", "HEAD") or "unknown"
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = ""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit + ("+" if git("status", "--porcelain", "kernels", "bench") else ""),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "triton": triton,
-        "cuda": (torch.version.cuda or "") if device.type == "cuda" else "",
-    }
-
-
-def append(rows: Sequence[Row], path: Path) -> None:
-    """Add rows to a CSV file, with a header where it is new."""
-    new = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in values.items()})
-
-
-def random_map(
-    shape: Sequence[int], dtype: torch.dtype, layout: str, device: torch.device, seed: int, like: float = 1.0
-) -> Tensor:
-    """Normal values of that deviation, in that memory order."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32).mul_(like).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if layout == "NHWC" and x.ndim == 4 else x
-
-
-def random_codes(shape: Sequence[int], codec: str, device: torch.device, seed: int) -> Codes:
-    """Codes that use their whole range, decoding to about -2 to 3: some 40 % of a teacher's values are negative."""
-    generator = torch.Generator(device).manual_seed(seed)
-    batch, channels, *space = shape
-    stored = (batch, *space, (channels + 1) // 2 if codec == "u4" else channels)
-
-    def integers(top: int) -> Tensor:
-        return torch.randint(0, top + 1, stored, generator=generator, device=device, dtype=torch.uint8)
-
-    if codec == "u4":
-        data = integers(14) | (integers(14) << 4)
-        if channels % 2:
-            data[..., -1] &= 15
-    else:
-        data = integers(254)
-    spread = 1 + 0.1 * torch.rand(channels, generator=generator, device=device)
-    return Codes(data, -2 * spread, spread * (5 / 254 if codec == "u8" else 5 / 14), codec)  # type: ignore[arg-type]
-
-
 def main(settings: Callable[[bool], list[Setting]], doc: str, argv: Sequence[str] | None = None) -> int:
     """The command line of a bench; 1 where `feedfast` was wrong or failed, 2 where there is no such device."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -578,20 +462,12 @@ def main(settings: Callable[[bool], list[Setting]], doc: str, argv: Sequence[str
         if variants and args.shape in setting.shape:
             values = {key.name: getattr(setting, key.name) for key in fields(setting)}
             chosen.append(Setting(**{**values, "variants": variants}))
-    line = "{:<22} {:<30} {:<9} {:<3} {:<5} {:<21} {:<8} {:>9} {:>17} {:>8} {:>7} {:>9} {}"
-    head = ("operation", "shape", "dtype", "", "order", "variant", "", "ms", "p20..p80", "GB/s", "% copy", "peak MB")
-    print(line.format(*head, "note"), file=sys.stderr)
+    print(HEAD, file=sys.stderr)
 
     def say(row: Row) -> None:
         if args.out is not None:
             append([row], args.out)  # at once: what was measured outlives a bench that is killed
-        names = (row.operation, row.shape, row.dtype, row.codec, row.layout, row.variant, row.direction)
-        if row.median_ms is None:
-            print(line.format(*names, *["-"] * 5, row.note), file=sys.stderr, flush=True)
-            return
-        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
-        numbers = (f"{row.median_ms:.4f}", f"{row.p20_ms:.4f}..{row.p80_ms:.4f}", f"{row.gbps:.1f}")
-        print(line.format(*names, *numbers, f"{row.percent_of_copy:.1f}", peak, row.note), file=sys.stderr, flush=True)
+        print(line(row), file=sys.stderr, flush=True)
 
     begin = time.perf_counter()
     bench = Bench(device, args.tiny)

@@ -113,8 +113,10 @@ def test_composites_are_one_graph(name: str, measure: Any) -> None:
 def one_setting(measure: Any, **functions: Any) -> tuple[Any, Any]:
     """A bench of the sum of squares of 1000 random values, computed by each of the functions."""
 
+    import inputs
+
     def build(device: torch.device) -> Any:
-        leaf = measure.random_map((10, 100), torch.float32, "", device, seed=0).requires_grad_()
+        leaf = inputs.random_map((10, 100), torch.float32, "", device, seed=0).requires_grad_()
         calls = {
             name: measure.Call(function, (leaf,), lambda: measure.exact(lambda x: x.square().sum(), [leaf]))
             for name, function in functions.items()
@@ -233,14 +235,16 @@ def test_without_a_gpu_a_bench_says_so(measure: Any, capsys: pytest.CaptureFixtu
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
-def test_data_is_random_and_not_all_alive(measure: Any) -> None:
-    codes = measure.random_codes((4, 32, 5, 5), "u4", CPU, seed=0)
+def test_data_is_random_and_not_all_alive() -> None:
+    import inputs
+
+    codes = inputs.random_codes((4, 32, 5, 5), "u4", CPU, seed=0)
     low, high = codes.data & 15, codes.data >> 4
     assert (int(low.max()), int(high.max()), int(low.min())) == (14, 14, 0)
-    odd = measure.random_codes((4, 5, 3, 3), "u4", CPU, seed=0)
+    odd = inputs.random_codes((4, 5, 3, 3), "u4", CPU, seed=0)
     assert odd.shape == (4, 5, 3, 3)
     assert int((odd.data[..., -1] >> 4).max()) == 0
-    silent = float((measure.random_codes((4, 32, 5, 5), "u8", CPU, seed=0).data < 101).float().mean())
+    silent = float((inputs.random_codes((4, 32, 5, 5), "u8", CPU, seed=0).data < 101).float().mean())
     assert 0.3 < silent < 0.5
 
 
