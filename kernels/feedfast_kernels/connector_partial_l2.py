@@ -12,10 +12,12 @@ g = d(loss)/ds = 2 * weight / denominator * d,
     d(loss)/dbeta = sum(g);   d(loss)/dgamma = sum(g * x),  x = (y - mean) * rstd
     d(loss)/dy    = gamma * rstd * (g - mean(g) - x * mean(g * x))
 
-and both sums are known when the loss is, so backward is one pass. On CUDA Triton kernels do it in three passes over the
-map (gpu/connector_partial_l2.py: 10 bytes an element for bf16 and u8 codes, where compiled operators move about 26).
-Elsewhere, and for float64, PyTorch operators over cache-sized tiles; on a CPU whole maps cost most by the fresh memory
-they need.
+and both sums are known when the loss is, so what is left is one pass over the map. On CUDA Triton kernels do it in
+three passes (gpu/connector_partial_l2.py: 10 bytes an element for bf16 and u8 codes, where compiled operators move
+about 26). On a CPU PyTorch's operators make the same three passes over cache-sized tiles, all in the forward pass where
+a gradient is wanted: the second leaves d in the gradient's memory, the third turns it into the gradient for an upstream
+of 1 (see `partial_l2`), which is kept instead of y. A compiler gets `reference`, which it fuses better than these
+formulas; so do float64 and other devices.
 
 Statistics are those of one process: for a synchronised batch norm, and in evaluation, use a batch norm module and
 `partial_l2`.
@@ -30,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from feedfast_kernels._layout import as_BHWC, tiles
+from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
 from feedfast_kernels.codes import Codes, Target
-from feedfast_kernels.partial_l2 import Source, residual
+from feedfast_kernels.partial_l2 import Source, along_row, empty_gradient, runs_tiled, times_upstream
 from feedfast_kernels.partial_l2 import reference as partial_l2_reference
 
 
@@ -73,14 +75,20 @@ def connector_partial_l2(
     Raises:
         ValueError: if shapes differ, or there is only one value a channel.
     """
+    triton = runs_triton(y_NCHW)
+    if not triton and not runs_tiled(y_NCHW):
+        return reference(
+            y_NCHW, target, gamma_C, beta_C, running_mean_C, running_var_C,
+            margin_C=margin_C, momentum=momentum, eps=eps, weight=weight, denominator=denominator,
+        )  # fmt: skip
     _check(y_NCHW, target, gamma_C, beta_C, margin_C)
     scale = weight / (max(y_NCHW.shape[0], 1) if denominator is None else denominator)
+    options = (margin_C, gamma_C, beta_C, eps, scale, triton, torch.is_grad_enabled())
     if isinstance(target, Codes):
-        stored = (target.data, target.offset, target.step, target.codec)
+        results = _ConnectorPartialL2.apply(y_NCHW, target.data, target.offset, target.step, target.codec, *options)
     else:
-        stored = (target.detach(), None, None, "")
-    triton = runs_triton(y_NCHW)
-    loss, mean_C, variance_C = _ConnectorPartialL2.apply(y_NCHW, *stored, margin_C, gamma_C, beta_C, eps, scale, triton)
+        results = _ConnectorPartialL2.apply(y_NCHW, target.detach(), None, None, "", *options)
+    loss, mean_C, variance_C = results
     pixels = math.prod((y_NCHW.shape[0], *y_NCHW.shape[2:]))
     if pixels:
         with torch.no_grad():
@@ -106,16 +114,20 @@ def reference(
     weight: float = 1.0,
     denominator: float | None = None,
 ) -> Tensor:
-    """`connector_partial_l2` as PyTorch's batch norm followed by the reference of `partial_l2`, with autograd's backward.
+    """`connector_partial_l2` as PyTorch's batch norm followed by the reference of `partial_l2`, gradients by autograd.
 
     The normalised map is fp32 here whatever ``y_NCHW`` is: rounding it to 16 bits is what the fused form avoids.
     """
     _check(y_NCHW, target, gamma_C, beta_C, margin_C)
     if y_NCHW.numel() == 0:
-        return (y_NCHW.sum() + gamma_C.sum() * 0 + beta_C.sum() * 0).to(torch.float32)
-    wide = y_NCHW if y_NCHW.dtype == torch.float64 else y_NCHW.float()
+        return (y_NCHW.sum() + gamma_C.sum() * 0 + beta_C.sum() * 0).to(work_dtype(y_NCHW))
+    wide = y_NCHW.to(work_dtype(y_NCHW))
     parameters = (gamma_C.to(wide.dtype), beta_C.to(wide.dtype))
-    s = functional.batch_norm(wide, running_mean_C, running_var_C, *parameters, True, momentum, eps)
+    mean_C, var_C = (None if x is None else x.to(wide.dtype) for x in (running_mean_C, running_var_C))
+    s = functional.batch_norm(wide, mean_C, var_C, *parameters, True, momentum, eps)
+    for running_C, moved_C in ((running_mean_C, mean_C), (running_var_C, var_C)):
+        if running_C is not None and moved_C is not None and moved_C is not running_C:
+            running_C.copy_(moved_C)
     return partial_l2_reference(s, target, margin_C=margin_C, weight=weight, denominator=denominator)
 
 
@@ -150,112 +162,124 @@ class _ConnectorPartialL2(torch.autograd.Function):
         eps: float,
         scale: float,
         triton: bool,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = (y, target, offset_C, step_C, codec, margin_C, gamma_C, beta_C, eps, scale)
-        run = OPS.connector_partial_l2 if triton else _forward
-        loss, statistics, sums = run(*arguments)
-        ctx.save_for_backward(y, target, offset_C, step_C, margin_C, gamma_C, beta_C, statistics, sums)
-        ctx.codec, ctx.scale, ctx.triton = codec, scale, triton
+        inputs = (y, target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
+        ctx.scale, ctx.triton = scale, triton
+        ctx.dtypes = y.dtype, gamma_C.dtype, beta_C.dtype
+        if triton:
+            ctx.codec = codec
+            loss, statistics, sums = OPS.connector_partial_l2(*inputs, eps, scale)
+            ctx.save_for_backward(statistics, sums, y, target, offset_C, step_C, margin_C, gamma_C, beta_C)
+        else:
+            source, wants_gradient = Source(*inputs[:6]), grad_enabled and ctx.needs_input_grad[0]
+            loss, statistics, sums, gradient = _tiled(source, y, gamma_C, beta_C, eps, scale, wants_gradient)
+            ctx.save_for_backward(statistics, sums, gradient)
         mean_C, variance_C = statistics[0], statistics[1]
         ctx.mark_non_differentiable(mean_C, variance_C)
         return loss, mean_C, variance_C
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        y, target, offset_C, step_C, margin_C, gamma_C, beta_C, statistics, sums = ctx.saved_tensors
-        arguments = (y, target, offset_C, step_C, ctx.codec, margin_C, gamma_C, beta_C, ctx.scale)
+        first_order_only("connector_partial_l2")
+        statistics, sums, *saved = ctx.saved_tensors
+        y_dtype, gamma_dtype, beta_dtype = ctx.dtypes
         if ctx.triton:
-            first_order_only("connector_partial_l2")
-        run = OPS.connector_partial_l2_backward if ctx.triton else _backward
-        gradient = run(upstream, *arguments, statistics, sums)
+            y, target, offset_C, step_C, margin_C, gamma_C, beta_C = saved
+            arguments = (y, target, offset_C, step_C, ctx.codec, margin_C, gamma_C, beta_C, ctx.scale)
+            gradient = OPS.connector_partial_l2_backward(upstream, *arguments, statistics, sums)
+        else:
+            gradient = times_upstream(saved[0], upstream, y_dtype)
         factor = upstream * (2 * ctx.scale)
         d_gamma = sums[1] * statistics[2] * factor
         d_beta = sums[0] * factor
-        return gradient, *[None] * 5, d_gamma.to(gamma_C.dtype), d_beta.to(beta_C.dtype), None, None, None
+        return gradient, *[None] * 5, d_gamma.to(gamma_dtype), d_beta.to(beta_dtype), *[None] * 4
 
 
-def _forward(
-    y: Tensor,
-    target: Tensor,
-    offset_C: Tensor | None,
-    step_C: Tensor | None,
-    codec: str,
-    margin_C: Tensor | None,
-    gamma_C: Tensor,
-    beta_C: Tensor,
-    eps: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss; mean, biased variance and 1 / deviation [3, C]; sums of d and d * (y - mean) [2, C]; tile by tile."""
-    source = Source(y, target, offset_C, step_C, codec, margin_C)
-    batch, height, width, channels = source.student.shape
+def _tiled(
+    source: Source, y: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float, scale: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the operator returns, and the gradient of y for an upstream of 1; tile by tile.
 
-    def by_channel(sum_WC: Tensor) -> Tensor:
-        # across tiles in float64: there are few tiles, and each adds numbers of very different size
-        return sum_WC.view(width, channels).sum(0).double()
-
-    pixels = batch * height * width
+    Loss; mean, biased variance and 1 / deviation [3, C]; sums of d and d * (y - mean) [2, C]; gradient.
+    """
+    shape = source.student.shape
+    width, channels = shape[2:]
+    pixels = y.numel() // max(channels, 1)
+    gradient = empty_gradient(y) if wants_gradient else None
     if pixels == 0:
-        nothing = torch.zeros(3, channels, dtype=source.dtype, device=y.device)
-        return nothing.sum(), nothing, nothing[:2].clone()
-    # distances from a mean of some pixels, not from 0: sums of plain squares lose their digits where |mean| >> sigma
-    shift_C, total_C, square_C = None, 0.0, 0.0
-    for tile in tiles(source.student.shape, y.device):
-        x = source.student_values(tile)
-        if shift_C is None:
-            shift_C = (by_channel(x.sum(0)) / (x.shape[0] * width)).to(source.dtype)
-        distance = x - shift_C.repeat(width)
-        total_C = total_C + by_channel(distance.sum(0))
-        square_C = square_C + by_channel(distance.mul_(distance).sum(0))
-    mean = total_C / pixels
-    variance_C = (square_C / pixels - mean * mean).clamp(min=0).to(source.dtype)
-    assert shift_C is not None
-    mean_C, rstd_C = (shift_C + mean).to(source.dtype), torch.rsqrt(variance_C + eps)
-
-    a = (gamma_C.to(source.dtype) * rstd_C).repeat(width)
-    beta, mean_WC = beta_C.to(source.dtype).repeat(width), mean_C.repeat(width)
-    loss, sum_d, sum_dx = 0.0, 0.0, 0.0
-    for tile in tiles(source.student.shape, y.device):
-        centred = source.student_values(tile) - mean_WC
-        d = residual(torch.addcmul(beta, centred, a), source.target_values(tile))
-        sum_d = sum_d + by_channel(d.sum(0))
-        sum_dx = sum_dx + by_channel(centred.mul_(d).sum(0))
-        loss = loss + d.mul_(d).sum().double()
-    sums = torch.stack([sum_d, sum_dx]).to(source.dtype)
-    return (loss * scale).to(source.dtype), torch.stack([mean_C, variance_C, rstd_C]), sums
-
-
-def _backward(
-    upstream: Tensor,
-    y: Tensor,
-    target: Tensor,
-    offset_C: Tensor | None,
-    step_C: Tensor | None,
-    codec: str,
-    margin_C: Tensor | None,
-    gamma_C: Tensor,
-    beta_C: Tensor,
-    scale: float,
-    statistics: Tensor,
-    sums: Tensor,
-) -> Tensor:
-    """Gradient of y, tile by tile."""
-    source = Source(y, target, offset_C, step_C, codec, margin_C)
-    batch, height, width, _ = source.student.shape
-    pixels = max(batch * height * width, 1)
-    mean_C, _, rstd_C = statistics
+        nothing = torch.zeros(3, channels, dtype=source.dtype)
+        return nothing.sum(), nothing, nothing[:2].clone(), gradient
+    mean_C, variance_C = _statistics(source)
+    rstd_C = torch.rsqrt(variance_C + eps)
     a_C = gamma_C.to(source.dtype) * rstd_C
-    rows = [mean_C, a_C, beta_C.to(source.dtype), sums[0] / pixels, sums[1] * rstd_C * rstd_C / pixels]
-    mean, a, beta, mean_d, slope = (value.repeat(width) for value in rows)
-    factor = (a_C * (upstream * (2 * scale))).repeat(width)
-    gradient = torch.empty_like(y)
-    gradient_BHWC = as_BHWC(gradient)
-    for tile in tiles(source.student.shape, y.device):
-        centred = source.student_values(tile) - mean
-        d = residual(torch.addcmul(beta, centred, a), source.target_values(tile))
-        into = gradient_BHWC[tile]
-        into.copy_(d.sub_(mean_d).sub_(centred.mul_(slope)).mul_(factor).view(into.shape))
-    return gradient
+    mean, a, beta = (along_row(value, width) for value in (mean_C, a_C, beta_C.to(source.dtype)))
+    one = torch.ones_like(mean)
+    gradient_BHWC = d_BHWC = None if gradient is None else as_BHWC(gradient)
+    if d_BHWC is not None and not (d_BHWC.dtype == source.dtype and d_BHWC.is_contiguous()):
+        d_BHWC = torch.empty(shape, dtype=source.dtype)  # d of the whole map does not fit the gradient's own memory
+    losses, sums_d, sums_dx = [], [], []
+    for tile in tiles(shape, y.device):
+        y_rows = source.student_rows(tile)
+        s = torch.sub(y_rows, mean, out=source.scratch(2, y_rows.shape))
+        torch.addcmul(beta, s, a, out=s)
+        d = source.residual(s, source.target_rows(tile), 2)
+        losses.append(source.square_sum(d))
+        # the sums of batch norm's own backward: one operator for what takes a product and two sums over rows
+        _, sum_dx, sum_d = torch.ops.aten.native_batch_norm_backward(
+            _as_map(d), _as_map(y_rows), None, None, None, mean, one, True, eps, [False, True, True]
+        )
+        sums_d.append(sum_d)
+        sums_dx.append(sum_dx)
+        if d_BHWC is not None:
+            d_BHWC[tile].copy_(d.view(d_BHWC[tile].shape))
+    # across columns and tiles in float64: they are few, and each adds numbers of very different size
+    sums = torch.stack([*sums_d, *sums_dx]).double().view(2, -1, channels).sum(1).to(source.dtype)
+    loss = torch.stack(losses).double().sum()
+    statistics = torch.stack([mean_C, variance_C, rstd_C])
+    result = (loss * scale).to(source.dtype), statistics, sums
+    if gradient_BHWC is None or d_BHWC is None:
+        return *result, None
+
+    # factor * (d - mean(d) - (y - mean) * slope), multiplied out
+    factor_C = a_C * (2 * scale)
+    rows = [factor_C, -factor_C * sums[0] / pixels, -factor_C * sums[1] * rstd_C * rstd_C / pixels]
+    factor, constant, slope = (along_row(value, width) for value in rows)
+    for tile in tiles(shape, y.device):
+        y_rows = source.student_rows(tile)
+        g = torch.sub(y_rows, mean, out=source.scratch(2, y_rows.shape))
+        torch.addcmul(constant, g, slope, out=g)
+        d = d_BHWC[tile].view(g.shape)
+        torch.addcmul(g, d, factor, out=d)
+        if gradient_BHWC is not d_BHWC:
+            gradient_BHWC[tile].copy_(d_BHWC[tile])
+    return *result, gradient
+
+
+def _statistics(source: Source) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C]: batch norm's own of every column of every tile, put together in float64.
+
+    Its sums are plain fp32 sums: exact enough over the rows of a tile, not over all its pixels. It is given fp32 whatever
+    y is, for it returns the dtype that it is given. Put together as Chan, Golub & LeVeque 1979 do.
+    """
+    shape = source.student.shape
+    parts: list[Tensor] = []
+    counts: list[int] = []
+    for tile in tiles(shape, source.student.device):
+        y_rows = source.student_rows(tile)
+        parts += torch.batch_norm_update_stats(_as_map(y_rows), None, None, 0.0)
+        counts.append(y_rows.shape[0])
+    moments = torch.stack(parts).double().view(len(counts), 2, shape[2], shape[3])
+    share = torch.tensor(counts, dtype=torch.float64)[:, None, None] / (sum(counts) * shape[2])
+    means, variances = moments.unbind(1)
+    mean = (means * share).sum((0, 1))
+    variance = ((means - mean).square_().add_(variances) * share).sum((0, 1))
+    return mean.to(source.dtype), variance.to(source.dtype)
+
+
+def _as_map(rows: Tensor) -> Tensor:
+    """Rows [R, K] as a channels-last map of K channels, [1, K, R, 1]: what batch norm's kernels are fast at."""
+    return rows.view(1, rows.shape[0], 1, -1).permute(0, 3, 1, 2)
 
 
 _INPUTS = "Tensor y, Tensor target, Tensor? offset, Tensor? step, str codec, Tensor? margin, Tensor gamma, Tensor beta"
