@@ -126,16 +126,14 @@ class _AllTeachers(torch.autograd.Function):
     def forward(ctx: Any, codecs: list[str], scales: list[float], eps: float, *tensors: Tensor | None) -> Tensor:
         loss, statistics = OPS.normalized_l1(*_quarters(tensors), codecs, scales, eps)
         ctx.save_for_backward(statistics, *tensors)
-        ctx.codecs, ctx.scales, ctx.eps = codecs, scales, eps
+        ctx.codecs, ctx.scales = codecs, scales
         result: Tensor = loss
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         statistics, *tensors = ctx.saved_tensors
-        gradients = OPS.normalized_l1_backward(
-            upstream, statistics, *_quarters(tensors), ctx.codecs, ctx.scales, ctx.eps
-        )
+        gradients = OPS.normalized_l1_backward(upstream, statistics, *_quarters(tensors), ctx.codecs, ctx.scales)
         return None, None, None, *gradients, *[None] * (3 * len(gradients))
 
 
@@ -144,11 +142,9 @@ def _quarters(tensors: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
     return [list(tensors[i * count : (i + 1) * count]) for i in range(4)]
 
 
-_ARGUMENTS = (
-    "Tensor[] students, Tensor[] targets, Tensor?[] offsets, Tensor?[] steps, str[] codecs, float[] scales, float eps"
-)
+_ARGUMENTS = "Tensor[] students, Tensor[] targets, Tensor?[] offsets, Tensor?[] steps, str[] codecs, float[] scales"
 register(
-    f"normalized_l1({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"normalized_l1({_ARGUMENTS}, float eps) -> (Tensor, Tensor)",
     "normalized_l1.forward",
     lambda students, *_: (
         students[0].new_empty((), dtype=torch.float32),

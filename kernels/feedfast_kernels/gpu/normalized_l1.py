@@ -19,7 +19,8 @@ is still in the L2 cache, is read first. Backward needs no sums and cuts samples
 N teachers whose maps look alike share a launch: kernels take tuples of pointers, and a program selects its own.
 
 Legend: N teachers, B samples, R pixels, C channels; a tile is [ROWS, BLOCK_C]. A row of statistics is one sample of one
-teacher: ||s||, ||t||, along, scale * distance. Rows follow `groups`, not the order of the teachers.
+teacher: 1 / a, r, along / a (0 where ||s|| < eps), scale * distance: backward divides by nothing. (A division calls a
+subroutine for odd operands, around which registers spill.) Rows follow `groups`, not the order of the teachers.
 
 A NaN or an infinity anywhere, or a length whose square overflows (1.8e19), makes the loss NaN and the gradient of that
 sample. Squares that underflow belong to lengths below 1e-19, far below any useful eps.
@@ -108,32 +109,31 @@ def _half_sign(d):
 
 
 @triton.jit
-def _bounded(length, eps):
+def _divisor(length, eps):
     return tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _store_lengths(statistics, row, ss, tt, eps):
-    """Store ||s|| and ||t|| of a sample.
+def _lengths(ss, tt, eps):
+    """||s||, r = a / b, and 0, or NaN where a sum of squares is not finite: a length would divide to a quiet zero.
 
-    Returns:
-        its statistics, its student's divisor, that over its target's divisor, and 0, or NaN where a sum of squares is
-        not finite: divided by infinity everything would be a quiet zero.
+    Everything is rounded to nearest, so that equal sums give r = 1.
     """
-    statistics += row.to(tl.int64) * 4
     length = tl.sqrt_rn(ss)
-    target_length = tl.sqrt_rn(tt)
-    tl.store(statistics, length)
-    tl.store(statistics + 1, target_length)
-    divisor = _bounded(length, eps)
-    return statistics, divisor, tl.div_rn(divisor, _bounded(target_length, eps)), 0.0 * (ss + tt)
+    return length, tl.div_rn(_divisor(length, eps), _divisor(tl.sqrt_rn(tt), eps)), 0.0 * (ss + tt)
 
 
 @triton.jit
-def _store_distance(statistics, sum_d, half_sq, divisor, lost, scale):
-    """Store along and scale * distance; `half_sq` is half of <s, q>."""
-    tl.store(statistics + 2, tl.div_rn(2 * half_sq, divisor) + lost)
-    tl.store(statistics + 3, (tl.div_rn(sum_d, divisor) + lost) * scale)
+def _store_statistics(statistics, row, length, ratio, lost, sum_d, half_sq, scale, eps):
+    """Store 1 / a, r, along / a and scale * distance of a sample; `half_sq` is half of <s, q>."""
+    inverse = tl.div_rn(1.0, _divisor(length, eps))
+    # below eps the divisor is a constant, so the length contributes nothing
+    along = tl.where(length >= eps, 2 * half_sq * inverse, 0.0)
+    statistics += row.to(tl.int64) * 4
+    tl.store(statistics, inverse)
+    tl.store(statistics + 1, ratio)
+    tl.store(statistics + 2, along * inverse + lost)
+    tl.store(statistics + 3, (sum_d * inverse + lost) * scale)
 
 
 @triton.jit
@@ -176,9 +176,11 @@ def _forward_on_chip(
     )  # fmt: skip
     zero = tl.zeros((ROWS, BLOCK_C), tl.float32)
     ss_tile, tt_tile = _add_lengths(zero, zero, tiles, TILES)
-    row, divisor, ratio, lost = _store_lengths(statistics, program, tl.sum(ss_tile), tl.sum(tt_tile), eps)
+    length, ratio, lost = _lengths(tl.sum(ss_tile), tl.sum(tt_tile), eps)
     d_tile, half_sq_tile = _add_distances(zero, zero, tiles, ratio, TILES)
-    _store_distance(row, tl.sum(d_tile), tl.sum(half_sq_tile), divisor, lost, scale)
+    sum_d = tl.sum(d_tile)
+    half_sq = tl.sum(half_sq_tile)
+    _store_statistics(statistics, program, length, ratio, lost, sum_d, half_sq, scale, eps)
 
 
 @triton.jit
@@ -224,7 +226,7 @@ def _forward_swept(
             )  # fmt: skip
             ss_tile, tt_tile = _add_lengths(ss_tile, tt_tile, rest, REST)
         c0 += BLOCK_C
-    statistics, divisor, ratio, lost = _store_lengths(statistics, program, tl.sum(ss_tile), tl.sum(tt_tile), eps)
+    length, ratio, lost = _lengths(tl.sum(ss_tile), tl.sum(tt_tile), eps)
     d_tile = tl.zeros((ROWS, BLOCK_C), tl.float32)
     half_sq_tile = tl.zeros((ROWS, BLOCK_C), tl.float32)
     c0 = tl.full((), (C - 1) // BLOCK_C * BLOCK_C, tl.int32)
@@ -248,12 +250,14 @@ def _forward_swept(
                 d_tile, half_sq_tile = _add_distances(d_tile, half_sq_tile, looped_again, ratio, TILES)
                 row -= SPAN
         c0 -= BLOCK_C
-    _store_distance(statistics, tl.sum(d_tile), tl.sum(half_sq_tile), divisor, lost, scale)
+    sum_d = tl.sum(d_tile)
+    half_sq = tl.sum(half_sq_tile)
+    _store_statistics(statistics, program, length, ratio, lost, sum_d, half_sq, scale, eps)
 
 
 @triton.jit
 def _backward(
-    students, targets, offsets, steps, statistics, upstream, gradients, batch, scale, eps,
+    students, targets, offsets, steps, statistics, upstream, gradients, batch, scale,
     N: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, R: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, CODEC: tl.constexpr,
     STUDENT_SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
@@ -264,6 +268,11 @@ def _backward(
     first = (tl.program_id(0) - number * CHUNKS) * (ROWS * TILES)
     teacher = number // batch
     sample = (number - teacher * batch).to(tl.int64)
+    statistics += number.to(tl.int64) * 4
+    ratio = tl.load(statistics + 1)
+    factor = tl.load(upstream).to(tl.float32) * scale * tl.load(statistics)
+    pull = tl.load(statistics + 2) * factor
+    twice = 2 * factor
     student = _pick(students, teacher, N) + sample * (R * C)
     target = _pick(targets, teacher, N) + sample * (R * PACKED)
     gradient = _pick(gradients, teacher, N) + sample * (R * C)
@@ -271,17 +280,6 @@ def _backward(
     c = c0 + tl.arange(0, BLOCK_C)
     offset_C = channel_values(_pick(offsets, teacher, N), c, c < C) if CODEC != "" else 0.0
     step_C = channel_values(_pick(steps, teacher, N), c, c < C) if CODEC != "" else 0.0
-    statistics += number.to(tl.int64) * 4
-    length = tl.load(statistics)
-    target_length = tl.load(statistics + 1)
-    along = tl.load(statistics + 2)
-    divisor = _bounded(length, eps)
-    ratio = tl.div_rn(divisor, _bounded(target_length, eps))
-    factor = tl.div_rn(tl.load(upstream).to(tl.float32) * scale, divisor)
-    # below eps the divisor is a constant, so the length contributes nothing; but a NaN of the target does
-    along = tl.where(length >= eps, along, 0.0 * along)
-    pull = tl.div_rn(along, divisor) * factor
-    twice = 2 * factor
     for i in tl.static_range(TILES):
         s, t = _load(
             student, target, first + i * ROWS, c0, offset_C, step_C,
@@ -301,8 +299,9 @@ def plan(
     steps: Sequence[Tensor | None],
     codec: str,
     scale: float,
-    eps: float,
     statistics: Tensor,
+    *,
+    eps: float = 0.0,
     upstream: Tensor | None = None,
     gradients: Sequence[Tensor] | None = None,
 ) -> Launch:
@@ -315,8 +314,8 @@ def plan(
         steps: fp32 [C] each, None for float maps.
         codec: ``"u8"``, ``"u4"``, or ``""`` for float maps.
         scale: weight over denominator, and over C * H * W for a mean.
-        eps: least length a map is divided by.
         statistics: fp32 [N * B, 4], written by forward and read by backward.
+        eps: least length a map is divided by; of no use to backward.
         upstream: fp32 scalar on the device.
         gradients: to be written, in the students' memory order.
     """
@@ -335,7 +334,7 @@ def plan(
         "steps": tuple(steps) if codec else None,
         "statistics": statistics,
     }
-    sizes = {"batch": batch, "scale": scale, "eps": eps}
+    sizes = {"batch": batch, "scale": scale}
     constants: dict[str, Any] = {
         "N": len(students),
         "C": channels,
@@ -355,6 +354,7 @@ def plan(
         arguments |= {"upstream": upstream, "gradients": tuple(gradients), **sizes}
         grid = (samples * chunks, ceil_div(channels, block_c))
         return Launch(_backward, grid, arguments, constants, _warps(rows * block_c))
+    sizes["eps"] = eps
     block_c = max(power_of_two(channels), 2)
     if block_c * power_of_two(pixels) <= ON_CHIP:
         tile = max(block_c * power_of_two(pixels) // ON_CHIP_TILES, 32 * PER_THREAD)
@@ -396,7 +396,6 @@ def _parts(
     steps: Sequence[Tensor | None],
     codecs: Sequence[str],
     scales: Sequence[float],
-    eps: float,
     statistics: Tensor,
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Teachers of each launch, and the arguments of `plan` for them."""
@@ -407,7 +406,7 @@ def _parts(
         rows = len(some) * students[some[0]].shape[0]
         named = {"students": students, "targets": targets, "offsets": offsets, "steps": steps}
         arguments: dict[str, Any] = {name: [x[i] for i in some] for name, x in named.items()}
-        arguments |= {"codec": codecs[some[0]], "scale": scales[some[0]], "eps": eps}
+        arguments |= {"codec": codecs[some[0]], "scale": scales[some[0]]}
         yield some, arguments | {"statistics": statistics[row : row + rows]}
         row += rows
 
@@ -425,8 +424,8 @@ def forward(
     shape = (sum(x.shape[0] for x in students), STATISTICS)
     written = all(x.numel() for x in students)
     statistics = (torch.empty if written else torch.zeros)(shape, dtype=torch.float32, device=students[0].device)
-    for _, arguments in _parts(students, targets, offsets, steps, codecs, scales, eps, statistics):
-        plan(**arguments).run()
+    for _, arguments in _parts(students, targets, offsets, steps, codecs, scales, statistics):
+        plan(**arguments, eps=eps).run()
     return statistics[:, 3].sum(), statistics
 
 
@@ -439,11 +438,10 @@ def backward(
     steps: Sequence[Tensor | None],
     codecs: Sequence[str],
     scales: Sequence[float],
-    eps: float,
 ) -> list[Tensor]:
     """The students' gradients, in their dtypes and strides."""
     gradients = [torch.empty_like(x) for x in students]
-    for some, arguments in _parts(students, targets, offsets, steps, codecs, scales, eps, statistics):
+    for some, arguments in _parts(students, targets, offsets, steps, codecs, scales, statistics):
         plain = arguments["students"]
         into = [
             gradients[i] if memory_order(gradients[i]) == memory_order(x) else torch.empty_like(x)
