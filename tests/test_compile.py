@@ -19,7 +19,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 pytestmark = pytest.mark.timeout(600)
 
 # Little's law: 4.3 TB/s at 0.6 microseconds of latency is 20 KiB under way on each of 132 multiprocessors. A thread of
-# the losses asks for at least 48 bytes before it needs them (12 warps: 18 KiB), one of encode for 128 (8 warps: 32 KiB).
+# the losses asks for at least 48 bytes before it needs them (12 warps: 18 KiB), one of encode for 128 (8: 32 KiB).
 LEAST_WARPS = {"codes": 8}
 OTHER_WARPS = 12
 

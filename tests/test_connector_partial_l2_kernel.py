@@ -59,7 +59,9 @@ def test_equals_batch_norm_and_reference(kernel_device: torch.device, shape: tup
     stored = list(orders(target).values()) if isinstance(target, Tensor) else [target]
     for index, given in enumerate(orders(y).values()):
         # every order of the map meets another order of the target
-        actual = everything(connector_partial_l2, given, stored[(index + 1) % len(stored)], gamma, beta, -1.7, **options)
+        actual = everything(
+            connector_partial_l2, given, stored[(index + 1) % len(stored)], gamma, beta, -1.7, **options
+        )
         assert_same(actual, expected)
         assert actual[1].stride() == torch.empty_like(given).stride()
 

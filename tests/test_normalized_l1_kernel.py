@@ -299,3 +299,14 @@ def test_runs_on_the_tensors_device() -> None:
     with torch.cuda.device(0):
         student, target = make((2, 16, 4, 4), "u8", torch.device("cuda:1"))
         check([student], [target])
+
+
+def test_strided_scales_and_second_derivatives(kernel_device: torch.device) -> None:
+    student, target = make((2, 16, 3, 3), "u8", kernel_device)
+    assert isinstance(target, Codes)
+    offset, step = (torch.stack([x, x + 1], -1).flatten()[::2] for x in (target.offset, target.step))
+    strided = Codes(target.data, offset, step, "u8")
+    assert torch.equal(SUM([student], [strided]), SUM([student], [target]))
+    student.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"normalized_l1.*float64"):
+        torch.autograd.grad(SUM([student], [target]), student, create_graph=True)

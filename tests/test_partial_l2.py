@@ -191,6 +191,39 @@ def test_empty_batch_is_zero_with_a_gradient() -> None:
         assert gradient.shape == shape
 
 
+def test_a_graph_may_be_walked_twice() -> None:
+    student, target, margin = make((2, 3, 4, 4), "u8")
+    for upstream in (1.0, 0.3):
+        leaf = student.detach().requires_grad_()
+        loss = partial_l2(leaf, target, margin_C=margin)
+        first, second = (torch.autograd.grad(loss * upstream, leaf, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        first.mul_(2)  # what a caller does to its gradient stays with the caller
+        assert torch.equal(torch.autograd.grad(loss * upstream, leaf)[0], second)
+
+
+def test_small_fp16_gradients_survive_a_loss_scaler() -> None:
+    student, target, margin = make((2, 3, 4, 4), "u8")
+    half = student.half().requires_grad_()
+    (partial_l2(half, target, margin_C=margin, weight=1e-9) * 2.0**16).backward()
+    wide = student.half().float().requires_grad_()
+    (partial_l2(wide, target, margin_C=margin, weight=1e-9) * 2.0**16).backward()
+    assert half.grad is not None
+    assert wide.grad is not None
+    assert wide.grad.abs().max() > 1e-5
+    torch.testing.assert_close(half.grad.float(), wide.grad, rtol=2e-3, atol=1e-7)
+
+
+def test_second_derivatives_only_where_they_are_right() -> None:
+    student, target, margin = make((2, 3, 4, 4), "u8")
+    assert torch.autograd.gradgradcheck(
+        lambda s: partial_l2(s, target, margin_C=margin), (student.double().requires_grad_(),)
+    )
+    student.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"partial_l2.*float64"):
+        torch.autograd.grad(partial_l2(student, target, margin_C=margin), student, create_graph=True)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"\[2, 3, 4, 4\].*got \[2, 3, 4, 5\]"):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, work_dtype
-from feedfast_kernels._ops import OPS, register, runs_triton
+from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
 from feedfast_kernels.codes import Codes, Target, unpack
 
 
@@ -132,6 +132,7 @@ class _AllTeachers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("normalized_l1")
         statistics, *tensors = ctx.saved_tensors
         gradients = OPS.normalized_l1_backward(upstream, statistics, *_quarters(tensors), ctx.codecs, ctx.scales)
         return None, None, None, *gradients, *[None] * (3 * len(gradients))

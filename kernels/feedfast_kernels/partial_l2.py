@@ -278,10 +278,8 @@ def empty_gradient(student: Tensor) -> Tensor:
 
 
 def times_upstream(gradient: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The gradient for ``upstream`` from that for 1, which is handed on as it is: autograd copies what it must keep."""
-    if gradient is None:
-        return None
-    return (gradient if upstream == 1 else gradient * upstream).to(dtype)
+    """The gradient for ``upstream`` from that for 1; never the kept map itself, which a second walk may need."""
+    return None if gradient is None else (gradient * upstream).to(dtype)
 
 
 def along_row(x_C: Tensor, width: int) -> Tensor:

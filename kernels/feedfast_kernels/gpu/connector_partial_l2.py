@@ -1,4 +1,4 @@
-"""Training-mode batch norm and partial L2 in one loss: the map is read twice forward, and read once, written once backward.
+"""Training-mode batch norm and partial L2 in one loss: two reads of the map forward, one read and one write backward.
 
     statistics   mean, variance of every channel                                    reads y                 2 bytes
     loss         d from y and the codes; sums of d^2, d and d * (y - mean)           reads y, codes          3 bytes
@@ -83,7 +83,7 @@ def _statistics(
     shift_C = tl.sum(x.to(tl.float32), axis=0) / tl.maximum(left, 1)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     square = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    count = 0
+    count = left * 0
     for i in tl.range(0, STEPS, UNROLL):
         for j in tl.static_range(UNROLL):
             ask, first, start, _ = _tile(rows, i + j + 2, C, C, IMAGE_ROWS, ROWS, STEPS)
@@ -359,7 +359,7 @@ def forward(
     eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (fp32 scalar); mean, biased variance, 1 / deviation (fp32 [3, C]); sums of d, d * (y - mean) (fp32 [2, C])."""
+    """Loss, a scalar; mean, biased variance, 1 / deviation [3, C]; sums of d and d * (y - mean) [2, C]; all fp32."""
     if y.numel() == 0:
         nothing = torch.zeros(3, y.shape[1], dtype=torch.float32, device=y.device)
         return nothing.sum(), nothing, nothing[:2].clone()

@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
 
@@ -401,6 +401,7 @@ def _parts(
     """Teachers of each launch, and the arguments of `plan` for them."""
     students = [ordered(x) for x in students]
     targets = [x.contiguous() if codec else ordered(x) for x, codec in zip(targets, codecs, strict=True)]
+    offsets, steps = [contiguous(x) for x in offsets], [contiguous(x) for x in steps]
     row = 0
     for some in groups(students, targets, codecs, scales):
         rows = len(some) * students[some[0]].shape[0]
