@@ -7,7 +7,7 @@ Shapes: the four taps of ResNet-152 -> ResNet-50 at batch 256, and those of WRN-
 tap again with u4 codes, a float teacher, an NCHW student and an fp32 student.
 
     feedfast            the public function: on a GPU the Triton kernels, elsewhere PyTorch over tiles
-    reference eager     the same in PyTorch operators; recomputes in the backward pass too
+    reference eager     the same in PyTorch operators over whole maps; recomputes in the backward pass too
     composite eager     the loss as one would write it, gradients by autograd
     compile ...         torch.compile of that, one graph for the shape
     official eager      as OFD's authors compute it: a mask of floats times the squared difference, from a decoded map

@@ -405,7 +405,7 @@ def _parts(
     row = 0
     for some in groups(students, targets, codecs, scales):
         rows = len(some) * students[some[0]].shape[0]
-        named = {"students": students, "targets": targets, "offsets": offsets, "steps": steps}
+        named: dict[str, Sequence[Any]] = {"students": students, "targets": targets, "offsets": offsets, "steps": steps}
         arguments: dict[str, Any] = {name: [x[i] for i in some] for name, x in named.items()}
         arguments |= {"codec": codecs[some[0]], "scale": scales[some[0]]}
         yield some, arguments | {"statistics": statistics[row : row + rows]}
