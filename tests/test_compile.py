@@ -93,3 +93,13 @@ def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) 
     ]
     assert len(large) >= 7
     assert [row for row in large if row["sass_per_element"] > 23] == []
+
+
+def test_the_jit_binds_these_launches_to_the_same_types() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("jit_launches.py")
+    job = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert job.returncode == 0, job.stderr[-3000:]
+    said = json.loads(job.stdout.splitlines()[-1])
+    assert said["different"] == []
+    assert said["compared"] >= 12
