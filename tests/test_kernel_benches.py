@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -273,3 +274,12 @@ def test_plots_are_drawn_from_rows(measure: Any, tmp_path: Path, capsys: pytest.
         assert Path(picture).name == "squares-a-gpu.png"
         assert Path(picture).read_bytes().startswith(b"\x89PNG")
     assert plot_kernels.main(["--csv", str(tmp_path / "none.csv")]) == 2
+
+
+def test_the_cpu_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(BENCH / "bench_cpu_losses.py"))["main"](["--tiny", "--rounds", "1", "--threads", "1"])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["ns_per_element"]
+    assert len(said) == 2
+    for rows in said.values():
+        assert rows.keys() == {"partial_l2", "connector_partial_l2"}
+        assert all(row["eager"] > 0 and row["compiled"] > 0 for row in rows.values())
