@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels import Codes
+from feedfast_kernels.codes import packed_channels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -25,7 +26,7 @@ def random_codes(shape: Sequence[int], codec: str, device: torch.device, seed: i
     """Codes that use their whole range, decoding to about -2 to 3: some 40 % of a teacher's values are negative."""
     generator = torch.Generator(device).manual_seed(seed)
     batch, channels, *space = shape
-    stored = (batch, *space, (channels + 1) // 2 if codec == "u4" else channels)
+    stored = (batch, *space, packed_channels(channels, codec))
 
     def integers(top: int) -> Tensor:
         return torch.randint(0, top + 1, stored, generator=generator, device=device, dtype=torch.uint8)

@@ -24,14 +24,18 @@ LEAST_WARPS = {"codes": 8}
 OTHER_WARPS = 12
 
 
-def reports(*options: str) -> list[dict[str, Any]]:
+def document(script: Path, *options: str) -> dict[str, Any]:
+    """The JSON document on the last line of a script's stdout; compiled, not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    job = subprocess.run(
-        [sys.executable, str(TOOLS / "compile_report.py"), "--quick", *options],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+    command = [sys.executable, str(script), *options]
+    job = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert job.returncode == 0, job.stderr[-3000:]
-    rows: list[dict[str, Any]] = json.loads(job.stdout.splitlines()[-1])["reports"]
+    said: dict[str, Any] = json.loads(job.stdout.splitlines()[-1])
+    return said
+
+
+def reports(*options: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = document(TOOLS / "compile_report.py", "--quick", *options)["reports"]
     assert rows
     return rows
 
@@ -96,10 +100,6 @@ def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) 
 
 
 def test_the_jit_binds_these_launches_to_the_same_types() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("jit_launches.py")
-    job = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    assert job.returncode == 0, job.stderr[-3000:]
-    said = json.loads(job.stdout.splitlines()[-1])
+    said = document(Path(__file__).with_name("jit_launches.py"))
     assert said["different"] == []
     assert said["compared"] >= 12

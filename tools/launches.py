@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from feedfast_kernels.codes import packed_channels
 from feedfast_kernels.gpu import codes, connector_partial_l2, ensemble_kl, normalized_l1, partial_l2
 from feedfast_kernels.gpu.launch import Launch
 
@@ -56,16 +57,19 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = 
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
+def meta_target(batch: int, channels: int, side: int, codec: str) -> Tensor:
+    """Stored codes, or a channels-last bf16 map where ``codec`` is ``""``."""
+    if not codec:
+        return meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
+    return meta(batch, side, side, packed_channels(channels, codec), dtype=torch.uint8)
+
+
 def partial_l2_cases(quick: bool) -> Iterator[Case]:
     """Both directions; u8, u4 and float targets; both memory orders of the student."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, upstream = meta(channels), meta()
         for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", ""):
-            if codec:
-                stored = (channels + 1) // 2 if codec == "u4" else channels
-                target = meta(batch, side, side, stored, dtype=torch.uint8)
-            else:
-                target = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
+            target = meta_target(batch, channels, side, codec)
             scale = (vector, vector) if codec else (None, None)
             for order in ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
@@ -86,11 +90,7 @@ def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, statistics, sums, upstream = meta(channels), meta(3, channels), meta(2, channels), meta()
         for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", ""):
-            if codec:
-                stored = (channels + 1) // 2 if codec == "u4" else channels
-                target = meta(batch, side, side, stored, dtype=torch.uint8)
-            else:
-                target = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
+            target = meta_target(batch, channels, side, codec)
             scale = (vector, vector) if codec else (None, None)
             for order in ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
@@ -120,8 +120,7 @@ def codes_cases(quick: bool) -> Iterator[Case]:
             if not every and (quick or dtype == torch.float32) and (codec, dtype) != ("u8", torch.bfloat16):
                 continue
             kind = f"{channels}x{side}x{side} {'bf16' if dtype == torch.bfloat16 else 'fp32'}/{codec}"
-            stored = (channels + 1) // 2 if codec == "u4" else channels
-            data = meta(batch, side, side, stored, dtype=torch.uint8)
+            data = meta_target(batch, channels, side, codec)
             values = meta(batch, side, side, channels, dtype=dtype)
             for order in ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
@@ -170,11 +169,7 @@ def normalized_l1_cases(quick: bool) -> Iterator[Case]:
         if quick and (channels, teachers) in ((128, 5), (2048, 5)):
             continue
         for codec in ("u8",) if quick and channels != 64 else ("u8", "u4", ""):
-            if codec:
-                stored = (channels + 1) // 2 if codec == "u4" else channels
-                target = meta(batch, side, side, stored, dtype=torch.uint8)
-            else:
-                target = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
+            target = meta_target(batch, channels, side, codec)
             vectors = [meta(channels) if codec else None] * teachers
             statistics = meta(teachers * batch, normalized_l1.STATISTICS)
             for order in ("NHWC", "NCHW"):

@@ -74,6 +74,11 @@ def ordered(x: Tensor) -> Tensor:
     return x.contiguous() if x.ndim == 2 else x.contiguous(memory_format=torch.channels_last)
 
 
+def ordered_target(target: Tensor, codec: str) -> Tensor:
+    """Stored codes one after the other, or a float map (``codec`` is ``""``) as `ordered` gives it."""
+    return target.contiguous() if codec else ordered(target)
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     """A per-channel vector as kernels read it: one value after the other."""
     return None if x is None else x.contiguous()

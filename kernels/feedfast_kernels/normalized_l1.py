@@ -27,7 +27,7 @@ from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels.codes import Codes, Target, unpack
+from feedfast_kernels.codes import Codes, Target, decode_reference
 
 
 def normalized_l1(
@@ -167,7 +167,7 @@ class _OneTeacher(torch.autograd.Function):
         target: Tensor,  # stored bytes for codes, values otherwise
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,  # "" for values
+        codec: Literal["u8", "u4", ""],  # "" for values
         scale: float,
         eps: float,
     ) -> Tensor:
@@ -212,9 +212,8 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _target_rows(
-    target: Tensor, offset_C: Tensor | None, step_C: Tensor | None, codec: str, dtype: torch.dtype
+    target: Tensor, offset_C: Tensor | None, step_C: Tensor | None, codec: Literal["u8", "u4", ""], dtype: torch.dtype
 ) -> Tensor:
     if not codec or offset_C is None or step_C is None:
         return _rows(target, dtype)
-    data = unpack(target, offset_C.shape[0]) if codec == "u4" else target
-    return data.to(dtype).mul_(step_C.to(dtype)).add_(offset_C.to(dtype)).flatten(1)
+    return _rows(decode_reference(Codes(target, offset_C, step_C, codec), dtype), dtype)

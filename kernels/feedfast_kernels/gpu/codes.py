@@ -38,11 +38,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered
+from feedfast_kernels.codes import TOP_CODE
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
-from feedfast_kernels.gpu.tile import channel_values, inside, load_codes, map_offsets, place
+from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place
+from feedfast_kernels.gpu.tile import values as scaled
 
-TOP = {"u8": 254, "u4": 14}
 MOST_CHANNELS = 256  # of a tile
 MOST_STEPS = 4  # tiles a program, to encode; 8 need more registers than there are
 FEW_TILES = 1024  # below this, one tile a program: fewer would leave multiprocessors idle
@@ -131,8 +132,8 @@ def _decode(
     for i in tl.static_range(STEPS):
         ahead = i * ROWS + tl.arange(0, ROWS)
         row, row_ok = first + ahead, ahead < left
-        code = load_codes(codes + code_start, row, row_ok, c0, C, ROWS, BLOCK_C, CODEC)
-        value = code * step_C[None, :] + offset_C[None, :]  # two roundings, as everywhere: see gpu/launch.py
+        stored = load_stored(codes + code_start, row, row_ok, c0, C, 0, BLOCK_C, CODEC, False)
+        value = scaled(stored, offset_C, step_C, ROWS, BLOCK_C, CODEC)
         into = values + map_start + map_offsets(row, c, C, 0, False)
         tl.store(into, value.to(values.dtype.element_ty), mask=inside(row_ok, c, C, BLOCK_C))
 
@@ -190,7 +191,7 @@ def plan_encode(
         "PACKED": out.shape[-1],
         "IMAGE_ROWS": pixels if spatial_first else 0,
         "FOLD": fold,
-        "TOP": TOP[codec],
+        "TOP": TOP_CODE[codec],
         "SPATIAL_FIRST": spatial_first,
         "FUSED": x.device.type != "cpu",
         **tile,
@@ -202,8 +203,8 @@ def encode(x: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, margin_C: Te
     """Write the codes of ``x`` into the contiguous ``out``; returns the saturation count, an int64 scalar."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    margin_C = None if margin_C is None else margin_C.contiguous()
-    launch, partial = plan_encode(ordered(x), offset_C.contiguous(), step_C.contiguous(), codec, margin_C, out)
+    vectors = offset_C.contiguous(), step_C.contiguous(), codec, contiguous(margin_C)
+    launch, partial = plan_encode(ordered(x), *vectors, out)
     launch.run()
     return partial.sum()
 

@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import contiguous, memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered, ordered_target
+from feedfast_kernels.codes import packed_channels
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
 
@@ -306,7 +307,7 @@ class Plan:
         }
         self.constants = self.tiling | {
             "STEPS": self.steps,
-            "PACKED": (channels + 1) // 2 if codec == "u4" else channels,
+            "PACKED": packed_channels(channels, codec),
             "CODEC": codec,
             "TARGET_SPATIAL_FIRST": target_spatial_first,
         }
@@ -363,7 +364,7 @@ def forward(
     if y.numel() == 0:
         nothing = torch.zeros(3, y.shape[1], dtype=torch.float32, device=y.device)
         return nothing.sum(), nothing, nothing[:2].clone()
-    target = target.contiguous() if codec else ordered(target)
+    target = ordered_target(target, codec)
     plan = Plan(ordered(y), target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
     launches, statistics = plan.statistics(eps)
     for launch in launches:
@@ -392,7 +393,7 @@ def backward(
     if y.numel() == 0:
         return torch.empty_like(y)
     plain = ordered(y)
-    target = target.contiguous() if codec else ordered(target)
+    target = ordered_target(target, codec)
     plan = Plan(plain, target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
     gradient = torch.empty_like(y)
     into = gradient if memory_order(gradient) == memory_order(plain) else torch.empty_like(plain)

@@ -75,7 +75,7 @@ def power_of_two(n: int) -> int:
 def channel_block(channels: int, most: int) -> int:
     """Channels a tile spans: a power of two that divides the channels, so that no lane is masked along them.
 
-    A mask that changes along the contiguous axis makes every access one element wide. Where the largest power of two
+    A mask that changes within what a thread loads makes every access one element wide. Where the largest power of two
     that divides the channel count is below 8 there is no way to avoid that, and the tile is as wide as the channels;
     never below 2, the codes in a u4 byte.
     """

@@ -42,7 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import contiguous, memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered, ordered_target
+from feedfast_kernels.codes import packed_channels
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
 
@@ -338,7 +339,7 @@ def plan(
     constants: dict[str, Any] = {
         "N": len(students),
         "C": channels,
-        "PACKED": (channels + 1) // 2 if codec == "u4" else channels,
+        "PACKED": packed_channels(channels, codec),
         "R": pixels,
         "CODEC": codec,
         "STUDENT_SPATIAL_FIRST": student_spatial_first,
@@ -400,7 +401,7 @@ def _parts(
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Teachers of each launch, and the arguments of `plan` for them."""
     students = [ordered(x) for x in students]
-    targets = [x.contiguous() if codec else ordered(x) for x, codec in zip(targets, codecs, strict=True)]
+    targets = [ordered_target(x, codec) for x, codec in zip(targets, codecs, strict=True)]
     offsets, steps = [contiguous(x) for x in offsets], [contiguous(x) for x in steps]
     row = 0
     for some in groups(students, targets, codecs, scales):

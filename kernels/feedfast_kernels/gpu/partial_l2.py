@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import contiguous, memory_order, ordered
+from feedfast_kernels._ops import contiguous, memory_order, ordered, ordered_target
+from feedfast_kernels.codes import packed_channels
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
 
@@ -167,7 +168,7 @@ def plan(
     arguments |= {"offset": contiguous(offset_C), "step": contiguous(step_C), "margin": contiguous(margin_C)}
     constants = {
         "C": channels,
-        "PACKED": (channels + 1) // 2 if codec == "u4" else channels,
+        "PACKED": packed_channels(channels, codec),
         "IMAGE_ROWS": 0 if one_image else pixels,
         "ROWS": rows,
         "BLOCK_C": block_c,
@@ -196,7 +197,7 @@ def forward(
     """scale * sum of d^2, an fp32 scalar."""
     if student.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=student.device)
-    target = ordered(target) if not codec else target.contiguous()
+    target = ordered_target(target, codec)
     launch, partial = plan(ordered(student), target, offset_C, step_C, codec, margin_C, scale)
     assert partial is not None
     launch.run()
@@ -217,7 +218,7 @@ def backward(
     gradient = torch.empty_like(student)
     if student.numel() == 0:
         return gradient
-    target = ordered(target) if not codec else target.contiguous()
+    target = ordered_target(target, codec)
     plain = ordered(student)
     into = gradient if memory_order(gradient) == memory_order(plain) else torch.empty_like(plain)
     plan(plain, target, offset_C, step_C, codec, margin_C, scale, upstream, into)[0].run()

@@ -87,11 +87,3 @@ def values(stored, offset_C, step_C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, 
     else:
         value = stored.to(tl.float32) * step_C[None, :] + offset_C[None, :]
     return value
-
-
-@triton.jit
-def load_codes(ptr, row, row_ok, c0, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr):
-    """fp32 [ROWS, BLOCK_C] of codes 0..254 or 0..14, not yet scaled; `ptr` points at row 0 of the tile."""
-    stored = load_stored(ptr, row, row_ok, c0, C, 0, BLOCK_C, CODEC, False)
-    code = tl.reshape(tl.join(stored & 15, stored >> 4), (ROWS, BLOCK_C)) if CODEC == "u4" else stored
-    return code.to(tl.float32)
