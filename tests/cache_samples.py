@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
 from feedfast.cache.log import cache_digest
 from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
 from feedfast.cache.writer import CacheWriter, open_for_writing
+
+FINAL = "targets/a/final/codes"
+
+
+def in_memory() -> str | None:
+    """A folder in memory where there is one: fsync costs nothing there, and the writer's tests call it very often."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """`tmp_path`, in memory where there is any to be had."""
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        yield Path(folder)
 
 
 def make_tap(name: str, shape: tuple[int, ...] = (5, 3, 2), codec: str = "u8", **fields: Any) -> TapInfo:
@@ -57,6 +74,11 @@ def standard() -> Manifest:
         make_teacher("b", make_tap("nib", codec="u4"), make_tap("vec", (9,), "f32"), logits_codec="f32"),
         images="stored",
     )
+
+
+def tiny(rows: int = 70, views: int = 1, **fields: Any) -> Manifest:
+    """One array of codes (`FINAL`, five shards at 70 rows) and what goes with it."""
+    return make_manifest(make_teacher("a", make_tap("final")), rows=rows, views=views, **{"shard_bytes": 500, **fields})
 
 
 def rows_of(spec: ArraySpec, view: int, start: int, stop: int) -> np.ndarray:
@@ -108,6 +130,13 @@ def append_missing(writer: CacheWriter, part: tuple[int, int] = (0, 1), batch: i
 def objects(path: Path) -> dict[str, bytes]:
     """Every object by its path below the cache."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("c/**/*")) if file.is_file()}
+
+
+def stamps(path: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, modification time and content of every object."""
+    return {
+        key: ((path / key).stat().st_ino, (path / key).stat().st_mtime_ns, data) for key, data in objects(path).items()
+    }
 
 
 def expected(manifest: Manifest) -> Iterable[tuple[ArraySpec, np.ndarray]]:
