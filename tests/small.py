@@ -68,3 +68,23 @@ def digits_recipe(folder: Path, overrides: tuple[str, ...] = (), *, teachers: in
     for name, section in sections.items():
         tree[name] = {**tree[name], **section} if isinstance(tree.get(name), dict) else section
     return parse_recipe(tree, overrides)
+
+
+def as_toml(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a file, for a process of its own."""
+    lines = [f"seed = {recipe.seed}"]
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    for section in ("data", "cache", "student", "method", "train"):
+        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in tree[section].items())]
+    for teacher in tree["teachers"]:
+        lines += ["[[teachers]]", *(f"{key} = {_toml(value)}" for key, value in teacher.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value) if not isinstance(value, str) else f'"{value}"'

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import torch
 from commands import Outcome, feedfast
-from small import digits_recipe, write_teacher
-from test_offline import as_toml
+from small import as_toml, digits_recipe, write_teacher
 
 import feedfast as ff
 from feedfast.cache.codec import crc32c

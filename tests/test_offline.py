@@ -10,19 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import digits_recipe, write_teacher
+from small import as_toml, digits_recipe, write_teacher
 
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
-from feedfast.recipe import Recipe
 from feedfast.stages.audit import plan_of, run_verify, stored_values
 from feedfast.stages.common import ranks
 from feedfast.stages.ensemble import FrozenTeacher
@@ -38,26 +36,6 @@ def objects(path: Path) -> dict[str, tuple[str, int]]:
         for file in sorted(path.rglob("*"))
         if "c" in file.relative_to(path).parts and file.is_file()
     }
-
-
-def as_toml(recipe: Recipe, path: Path) -> Path:
-    """The recipe as a file, for a process of its own."""
-    lines = [f"seed = {recipe.seed}"]
-    tree = recipe.model_dump(mode="json", exclude_none=True)
-    for section in ("data", "cache", "student", "method", "train"):
-        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in tree[section].items())]
-    for teacher in tree["teachers"]:
-        lines += ["[[teachers]]", *(f"{key} = {_toml(value)}" for key, value in teacher.items())]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return repr(value) if not isinstance(value, str) else f'"{value}"'
 
 
 def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import feedfast
-from small import digits_recipe
-from test_offline import as_toml
+from small import as_toml, digits_recipe
 
 
 def bytes_of(folder: Path) -> int:

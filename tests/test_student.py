@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import digits_recipe, write_teacher
-from test_offline import as_toml
+from small import as_toml, digits_recipe, write_teacher
 
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
 from feedfast.recipe import Train
