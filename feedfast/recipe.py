@@ -14,7 +14,6 @@ and only facts that need no data are checked here (whether a path exists is the 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -171,17 +170,6 @@ class Recipe(_Section):
         if not 0 <= index < parts:
             raise ValueError(f"cache.part: expected i/n with i < n, found {self.cache.part!r}")
         return self
-
-    def digest(self, *, without: Sequence[str] = ()) -> str:
-        """Hex sha256 of the resolved recipe, leaving out the dotted keys in ``without``."""
-        tree = self.model_dump(mode="json")
-        for dotted in without:
-            *parents, leaf = dotted.split(".")
-            node = tree
-            for parent in parents:
-                node = node[parent]
-            node.pop(leaf, None)
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from feedfast.cache.assemble import Shard, encode_shard
 from feedfast.cache.codec import (
     TOP_CODE,
     choose_compression,
@@ -27,13 +28,14 @@ from feedfast.cache.codec import (
     index_bytes,
     index_length,
     measure,
-    pack_shard,
     pack_u4,
     parse_index,
     quantise,
     unpack_u4,
     zstd_content_size,
 )
+from feedfast.cache.layout import ArraySpec
+from feedfast.cache.schema import Compression
 from feedfast.errors import CacheDamageError, FeedfastError
 
 rng = np.random.default_rng(5)
@@ -269,9 +271,11 @@ def test_compression_must_pay() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=50)), min_size=1, max_size=40))
-def test_shards_pack_and_parse(blocks: list[bytes | None]) -> None:
-    shard = pack_shard(blocks)
+def test_an_index_leads_to_every_block(blocks: list[bytes | None]) -> None:
+    index = index_bytes([None if block is None else len(block) for block in blocks])
+    shard = b"".join([*(block for block in blocks if block is not None), index])
     size = index_length(len(blocks))
+    assert len(index) == size
     table = parse_index(shard[-size:], len(blocks), len(shard))
     assert np.array_equal(table, parse_index(shard, len(blocks), len(shard)))
     for (offset, length), block in zip(table.tolist(), blocks, strict=True):
@@ -281,24 +285,27 @@ def test_shards_pack_and_parse(blocks: list[bytes | None]) -> None:
             assert shard[offset : offset + length] == block
 
 
-def test_a_shard_is_what_zarr_packs() -> None:
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_shard_is_what_zarr_packs(compression: Compression) -> None:
+    """40 rows of 64: the third block of 16 is half full, the fourth absent."""
     rows = rng.integers(0, 200, (64, 6), dtype=np.uint8)
-    rows[16:32] = 255
+    spec = ArraySpec(
+        "codes", (1, 64, 6), rows.dtype, 255, (1, 64, 6), (1, 16, 6), compression, ("view", "row", "channel"), 1, 40
+    )
     store = zarr.storage.MemoryStore()
+    coded = zarr.codecs.ZstdCodec(level=1, checksum=True) if compression == "zstd" else zarr.codecs.Crc32cCodec()
     array = zarr.create_array(
         store,
-        shape=(64, 6),
-        shards=(64, 6),
-        chunks=(16, 6),
+        shape=spec.shape,
+        shards=spec.chunk,
+        chunks=spec.block,
         dtype="uint8",
         fill_value=255,
-        compressors=[zarr.codecs.ZstdCodec(level=1, checksum=True)],
+        compressors=[coded],
     )
-    array[...] = rows
-    blocks = [compress_block(rows[at : at + 16], "zstd") if at != 16 else None for at in range(0, 64, 16)]
-    assert next(data.to_bytes() for key, data in store._store_dict.items() if key.startswith("c/")) == pack_shard(
-        blocks
-    )
+    array[0, :40] = rows[:40]
+    (theirs,) = (data.to_bytes() for key, data in store._store_dict.items() if key.startswith("c/"))
+    assert b"".join(encode_shard(Shard(spec, 0, 0, rows, filled=40))) == theirs
 
 
 @pytest.mark.parametrize(

@@ -297,12 +297,6 @@ def index_bytes(lengths: Sequence[int | None]) -> bytes:
     return data + crc_bytes(crc32c(data))
 
 
-def pack_shard(blocks: Sequence[bytes | None]) -> bytes:
-    """A whole shard from its stored blocks, index at the end; None is an absent block."""
-    index = index_bytes([None if block is None else len(block) for block in blocks])
-    return b"".join([*(block for block in blocks if block is not None), index])
-
-
 def index_length(num_blocks: int) -> int:
     """Bytes of a shard's index."""
     return 16 * num_blocks + 4
