@@ -301,7 +301,7 @@ def test_bf16_autocast_and_channels_last(name: str) -> None:
     low["loss"].backward()
     assert low["loss"].dtype == torch.float32
     torch.testing.assert_close(low["loss"], plain["loss"], rtol=0.03, atol=0)
-    read: tuple[str, ...] = method.student_taps  # type: ignore[assignment]
+    read: tuple[str, ...] = method.student_taps
     for x in (rounded.logits, *(rounded.taps[tap] for tap in read)):
         assert x.grad is not None
         assert x.grad.isfinite().all()

@@ -5,6 +5,7 @@ A method is an `nn.Module` with
     forward(student: StudentOutput, targets: Targets, labels) -> {"loss": ..., parts ...}
     student_taps, teacher_taps: the tap names it reads ("logits" is named only where it is needed)
 
+A cache is read for the taps in `teacher_taps` and for nothing else: a target that is not named there does not come.
 `loss` is the scalar to differentiate; the parts ("ce", "kd", "feature") are its terms before their weights, detached,
 so that curves of runs with different weights compare. Adapters are ordinary parameters of the method:
 `method.parameters()` goes into the optimiser, and the student never carries them. There is no base class; these few

@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from feedfast.errors import RequestError
 from feedfast.methods.base import TapInfo
 from feedfast.methods.feed import PFEED
@@ -15,6 +13,7 @@ from feedfast.methods.kd import KD, CrossEntropy
 from feedfast.methods.ofd import OFD
 
 Param = float | bool | str
+Method = CrossEntropy | KD | OFD | PFEED
 
 PARAMS: dict[str, dict[str, type[float] | type[bool] | type[str]]] = {
     "none": {},
@@ -26,7 +25,10 @@ TAP_GROUPS: dict[str, tuple[str, ...]] = {"none": (), "kd": (), "ofd": ("ofd",),
 
 
 def taps_needed(name: str) -> tuple[str, ...]:
-    """The groups of taps a method reads: (), ("final",) or ("ofd",), all of ofd1, ofd2, ... of a model.
+    """The groups of maps a method needs of a model: (), ("final",) or ("ofd",), all of ofd1, ofd2, ... of it.
+
+    They are what networks are tapped for before there is a method. A built one says itself what it reads
+    (``teacher_taps``), logits included.
 
     Raises:
         RequestError: unknown name.
@@ -40,7 +42,7 @@ def build_method(
     *,
     student_taps: Mapping[str, tuple[int, ...]],
     teachers: Mapping[str, Mapping[str, TapInfo]],
-) -> nn.Module:
+) -> Method:
     """The method called ``name``.
 
     Args:

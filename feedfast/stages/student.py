@@ -20,7 +20,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader, PixelBatch
 from feedfast.data.views import pass_order
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.methods import StudentOutput, build_method, taps_needed
+from feedfast.methods import StudentOutput, TapInfo, build_method, taps_needed
 from feedfast.models.build import build_model
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tapped
@@ -161,19 +161,19 @@ class StudentRun:
         )
         self.val: Dataset | None = open_val(recipe, self.data)
         opened = open_source(recipe, self.data, self.plan, self.device)
-        self.source: TargetSource = opened.source
         self.views = opened.views
         self.num_classes = len(self.data.classes) or opened.num_classes
         if not self.num_classes:
             raise RequestError(
                 f"data.train: expected labelled images (class sub-folders), found none in {self.data.source}"
             )
-        self._build_student()
+        self._build_student(opened.taps)
+        self.source: TargetSource = opened.select(self.method.teacher_taps)
         self.steps_per_epoch = len(self.data) // train.batch
         self.total = self.steps_per_epoch * train.epochs
         self.schedule = Schedule(train, self.total)
 
-    def _build_student(self) -> None:
+    def _build_student(self, teachers: Mapping[str, Mapping[str, TapInfo]]) -> None:
         recipe, train, size = self.recipe, self.recipe.train, self.recipe.data.size
         bare = build_model(
             recipe.student.model, num_classes=self.num_classes, weights=recipe.student.weights, seed=recipe.seed
@@ -185,19 +185,18 @@ class StudentRun:
         taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(bare, group, example))
         tapped = Tapped(bare, taps, example)
         class_logits(tapped, f"student {recipe.student.model}", self.num_classes)
-        if recipe.method.name == "kd":
-            for name, infos in self.source.taps.items():
-                if infos[LOGITS].shape != (self.num_classes,):
-                    raise RequestError(
-                        f"method.name: 'kd' compares classes one by one, expected {self.num_classes} in every teacher, "
-                        f"found {infos[LOGITS].shape[0]} in {name!r}"
-                    )
         # Adapters start from the recipe's seed and nothing else, so that live and cached runs start equal.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             method = build_method(
-                recipe.method.name, recipe.method.parameters, student_taps=tapped.shapes, teachers=self.source.taps
+                recipe.method.name, recipe.method.parameters, student_taps=tapped.shapes, teachers=teachers
             )
+        for name, infos in teachers.items():
+            if LOGITS in method.teacher_taps and infos[LOGITS].shape != (self.num_classes,):
+                raise RequestError(
+                    f"method.name: {recipe.method.name!r} compares classes one by one, "
+                    f"expected {self.num_classes} in every teacher, found {infos[LOGITS].shape[0]} in {name!r}"
+                )
         method = method.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
         self.bare, self.method = bare, method
         self.parameters = sum(parameter.numel() for parameter in bare.parameters())

@@ -1,9 +1,8 @@
 """Where a student's targets come from: the cache, live teachers, or nowhere.
 
-The three sources have one face, so the training loop cannot tell them apart: `taps` says what a method may ask for,
-`stream` reads ahead whatever can be read without pixels, `targets` turns one read item and its pixels into what the
-method compares with. The live source is the oracle the cached one is tested against; ``none`` is the plain baseline
-both are timed against.
+The three sources have one face, so the training loop cannot tell them apart: `stream` reads ahead whatever can be read
+without pixels, `targets` turns one read item and its pixels into what the method compares with. The live source is the
+oracle the cached one is tested against; ``none`` is the plain baseline both are timed against.
 
 Codes stay codes: a u8 map travels to the device as uint8 and is dequantised inside the loss.
 """
@@ -22,7 +21,7 @@ from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.errors import CacheMismatchError
 from feedfast.methods import TapInfo
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, method_taps
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher
 from feedfast_kernels import Codes, Target
 
 Targets = dict[str, dict[str, Target]]
@@ -30,8 +29,6 @@ Targets = dict[str, dict[str, Target]]
 
 class TargetSource(Protocol):
     """What the training loop needs of a source."""
-
-    taps: Mapping[str, Mapping[str, TapInfo]]
 
     def stream(self, view: int, rows: np.ndarray, batch_size: int, start_batch: int) -> Iterator[Any]:
         """Read ahead what belongs to ``rows``, batch by batch."""
@@ -42,8 +39,6 @@ class TargetSource(Protocol):
 
 class NoTargets:
     """Plain training."""
-
-    taps: Mapping[str, Mapping[str, TapInfo]] = {}
 
     def stream(self, view: int, rows: np.ndarray, batch_size: int, start_batch: int) -> Iterator[None]:
         """Nothing to read."""
@@ -59,7 +54,6 @@ class LiveTargets:
 
     def __init__(self, teachers: Mapping[str, FrozenTeacher]) -> None:
         self.teachers = teachers
-        self.taps: Mapping[str, Mapping[str, TapInfo]] = method_taps(teachers)
 
     def stream(self, view: int, rows: np.ndarray, batch_size: int, start_batch: int) -> Iterator[None]:
         """Nothing to read: the pixels are enough."""
@@ -76,15 +70,15 @@ class CachedTargets:
     def __init__(self, reader: CacheReader, wanted: Mapping[str, tuple[str, ...]], device: torch.device) -> None:
         """``wanted``: teacher → tap names (``logits`` included when needed)."""
         self.reader, self.device = reader, device
-        self.taps: Mapping[str, Mapping[str, TapInfo]] = manifest_taps(reader.manifest)
+        have = manifest_taps(reader.manifest)
         self.arrays: list[str] = []
         self._entries: list[tuple[str, str, str, str, Tensor, Tensor]] = []
         for teacher, taps in wanted.items():
             for tap in taps:
-                if tap not in self.taps.get(teacher, {}):
-                    have = {name: sorted(infos) for name, infos in self.taps.items()}
+                if tap not in have.get(teacher, {}):
+                    found = {name: sorted(infos) for name, infos in have.items()}
                     raise CacheMismatchError(
-                        f"{reader.path}: expected tap {tap!r} of teacher {teacher!r}, found {have}; "
+                        f"{reader.path}: expected tap {tap!r} of teacher {teacher!r}, found {found}; "
                         "run `feedfast cache` with this recipe to add it"
                     )
                 array = f"targets/{teacher}/{tap}/codes"

@@ -1,0 +1,101 @@
+"""What a student's source gives: the targets that the built method reads, of the teachers that the recipe names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import digits_recipe
+from torch import Tensor
+
+from feedfast.errors import RequestError
+from feedfast.methods import PFEED, StudentOutput, Targets
+from feedfast.models.build import build_model
+from feedfast.recipe import Recipe
+from feedfast.stages.common import ranks
+from feedfast.stages.offline import run_cache
+from feedfast.stages.student import StudentRun, run_train
+from feedfast_kernels import as_float, ensemble_kl
+
+METHODS = ("kd", "ofd", "pfeed")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of two teachers in f32: what a live run computes is then what a cached run reads."""
+    folder = tmp_path_factory.mktemp("sources")
+    run_cache(digits_recipe(folder, cache={"codec": "f32"}), quiet=True)
+    return folder
+
+
+def recipe_for(world: Path, source: str, out: Path, method: str) -> Recipe:
+    return digits_recipe(
+        world,
+        cache={"codec": "f32"},
+        method={"name": method},
+        train={"source": source, "out": str(out), "max_steps": 3, "eval_every": 0},
+    )
+
+
+class MapsAndLogits(PFEED):
+    """A second method that reads logits, and maps too; no name says so, only ``teacher_taps``."""
+
+    teacher_taps = ("final", "logits")
+
+    def forward(self, student: StudentOutput, targets: Targets, labels: Tensor) -> dict[str, Tensor]:
+        losses = super().forward(student, targets, labels)
+        logits = [as_float(taps["logits"]) for taps in targets.values()]
+        return {**losses, "loss": losses["loss"] + ensemble_kl(student.logits, logits, tau=4.0)}
+
+
+@pytest.fixture
+def second_logits_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's ``pfeed`` is built as `MapsAndLogits`."""
+
+    def build(name: str, params: dict[str, Any], **built_for: Any) -> MapsAndLogits:
+        assert name == "pfeed"
+        return MapsAndLogits(**built_for)
+
+    monkeypatch.setattr("feedfast.stages.student.build_method", build)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cache_is_read_for_what_the_method_says_it_reads(world: Path, tmp_path: Path, method: str) -> None:
+    run = StudentRun(recipe_for(world, "cache", tmp_path, method), ranks(), quiet=True)
+    batch, item = next(run.batches(0))
+    targets = run.source.targets(item, batch.images)
+    run.loader.close()
+    assert {name: tuple(taps) for name, taps in targets.items()} == dict.fromkeys("ab", run.method.teacher_taps)
+    assert len(item) == 2 * len(run.method.teacher_taps), "nothing is read in vain"
+
+
+@pytest.mark.usefixtures("second_logits_method")
+def test_another_method_gets_its_logits_without_being_known_by_name(world: Path, tmp_path: Path) -> None:
+    cached, live = (
+        run_train(recipe_for(world, source, tmp_path / source, "pfeed"), quiet=True)["final_loss"]
+        for source in ("cache", "live")
+    )
+    assert cached == pytest.approx(live, rel=1e-5)
+
+
+@pytest.mark.usefixtures("second_logits_method")
+def test_whoever_compares_logits_needs_teachers_of_the_same_classes(world: Path, tmp_path: Path) -> None:
+    torch.save(build_model("zoo/wrn-10-1", num_classes=12, seed=0).state_dict(), tmp_path / "b.pt")
+    recipe = recipe_for(world, "live", tmp_path / "out", "pfeed")
+    other = recipe.teachers[1].model_copy(update={"weights": str(tmp_path / "b.pt"), "classes": 12})
+    with pytest.raises(RequestError, match=r"'pfeed' compares classes.*expected 10 in every teacher, found 12 in 'b'"):
+        run_train(recipe.model_copy(update={"teachers": (recipe.teachers[0], other)}), quiet=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_may_name_some_of_the_caches_teachers(world: Path, tmp_path: Path, method: str) -> None:
+    """In its own order: adapters are drawn in it, so that a cached run starts as a live one does."""
+    for teachers in ((0,), (1, 0)):
+        losses = []
+        for source in ("cache", "live"):
+            recipe = recipe_for(world, source, tmp_path / f"{source}{len(teachers)}", method)
+            chosen = tuple(recipe.teachers[number] for number in teachers)
+            losses.append(run_train(recipe.model_copy(update={"teachers": chosen}), quiet=True)["final_loss"])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
