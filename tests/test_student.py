@@ -177,9 +177,23 @@ def test_an_incomplete_cache_says_so(world: Path, tmp_path: Path) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_nan_stops_the_run_and_keeps_the_checkpoint(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(FeedfastError, match="finite loss"):
+def test_nan_before_the_first_checkpoint_says_that_there_is_none(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(FeedfastError, match=r"finite loss, found \w+ at step [2-5];.*there is no .*checkpoint\.pt yet"):
         run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4}), quiet=True)
+    assert not (tmp_path / "s" / "checkpoint.pt").exists()
+
+
+def test_nan_keeps_the_checkpoint_and_says_of_which_step(world: Path, tmp_path: Path) -> None:
+    """Also in a run that was resumed from it and has written none of its own."""
+    train = {"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4, "checkpoint_minutes": 1e-9}  # after every step
+    checkpoint = tmp_path / "s" / "checkpoint.pt"
+    for _ in range(2):
+        with pytest.raises(FeedfastError, match="finite loss") as caught:
+            run_train(digits_recipe(world, train=train), quiet=True)
+        step = torch.load(checkpoint, weights_only=True)["step"]
+        assert step >= 1
+        assert f"at step {step + 1};" in str(caught.value)
+        assert f"{checkpoint} holds step {step})" in str(caught.value)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "one-cycle"])

@@ -53,7 +53,7 @@ from feedfast.stages.common import (
     write_json,
 )
 from feedfast.stages.ensemble import LOGITS, Normalise, class_logits
-from feedfast.stages.folder import look_into, take_over
+from feedfast.stages.folder import CHECKPOINT, look_into, take_over
 from feedfast.stages.sources import open_source
 from feedfast.stages.targets import Targets, TargetSource
 
@@ -172,6 +172,7 @@ class StudentRun:
         self.steps_per_epoch = len(self.data) // train.batch
         self.total = self.steps_per_epoch * train.epochs
         self.schedule = Schedule(train, self.total)
+        self.kept: int | None = None  # step of the checkpoint in `out`
 
     def _build_student(self, teachers: Mapping[str, Mapping[str, TapInfo]]) -> None:
         recipe, train, size = self.recipe, self.recipe.train, self.recipe.data.size
@@ -233,7 +234,7 @@ class StudentRun:
         if self.me.first and not self.resumed:
             take_over(self.out, self.recipe)
         if self.resumed:
-            step = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
+            step = self.kept = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
         stop = min(self.total, train.max_steps) if train.max_steps else self.total
         if not self.quiet:
             resumed = f", resumed at step {step}" if step else ""
@@ -337,14 +338,17 @@ class StudentRun:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
+            held = self.out / CHECKPOINT
+            kept = f"{held} holds step {self.kept}" if self.kept is not None else f"there is no {held} yet"
             raise FeedfastError(
                 f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight "
-                f"({self.out} keeps the last checkpoint)"
+                f"({kept})"
             )
 
     def _checkpoint(self, step: int, timing: Timing) -> None:
         if self.me.first:
             save_checkpoint(self.out, self.bare, self.method, self.optimizer, step)
+        self.kept = step
         timing.checkpointed()
 
     def _finish(self, step: int, accuracy: float | None, log: EventLog | None, timing: Timing) -> dict[str, Any]:
