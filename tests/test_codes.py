@@ -174,6 +174,31 @@ def test_decode_is_the_formula_in_logical_shape() -> None:
     assert as_float(torch.ones(2, 3, dtype=torch.float16)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_encode_compiles_in_one_graph(codec: str, with_margin: bool) -> None:
+    x, offset, step, margin = some_map((3, 5, 4, 7))
+    step[1] = 0
+    x[0, 0, 0] = 100.0
+    options = {"codec": codec, "margin_C": margin if with_margin else None}
+    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager")
+    for like_it in (x, x.contiguous(memory_format=torch.channels_last), x.bfloat16()):
+        torch._dynamo.reset()
+        expected, saturated = encode(like_it, offset, step, **options)
+        codes, count = compiled(like_it, offset, step, **options)
+        assert torch.equal(codes, expected)
+        assert count.dtype == torch.int64
+        assert int(count) == int(saturated) > 0
+        out = torch.empty_like(expected)
+        assert compiled(like_it, offset, step, **options, out=out)[0].equal(expected)
+        assert torch.equal(out, expected)
+    counts = []
+    for value in (offset[2], torch.nan):  # nobody looks while compiled: a NaN counts as saturated
+        x[1, 2, 3, 4] = value
+        counts.append(int(compiled(x, offset, step, codec=codec)[1]))
+    assert counts[1] == counts[0] + 1
+
+
 def test_codes_move_between_devices() -> None:
     codes = Codes(torch.zeros(2, 3, 3, 4, dtype=torch.uint8), torch.zeros(4), torch.ones(4), "u8")
     moved = codes.to("meta")

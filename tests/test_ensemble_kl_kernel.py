@@ -190,6 +190,13 @@ def test_without_a_gradient_none_is_computed(kernel_device: torch.device, monkey
     assert asked == [False, False, True]
 
 
+def test_second_derivatives_are_refused(kernel_device: torch.device) -> None:
+    student, teachers, _ = make(3, 17, 2, kernel_device)
+    student.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"ensemble_kl.*float64"):
+        torch.autograd.grad(ensemble_kl(student, teachers, tau=2.0), student, create_graph=True)
+
+
 def test_two_runs_are_bit_equal(kernel_device: torch.device) -> None:
     student, teachers, labels = make(9, 300, 3, kernel_device)
     first, second = (run(lambda s: ensemble_kl(s, teachers, tau=4.0, labels=labels), [student], 0.3) for _ in "ab")

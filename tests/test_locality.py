@@ -256,6 +256,13 @@ def test_compiles_in_one_graph(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(first.grad, second.grad)
 
 
+def test_second_derivatives_are_refused() -> None:
+    student, teacher = make(7, (5,), (9,))
+    student.requires_grad_()
+    with pytest.raises(NotImplementedError, match="locality: expected a first derivative"):
+        torch.autograd.grad(locality(student, teacher, k=3), student, create_graph=True)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_twice_the_same_and_as_on_the_cpu() -> None:
     student, teacher = make(64, (32, 4, 4), (48, 4, 4))

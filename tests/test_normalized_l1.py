@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from feedfast_kernels import Codes, Target, as_float, decode, encode, normalized_l1
+from feedfast_kernels import Codes, Target, _layout, as_float, decode, encode, normalized_l1
+from feedfast_kernels.normalized_l1 import reference
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (4, 16, 8, 8), (3, 17, 1, 31), (5, 10)]
 KINDS = ["f32", "f16", "u8", "u4"]
@@ -117,6 +118,53 @@ def test_strides_and_codes_or_floats_give_the_same_bits() -> None:
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [1, 100, 431, 10**6])  # a sample has 216: less, and no whole number of them
+def test_tiles_change_nothing_but_the_rounding_of_the_sum(
+    elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, codes = make((5, 6, 9, 4), "u4")
+
+    def value_and_gradient() -> tuple[Tensor, Tensor]:
+        leaf = student.to(dtype).requires_grad_()
+        loss = normalized_l1([leaf], [codes], reduction="mean")
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    expected = value_and_gradient()
+    monkeypatch.setattr(_layout, "TILE_ELEMENTS_PER_THREAD", elements)
+    loss, gradient = value_and_gradient()
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    assert torch.equal(gradient, expected[1])
+
+
+def test_a_graph_may_be_walked_twice() -> None:
+    student, target = make((2, 3, 4, 4), "u8")
+    for upstream in (1.0, 0.3):
+        leaf = student.detach().requires_grad_()
+        loss = normalized_l1([leaf, leaf], [target, target], reduction="sum")
+        first, second = (torch.autograd.grad(loss * upstream, leaf, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        first.mul_(2)  # what a caller does to its gradient stays with the caller
+        assert torch.equal(torch.autograd.grad(loss * upstream, leaf)[0], second)
+
+
+def test_second_derivatives_only_where_they_are_right() -> None:
+    student, target = make((2, 3, 2, 2), "u8")
+    assert torch.autograd.gradgradcheck(
+        lambda s: normalized_l1([s], [target], reduction="sum"), (student.double().requires_grad_(),)
+    )
+    student.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"normalized_l1.*float64"):
+        torch.autograd.grad(normalized_l1([student], [target], reduction="sum"), student, create_graph=True)
+    assert torch.autograd.grad(reference([student], [target], reduction="sum"), student, create_graph=True)
+
+
+def test_long_sums_keep_their_digits() -> None:
+    student, target = make((2, 64, 64, 63), "f16")  # 258,048 values a sample
+    expected = formula([student.double().numpy()], [as_numpy(target)], mean=False)
+    np.testing.assert_allclose(normalized_l1([student], [target], reduction="sum").item(), expected, rtol=1e-6)
 
 
 def test_dead_maps_are_bounded_by_eps() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from feedfast_kernels import Codes, Target, _layout, as_float, decode, encode, partial_l2
 
@@ -131,6 +134,45 @@ def test_tiles_change_nothing_but_the_rounding_of_the_sum(elements: int, monkeyp
     loss, gradient = value_and_gradient(student, codes, margin)
     torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
     assert torch.equal(gradient, expected[1])
+
+
+def test_scratch_memory_is_a_threads_own() -> None:
+    """Tiles of several calls at once, of different sizes, give what each gives alone."""
+    cases = [make((5, 6, height, 40), "u8", seed=height) for height in (9, 30, 3, 17)]
+    alone = [value_and_gradient(*case) for case in cases]
+    for _ in range(5):
+        with ThreadPoolExecutor(len(cases)) as pool:
+            together = list(pool.map(lambda case: value_and_gradient(*case), cases))
+        for (loss, gradient), expected in zip(together, alone, strict=True):
+            assert torch.equal(loss, expected[0])
+            assert torch.equal(gradient, expected[1])
+
+
+def test_inference_mode_and_another_default_device_leave_nothing_behind() -> None:
+    """Memory kept from a call in either must serve the next one."""
+
+    def fresh_thread() -> None:
+        with torch.inference_mode(), torch.device("meta"):
+            assert torch.equal(partial_l2(student, codes, margin_C=margin), expected[0])
+        loss, gradient = value_and_gradient(student, codes, margin)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(gradient, expected[1])
+
+    student, codes, margin = make((2, 3, 5, 7), "u8")
+    expected = value_and_gradient(student, codes, margin)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fresh_thread).result()
+
+
+def test_tensors_that_only_stand_for_others_take_the_plain_formula() -> None:
+    student, codes, margin = make((2, 3, 5, 7), "u8")
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(student)
+        assert partial_l2(fake, torch.empty_like(fake)).shape == ()
+    loss, _ = value_and_gradient(student, codes, margin)
+    traced = make_fx(lambda s: partial_l2(s, codes, margin_C=margin))(student)
+    torch.testing.assert_close(traced(student), loss)
+    torch.testing.assert_close(traced(2 * student), partial_l2(2 * student, codes, margin_C=margin))
 
 
 def test_zero_where_the_student_equals_the_clipped_teacher() -> None:

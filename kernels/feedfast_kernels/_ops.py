@@ -51,10 +51,10 @@ def register(schema: str, launch: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
-def first_order_only(name: str) -> None:
+def first_order_only(name: str, otherwise: str = "for second ones use float64 or `reference`") -> None:
     """Raise where a backward pass is itself recorded: a kernel's gradient would be a constant to autograd, silently."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError(f"{name}: expected a first derivative; for second ones use float64 or `reference`")
+        raise NotImplementedError(f"{name}: expected a first derivative; {otherwise}")
 
 
 def memory_order(x: Tensor) -> str:

@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, tiles
+from feedfast_kernels._layout import as_BHWC, scratch, tiles
 from feedfast_kernels._ops import OPS, register, runs_triton
 
 TOP_CODE = {"u8": 254, "u4": 14}
@@ -108,8 +108,8 @@ def encode(
 
     Raises:
         ValueError: wrong shapes, dtypes or codec; on the CPU also NaN or infinite values. On a GPU reading values back
-            would stall it, so there a non-finite value becomes an arbitrary code and counts as saturated (but minus
-            infinity under a margin is the margin).
+            would stall it, and in `torch.compile` break the graph, so there a non-finite value becomes an arbitrary
+            code and counts as saturated (but minus infinity under a margin is the margin).
     """
     return _encode(x_NCHW, offset_C, step_C, codec, margin_C, out, triton=runs_triton(x_NCHW))
 
@@ -159,19 +159,33 @@ def _encode(
         count: Tensor = OPS.encode(x_NCHW.detach(), offset_C, step_C, codec, margin_C, into)
         return (out if into is out else out.copy_(into)), count
     # packing and odd strides are rare and cheap (one byte an element): quantise into a plain buffer first
-    direct = codec == "u8" and out.is_contiguous()
-    codes = out.view(x_BHWC.shape) if direct else torch.empty(x_BHWC.shape, dtype=torch.uint8, device=out.device)
-    saturated = _quantise(x_NCHW.detach(), offset_C, step_C, margin_C, TOP_CODE[codec], codes)
-    if not direct:
-        out.copy_((_pack(codes) if codec == "u4" else codes).view(out.shape))
-    return out, saturated
+    scale = (offset_C, torch.where(step_C == 0, torch.inf, step_C), margin_C, TOP_CODE[codec])
+    if x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling():
+        direct = codec == "u8" and out.is_contiguous()
+        codes = out.view(x_BHWC.shape) if direct else torch.empty(x_BHWC.shape, dtype=torch.uint8)
+        saturated = _quantise_tiled(x_NCHW.detach(), *scale, codes)
+        if direct:
+            return out, saturated
+    else:
+        codes, saturated = _quantise(x_BHWC.detach(), *scale)
+    return out.copy_((_pack(codes) if codec == "u4" else codes).view(out.shape)), saturated
 
 
 def _quantise(
-    x_NCHW: Tensor, offset_C: Tensor, step_C: Tensor, margin_C: Tensor | None, top: int, codes_BHWC: Tensor
+    x_BHWC: Tensor, offset_C: Tensor, divisor_C: Tensor, margin_C: Tensor | None, top: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and saturation count of a whole map: the plain formula."""
+    scaled = ((x_BHWC.float() - offset_C) / divisor_C).round()
+    if margin_C is not None:
+        scaled = torch.maximum(scaled, ((margin_C - offset_C) / divisor_C).round())
+    clipped = scaled.clamp(0, top)
+    return clipped.to(torch.uint8), (scaled != clipped).sum()
+
+
+def _quantise_tiled(
+    x_NCHW: Tensor, offset_C: Tensor, divisor_C: Tensor, margin_C: Tensor | None, top: int, codes_BHWC: Tensor
 ) -> Tensor:
     """Write the codes of ``x_NCHW`` into the contiguous ``codes_BHWC``; returns the saturation count."""
-    on_cpu = x_NCHW.device.type == "cpu"
     # a contiguous NCHW map is quantised in its own order: turning bytes round is cheaper than turning floats round
     channels_first = x_NCHW.ndim == 4 and x_NCHW.is_contiguous()
     if channels_first:
@@ -182,39 +196,32 @@ def _quantise(
     def along_tile(value_C: Tensor) -> Tensor:
         return value_C[:, None] if channels_first else value_C.repeat(source.shape[2])
 
-    divisor_C = torch.where(step_C == 0, torch.inf, step_C)
     offset, divisor = along_tile(offset_C), along_tile(divisor_C)
     lowest = None if margin_C is None else along_tile(((margin_C - offset_C) / divisor_C).round_())
-    scratch: Tensor | None = None
-    saturated = torch.zeros((), dtype=torch.int64, device=x_NCHW.device)
+    saturated = 0
     for tile in tiles(source.shape, source.device):
         x = source[tile]
         shape = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])  # [b, h, W*C] or, channels first, [b, c, H*W]
         here = tile[1] if channels_first else slice(None)
-        if scratch is None:  # the first tile is the largest
-            scratch = torch.empty(2, x.numel(), dtype=torch.float32, device=x.device)
-        scaled, clipped = (buffer[: x.numel()].view(shape) for buffer in scratch)
+        scaled, clipped = (scratch(slot, x.numel()).view(shape) for slot in (0, 1))
         if x.dtype == torch.float32 and x.is_contiguous():
             torch.sub(x.view(shape), offset[here], out=scaled)
         else:
             scaled.view(x.shape).copy_(x)
             scaled.sub_(offset[here])
         scaled.div_(divisor[here]).round_()
-        if on_cpu and not math.isfinite(scaled.sum().item()):
+        if not math.isfinite(scaled.sum().item()):
             _raise_if_not_finite(x)
         if lowest is not None:
             torch.maximum(scaled, lowest[here], out=scaled)
         torch.clamp(scaled, 0, top, out=clipped)
-        if on_cpu:
-            # a dot product of {-1, 0, 1} is exact below 2^24 and 3x cheaper than a comparison and a count
-            excess = scaled.sub_(clipped).clamp_(-1, 1).view(-1)
-            saturated += int(torch.dot(excess, excess).item())
-        else:
-            saturated += (scaled != clipped).sum()
+        # a dot product of {-1, 0, 1} is exact below 2^24 and 3x cheaper than a comparison and a count
+        excess = scaled.sub_(clipped).clamp_(-1, 1).view(-1)
+        saturated += int(torch.dot(excess, excess).item())
         # int32 on the way: float -> uint8 is not vectorised on the CPU, float -> int32 -> uint8 is
         integers = scaled.view(torch.int32).copy_(clipped)
         codes[tile].copy_((integers.to(torch.uint8) if channels_first else integers).view(x.shape))
-    return saturated
+    return torch.tensor(saturated)
 
 
 def _raise_if_not_finite(tile: Tensor) -> None:

@@ -16,8 +16,8 @@ and both sums are known when the loss is, so what is left is one pass over the m
 three passes (gpu/connector_partial_l2.py: 10 bytes an element for bf16 and u8 codes, where compiled operators move
 about 26). On a CPU PyTorch's operators make the same three passes over cache-sized tiles, all in the forward pass where
 a gradient is wanted: the second leaves d in the gradient's memory, the third turns it into the gradient for an upstream
-of 1 (see `partial_l2`), which is kept instead of y. A compiler gets `reference`, which it fuses better than these
-formulas; so do float64 and other devices.
+of 1 (see `partial_l2`). A compiler gets `reference`, which it fuses better than these formulas; so do float64 and other
+devices.
 
 Statistics are those of one process: for a synchronised batch norm, and in evaluation, use a batch norm module and
 `partial_l2`.
@@ -34,9 +34,10 @@ from torch.nn import functional
 
 from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
+from feedfast_kernels._tiled import Source, along_row, empty_gradient, runs_tiled, times_upstream
 from feedfast_kernels.codes import Codes, Target
-from feedfast_kernels.partial_l2 import Source, along_row, empty_gradient, runs_tiled, times_upstream
 from feedfast_kernels.partial_l2 import reference as partial_l2_reference
+from feedfast_kernels.partial_l2 import residual_in, square_sum
 
 
 def connector_partial_l2(
@@ -165,16 +166,14 @@ class _ConnectorPartialL2(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (y, target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
-        ctx.scale, ctx.triton = scale, triton
+        ctx.codec, ctx.eps, ctx.scale, ctx.triton = codec, eps, scale, triton
         ctx.dtypes = y.dtype, gamma_C.dtype, beta_C.dtype
         if triton:
-            ctx.codec = codec
             loss, statistics, sums = OPS.connector_partial_l2(*inputs, eps, scale)
-            ctx.save_for_backward(statistics, sums, y, target, offset_C, step_C, margin_C, gamma_C, beta_C)
         else:
             source, wants_gradient = Source(*inputs[:6]), grad_enabled and ctx.needs_input_grad[0]
-            loss, statistics, sums, gradient = _tiled(source, y, gamma_C, beta_C, eps, scale, wants_gradient)
-            ctx.save_for_backward(statistics, sums, gradient)
+            loss, statistics, sums, ctx.gradient = _tiled(source, y, gamma_C, beta_C, eps, scale, wants_gradient)
+        ctx.save_for_backward(statistics, sums, y, target, offset_C, step_C, margin_C, gamma_C, beta_C)
         mean_C, variance_C = statistics[0], statistics[1]
         ctx.mark_non_differentiable(mean_C, variance_C)
         return loss, mean_C, variance_C
@@ -182,14 +181,20 @@ class _ConnectorPartialL2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("connector_partial_l2")
-        statistics, sums, *saved = ctx.saved_tensors
+        statistics, sums, y, target, offset_C, step_C, margin_C, gamma_C, beta_C = ctx.saved_tensors
         y_dtype, gamma_dtype, beta_dtype = ctx.dtypes
+        inputs = (y, target, offset_C, step_C, ctx.codec, margin_C)
+        gradient: Tensor | None = None
         if ctx.triton:
-            y, target, offset_C, step_C, margin_C, gamma_C, beta_C = saved
-            arguments = (y, target, offset_C, step_C, ctx.codec, margin_C, gamma_C, beta_C, ctx.scale)
-            gradient = OPS.connector_partial_l2_backward(upstream, *arguments, statistics, sums)
-        else:
-            gradient = times_upstream(saved[0], upstream, y_dtype)
+            gradient = OPS.connector_partial_l2_backward(
+                upstream, *inputs, gamma_C, beta_C, ctx.scale, statistics, sums
+            )
+        elif ctx.needs_input_grad[0]:
+            gradient, ctx.gradient = ctx.gradient, None
+            if gradient is None:
+                gradient = _tiled(Source(*inputs), y, gamma_C, beta_C, ctx.eps, ctx.scale, True)[-1]
+            assert gradient is not None
+            gradient = times_upstream(gradient, upstream, y_dtype)
         factor = upstream * (2 * ctx.scale)
         d_gamma = sums[1] * statistics[2] * factor
         d_beta = sums[0] * factor
@@ -225,8 +230,8 @@ def _tiled(
         y_rows = source.student_rows(tile)
         s = torch.sub(y_rows, mean, out=source.scratch(2, y_rows.shape))
         torch.addcmul(beta, s, a, out=s)
-        d = source.residual(s, source.target_rows(tile), 2)
-        losses.append(source.square_sum(d))
+        d = residual_in(source, s, source.target_rows(tile), 2)
+        losses.append(square_sum(source, d))
         # the sums of batch norm's own backward: one operator for what takes a product and two sums over rows
         d_map, y_map = (_as_map(x, one.numel()) for x in (d, y_rows))
         _, sum_dx, sum_d = torch.ops.aten.native_batch_norm_backward(

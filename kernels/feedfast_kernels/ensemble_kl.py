@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feedfast_kernels._layout import work_dtype
-from feedfast_kernels._ops import OPS, register, runs_triton
+from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
 
 Average = Literal["probabilities", "logits"]
 Direction = Literal["forward", "reverse"]
@@ -225,6 +225,7 @@ class _EnsembleKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("ensemble_kl")
         (gradient,) = ctx.saved_tensors
         # one kernel, which multiplies in fp32 and rounds once
         scaled = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, work_dtype
+from feedfast_kernels._ops import first_order_only
 from feedfast_kernels.codes import Codes, Target, decode
 
 
@@ -157,6 +158,7 @@ class _Locality(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("locality", "there are no second ones")
         (gradient,) = ctx.saved_tensors
         # one kernel, which multiplies in the gradient's dtype and rounds once
         scaled = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))

@@ -6,27 +6,30 @@ Park & Kwak, "FEED: Feature-level Ensemble for Knowledge Distillation", equation
 over D = C*H*W values; Factor Transfer's published code, whose beta = 500 everyone quotes, takes the *mean*. Both are
 here: mean = sum / D. Lengths are bounded below by `eps`, as in torch.nn.functional.normalize.
 
-Nothing but the arguments and a few numbers a sample is kept for the backward pass, among them <n, q>, so that it is one
-pass. With n = s / ||s||, t' = t / ||t||, q = sign(n - t') and sign(0) = 0:
+With n = s / ||s||, t' = t / ||t||, q = sign(n - t') and sign(0) = 0:
 
     d(loss)/ds = weight / denominator * (q - n * <n, q>) / ||s||       (q / eps where the length is below eps)
 
 Computed in fp32 (float64 if the student is) in channels-last order, whatever strides the arguments have.
 
 On CUDA one Triton launch does all teachers whose maps look alike (gpu/normalized_l1.py: 3 bytes an element forward and
-5 backward, with u8 codes and 16-bit students); elsewhere, and for float64, PyTorch operators teacher by teacher.
+5 backward, with u8 codes and 16-bit students). On a CPU PyTorch's operators go over tiles of whole samples, teacher by
+teacher, and make the gradient beside the loss (_tiled.py). A compiler, float64 and other devices get `reference`.
+Only the last has second derivatives; the others refuse them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, work_dtype
+from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
+from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, times_upstream
 from feedfast_kernels.codes import Codes, Target, decode_reference
 
 
@@ -56,8 +59,12 @@ def normalized_l1(
     Raises:
         ValueError: if the counts or shapes differ, or the reduction is unknown.
     """
-    triton = all(runs_triton(x) for x in student_maps)
-    return _loss(student_maps, targets, reduction, weight, denominator, eps, triton=triton)
+    how = "whole"
+    if all(runs_triton(x) for x in student_maps):
+        how = "triton"
+    elif all(runs_tiled(x) for x in student_maps):
+        how = "tiled"
+    return _loss(student_maps, targets, reduction, weight, denominator, eps, how=how)
 
 
 def reference(
@@ -69,8 +76,8 @@ def reference(
     denominator: float | None = None,
     eps: float = 1e-12,
 ) -> Tensor:
-    """`normalized_l1` in PyTorch operators on any device: what the kernel is compared with."""
-    return _loss(student_maps, targets, reduction, weight, denominator, eps, triton=False)
+    """`normalized_l1` in PyTorch operators on any device, gradients by autograd: what the kernel is compared with."""
+    return _loss(student_maps, targets, reduction, weight, denominator, eps, how="whole")
 
 
 def _loss(
@@ -81,7 +88,7 @@ def _loss(
     denominator: float | None,
     eps: float,
     *,
-    triton: bool,
+    how: str,  # "triton", "tiled" or "whole"
 ) -> Tensor:
     if reduction not in ("sum", "mean"):
         raise ValueError(f"normalized_l1: reduction expected 'sum' or 'mean', got {reduction!r}")
@@ -107,13 +114,17 @@ def _loss(
         else:
             stored.append((target.detach(), None, None))
             codecs.append("")
-    if triton:
+    if how == "triton":
         data, offsets, steps = zip(*stored, strict=True)
         loss: Tensor = _AllTeachers.apply(codecs, scales, eps, *student_maps, *data, *offsets, *steps)
         return loss
     total: Tensor | None = None
-    for student, source, codec, scale in zip(student_maps, stored, codecs, scales, strict=True):
-        loss = _OneTeacher.apply(student, *source, codec, scale, eps)
+    for index, student in enumerate(student_maps):
+        if how == "tiled":
+            options = (codecs[index], scales[index], eps, torch.is_grad_enabled())
+            loss = _OneTeacher.apply(student, *stored[index], *options)
+        else:
+            loss = _whole(student, targets[index], scales[index], eps)
         total = loss if total is None else total + loss
     assert total is not None
     return total
@@ -160,6 +171,8 @@ register(
 
 
 class _OneTeacher(torch.autograd.Function):
+    """Eager CPU code."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -167,53 +180,86 @@ class _OneTeacher(torch.autograd.Function):
         target: Tensor,  # stored bytes for codes, values otherwise
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: Literal["u8", "u4", ""],  # "" for values
+        codec: str,  # "" for values
         scale: float,
         eps: float,
+        grad_enabled: bool,
     ) -> Tensor:
-        student_BD = _rows(student, work_dtype(student))
-        target_BD = _target_rows(target, offset_C, step_C, codec, student_BD.dtype)
-        student_length_B, target_length_B = (
-            torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (student_BD, target_BD)
-        )
-        unit_BD = student_BD / student_length_B.clamp(min=eps)
-        difference_BD = unit_BD - target_BD / target_length_B.clamp(min=eps)
-        loss: Tensor = difference_BD.abs().sum() * scale
-        # a length whose square overflows divides everything to a quiet zero
-        loss = loss + 0 * (student_length_B + target_length_B).sum()
-        along_B = None
-        if ctx.needs_input_grad[0]:
-            along_B = difference_BD.sign_().mul_(unit_BD).sum(dim=1, keepdim=True)
-        ctx.save_for_backward(student, target, offset_C, step_C, student_length_B, target_length_B, along_B)
+        source = Source(student, target, offset_C, step_C, codec, None)
+        loss, ctx.gradient = _tiled(source, student, scale, eps, grad_enabled and ctx.needs_input_grad[0])
+        ctx.save_for_backward(student, target, offset_C, step_C)
         ctx.codec, ctx.scale, ctx.eps = codec, scale, eps
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, target, offset_C, step_C, student_length_B, target_length_B, along_B = ctx.saved_tensors
-        divisor_B = student_length_B.clamp(min=ctx.eps)
-        unit_BD = _rows(student, student_length_B.dtype) / divisor_B
-        target_BD = _target_rows(target, offset_C, step_C, ctx.codec, unit_BD.dtype)
-        sign_BD = (unit_BD - target_BD / target_length_B.clamp(min=ctx.eps)).sign_()
+        first_order_only("normalized_l1")
+        student, target, offset_C, step_C = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            source = Source(student, target, offset_C, step_C, ctx.codec, None)
+            gradient = _tiled(source, student, ctx.scale, ctx.eps, True)[1]
+        assert gradient is not None
+        return times_upstream(gradient, upstream, student.dtype), *[None] * 7
+
+
+def _tiled(
+    source: Source, student: Tensor, scale: float, eps: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss, and its gradient for an upstream of 1, tile by tile."""
+    gradient = empty_gradient(student) if wants_gradient else None
+    distances_B = []
+    for tile in tiles(source.student.shape, student.device, whole_samples=True):
+        s, t = source.student_rows(tile), source.target_rows(tile)
+        samples = (tile[0].stop - tile[0].start, -1, s.shape[1])
+        s_BRE, t_BRE = s.view(samples), t.view(samples)  # R image rows of E = W * C values
+        s_length_B, t_length_B = _length(s_BRE), _length(t_BRE)
+        # NaN lengths, and infinite ones, whose maps would be 0, make both maps and so the loss and the gradient NaN
+        poison_B = 0 * (s_length_B + t_length_B)
+        s_factor_B, t_factor_B = (1 / (x.clamp(min=eps) + poison_B) for x in (s_length_B, t_length_B))
+        free, unit, difference = (source.scratch(slot, s.shape).view(s_BRE.shape) for slot in (0, 2, 1))
+        torch.mul(s_BRE, s_factor_B, out=unit)
+        torch.mul(t_BRE, t_factor_B, out=difference)
+        torch.sub(unit, difference, out=difference)
+        distances_B.append(torch.abs(difference, out=free).sum((1, 2)))
+        if gradient is None:
+            continue
+        q = difference.sign_()
+        along_B = torch.mul(q, unit, out=free).sum((1, 2), keepdim=True)
         # below eps the divisor is a constant, so the length contributes nothing
-        along_B = along_B * (student_length_B >= ctx.eps)
-        # sign(NaN) is 0 in torch: a NaN of the target must not become a quiet zero gradient
-        along_B = along_B + 0 * (student_length_B + target_length_B)
-        gradient_BD = sign_BD.sub_(unit_BD.mul_(along_B)).mul_(upstream * ctx.scale / divisor_B)
-        gradient = torch.empty_like(student)
-        into = as_BHWC(gradient)
-        into.copy_(gradient_BD.view(into.shape))
-        return gradient, None, None, None, None, None, None
+        slope_B = along_B * (s_length_B >= eps) * s_factor_B * -scale
+        unit.mul_(slope_B)
+        into = as_BHWC(gradient)[tile]
+        if into.dtype == q.dtype and into.is_contiguous():
+            torch.addcmul(unit, q, s_factor_B * scale, out=into.view(q.shape))
+        else:
+            into.copy_(torch.addcmul(unit, q, s_factor_B * scale, out=q).view(into.shape))
+    if not distances_B:
+        return torch.zeros((), dtype=source.dtype), gradient
+    return torch.cat(distances_B).sum() * scale, gradient
+
+
+def _length(x_BRE: Tensor) -> Tensor:
+    """[B, 1, 1], row by row first: one chain of fp32 sums over a whole map loses a digit."""
+    of_rows = torch.linalg.vector_norm(x_BRE, dim=2, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(of_rows, dim=1, keepdim=True)
+    return length
+
+
+def _whole(student: Tensor, target: Target, scale: float, eps: float) -> Tensor:
+    """The formula over whole maps, differentiated by autograd."""
+    dtype = work_dtype(student)
+    student_BD = _rows(student, dtype)
+    target_BD = _rows(decode_reference(target, dtype) if isinstance(target, Codes) else target.detach(), dtype)
+    student_length_B, target_length_B = (
+        torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (student_BD, target_BD)
+    )
+    poison_B = 0 * (student_length_B.detach() + target_length_B)
+    unit_BD = student_BD / (student_length_B.clamp(min=eps) + poison_B)
+    distance: Tensor = (unit_BD - target_BD / target_length_B.clamp(min=eps)).abs().sum()
+    return distance * scale
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, D] in channels-last order."""
-    return as_BHWC(x).to(dtype).reshape(x.shape[0], -1) if x.numel() else x.new_zeros((x.shape[0], 0), dtype=dtype)
-
-
-def _target_rows(
-    target: Tensor, offset_C: Tensor | None, step_C: Tensor | None, codec: Literal["u8", "u4", ""], dtype: torch.dtype
-) -> Tensor:
-    if not codec or offset_C is None or step_C is None:
-        return _rows(target, dtype)
-    return _rows(decode_reference(Codes(target, offset_C, step_C, codec), dtype), dtype)
+    return as_BHWC(x).to(dtype).reshape(x.shape[0], math.prod(x.shape[1:]))
