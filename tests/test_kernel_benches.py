@@ -277,9 +277,15 @@ def test_plots_are_drawn_from_rows(measure: Any, tmp_path: Path, capsys: pytest.
 
 
 def test_the_cpu_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(BENCH / "bench_cpu_losses.py"))["main"](["--tiny", "--rounds", "1", "--threads", "1"])
+    bench = runpy.run_path(str(BENCH / "bench_cpu_losses.py"))
+    bench["main"](["--tiny", "--rounds", "1", "--threads", "1"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])["ns_per_element"]
-    assert len(said) == 2
-    for rows in said.values():
-        assert rows.keys() == {"partial_l2", "connector_partial_l2"}
-        assert all(row["eager"] > 0 and row["compiled"] > 0 for row in rows.values())
+    assert len(said) == 2 * len(bench["CASES"])
+    assert all(row["eager"] > 0 and row["compiled"] > 0 for row in said.values())
+
+
+def test_the_cpu_bench_compares_before_it_times() -> None:
+    bench = runpy.run_path(str(BENCH / "bench_cpu_losses.py"))
+    values = iter((torch.ones(4), 1.01 * torch.ones(4)))
+    with pytest.raises(SystemExit, match=r"differ by 9.9e-03"):
+        bench["measure"]((lambda: next(values), [], 4), 1, "eager")
