@@ -110,6 +110,22 @@ def _half_sign(d):
 
 
 @triton.jit
+def _add_pairs(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def _sums(ss_tile, tt_tile):
+    """Sums of two tiles whose terms are added in the same order, so that equal tiles have equal sums.
+
+    `tl.sum` of a tile takes its terms as they lie over the threads, and a map that is turned round lies otherwise than
+    codes. One reduction of both makes the compiler bring them into one layout first.
+    """
+    ss_rows, tt_rows = tl.reduce((ss_tile, tt_tile), 1, _add_pairs)
+    return tl.sum(ss_rows), tl.sum(tt_rows)
+
+
+@triton.jit
 def _divisor(length, eps):
     return tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL)
 
@@ -177,7 +193,8 @@ def _forward_on_chip(
     )  # fmt: skip
     zero = tl.zeros((ROWS, BLOCK_C), tl.float32)
     ss_tile, tt_tile = _add_lengths(zero, zero, tiles, TILES)
-    length, ratio, lost = _lengths(tl.sum(ss_tile), tl.sum(tt_tile), eps)
+    ss, tt = _sums(ss_tile, tt_tile)
+    length, ratio, lost = _lengths(ss, tt, eps)
     d_tile, half_sq_tile = _add_distances(zero, zero, tiles, ratio, TILES)
     sum_d = tl.sum(d_tile)
     half_sq = tl.sum(half_sq_tile)
@@ -227,7 +244,8 @@ def _forward_swept(
             )  # fmt: skip
             ss_tile, tt_tile = _add_lengths(ss_tile, tt_tile, rest, REST)
         c0 += BLOCK_C
-    length, ratio, lost = _lengths(tl.sum(ss_tile), tl.sum(tt_tile), eps)
+    ss, tt = _sums(ss_tile, tt_tile)
+    length, ratio, lost = _lengths(ss, tt, eps)
     d_tile = tl.zeros((ROWS, BLOCK_C), tl.float32)
     half_sq_tile = tl.zeros((ROWS, BLOCK_C), tl.float32)
     c0 = tl.full((), (C - 1) // BLOCK_C * BLOCK_C, tl.int32)
