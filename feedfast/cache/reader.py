@@ -68,13 +68,12 @@ def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> l
 class CacheReader:
     """Reads a cache. Safe to use from several threads; after `close` still usable, just without its open files."""
 
-    def __init__(self, path: str | Path, *, threads: int = 2, pin: bool = False) -> None:
+    def __init__(self, path: str | Path, *, threads: int = 2) -> None:
         """Open a cache.
 
         Args:
             path: the cache's folder.
             threads: threads of each stream that read, check and decode; 2 saturate a step of most students.
-            pin: stream into page-locked memory, for asynchronous copies to a GPU (needs CUDA).
 
         Raises:
             RequestError: there is no cache at ``path``.
@@ -93,7 +92,7 @@ class CacheReader:
             view, shard = self.specs[commit.array].locate(commit.shard)
             self._commits.setdefault((commit.array, view), {})[shard] = commit
         self._files = ShardFiles()
-        self._pool = BufferPool(pin=pin)
+        self._pool = BufferPool()
 
     def __enter__(self) -> CacheReader:
         return self

@@ -44,13 +44,12 @@ class _Lease:
 
 
 class BufferPool:
-    """Reused byte buffers; page-locked ones for fast copies to a GPU when ``pin`` is set.
+    """Reused byte buffers: a large fresh one costs a page fault per 4 KiB, more than reading it from the page cache.
 
-    A fresh large buffer costs a page fault per 4 KiB, which is slower than reading a block from the page cache.
+    Not page-locked: a copy to a GPU that is still under way when the last view dies would read the next block's bytes.
     """
 
-    def __init__(self, *, pin: bool = False) -> None:
-        self._pin = pin
+    def __init__(self) -> None:
         self._free: dict[int, deque[Bytes]] = {}
         self._limit = 2
         self.allocated = 0  # buffers ever made: flat after the start of a stream
@@ -62,7 +61,7 @@ class BufferPool:
         try:
             buffer = free.pop()
         except IndexError:
-            buffer = self._allocate(size)
+            buffer = np.empty(size, np.uint8)
             self.allocated += 1
         return np.asarray(_Lease(buffer, self._give_back))[:nbytes]
 
@@ -75,14 +74,6 @@ class BufferPool:
         free = self._free.get(buffer.nbytes)
         if free is not None and len(free) < self._limit:
             free.append(buffer)
-
-    def _allocate(self, nbytes: int) -> Bytes:
-        if not self._pin:
-            return np.empty(nbytes, np.uint8)
-        import torch  # the one use of torch in reading: page-locked memory
-
-        pinned: Bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return pinned
 
 
 def _size_class(nbytes: int) -> int:

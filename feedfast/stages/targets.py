@@ -100,8 +100,8 @@ class CachedTargets:
         for array, teacher, tap, codec, offset, step in self._entries:
             data = torch.from_numpy(item[array])
             if self.device.type != "cpu":
-                # Not out of a reader's own pinned buffers (`CacheReader(pin=True)`): those are filled again as soon as
-                # nobody holds them, which may be before an asynchronous copy has ended. torch keeps its own until then.
+                # the reader fills its buffers again as soon as nobody holds them, which may be before an asynchronous
+                # copy has ended; torch keeps its pinned memory until then
                 data = data.pin_memory().to(self.device, non_blocking=True)
             value: Target
             if codec in ("u8", "u4"):
