@@ -131,7 +131,8 @@ def test_gpu_check_goes_on_after_a_failure(
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["parts"]["bench partial_l2"]["rows"]
 
 
-def test_gpu_check_stops_what_takes_too_long(gpu_check: Any) -> None:
+def test_gpu_check_stops_what_takes_too_long(gpu_check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "END", 2)
     details = gpu_check.run_part(shell(gpu_check, "stuck", "sleep 60 & sleep 60", limit_s=1))
     assert (details["ok"], details["note"]) == (False, "stopped after 1 s")
     assert details["seconds"] < 10
@@ -174,6 +175,17 @@ def test_gpu_check_reads_what_tests_and_tools_say(gpu_check: Any, tmp_path: Path
     assert gpu_check.read_report(0, spilled)["ok"] is False
 
 
+def test_gpu_check_runs_other_tests_where_one_file_cannot_be_imported(gpu_check: Any, tmp_path: Path) -> None:
+    """A GPU machine without hypothesis loses the file that needs it, says so, and nothing else."""
+    (tmp_path / "test_a.py").write_text("import no_such_package")
+    (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu")
+    details = gpu_check.run_part(gpu_check.pytest_part("t", [str(tmp_path)], tmp_path, 60))
+    assert (details["ok"], details["tests"], details["errors"]) == (False, 2, 1)
+    assert len(details["failed"]) == 1
+    assert "test_a" in details["failed"][0]
+
+
 def test_gpu_check_starts_from_a_bare_clone(gpu_check: Any, tmp_path: Path) -> None:
     """Its commands name files that are there, and what is not installed is named as the reason."""
     parts = gpu_check.parts_before(tmp_path, 4) + gpu_check.parts_after(tmp_path, "nowhere")
@@ -182,6 +194,9 @@ def test_gpu_check_starts_from_a_bare_clone(gpu_check: Any, tmp_path: Path) -> N
     files = [word for part in parts for word in part.command if word.startswith(("tools/", "bench/", "tests/"))]
     assert files
     assert all((TOOLS.parent / file).is_file() for file in files)
+    # an error of a library's question to the driver is none of a kernel's; racecheck does not know the option
+    api = {part.name: "--report-api-errors" in part.command for part in parts}
+    assert (api["memcheck"], api["racecheck"]) == (True, False)
     assert gpu_check.absent(["no_such_package", "no_such_package.inner", "torch"]) == [
         "no_such_package",
         "no_such_package.inner",

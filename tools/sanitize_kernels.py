@@ -20,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,18 @@ def many_tiles(modules: Sequence[Any]) -> Iterator[None]:
             module.FEW_TILES = value
 
 
+def quiet(device: Any) -> AbstractContextManager[Any]:
+    """No warnings of NumPy, which computes the kernels in the interpreter and need not be there on a GPU."""
+    if device.type == "cuda":
+        return nullcontext()
+    import numpy as np
+
+    return np.errstate(all="ignore")
+
+
 def drive(device: Any, check: bool) -> tuple[int, list[str]]:
     """Call everything once; how many calls there were, and what went wrong."""
     import measure
-    import numpy as np
     import torch
 
     calls, wrong = 0, []
@@ -59,7 +67,7 @@ def drive(device: Any, check: bool) -> tuple[int, list[str]]:
             try:
                 work = setting.build(device)
                 call = work.calls[measure.OURS]
-                with np.errstate(all="ignore"):  # NumPy computes the kernels in the interpreter
+                with quiet(device):
                     results = measure.outcome(call, work.leaves)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
