@@ -426,14 +426,17 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise `TimeIsUpError` after that time, also in the middle of a compilation; 0 is never."""
+def alarm(seconds: float, again: float = 5.0) -> Iterator[None]:
+    """Raise `TimeIsUpError` after that time, also in the middle of a compilation; 0 is never.
+
+    And ``again`` after so many seconds more: what is raised while Python collects garbage or calls a finalizer is only printed.
+    """
 
     def ring(*_: Any) -> None:
         raise TimeIsUpError
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, again)
     try:
         yield
     finally:

@@ -35,6 +35,22 @@ def run(loss_of: Callable[..., Tensor], leaves: Sequence[Tensor], upstream: floa
     return loss.detach(), [gradient for gradient in gradients if gradient is not None]
 
 
+def captured(step: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """The CUDA graph of ``step()``, and the results that a replay writes.
+
+    It runs once on a stream beside, so that inside the capture nothing is compiled, loaded or set up.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 def assert_rounded(actual: Tensor, exact: Tensor) -> None:
     """A 16-bit result may be off by one rounding of the exact value.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_checks import assert_rounded, orders, run
+from kernel_checks import assert_rounded, captured, orders, run
 from test_connector_partial_l2 import make
 from torch import Tensor
 
@@ -190,12 +190,6 @@ def test_an_ofd_loss_of_four_taps_is_captured_in_one_graph() -> None:
         return total.detach(), *torch.autograd.grad(total, [x for parameters in leaves for x in parameters])
 
     expected = [x.clone() for x in step()]
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -198,6 +198,21 @@ def test_when_the_time_is_up_the_rest_says_so(measure: Any) -> None:
     assert {r.note for r in late} == {"skipped: the time budget of 0.5 s was spent"}
 
 
+def test_an_alarm_that_nobody_heard_rings_again(measure: Any) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            try:
+                time.sleep(10)
+            except measure.TimeIsUpError:
+                heard.append("lost")
+
+    heard: list[str] = []
+    with pytest.raises(measure.TimeIsUpError), measure.alarm(0.1, again=0.2):
+        Finalized()
+        time.sleep(10)
+    assert heard == ["lost"]
+
+
 def test_on_a_gpu_caches_are_cold_and_the_host_is_ahead(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of things around a timed call, with a GPU that only writes down what it is asked."""
     said: list[str] = []

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import assert_rounded, orders, run
+from kernel_checks import assert_rounded, captured, orders, run
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, as_float, encode, partial_l2
@@ -187,12 +187,14 @@ def test_capture_replays_to_the_same_bits() -> None:
     student = student.bfloat16().contiguous(memory_format=torch.channels_last)
     expected, (gradient,) = run(lambda s: partial_l2(s, target, margin_C=margin), [student])
     leaf = student.detach().requires_grad_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step() -> tuple[Tensor, Tensor]:
         loss = partial_l2(leaf, target, margin_C=margin)
-        (actual,) = torch.autograd.grad(loss, [leaf])
+        return loss.detach(), *torch.autograd.grad(loss, [leaf])
+
+    graph, (loss, actual) = captured(step)
     graph.replay()
-    assert torch.equal(loss.detach(), expected)
+    assert torch.equal(loss, expected)
     assert torch.equal(actual, gradient)
 
 
