@@ -429,7 +429,7 @@ def _first_line(error: Exception) -> str:
 def alarm(seconds: float, again: float = 5.0) -> Iterator[None]:
     """Raise `TimeIsUpError` after that time, also in the middle of a compilation; 0 is never.
 
-    And ``again`` after so many seconds more: what is raised while Python collects garbage or calls a finalizer is only printed.
+    And ``again`` after so many seconds more: what is raised while Python calls a finalizer is only printed.
     """
 
     def ring(*_: Any) -> None:

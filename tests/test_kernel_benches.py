@@ -206,10 +206,13 @@ def test_an_alarm_that_nobody_heard_rings_again(measure: Any) -> None:
             except measure.TimeIsUpError:
                 heard.append("lost")
 
-    heard: list[str] = []
-    with pytest.raises(measure.TimeIsUpError), measure.alarm(0.1, again=0.2):
+    def work() -> None:
         Finalized()
         time.sleep(10)
+
+    heard: list[str] = []
+    with measure.alarm(0.1, again=0.2), pytest.raises(measure.TimeIsUpError):
+        work()
     assert heard == ["lost"]
 
 
