@@ -218,7 +218,8 @@ def _tiled(
     mean_C, variance_C = _statistics(source)
     rstd_C = torch.rsqrt(variance_C + eps)
     a_C = gamma_C.to(source.dtype) * rstd_C
-    mean, a, beta = (along_row(value, width) for value in (mean_C, a_C, beta_C.to(source.dtype)))
+    shift_C = beta_C.to(source.dtype) - mean_C * a_C  # one operator an element less than with y - mean, as torch has it
+    a, shift = (along_row(value, width) for value in (a_C, shift_C))
     columns = _columns(width, channels)
     column_mean = along_row(mean_C, columns)
     one = torch.ones_like(column_mean)
@@ -228,8 +229,7 @@ def _tiled(
     losses, sums_d, sums_dx = [], [], []
     for tile in tiles(shape, y.device):
         y_rows = source.student_rows(tile)
-        s = torch.sub(y_rows, mean, out=source.scratch(2, y_rows.shape))
-        torch.addcmul(beta, s, a, out=s)
+        s = torch.addcmul(shift, y_rows, a, out=source.scratch(2, y_rows.shape))
         d = residual_in(source, s, source.target_rows(tile), 2)
         losses.append(square_sum(source, d))
         # the sums of batch norm's own backward: one operator for what takes a product and two sums over rows
@@ -251,12 +251,12 @@ def _tiled(
 
     # factor * (d - mean(d) - (y - mean) * slope), multiplied out
     factor_C = a_C * (2 * scale)
-    rows = [factor_C, -factor_C * sums[0] / pixels, -factor_C * sums[1] * rstd_C * rstd_C / pixels]
+    slope_C = -factor_C * sums[1] * rstd_C * rstd_C / pixels
+    rows = [factor_C, -factor_C * sums[0] / pixels - mean_C * slope_C, slope_C]
     factor, constant, slope = (along_row(value, width) for value in rows)
     for tile in tiles(shape, y.device):
         y_rows = source.student_rows(tile)
-        g = torch.sub(y_rows, mean, out=source.scratch(2, y_rows.shape))
-        torch.addcmul(constant, g, slope, out=g)
+        g = torch.addcmul(constant, y_rows, slope, out=source.scratch(2, y_rows.shape))
         d = d_BHWC[tile].view(g.shape)
         torch.addcmul(g, d, factor, out=d)
         if gradient_BHWC is not d_BHWC:
