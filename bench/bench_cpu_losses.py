@@ -23,7 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedfast_kernels import Codes, connector_partial_l2, decode, encode, ensemble_kl, normalized_l1, partial_l2
+from feedfast_kernels import (
+    Codes,
+    connector_partial_l2,
+    decode,
+    encode,
+    ensemble_kl,
+    locality,
+    normalized_l1,
+    partial_l2,
+)
 
 Shape = tuple[int, ...]
 Case = tuple[Callable[[], Any], list[Tensor], int]  # what is called, what gets gradients, elements
@@ -66,6 +75,12 @@ def of_ensemble_kl(shape: Shape, dtype: torch.dtype) -> Case:
     return lambda: ensemble_kl(logits, teachers, tau=4.0, labels=labels), [logits], logits.numel()
 
 
+def of_locality(shape: Shape, dtype: torch.dtype) -> Case:
+    codes, _ = some_codes(shape)
+    s = feature_map(shape).to(dtype).requires_grad_()
+    return lambda: locality(s, codes, k=5), [s], s.numel()
+
+
 def of_encode(shape: Shape, dtype: torch.dtype) -> Case:
     codes, margin = some_codes(shape)
     x = feature_map(shape).to(dtype)
@@ -82,6 +97,7 @@ CASES: dict[str, tuple[Callable[[Shape, torch.dtype], Case], list[Shape], Shape]
     "connector_partial_l2": (of_connector_partial_l2, WIDE, (2, 8, 4, 4)),
     "normalized_l1": (of_normalized_l1, [(128, 64, 8, 8), (32, 2048, 7, 7)], (2, 8, 4, 4)),
     "ensemble_kl": (of_ensemble_kl, [(128, 100), (128, 1000)], (3, 7)),
+    "locality": (of_locality, [(128, 64, 8, 8), (128, 2048, 7, 7)], (7, 8, 2, 2)),
     "encode": (of_encode, WIDE, (2, 8, 4, 4)),
     "decode": (of_decode, WIDE, (2, 8, 4, 4)),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from feedfast_kernels import Codes, as_float, encode, locality, locality_weights
+from feedfast_kernels import Codes, Target, _layout, as_float, encode, locality, locality_weights
 
 # samples, width of the student's features, width of the teacher's, neighbours
 SHAPES = [
@@ -254,6 +254,27 @@ def test_compiles_in_one_graph(shape: tuple[int, ...]) -> None:
         loss.backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(first.grad, second.grad)
+
+
+@pytest.mark.parametrize("kind", ["float", "u8", "u4"])
+def test_pieces_change_nothing_but_the_rounding_of_the_sum(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, values = make(9, (3, 11, 5), (5, 7, 2))
+    teacher: Target = values
+    if kind != "float":
+        offset, step = torch.full((5,), -12.0), torch.full((5,), 0.06 if kind == "u8" else 1.0)
+        teacher = Codes(encode(values, offset, step, codec=kind)[0], offset, step, kind)  # type: ignore[arg-type]
+
+    def value_and_gradient() -> tuple[Tensor, Tensor]:
+        leaf = student.detach().requires_grad_()
+        loss = locality(leaf, teacher, k=3)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    expected = value_and_gradient()
+    for elements in (1, 9 * 3 * 5, 2 * 9 * 3 * 5, 10**6):  # one row, one, two and all of 11
+        monkeypatch.setattr(_layout, "TILE_ELEMENTS_PER_THREAD", elements)
+        actual = value_and_gradient()
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
 def test_second_derivatives_are_refused() -> None:

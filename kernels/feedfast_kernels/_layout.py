@@ -31,6 +31,13 @@ def as_BHWC(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x[:, None, None, :]
 
 
+def tile_elements(device: torch.device) -> int | None:
+    """Elements of a tile; None on accelerators and while compiling, where nothing is cut."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return min(TILE_ELEMENTS_PER_THREAD * torch.get_num_threads(), TILE_ELEMENTS_MOST)
+
+
 def tiles(
     shape_BHWC: tuple[int, ...] | torch.Size, device: torch.device, *, whole_samples: bool = False
 ) -> Iterator[Tile]:
@@ -41,10 +48,10 @@ def tiles(
     batch, height, width, channels = shape_BHWC
     if batch * height * width * channels == 0:
         return
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    limit = tile_elements(device)
+    if limit is None:
         yield slice(0, batch), slice(0, height)
         return
-    limit = min(TILE_ELEMENTS_PER_THREAD * torch.get_num_threads(), TILE_ELEMENTS_MOST)
     image_rows = max(1, limit // (width * channels))
     if image_rows >= height or whole_samples:
         samples = max(1, image_rows // height)
