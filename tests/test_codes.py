@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from feedfast_kernels import Codes, _layout, as_float, decode, encode
+from feedfast_kernels.codes import decode_reference
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 32, 8, 8), (2, 17, 1, 31), (5, 10), (1, 129), (0, 4, 3, 3)]
 TOP = {"u8": 254, "u4": 14}
@@ -100,6 +102,20 @@ def test_tiles_do_not_change_codes(elements: int, monkeypatch: pytest.MonkeyPatc
         codes, count = encode(given_x, offset, step, codec="u8", margin_C=margin)
         np.testing.assert_array_equal(codes.numpy(), expected)
         assert int(count) == saturated
+
+
+@pytest.mark.parametrize("elements", [1, 100, 10**6])
+@pytest.mark.parametrize("codec", ["u8", "u4"])
+def test_tiles_do_not_change_values(codec: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_layout, "TILE_ELEMENTS_PER_THREAD", elements)
+    for shape in ((5, 6, 9, 4), (7, 5), (0, 6, 3, 3), (0, 5)):
+        x, offset, step, _ = some_map(shape)
+        codes = Codes(encode(x, offset, step, codec=codec)[0], offset, step, codec)  # type: ignore[arg-type]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            expected = decode_reference(codes, dtype)
+            assert torch.equal(decode(codes, dtype), expected)
+    wide = codes.data.new_zeros(7, 2 * codes.data.shape[1])
+    assert torch.equal(decode(Codes(wide[:, ::2], offset, step, codes.codec)), offset.expand(7, -1))
 
 
 def test_encode_writes_into_out_of_any_strides() -> None:
@@ -197,6 +213,17 @@ def test_encode_compiles_in_one_graph(codec: str, with_margin: bool) -> None:
         x[1, 2, 3, 4] = value
         counts.append(int(compiled(x, offset, step, codec=codec)[1]))
     assert counts[1] == counts[0] + 1
+
+
+def test_encode_of_tensors_that_only_stand_for_others() -> None:
+    x, offset, step, _ = some_map((3, 5, 4, 7))
+    expected = encode(x, offset, step, codec="u8")
+    with FakeTensorMode() as mode:
+        codes, count = encode(*(mode.from_tensor(value) for value in (x, offset, step)), codec="u8")
+        assert (codes.shape, codes.dtype, count.shape) == (expected[0].shape, torch.uint8, ())
+    again = encode(x, offset, step, codec="u8")
+    assert torch.equal(again[0], expected[0])
+    assert torch.equal(again[1], expected[1])
 
 
 def test_codes_move_between_devices() -> None:

@@ -31,6 +31,12 @@ def as_BHWC(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x[:, None, None, :]
 
 
+def is_eager_cpu(x: Tensor) -> bool:
+    """Whether operators on ``x`` run here and now: no compiler, no tracing, no fake and no distributed tensor."""
+    ordinary = type(x) in (Tensor, torch.nn.Parameter)
+    return ordinary and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def tile_elements(device: torch.device) -> int | None:
     """Elements of a tile; None on accelerators and while compiling, where nothing is cut."""
     if device.type != "cpu" or torch.compiler.is_compiling():
@@ -84,5 +90,7 @@ def scratch(slot: int, elements: int) -> Tensor:
     buffer = _SCRATCH.slots.get(slot)
     if buffer is None or buffer.numel() < elements:
         with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
-            buffer = _SCRATCH.slots[slot] = torch.empty(elements, dtype=torch.float32, device="cpu")
+            buffer = torch.empty(elements, dtype=torch.float32, device="cpu")
+        if type(buffer) is Tensor:  # and what a mode makes in its place could not be used after it
+            _SCRATCH.slots[slot] = buffer
     return buffer[:elements]

@@ -15,15 +15,13 @@ import math
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import Tile, as_BHWC, scratch, work_dtype
+from feedfast_kernels._layout import Tile, as_BHWC, is_eager_cpu, scratch, work_dtype
 from feedfast_kernels.codes import unpack
 
 
 def runs_tiled(student: Tensor) -> bool:
-    """Whether the tiled form takes ``student``: eager CPU code on ordinary tensors, and not float64."""
-    ordinary = type(student) in (Tensor, torch.nn.Parameter)  # no tracing, no fake and no distributed ones
-    on_cpu = student.device.type == "cpu" and student.dtype != torch.float64
-    return ordinary and on_cpu and not torch.compiler.is_compiling()
+    """Whether the tiled form takes ``student``. float64 is for gradient checks, and may be derived twice."""
+    return is_eager_cpu(student) and student.dtype != torch.float64
 
 
 class Source:

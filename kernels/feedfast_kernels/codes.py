@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, scratch, tiles
+from feedfast_kernels._layout import as_BHWC, is_eager_cpu, scratch, tiles
 from feedfast_kernels._ops import OPS, register, runs_triton
 
 TOP_CODE = {"u8": 254, "u4": 14}
@@ -160,7 +160,7 @@ def _encode(
         return (out if into is out else out.copy_(into)), count
     # packing and odd strides are rare and cheap (one byte an element): quantise into a plain buffer first
     scale = (offset_C, torch.where(step_C == 0, torch.inf, step_C), margin_C, TOP_CODE[codec])
-    if x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_eager_cpu(x_NCHW):
         direct = codec == "u8" and out.is_contiguous()
         codes = out.view(x_BHWC.shape) if direct else torch.empty(x_BHWC.shape, dtype=torch.uint8)
         saturated = _quantise_tiled(x_NCHW.detach(), *scale, codes)
@@ -246,6 +246,8 @@ def decode(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
     if dtype != torch.float64 and runs_triton(codes.data):
         stored: Tensor = OPS.decode(codes.data, codes.offset.detach(), codes.step.detach(), codes.codec, dtype)
         return stored.permute(0, 3, 1, 2) if stored.ndim == 4 else stored
+    if dtype != torch.float64 and is_eager_cpu(codes.data):
+        return _decode_tiled(codes, dtype)
     return decode_reference(codes, dtype)
 
 
@@ -255,6 +257,22 @@ def decode_reference(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor
     data = unpack(codes.data, codes.offset.shape[0]) if codes.codec == "u4" else codes.data
     value = data.to(work).mul_(codes.step.to(work)).add_(codes.offset.to(work)).to(dtype)
     return value.permute(0, 3, 1, 2) if value.ndim == 4 else value
+
+
+def _decode_tiled(codes: Codes, dtype: torch.dtype) -> Tensor:
+    data = codes.data if codes.data.ndim == 4 else codes.data[:, None, None, :]
+    shape = (*data.shape[:3], codes.offset.shape[0])
+    out = torch.empty(shape, dtype=dtype, device=data.device)
+    step, offset = (value_C.detach().repeat(shape[2]) for value_C in (codes.step, codes.offset))
+    for tile in tiles(shape, data.device):
+        part = unpack(data[tile], shape[3]) if codes.codec == "u4" else data[tile]
+        into = out[tile].view(-1, shape[2] * shape[3])
+        rows = into if dtype == torch.float32 else scratch(0, into.numel()).view(into.shape)
+        rows.view(part.shape).copy_(part)
+        rows.mul_(step).add_(offset)
+        if rows is not into:
+            into.copy_(rows)
+    return out.permute(0, 3, 1, 2) if codes.data.ndim == 4 else out.view(codes.shape)
 
 
 register(
