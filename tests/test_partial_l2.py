@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -242,6 +243,18 @@ def test_a_graph_may_be_walked_twice() -> None:
         assert torch.equal(first, second)
         first.mul_(2)  # what a caller does to its gradient stays with the caller
         assert torch.equal(torch.autograd.grad(loss * upstream, leaf)[0], second)
+
+
+def test_a_graph_may_be_walked_by_several_threads_at_once() -> None:
+    student, target, margin = make((8, 16, 9, 9), "u8")
+    for _ in range(20):
+        leaf = student.detach().requires_grad_()
+        loss = 0.3 * partial_l2(leaf, target, margin_C=margin)
+        walk = partial(torch.autograd.grad, loss, leaf, retain_graph=True)
+        with ThreadPoolExecutor(4) as pool:
+            walks = [pool.submit(walk) for _ in range(4)]
+        gradients = [each.result()[0] for each in walks]
+        assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_small_fp16_gradients_survive_a_loss_scaler() -> None:

@@ -11,6 +11,7 @@ both get a loss's formula over whole maps instead.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,12 @@ class Source:
 def empty_gradient(student: Tensor) -> Tensor:
     """Memory for a gradient that waits for its upstream; fp16 would lose small values before a loss scale arrives."""
     return torch.empty_like(student, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype)
+
+
+def take_gradient(ctx: Any) -> Tensor | None:
+    """What the forward pass left in ``ctx.gradient``, for the first who asks; also of two threads."""
+    gradient: Tensor | None = ctx.__dict__.pop("gradient", None)
+    return gradient
 
 
 def times_upstream(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels._tiled import Source, along_row, empty_gradient, runs_tiled, times_upstream
+from feedfast_kernels._tiled import Source, along_row, empty_gradient, runs_tiled, take_gradient, times_upstream
 from feedfast_kernels.codes import Codes, Target
 from feedfast_kernels.partial_l2 import reference as partial_l2_reference
 from feedfast_kernels.partial_l2 import residual_in, square_sum
@@ -190,7 +190,7 @@ class _ConnectorPartialL2(torch.autograd.Function):
                 upstream, *inputs, gamma_C, beta_C, ctx.scale, statistics, sums
             )
         elif ctx.needs_input_grad[0]:
-            gradient, ctx.gradient = ctx.gradient, None
+            gradient = take_gradient(ctx)
             if gradient is None:
                 gradient = _tiled(Source(*inputs), y, gamma_C, beta_C, ctx.eps, ctx.scale, True)[-1]
             assert gradient is not None

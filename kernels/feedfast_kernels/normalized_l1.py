@@ -29,7 +29,7 @@ from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, times_upstream
+from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, take_gradient, times_upstream
 from feedfast_kernels.codes import Codes, Target, decode_reference
 
 
@@ -195,7 +195,7 @@ class _OneTeacher(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("normalized_l1")
         student, target, offset_C, step_C = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
+        gradient = take_gradient(ctx)
         if gradient is None:
             source = Source(student, target, offset_C, step_C, ctx.codec, None)
             gradient = _tiled(source, student, ctx.scale, ctx.eps, True)[1]

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, tiles
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, times_upstream
+from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, take_gradient, times_upstream
 from feedfast_kernels.codes import Codes, Target
 
 
@@ -138,7 +138,7 @@ class _PartialL2(torch.autograd.Function):
         student, target, offset_C, step_C, margin_C = ctx.saved_tensors
         inputs = (student, target, offset_C, step_C, ctx.codec, margin_C)
         if ctx.how == "tiled":
-            gradient, ctx.gradient = ctx.gradient, None
+            gradient = take_gradient(ctx)
             if gradient is None:
                 gradient = _tiled(Source(*inputs), student, ctx.scale, True)[1]
             assert gradient is not None
