@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from inputs import random_codes, random_map
 from torch import Tensor
 
 from feedfast_kernels import (
@@ -38,34 +39,34 @@ Shape = tuple[int, ...]
 Case = tuple[Callable[[], Any], list[Tensor], int]  # what is called, what gets gradients, elements
 WIDE = [(128, 32, 32, 32), (128, 128, 8, 8), (32, 256, 28, 28)]
 TEACHERS = 5
+CPU = torch.device("cpu")
 
 
-def feature_map(shape: Shape) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+def feature_map(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return random_map(shape, dtype, "NHWC", CPU, seed=0)
 
 
-def some_codes(shape: Shape) -> tuple[Codes, Tensor]:
-    """Codes of a random map, and a margin."""
-    offset, step, margin = (torch.full((shape[1],), value) for value in (-2.0, 0.02, -0.5))
-    return Codes(encode(feature_map(shape), offset, step, codec="u8")[0], offset, step, "u8"), margin
+def some_codes(shape: Shape, seed: int = 1) -> tuple[Codes, Tensor]:
+    """Codes, and a margin."""
+    return random_codes(shape, "u8", CPU, seed), torch.full((shape[1],), -0.5)
 
 
 def of_partial_l2(shape: Shape, dtype: torch.dtype) -> Case:
     codes, margin = some_codes(shape)
-    s = feature_map(shape).to(dtype).requires_grad_()
+    s = feature_map(shape, dtype).requires_grad_()
     return lambda: partial_l2(s, codes, margin_C=margin), [s], s.numel()
 
 
 def of_connector_partial_l2(shape: Shape, dtype: torch.dtype) -> Case:
     codes, margin = some_codes(shape)
-    leaves = [feature_map(shape).to(dtype), 0.5 + torch.rand(shape[1]), torch.randn(shape[1])]
+    leaves = [feature_map(shape, dtype), 0.5 + torch.rand(shape[1]), torch.randn(shape[1])]
     y, gamma, beta = (x.requires_grad_() for x in leaves)
     return lambda: connector_partial_l2(y, codes, gamma, beta, margin_C=margin), leaves, y.numel()
 
 
 def of_normalized_l1(shape: Shape, dtype: torch.dtype) -> Case:
-    codes = [some_codes(shape)[0] for _ in range(TEACHERS)]
-    maps = [feature_map(shape).to(dtype).requires_grad_() for _ in codes]
+    codes = [some_codes(shape, seed)[0] for seed in range(TEACHERS)]
+    maps = [feature_map(shape, dtype).requires_grad_() for _ in codes]
     return lambda: normalized_l1(maps, codes, reduction="mean", weight=500.0), maps, TEACHERS * maps[0].numel()
 
 
@@ -77,13 +78,13 @@ def of_ensemble_kl(shape: Shape, dtype: torch.dtype) -> Case:
 
 def of_locality(shape: Shape, dtype: torch.dtype) -> Case:
     codes, _ = some_codes(shape)
-    s = feature_map(shape).to(dtype).requires_grad_()
+    s = feature_map(shape, dtype).requires_grad_()
     return lambda: locality(s, codes, k=5), [s], s.numel()
 
 
 def of_encode(shape: Shape, dtype: torch.dtype) -> Case:
     codes, margin = some_codes(shape)
-    x = feature_map(shape).to(dtype)
+    x = feature_map(shape, dtype)
     return lambda: encode(x, codes.offset, codes.step, codec="u8", margin_C=margin), [], x.numel()
 
 

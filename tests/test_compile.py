@@ -24,10 +24,10 @@ LEAST_WARPS = {"codes": 8}
 OTHER_WARPS = 12
 
 
-def document(script: Path, *options: str) -> dict[str, Any]:
-    """The JSON document on the last line of a script's stdout; compiled, not interpreted."""
+def document(*arguments: str) -> dict[str, Any]:
+    """The JSON document on the last line of what Python says with these arguments; compiled, not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), *options]
+    command = [sys.executable, *arguments]
     job = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert job.returncode == 0, job.stderr[-3000:]
     said: dict[str, Any] = json.loads(job.stdout.splitlines()[-1])
@@ -35,7 +35,7 @@ def document(script: Path, *options: str) -> dict[str, Any]:
 
 
 def reports(*options: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = document(TOOLS / "compile_report.py", "--quick", *options)["reports"]
+    rows: list[dict[str, Any]] = document(str(TOOLS / "compile_report.py"), "--quick", *options)["reports"]
     assert rows
     return rows
 
@@ -100,6 +100,28 @@ def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) 
 
 
 def test_the_jit_binds_these_launches_to_the_same_types() -> None:
-    said = document(Path(__file__).with_name("jit_launches.py"))
+    said = document(str(Path(__file__).with_name("jit_launches.py")))
     assert said["different"] == []
     assert said["compared"] >= 12
+
+
+JOINT_SUMS = """
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
+import compile_report, launches, triton
+found = {}
+for case in launches.normalized_l1_cases(quick=True):
+    if " forward " in case.name:
+        options = {"num_warps": case.launch.warps, "enable_fp_fusion": False}
+        target = compile_report.GPUTarget("cuda", 90, 32)
+        code = triton.compile(compile_report.source_of(case.launch), target=target, options=options).asm["ttgir"]
+        found[case.name] = bool(re.search(r'tt.reduce"\\([^,)]+, [^,)]+\\)', code))
+print(json.dumps(found))
+"""
+
+
+def test_normalized_l1_adds_both_sums_of_squares_in_one_order() -> None:
+    """Equal maps are at distance 0 only then, and the interpreter, which has one order, cannot tell."""
+    found = document("-c", JOINT_SUMS, str(TOOLS))
+    assert len(found) >= 8
+    assert [name for name, together in found.items() if not together] == []

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,28 +187,6 @@ def test_equal_maps_give_exactly_zero(kernel_device: torch.device) -> None:
             loss, (gradient,) = run(lambda s: SUM([s], [target]), [given])
             assert loss == 0
             assert gradient.count_nonzero() == 0
-
-
-COMPILE = """
-import compile_report, launches, re, triton
-for case in launches.normalized_l1_cases(quick=True):
-    if " forward " in case.name:
-        options = {"num_warps": case.launch.warps, "enable_fp_fusion": False}
-        target = compile_report.GPUTarget("cuda", 90, 32)
-        code = triton.compile(compile_report.source_of(case.launch), target=target, options=options).asm["ttgir"]
-        print(case.name, "together" if re.search(r'tt.reduce"\\([^,)]+, [^,)]+\\)', code) else "apart", sep=": ")
-"""
-
-
-def test_the_compiler_adds_both_sums_of_squares_in_one_order() -> None:
-    """Equal maps are at distance 0 only then, and the interpreter, which has one order, cannot tell."""
-    tools = Path(__file__).parents[1] / "tools"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tools), *sys.path])
-    job = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=True)
-    said = job.stdout.splitlines()
-    assert len(said) >= 8
-    assert [line for line in said if not line.endswith("together")] == []
 
 
 def test_ties_have_no_sign(kernel_device: torch.device) -> None:

@@ -8,14 +8,15 @@ so the same values give the same bits whether a map came from a cache, from a li
 PyTorch's eager CPU operators each walk their whole argument. Over tiles of 512 Ki elements a thread, a chain of ten of
 them reads the map from memory once instead of ten times. Tiles twice smaller or larger were up to 10 % slower for
 `partial_l2` and `connector_partial_l2`, tiles eight times smaller 60 %: an operator costs some microseconds to start.
-A GPU, and a compiler that fuses, want the opposite, so there the whole map is one tile. What the operators write is in
+A GPU, and a compiler that fuses, want the opposite: only eager CPU code cuts tiles. What its operators write is in
 scratch memory, which each thread keeps from call to call: three slots of a tile, 48 MiB at most for ordinary samples.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,28 +38,17 @@ def is_eager_cpu(x: Tensor) -> bool:
     return ordinary and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def tile_elements(device: torch.device) -> int | None:
-    """Elements of a tile; None on accelerators and while compiling, where nothing is cut."""
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return None
+def tile_elements() -> int:
+    """Elements of a tile."""
     return min(TILE_ELEMENTS_PER_THREAD * torch.get_num_threads(), TILE_ELEMENTS_MOST)
 
 
-def tiles(
-    shape_BHWC: tuple[int, ...] | torch.Size, device: torch.device, *, whole_samples: bool = False
-) -> Iterator[Tile]:
-    """Cut a [B, H, W, C] map into tiles in memory order; one tile on accelerators and while compiling.
-
-    With ``whole_samples`` no sample is cut, however large.
-    """
+def tiles(shape_BHWC: tuple[int, ...] | torch.Size, *, whole_samples: bool = False) -> Iterator[Tile]:
+    """Cut a [B, H, W, C] map into tiles in memory order; with ``whole_samples`` no sample is cut, however large."""
     batch, height, width, channels = shape_BHWC
     if batch * height * width * channels == 0:
         return
-    limit = tile_elements(device)
-    if limit is None:
-        yield slice(0, batch), slice(0, height)
-        return
-    image_rows = max(1, limit // (width * channels))
+    image_rows = max(1, tile_elements() // (width * channels))
     if image_rows >= height or whole_samples:
         samples = max(1, image_rows // height)
         for start in range(0, batch, samples):
@@ -82,15 +72,22 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
-def scratch(slot: int, elements: int) -> Tensor:
-    """fp32 [elements], not initialised: the calling thread's memory for ``slot``, kept for the next call.
+def scratch(slot: int, shape: Sequence[int]) -> Tensor:
+    """fp32, not initialised: the calling thread's memory for ``slot``, kept for the next call.
 
-    New memory comes from the system page by page, at 0.25 ns an element: more than most operators take.
+    Valid until the slot is asked for again. New memory comes from the system page by page, at 0.25 ns an element: more
+    than most operators take.
     """
+    elements = math.prod(shape)
     buffer = _SCRATCH.slots.get(slot)
     if buffer is None or buffer.numel() < elements:
         with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
             buffer = torch.empty(elements, dtype=torch.float32, device="cpu")
         if type(buffer) is Tensor:  # and what a mode makes in its place could not be used after it
             _SCRATCH.slots[slot] = buffer
-    return buffer[:elements]
+    return buffer[:elements].view(shape)
+
+
+def along_row(x_C: Tensor, width: int) -> Tensor:
+    """[C] repeated ``width`` times, in less time than `repeat` takes for a short vector."""
+    return x_C.expand(width, -1).flatten()

@@ -10,19 +10,27 @@ both get a loss's formula over whole maps instead.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import Tile, as_BHWC, is_eager_cpu, scratch, work_dtype
+from feedfast_kernels._layout import Tile, along_row, as_BHWC, is_eager_cpu, scratch, work_dtype
+from feedfast_kernels._ops import runs_triton
 from feedfast_kernels.codes import unpack
 
 
 def runs_tiled(student: Tensor) -> bool:
     """Whether the tiled form takes ``student``. float64 is for gradient checks, and may be derived twice."""
     return is_eager_cpu(student) and student.dtype != torch.float64
+
+
+def how_to_run(students: Sequence[Tensor]) -> str:
+    """``"triton"`` kernels, operators over ``"tiled"`` maps, or the formula over ``"whole"`` ones."""
+    if all(runs_triton(x) for x in students):
+        return "triton"
+    return "tiled" if all(runs_tiled(x) for x in students) else "whole"
 
 
 class Source:
@@ -72,16 +80,12 @@ class Source:
         t = self._read(unpack(target, self.student.shape[3]) if self.codec == "u4" else target, 1)
         if self.step is not None and self.offset is not None:
             t.mul_(self.step).add_(self.offset)
-        return t if self.margin is None else torch.maximum(t, self.margin, out=self.scratch(1, t.shape))
-
-    def scratch(self, slot: int, shape: tuple[int, ...]) -> Tensor:
-        """Memory of a slot: valid until the slot is asked for again."""
-        return scratch(slot, math.prod(shape)).view(shape)
+        return t if self.margin is None else torch.maximum(t, self.margin, out=scratch(1, t.shape))
 
     def _read(self, x_BHWC: Tensor, slot: int) -> Tensor:
         if x_BHWC.dtype == self.dtype and x_BHWC.is_contiguous():
             return x_BHWC.view(_rows(x_BHWC))
-        rows = self.scratch(slot, _rows(x_BHWC))
+        rows = scratch(slot, _rows(x_BHWC))
         rows.view(x_BHWC.shape).copy_(x_BHWC)
         return rows
 
@@ -91,20 +95,18 @@ def empty_gradient(student: Tensor) -> Tensor:
     return torch.empty_like(student, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype)
 
 
-def take_gradient(ctx: Any) -> Tensor | None:
-    """What the forward pass left in ``ctx.gradient``, for the first who asks; also of two threads."""
+def finished_gradient(
+    ctx: Any, upstream: Tensor, dtype: torch.dtype, make_again: Callable[[], Tensor | None]
+) -> Tensor:
+    """The gradient for ``upstream``, in the memory of that for 1, which the forward pass left in ``ctx.gradient``.
+
+    Whoever comes first takes that, also of two threads; everyone else makes it again.
+    """
     gradient: Tensor | None = ctx.__dict__.pop("gradient", None)
-    return gradient
-
-
-def times_upstream(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient for ``upstream`` from that for 1, in the same memory. An upstream of 1 is what training has."""
-    return (gradient if upstream == 1 else gradient.mul_(upstream)).to(dtype)
-
-
-def along_row(x_C: Tensor, width: int) -> Tensor:
-    """[C] repeated ``width`` times, in less time than `repeat` takes for a short vector."""
-    return x_C.expand(width, -1).flatten()
+    if gradient is None:
+        gradient = make_again()
+    assert gradient is not None
+    return (gradient if upstream == 1 else gradient.mul_(upstream)).to(dtype)  # 1 is what training has
 
 
 def _rows(x_BHWC: Tensor) -> tuple[int, int]:

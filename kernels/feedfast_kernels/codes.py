@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, is_eager_cpu, scratch, tiles
+from feedfast_kernels._layout import along_row, as_BHWC, is_eager_cpu, scratch, tiles
 from feedfast_kernels._ops import OPS, register, runs_triton
 
 TOP_CODE = {"u8": 254, "u4": 14}
@@ -194,16 +194,16 @@ def _quantise_tiled(
         source, codes = as_BHWC(x_NCHW), codes_BHWC
 
     def along_tile(value_C: Tensor) -> Tensor:
-        return value_C[:, None] if channels_first else value_C.repeat(source.shape[2])
+        return value_C[:, None] if channels_first else along_row(value_C, source.shape[2])
 
     offset, divisor = along_tile(offset_C), along_tile(divisor_C)
     lowest = None if margin_C is None else along_tile(((margin_C - offset_C) / divisor_C).round_())
     saturated = 0
-    for tile in tiles(source.shape, source.device):
+    for tile in tiles(source.shape):
         x = source[tile]
         shape = (x.shape[0], x.shape[1], x.shape[2] * x.shape[3])  # [b, h, W*C] or, channels first, [b, c, H*W]
         here = tile[1] if channels_first else slice(None)
-        scaled, clipped = (scratch(slot, x.numel()).view(shape) for slot in (0, 1))
+        scaled, clipped = (scratch(slot, shape) for slot in (0, 1))
         if x.dtype == torch.float32 and x.is_contiguous():
             torch.sub(x.view(shape), offset[here], out=scaled)
         else:
@@ -263,11 +263,11 @@ def _decode_tiled(codes: Codes, dtype: torch.dtype) -> Tensor:
     data = codes.data if codes.data.ndim == 4 else codes.data[:, None, None, :]
     shape = (*data.shape[:3], codes.offset.shape[0])
     out = torch.empty(shape, dtype=dtype, device=data.device)
-    step, offset = (value_C.detach().repeat(shape[2]) for value_C in (codes.step, codes.offset))
-    for tile in tiles(shape, data.device):
+    step, offset = (along_row(value_C.detach(), shape[2]) for value_C in (codes.step, codes.offset))
+    for tile in tiles(shape):
         part = unpack(data[tile], shape[3]) if codes.codec == "u4" else data[tile]
         into = out[tile].view(-1, shape[2] * shape[3])
-        rows = into if dtype == torch.float32 else scratch(0, into.numel()).view(into.shape)
+        rows = into if dtype == torch.float32 else scratch(0, into.shape)
         rows.view(part.shape).copy_(part)
         rows.mul_(step).add_(offset)
         if rows is not into:
@@ -285,6 +285,13 @@ register(
     "codes.decode",
     lambda data, offset, _step, _codec, dtype: data.new_empty((*data.shape[:-1], offset.shape[0]), dtype=dtype),
 )
+
+
+def stored_parts(target: Target) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+    """What operators take: data, offset, step and codec of codes; a float map, None, None and ``""``."""
+    if isinstance(target, Codes):
+        return target.data, target.offset, target.step, target.codec
+    return target.detach(), None, None, ""
 
 
 def as_float(target: Target) -> Tensor:

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
+from feedfast_kernels._layout import along_row, as_BHWC, scratch, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels._tiled import Source, along_row, empty_gradient, runs_tiled, take_gradient, times_upstream
-from feedfast_kernels.codes import Codes, Target
+from feedfast_kernels._tiled import Source, empty_gradient, finished_gradient, runs_tiled
+from feedfast_kernels.codes import Target, stored_parts
 from feedfast_kernels.partial_l2 import reference as partial_l2_reference
 from feedfast_kernels.partial_l2 import residual_in, square_sum
 
@@ -85,11 +85,7 @@ def connector_partial_l2(
     _check(y_NCHW, target, gamma_C, beta_C, margin_C)
     scale = weight / (max(y_NCHW.shape[0], 1) if denominator is None else denominator)
     options = (margin_C, gamma_C, beta_C, eps, scale, triton, torch.is_grad_enabled())
-    if isinstance(target, Codes):
-        results = _ConnectorPartialL2.apply(y_NCHW, target.data, target.offset, target.step, target.codec, *options)
-    else:
-        results = _ConnectorPartialL2.apply(y_NCHW, target.detach(), None, None, "", *options)
-    loss, mean_C, variance_C = results
+    loss, mean_C, variance_C = _ConnectorPartialL2.apply(y_NCHW, *stored_parts(target), *options)
     pixels = math.prod((y_NCHW.shape[0], *y_NCHW.shape[2:]))
     if pixels:
         with torch.no_grad():
@@ -167,7 +163,6 @@ class _ConnectorPartialL2(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (y, target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
         ctx.codec, ctx.eps, ctx.scale, ctx.triton = codec, eps, scale, triton
-        ctx.dtypes = y.dtype, gamma_C.dtype, beta_C.dtype
         if triton:
             loss, statistics, sums = OPS.connector_partial_l2(*inputs, eps, scale)
         else:
@@ -182,7 +177,6 @@ class _ConnectorPartialL2(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("connector_partial_l2")
         statistics, sums, y, target, offset_C, step_C, margin_C, gamma_C, beta_C = ctx.saved_tensors
-        y_dtype, gamma_dtype, beta_dtype = ctx.dtypes
         inputs = (y, target, offset_C, step_C, ctx.codec, margin_C)
         gradient: Tensor | None = None
         if ctx.triton:
@@ -190,15 +184,14 @@ class _ConnectorPartialL2(torch.autograd.Function):
                 upstream, *inputs, gamma_C, beta_C, ctx.scale, statistics, sums
             )
         elif ctx.needs_input_grad[0]:
-            gradient = take_gradient(ctx)
-            if gradient is None:
-                gradient = _tiled(Source(*inputs), y, gamma_C, beta_C, ctx.eps, ctx.scale, True)[-1]
-            assert gradient is not None
-            gradient = times_upstream(gradient, upstream, y_dtype)
+            gradient = finished_gradient(
+                ctx, upstream, y.dtype,
+                lambda: _tiled(Source(*inputs), y, gamma_C, beta_C, ctx.eps, ctx.scale, True)[-1],
+            )  # fmt: skip
         factor = upstream * (2 * ctx.scale)
         d_gamma = sums[1] * statistics[2] * factor
         d_beta = sums[0] * factor
-        return gradient, *[None] * 5, d_gamma.to(gamma_dtype), d_beta.to(beta_dtype), *[None] * 4
+        return gradient, *[None] * 5, d_gamma.to(gamma_C.dtype), d_beta.to(beta_C.dtype), *[None] * 4
 
 
 def _tiled(
@@ -227,11 +220,11 @@ def _tiled(
     if d_BHWC is not None and not (d_BHWC.dtype == source.dtype and d_BHWC.is_contiguous()):
         d_BHWC = torch.empty(shape, dtype=source.dtype)  # d of the whole map does not fit the gradient's own memory
     losses, sums_d, sums_dx = [], [], []
-    for tile in tiles(shape, y.device):
+    for tile in tiles(shape):
         y_rows = source.student_rows(tile)
-        s = torch.addcmul(shift, y_rows, a, out=source.scratch(2, y_rows.shape))
-        d = residual_in(source, s, source.target_rows(tile), 2)
-        losses.append(square_sum(source, d))
+        s = torch.addcmul(shift, y_rows, a, out=scratch(2, y_rows.shape))
+        d = residual_in(s, source.target_rows(tile), 2)
+        losses.append(square_sum(d))
         # the sums of batch norm's own backward: one operator for what takes a product and two sums over rows
         d_map, y_map = (_as_map(x, one.numel()) for x in (d, y_rows))
         _, sum_dx, sum_d = torch.ops.aten.native_batch_norm_backward(
@@ -254,9 +247,9 @@ def _tiled(
     slope_C = -factor_C * sums[1] * rstd_C * rstd_C / pixels
     rows = [factor_C, -factor_C * sums[0] / pixels - mean_C * slope_C, slope_C]
     factor, constant, slope = (along_row(value, width) for value in rows)
-    for tile in tiles(shape, y.device):
+    for tile in tiles(shape):
         y_rows = source.student_rows(tile)
-        g = torch.addcmul(constant, y_rows, slope, out=source.scratch(2, y_rows.shape))
+        g = torch.addcmul(constant, y_rows, slope, out=scratch(2, y_rows.shape))
         d = d_BHWC[tile].view(g.shape)
         torch.addcmul(g, d, factor, out=d)
         if gradient_BHWC is not d_BHWC:
@@ -273,7 +266,7 @@ def _statistics(source: Source) -> tuple[Tensor, Tensor]:
     columns = _columns(width, channels)
     parts: list[Tensor] = []
     rows: list[int] = []
-    for tile in tiles(source.student.shape, source.student.device):
+    for tile in tiles(source.student.shape):
         y_rows = source.student_rows(tile)
         parts += torch.batch_norm_update_stats(_as_map(y_rows, columns * channels), None, None, 0.0)
         rows.append(y_rows.shape[0])

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, tile_elements, work_dtype
+from feedfast_kernels._layout import as_BHWC, is_eager_cpu, tile_elements, work_dtype
 from feedfast_kernels._ops import first_order_only
 from feedfast_kernels.codes import Codes, Target, decode
 
@@ -143,9 +143,9 @@ def _centred(x: Target, dtype: torch.dtype) -> Iterator[Tensor]:
     Together the columns are [m, d] in channels-last order; maps come in pieces that stay in the cache of a CPU.
     """
     stored = x.data if isinstance(x, Codes) else as_BHWC(x) if x.ndim == 4 else x
-    limit, image_rows = tile_elements(x.device), stored.shape[1]
-    if limit is not None and len(x.shape) == 4:
-        image_rows = limit * image_rows // max(math.prod(x.shape), 1)
+    image_rows = stored.shape[1]
+    if is_eager_cpu(stored) and len(x.shape) == 4:
+        image_rows = tile_elements() * image_rows // max(math.prod(x.shape), 1)
     for piece in torch.split(stored, max(image_rows, 1), dim=1):
         values = piece
         if isinstance(x, Codes):

@@ -27,10 +27,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, tiles, work_dtype
-from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, take_gradient, times_upstream
-from feedfast_kernels.codes import Codes, Target, decode_reference
+from feedfast_kernels._layout import as_BHWC, scratch, tiles, work_dtype
+from feedfast_kernels._ops import OPS, first_order_only, register
+from feedfast_kernels._tiled import Source, empty_gradient, finished_gradient, how_to_run
+from feedfast_kernels.codes import Codes, Target, decode_reference, stored_parts
 
 
 def normalized_l1(
@@ -59,12 +59,7 @@ def normalized_l1(
     Raises:
         ValueError: if the counts or shapes differ, or the reduction is unknown.
     """
-    how = "whole"
-    if all(runs_triton(x) for x in student_maps):
-        how = "triton"
-    elif all(runs_tiled(x) for x in student_maps):
-        how = "tiled"
-    return _loss(student_maps, targets, reduction, weight, denominator, eps, how=how)
+    return _loss(student_maps, targets, reduction, weight, denominator, eps, how=how_to_run(student_maps))
 
 
 def reference(
@@ -97,8 +92,7 @@ def _loss(
             f"normalized_l1: expected one student map a target (at least one), "
             f"got {len(student_maps)} maps and {len(targets)} targets"
         )
-    stored: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-    codecs, scales = [], []
+    scales = []
     for index, (student, target) in enumerate(zip(student_maps, targets, strict=True)):
         if student.ndim not in (2, 4) or target.shape != student.shape:
             raise ValueError(
@@ -108,23 +102,16 @@ def _loss(
         batch, values = student.shape[0], max(student[:1].numel(), 1)
         scale = weight / (max(batch, 1) if denominator is None else denominator)
         scales.append(scale / values if reduction == "mean" else scale)
-        if isinstance(target, Codes):
-            stored.append((target.data, target.offset, target.step))
-            codecs.append(str(target.codec))
-        else:
-            stored.append((target.detach(), None, None))
-            codecs.append("")
     if how == "triton":
-        data, offsets, steps = zip(*stored, strict=True)
-        loss: Tensor = _AllTeachers.apply(codecs, scales, eps, *student_maps, *data, *offsets, *steps)
+        data, offsets, steps, codecs = zip(*map(stored_parts, targets), strict=True)
+        loss: Tensor = _AllTeachers.apply(list(codecs), scales, eps, *student_maps, *data, *offsets, *steps)
         return loss
     total: Tensor | None = None
-    for index, student in enumerate(student_maps):
+    for student, target, scale in zip(student_maps, targets, scales, strict=True):
         if how == "tiled":
-            options = (codecs[index], scales[index], eps, torch.is_grad_enabled())
-            loss = _OneTeacher.apply(student, *stored[index], *options)
+            loss = _OneTeacher.apply(student, *stored_parts(target), scale, eps, torch.is_grad_enabled())
         else:
-            loss = _whole(student, targets[index], scales[index], eps)
+            loss = _whole(student, target, scale, eps)
         total = loss if total is None else total + loss
     assert total is not None
     return total
@@ -194,13 +181,12 @@ class _OneTeacher(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("normalized_l1")
-        student, target, offset_C, step_C = ctx.saved_tensors
-        gradient = take_gradient(ctx)
-        if gradient is None:
-            source = Source(student, target, offset_C, step_C, ctx.codec, None)
-            gradient = _tiled(source, student, ctx.scale, ctx.eps, True)[1]
-        assert gradient is not None
-        return times_upstream(gradient, upstream, student.dtype), *[None] * 7
+        inputs = (*ctx.saved_tensors, ctx.codec, None)
+        student: Tensor = inputs[0]
+        gradient = finished_gradient(
+            ctx, upstream, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, ctx.eps, True)[1]
+        )
+        return gradient, *[None] * 7
 
 
 def _tiled(
@@ -209,7 +195,7 @@ def _tiled(
     """Loss, and its gradient for an upstream of 1, tile by tile."""
     gradient = empty_gradient(student) if wants_gradient else None
     distances_B = []
-    for tile in tiles(source.student.shape, student.device, whole_samples=True):
+    for tile in tiles(source.student.shape, whole_samples=True):
         s, t = source.student_rows(tile), source.target_rows(tile)
         samples = (tile[0].stop - tile[0].start, -1, s.shape[1])
         s_BRE, t_BRE = s.view(samples), t.view(samples)  # R image rows of E = W * C values
@@ -217,7 +203,7 @@ def _tiled(
         # NaN lengths, and infinite ones, whose maps would be 0, make both maps and so the loss and the gradient NaN
         poison_B = 0 * (s_length_B + t_length_B)
         s_factor_B, t_factor_B = (1 / (x.clamp(min=eps) + poison_B) for x in (s_length_B, t_length_B))
-        free, unit, difference = (source.scratch(slot, s.shape).view(s_BRE.shape) for slot in (0, 2, 1))
+        free, unit, difference = (scratch(slot, s_BRE.shape) for slot in (0, 2, 1))
         torch.mul(s_BRE, s_factor_B, out=unit)
         torch.mul(t_BRE, t_factor_B, out=difference)
         torch.sub(unit, difference, out=difference)

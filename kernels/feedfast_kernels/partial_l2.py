@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feedfast_kernels._layout import as_BHWC, tiles
-from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
-from feedfast_kernels._tiled import Source, empty_gradient, runs_tiled, take_gradient, times_upstream
-from feedfast_kernels.codes import Codes, Target
+from feedfast_kernels._layout import as_BHWC, scratch, tiles
+from feedfast_kernels._ops import OPS, first_order_only, register
+from feedfast_kernels._tiled import Source, empty_gradient, finished_gradient, how_to_run
+from feedfast_kernels.codes import Target, stored_parts
 
 
 def partial_l2(
@@ -63,7 +63,7 @@ def partial_l2(
     Raises:
         ValueError: if shapes differ.
     """
-    return _loss(student_NCHW, target, margin_C, weight, denominator, how=_how(student_NCHW))
+    return _loss(student_NCHW, target, margin_C, weight, denominator, how=how_to_run([student_NCHW]))
 
 
 def reference(
@@ -78,12 +78,6 @@ def reference(
     return _loss(student_NCHW, target, margin_C, weight, denominator, how="whole")
 
 
-def _how(student: Tensor) -> str:
-    if runs_triton(student):
-        return "triton"
-    return "tiled" if runs_tiled(student) else "whole"
-
-
 def _loss(
     student: Tensor, target: Target, margin_C: Tensor | None, weight: float, denominator: float | None, *, how: str
 ) -> Tensor:
@@ -96,11 +90,7 @@ def _loss(
     if margin_C is not None and margin_C.shape != (channels,):
         raise ValueError(f"partial_l2: margin expected [{channels}], got {list(margin_C.shape)}")
     scale = weight / (max(batch, 1) if denominator is None else denominator)
-    options = (margin_C, scale, how, torch.is_grad_enabled())
-    if isinstance(target, Codes):
-        loss = _PartialL2.apply(student, target.data, target.offset, target.step, target.codec, *options)
-    else:
-        loss = _PartialL2.apply(student, target.detach(), None, None, "", *options)
+    loss = _PartialL2.apply(student, *stored_parts(target), margin_C, scale, how, torch.is_grad_enabled())
     assert isinstance(loss, Tensor)
     return loss
 
@@ -119,7 +109,7 @@ class _PartialL2(torch.autograd.Function):
         how: str,  # "triton", "tiled" or "whole"
         grad_enabled: bool,
     ) -> Tensor:
-        ctx.codec, ctx.scale, ctx.how, ctx.dtype = codec, scale, how, student.dtype
+        ctx.codec, ctx.scale, ctx.how = codec, scale, how
         ctx.save_for_backward(student, target, offset_C, step_C, margin_C)
         inputs = (student, target, offset_C, step_C, codec, margin_C)
         if how == "tiled":
@@ -138,11 +128,10 @@ class _PartialL2(torch.autograd.Function):
         student, target, offset_C, step_C, margin_C = ctx.saved_tensors
         inputs = (student, target, offset_C, step_C, ctx.codec, margin_C)
         if ctx.how == "tiled":
-            gradient = take_gradient(ctx)
-            if gradient is None:
-                gradient = _tiled(Source(*inputs), student, ctx.scale, True)[1]
-            assert gradient is not None
-            return times_upstream(gradient, upstream, ctx.dtype), *[None] * 8
+            gradient = finished_gradient(
+                ctx, upstream, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, True)[1]
+            )
+            return gradient, *[None] * 8
         if ctx.how == "triton":
             return OPS.partial_l2_backward(upstream, *inputs, ctx.scale), *[None] * 8
         d = residual(*Source(*inputs).whole())
@@ -156,9 +145,9 @@ def _tiled(source: Source, student: Tensor, scale: float, wants_gradient: bool) 
     """Loss, and its gradient for an upstream of 1, tile by tile."""
     gradient = empty_gradient(student) if wants_gradient else None
     sums = []
-    for tile in tiles(source.student.shape, student.device):
-        d = residual_in(source, source.student_rows(tile), source.target_rows(tile), 0)
-        sums.append(square_sum(source, d))
+    for tile in tiles(source.student.shape):
+        d = residual_in(source.student_rows(tile), source.target_rows(tile), 0)
+        sums.append(square_sum(d))
         if gradient is not None:
             into = as_BHWC(gradient)[tile]
             if into.dtype == d.dtype:
@@ -191,14 +180,14 @@ def residual(s: Tensor, t: Tensor) -> Tensor:
     return torch.maximum(a, torch.ops.aten.threshold_backward(a, t, 0))
 
 
-def residual_in(source: Source, s: Tensor, t: Tensor, slot: int) -> Tensor:
+def residual_in(s: Tensor, t: Tensor, slot: int) -> Tensor:
     """`residual` in a slot of scratch memory, which may be that of s; overwrites slot 1."""
-    a, kept = source.scratch(slot, s.shape), source.scratch(1, s.shape)
+    a, kept = scratch(slot, s.shape), scratch(1, s.shape)
     torch.sub(s, t, out=a)
     torch.ops.aten.threshold_backward.grad_input(a, t, 0, grad_input=kept)
     return torch.maximum(a, kept, out=a)
 
 
-def square_sum(source: Source, d: Tensor) -> Tensor:
+def square_sum(d: Tensor) -> Tensor:
     """Sum of squares; overwrites slot 1. `torch.dot` is 0.05 ns an element faster and loses a digit."""
-    return torch.mul(d, d, out=source.scratch(1, d.shape)).sum()
+    return torch.mul(d, d, out=scratch(1, d.shape)).sum()
