@@ -77,7 +77,7 @@ def build_encode(device: torch.device, *, shape: Sequence[int], dtype: torch.dty
     def expected() -> list[Tensor]:
         return list(encode_reference(*arguments, codec=codec, margin_C=margin))
 
-    plain = Call(quantised, (*arguments, margin, TOP_CODE[codec]), expected, HALVES)
+    plain = Call(quantized, (*arguments, margin, TOP_CODE[codec]), expected, HALVES)
     calls = {
         "feedfast": Call(lambda: encode(*arguments, codec=codec, margin_C=margin), (), expected),
         "reference eager": Call(lambda: encode_reference(*arguments, codec=codec, margin_C=margin), (), expected),
@@ -88,7 +88,7 @@ def build_encode(device: torch.device, *, shape: Sequence[int], dtype: torch.dty
     return Work([], moved(x, scale.data), calls)
 
 
-def quantised(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The formula of `encode` for u8, written down."""
     rows = x.permute(0, 2, 3, 1).float()
     scaled = ((torch.maximum(rows, margin) - offset) / step).round()

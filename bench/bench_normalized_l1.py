@@ -11,7 +11,7 @@ an NCHW student and an fp32 student.
     reference eager     the same in PyTorch operators; recomputes in the backward pass too
     composite eager     the loss as one would write it, gradients by autograd
     compile ...         torch.compile of that, one graph for the shape
-    official eager      as factor transfer's authors compute it: two normalised rows and the mean of their absolute
+    official eager      as factor transfer's authors compute it: two normalized rows and the mean of their absolute
                         difference, teacher after teacher, from decoded maps
     copy                a device copy of as many bytes as the operation must move
 

@@ -54,7 +54,7 @@ class Data(_Section):
     threads: int = Field(0, ge=0, description="decoding threads; 0 = one a core")
 
     @property
-    def normalisation(self) -> tuple[Triple, Triple]:
+    def normalization(self) -> tuple[Triple, Triple]:
         """Per-channel mean and standard deviation, in 0..1 units."""
         small = self.size <= 32
         mean = self.mean or ((0.4914, 0.4824, 0.4467) if small else (0.485, 0.456, 0.406))

@@ -9,7 +9,7 @@ Triton's wheel:
     spills      loads and stores of local memory (LDL, STL)
     load, store bits of the widest access to global memory; 128 is the most a thread can ask for
     wide        share of the loaded bytes that 128-bit loads bring
-    narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorised
+    narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorized
     sass/el     instructions executed for one element of the map: all of them over all elements; where there is a loop,
                 those of its largest body over the elements whose bytes it loads
     occupancy   warps that fit on a multiprocessor, of the most
@@ -79,7 +79,7 @@ class Report:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The launch as the JIT would specialise it: argument types, 16-byte alignment, integers that are 1."""
+    """The launch as the JIT would specialize it: argument types, 16-byte alignment, integers that are 1."""
     signature: dict[str, Any] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

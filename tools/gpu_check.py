@@ -205,7 +205,7 @@ def absent(modules: Sequence[str]) -> list[str]:
 
 def parts_before(work: Path, workers: int) -> list[Part]:
     """What comes before the benches."""
-    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernel.py"))
+    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_*_kernel.py"))
     missing = "pytest is not installed" if absent(["pytest"]) else ""
     return [
         pytest_part("kernel tests", tests, work, 200, missing, workers),
@@ -248,7 +248,7 @@ def parts_after(work: Path, data: str) -> list[Part]:
     ]
     without, untested = absent(PIPELINE), absent(PIPELINE + TESTS)
     missing = f"not installed: {', '.join(untested)}" if untested else ""
-    ignored = [f"--ignore={path.relative_to(ROOT)}" for path in (ROOT / "tests").glob("test_*_kernel.py")]
+    ignored = [f"--ignore={path.relative_to(ROOT)}" for path in (ROOT / "tests" / "kernels").glob("test_*_kernel.py")]
     parts.append(pytest_part("other tests", ignored, work, 60, missing))
     missing = f"not installed: {', '.join(without)}" if without else ""
     if not missing and not (ROOT / data).is_dir():

@@ -123,9 +123,9 @@ class _RangeError:
     """Exact squared error of clip-and-round to ``top + 1`` levels, for many ranges of one sorted channel at once."""
 
     def __init__(self, ordered: Floats, top: int) -> None:
-        # Centred, so that the difference of large sums keeps its digits.
-        self.centre = float(ordered[len(ordered) // 2])
-        self.values = ordered.astype(np.float64) - self.centre
+        # Centered, so that the difference of large sums keeps its digits.
+        self.center = float(ordered[len(ordered) // 2])
+        self.values = ordered.astype(np.float64) - self.center
         self.sums = np.concatenate([[0.0], np.cumsum(self.values)])
         self.squares = np.concatenate([[0.0], np.cumsum(self.values**2)])
         self.levels = np.arange(top + 1)
@@ -134,7 +134,7 @@ class _RangeError:
     def of(self, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Sum of squared errors for ranges [k] given by their ends."""
         step = np.maximum(high - low, np.finfo(np.float64).tiny)[:, None] / self.top
-        level = (low - self.centre)[:, None] + step * self.levels
+        level = (low - self.center)[:, None] + step * self.levels
         inner = np.searchsorted(self.values, (level[:, :-1] + level[:, 1:]) / 2)
         edge = np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (0, len(self.values))))
         count, total = np.diff(edge, axis=1), np.diff(self.sums[edge], axis=1)
@@ -142,7 +142,7 @@ class _RangeError:
         return squared
 
 
-def quantise(values: Array, offset: Floats, step: Floats, codec: CodecName, margin: Floats | None = None) -> Array:
+def quantize(values: Array, offset: Floats, step: Floats, codec: CodecName, margin: Floats | None = None) -> Array:
     """Codes of values [..., C]: uint8, not packed, for ``u8`` and ``u4``, else the float type.
 
     ``margin`` [C] floors the values first.
@@ -157,7 +157,7 @@ def quantise(values: Array, offset: Floats, step: Floats, codec: CodecName, marg
     return np.clip(np.rint(scaled), 0, TOP_CODE[codec]).astype(np.uint8)
 
 
-def dequantise(codes: Array, offset: Floats, step: Floats) -> Floats:
+def dequantize(codes: Array, offset: Floats, step: Floats) -> Floats:
     """Values of codes [..., C] that are not packed."""
     decoded: Floats = codes.astype(np.float32) * step + offset
     return decoded
@@ -199,7 +199,7 @@ def measure(
         branches on.
     """
     target = values if margin is None else np.maximum(values, margin)
-    decoded = dequantise(quantise(values, offset, step, codec, margin), offset, step)
+    decoded = dequantize(quantize(values, offset, step, codec, margin), offset, step)
     wanted, found = target.astype(np.float64), decoded.astype(np.float64)
     wrong, norm = float(((found - wanted) ** 2).sum()), float((wanted**2).sum())
     cosine = float((wanted * found).sum()) / max(np.sqrt(norm * float((found**2).sum())), np.finfo(np.float64).tiny)

@@ -1,7 +1,7 @@
 """Making a cache, or extending one: the root group with its manifest, and every array's `zarr.json`.
 
 All of it is metadata; no object is ever touched, so adding a second teacher, a tap or a view costs milliseconds and
-cannot harm what is stored. The root group is written first: a cache whose making was interrupted is recognised, and
+cannot harm what is stored. The root group is written first: a cache whose making was interrupted is recognized, and
 finished by the next call. Every call brings the files into line with the manifest and writes only what differs.
 """
 

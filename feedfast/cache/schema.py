@@ -152,7 +152,7 @@ class TapInfo(_Part):
 class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
-    ``mean`` and ``std`` are the normalisation of its input in 0..1 units. Logits are float16, or float32 for exact
+    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are float16, or float32 for exact
     parity runs.
     """
 

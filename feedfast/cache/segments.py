@@ -55,7 +55,7 @@ class BufferPool:
         self.allocated = 0  # buffers ever made: flat after the start of a stream
 
     def lease(self, nbytes: int) -> Bytes:
-        """Uninitialised uint8 [nbytes]; it returns to the pool by itself when no view of it is left."""
+        """Uninitialized uint8 [nbytes]; it returns to the pool by itself when no view of it is left."""
         size = _size_class(nbytes)
         free = self._free.setdefault(size, deque())
         try:

@@ -63,7 +63,7 @@ class ArrayView:
         """The shard's file."""
         return self.folder / self.spec.key(self.view, shard)
 
-    def refuse_stranger(self, shard: int, block: int, end: Bytes) -> None:
+    def check_block_identity(self, shard: int, block: int, end: Bytes) -> None:
         """Raise unless a sound block, whose last four bytes are ``end``, is the one that was committed.
 
         Args:
@@ -218,7 +218,7 @@ class Shard:
             if crc32c(part) != stored:
                 raise self.source.damage("checksum", self.number, "the block does not match its crc32c", block)
         for block, end in zip(blocks, sums, strict=True):
-            self.source.refuse_stranger(self.number, block % self.source.spec.blocks_per_shard, end)
+            self.source.check_block_identity(self.number, block % self.source.spec.blocks_per_shard, end)
 
     def _read_zstd(self, blocks: Sequence[int], ranges: list[tuple[int, int]], parts: list[Bytes]) -> None:
         for first, last in _adjacent(ranges):
@@ -231,7 +231,7 @@ class Shard:
                     decompress(frame, "zstd", parts[i])
                 except CacheDamageError as error:
                     raise self.source.damage("checksum", self.number, str(error), blocks[i]) from None
-                self.source.refuse_stranger(self.number, blocks[i] % self.source.spec.blocks_per_shard, frame[-4:])
+                self.source.check_block_identity(self.number, blocks[i] % self.source.spec.blocks_per_shard, frame[-4:])
 
 
 class ShardFiles:
@@ -298,5 +298,5 @@ def read_small(source: ArrayView, number: int = 0) -> Bytes:
     file.read([data, stored], 0)
     if crc32c(data) != int(stored.view("<u4")[0]):
         raise source.damage("checksum", number, "the array does not match its crc32c")
-    source.refuse_stranger(number, 0, stored)
+    source.check_block_identity(number, 0, stored)
     return data

@@ -5,7 +5,7 @@ The two flavours have no header, so they are told apart by arithmetic: the size 
 (CIFAR-10: label, pixels) or 3,074 (CIFAR-100: coarse label, fine label, pixels), and every label must lie in range.
 Where both fit, the labels decide; a file that fits neither is refused with the reason for each.
 
-Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is HWC or grey (HW). Labels of
+Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is HWC or gray (HW). Labels of
 CIFAR-100 are the fine ones. Nothing here executes data: npz is read with ``allow_pickle=False``.
 """
 
@@ -68,7 +68,7 @@ class PixelStore:
         return self._shaped(out)
 
     def rgb(self, records: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Copies of some records as RGB [b, H, W, 3]; grey is repeated into the three channels."""
+        """Copies of some records as RGB [b, H, W, 3]; gray is repeated into the three channels."""
         stored = self.gather(records)
         if self.layout == "CHW":
             return np.ascontiguousarray(stored.transpose(0, 2, 3, 1))
@@ -114,7 +114,7 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
     """An ``.npz`` holding ``images`` and, optionally, ``labels`` and ``classes``.
 
     Args:
-        path: the file. ``images``: uint8 [n, H, W, 3], or grey [n, H, W] or [n, H, W, 1]. ``labels``: integers [n],
+        path: the file. ``images``: uint8 [n, H, W, 3], or gray [n, H, W] or [n, H, W, 1]. ``labels``: integers [n],
             -1 for unlabelled (all unlabelled if absent). ``classes``: strings, the class names.
 
     Returns:
@@ -148,9 +148,9 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
     classes = tuple(str(c) for c in found["classes"].reshape(-1)) if "classes" in found else _numbers(needed)
     if len(classes) < needed:
         raise RequestError(f"{path}: expected at least {needed} names in 'classes', found {len(classes)}")
-    grey = images.ndim == 3 or images.shape[3] == 1
-    pixels = np.ascontiguousarray(images.reshape(images.shape[:3]) if grey else images)
-    store = PixelStore((path.name,), (pixels,), "HW" if grey else "HWC", (images.shape[1], images.shape[2]))
+    gray = images.ndim == 3 or images.shape[3] == 1
+    pixels = np.ascontiguousarray(images.reshape(images.shape[:3]) if gray else images)
+    store = PixelStore((path.name,), (pixels,), "HW" if gray else "HWC", (images.shape[1], images.shape[2]))
     return store, labels.astype(np.int32), classes
 
 

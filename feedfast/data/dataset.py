@@ -7,7 +7,7 @@ ids, so a limited run sees the same crops of the same images as the full one.
 There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz), see ``arrays.py``.
 ``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
-augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognise its data again.
+augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
 """
 
 from __future__ import annotations

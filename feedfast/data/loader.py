@@ -2,13 +2,13 @@
 
 DALI decodes and resamples; it draws nothing. Box, size, window and flip of every sample come from the view plan and
 are passed in with the bytes, so the pixels of a row do not depend on the batch it is in, on the thread that made it, or
-on where a run was resumed. Output is uint8 NHWC: teachers normalise differently, so normalising is not done here.
+on where a run was resumed. Output is uint8 NHWC: teachers normalize differently, so normalizing is not done here.
 
 How close to torchvision (measured on DALI 2.4.0, PIL 13.0, torchvision 0.29; the tests hold it there). CPU decoding of
 JPEG and PNG, whole or by region, with every EXIF orientation, equals PIL bit for bit. Pad, crop and flip are exact.
 Resizing is a triangle filter with antialiasing as in PIL; away from the box's edge the two differ by 1 at most, 0.15 on
 average, from PIL's rounding between its two passes. In the outermost row and column of a *downscaled* box DALI repeats
-the edge pixel where PIL renormalises the cut-off filter; there the difference reaches about 20 on real photographs. No
+the edge pixel where PIL renormalizes the cut-off filter; there the difference reaches about 20 on real photographs. No
 flag removes it. ``subpixel_scale`` only acts where DALI computes the output size; sizes here are explicit: it is off.
 
 Files are looked at before DALI sees them: a batch with one JPEG cut short and one file of no known format made DALI

@@ -8,7 +8,7 @@ A method is an `nn.Module` with
 A cache is read for the taps in `teacher_taps` and for nothing else: a target that is not named there does not come.
 `loss` is the scalar to differentiate; the parts ("ce", "kd", "feature") are its terms before their weights, detached,
 so that curves of runs with different weights compare. Adapters are ordinary parameters of the method:
-`method.parameters()` goes into the optimiser, and the student never carries them. There is no base class; these few
+`method.parameters()` goes into the optimizer, and the student never carries them. There is no base class; these few
 words are the whole agreement.
 
 Methods know neither caches nor teachers: a target is codes or a float map, whoever made it.

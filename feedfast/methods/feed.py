@@ -61,7 +61,7 @@ class PFEED(nn.Module):
         bn: bool = False,
         divide_by_n: bool = False,
     ) -> None:
-        """Build one NTL a teacher, each with its own random initialisation.
+        """Build one NTL a teacher, each with its own random initialization.
 
         Args:
             student_taps: tap name -> (C, H, W); "final" is used.

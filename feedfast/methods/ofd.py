@@ -101,7 +101,7 @@ class Connector(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(teacher_channels))
 
     def distance(self, student_NCHW: Tensor, target: Target, margin_C: Tensor, weight: float) -> Tensor:
-        """`partial_l2` of the transformed map; in training without the normalised map, which nobody else needs."""
+        """`partial_l2` of the transformed map; in training without the normalized map, which nobody else needs."""
         convolution, batch_norm = self
         assert isinstance(batch_norm, nn.BatchNorm2d)
         if not self.training:

@@ -4,7 +4,7 @@
 ``package.module:factory`` any function of the user's that returns an `nn.Module`. Networks are built on the CPU in
 fp32, in train mode as their libraries leave them; moving and freezing is the caller's business.
 
-Two promises. A seed makes initialisation reproducible and the process's random state is as it was afterwards: the
+Two promises. A seed makes initialization reproducible and the process's random state is as it was afterwards: the
 weights of teacher *b* cannot depend on whether teacher *a* was built first. And a weight file is data: only plain
 tensors are unpickled (``weights_only=True``), and every key and shape is compared before anything is copied, so a
 wrong file ends in one sentence that says what was expected and what was found.
@@ -53,11 +53,11 @@ def build_model(
             keyword ``num_classes`` when one is asked for, else with nothing; it is imported from the installed packages
             or else from the working directory.
         num_classes: rows of the classifier; None = the network's own default (100 for the zoo, else usually 1000).
-        weights: None = random initialisation; "" = the weights the library publishes for this model (fetched through
+        weights: None = random initialization; "" = the weights the library publishes for this model (fetched through
             the library, so its cache and its mirrors apply); a path = a state_dict, see `load_weights`;
             for torchvision also the name of one published set such as ``IMAGENET1K_V1``.
             A factory brings its own weights: None and "" both keep what it returned.
-        seed: seeds the initialisation. None draws from the global generator, unless a file replaces the weights anyway.
+        seed: seeds the initialization. None draws from the global generator, unless a file replaces the weights anyway.
             Only torch's CPU generator is seeded, so a factory that draws from NumPy is not covered.
 
     Returns:

@@ -52,7 +52,7 @@ def describe_taps(model: nn.Module, example: Tensor) -> list[TapPlace]:
 
     Args:
         model: the bare network; left as it was.
-        example: normalised images ``[B, 3, H, W]`` on its device, at the size the taps will be used at.
+        example: normalized images ``[B, 3, H, W]`` on its device, at the size the taps will be used at.
 
     Returns:
         One row for each module that is called and returns a tensor with a batch axis, in the order the calls end.

@@ -43,7 +43,7 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
     Args:
         model: the bare network.
         group: "final" (one tap of that name) or "ofd" ("ofd1" .. "ofdn", first stage to last).
-        example: normalised images ``[B, 3, H, W]`` for families that are not in the table and are watched on one
+        example: normalized images ``[B, 3, H, W]`` for families that are not in the table and are watched on one
             forward pass; None = zeros of the size the network says it wants, else of 64 pixels.
 
     Raises:

@@ -186,7 +186,7 @@ class Tapped(nn.Module):
     Args:
         model: the bare network, not compiled; kept, not copied.
         taps: places to keep; names must differ, "logits" is reserved. May be empty.
-        example: normalised images ``[B, 3, H, W]`` on the model's device, one or two are enough. The network is run on
+        example: normalized images ``[B, 3, H, W]`` on the model's device, one or two are enough. The network is run on
             it twice, in evaluation mode; running statistics, train/eval flags and random generators are left as found.
 
     Attributes:
@@ -270,7 +270,7 @@ class Tapped(nn.Module):
         """Run the network.
 
         Args:
-            x: normalised images ``[B, 3, H, W]``.
+            x: normalized images ``[B, 3, H, W]``.
 
         Returns:
             The network's own output, and the map of each tap ``[B, …]`` by name, in dtype, layout and autograd graph as

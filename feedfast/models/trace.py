@@ -49,7 +49,7 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the module normalises each channel by statistics it keeps: any torch, timm or frozen batch norm."""
+    """Whether the module normalizes each channel by statistics it keeps: any torch, timm or frozen batch norm."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ == "FrozenBatchNorm2d"
 
 
@@ -184,7 +184,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
 
     Args:
         model: left exactly as it was.
-        example: normalised images ``[B, 3, H, W]`` on the model's device; one or two are enough.
+        example: normalized images ``[B, 3, H, W]`` on the model's device; one or two are enough.
 
     Raises:
         RequestError: the network cannot run on this example.

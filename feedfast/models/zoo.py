@@ -44,8 +44,8 @@ def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) 
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
-def _initialise(model: nn.Module) -> None:
-    """He initialisation by fan-out (He et al. 2015) for convolutions; batch norms stay identity, the bias is zero."""
+def _initialize(model: nn.Module) -> None:
+    """He initialization by fan-out (He et al. 2015) for convolutions; batch norms stay identity, the bias is zero."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -97,14 +97,14 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[3], num_classes)
-        _initialise(self)
+        _initialize(self)
 
     @staticmethod
     def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
         return nn.Sequential(PreActBlock(c_in, c_out, stride), *(PreActBlock(c_out, c_out, 1) for _ in range(n - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
+        """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         logits: Tensor = self.fc(torch.flatten(self.pool(self.relu(self.bn(x))), 1))
         return logits
@@ -153,14 +153,14 @@ class CifarResNet(nn.Module):
         self.layer3 = self._stage(32, 64, n, 2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     @staticmethod
     def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
         return nn.Sequential(BasicBlock(c_in, c_out, stride), *(BasicBlock(c_out, c_out, 1) for _ in range(n - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
+        """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.pool(x), 1))
@@ -223,10 +223,10 @@ class MobileNetV1(nn.Module):
         self.features = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c_in, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
+        """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
         logits: Tensor = self.fc(torch.flatten(self.pool(self.features(x)), 1))
         return logits
 

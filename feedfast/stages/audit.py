@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from feedfast.cache.codec import crc32c, dequantise, quantise, unpack_u4
+from feedfast.cache.codec import crc32c, dequantize, quantize, unpack_u4
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
@@ -203,7 +203,7 @@ def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: 
         info = reader.manifest.teachers[teacher].taps[tap]
         if info.codec in ("u8", "u4"):
             offset, step = reader.scale(teacher, tap)
-            codes = dequantise(unpack_u4(codes, info.channels) if info.codec == "u4" else codes, offset, step)
+            codes = dequantize(unpack_u4(codes, info.channels) if info.codec == "u4" else codes, offset, step)
     values = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.float32))
     return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
 
@@ -222,7 +222,7 @@ def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) 
     if info is None or info.codec not in ("u8", "u4"):
         return values
     offset, step = reader.scale(teacher, tap)
-    decoded = dequantise(quantise(values.movedim(1, -1).numpy(), offset, step, info.codec), offset, step)
+    decoded = dequantize(quantize(values.movedim(1, -1).numpy(), offset, step, info.codec), offset, step)
     return torch.from_numpy(decoded).movedim(-1, 1)
 
 

@@ -2,7 +2,7 @@
 
 It holds tensors and numbers only and is read with ``weights_only=True``: a checkpoint from somebody else cannot run
 code. It is written beside its name, synced and renamed, so a kill leaves the old one or the new one. The student,
-the adapters, the optimiser and the random state of torch are in it; the data pipeline is not, because it is a pure
+the adapters, the optimizer and the random state of torch are in it; the data pipeline is not, because it is a pure
 function of the step.
 """
 

@@ -204,7 +204,7 @@ class Meter:
             self._bar.stop()
 
 
-def mebibytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:

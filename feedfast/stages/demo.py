@@ -1,6 +1,6 @@
 """`feedfast demo`: the whole product on real images in a few minutes, with nothing to download and no GPU.
 
-scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, grey; the test part of the UCI set). They are
+scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, gray; the test part of the UCI set). They are
 enlarged to 16x16 and stored as .npz. Three teachers of different seeds learn from all 1,437 training images; then
 the student is given only the first 30 a class and four views of them, plainly or with what the cached ensemble says
 about them. Every step is an ordinary stage with an ordinary recipe, kept beside the results, so the demo is also an
@@ -21,7 +21,7 @@ from PIL import Image
 from feedfast.recipe import parse_recipe
 from feedfast.report.compare import print_table, write_comparison
 from feedfast.stages.audit import run_verify
-from feedfast.stages.common import mebibytes, say, write_json
+from feedfast.stages.common import format_bytes, say, write_json
 from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
 from feedfast.stages.student import run_train
@@ -79,7 +79,9 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     }
     recipe = parse_recipe(cached)
     planned = run_plan(recipe)
-    say(f"plan: {mebibytes(planned['bytes'])}, {planned['seconds']:.1f} s, {mebibytes(planned['free_bytes'])} free")
+    say(
+        f"plan: {format_bytes(planned['bytes'])}, {planned['seconds']:.1f} s, {format_bytes(planned['free_bytes'])} free"
+    )
     written = run_cache(recipe)
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]

@@ -2,7 +2,7 @@
 
 Used by the offline stage (which stores the maps), by the live source of the student stage (which uses them at once)
 and by the audit (which compares stored maps with fresh ones). All three call `FrozenTeacher.__call__`, so there is
-one forward pass to trust. Each teacher normalises the pixels its own way: pixels stay uint8 until here.
+one forward pass to trust. Each teacher normalizes the pixels its own way: pixels stay uint8 until here.
 
 Maps leave as float32, logical [batch, channel, height, width] with channels-last strides, whatever the network used
 inside, because reductions must not depend on where a map came from: a live map and a cached f32 map then give
@@ -31,7 +31,7 @@ LOGITS = "logits"
 MARGIN_SUFFIX = "+margin"
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """(x/255 - mean) / std: uint8 pixels [batch, height, width, 3] to float32 [batch, 3, height, width].
 
     The result keeps the channels-last strides of its pixels.
@@ -102,12 +102,12 @@ class FrozenTeacher:
         if spec.bn == "batch":
             _use_batch_statistics(model)
         model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        mean, std = recipe.data.normalisation
+        mean, std = recipe.data.normalization
         self.mean, self.std = spec.mean or mean, spec.std or std
-        self.normalise = Normalise(self.mean, self.std).to(device)
+        self.normalize = Normalize(self.mean, self.std).to(device)
         # Two samples: batch statistics of a single 1x1 map are undefined.
         size = recipe.data.size
-        example = self.normalise(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
+        example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
         specs = spec.taps or taps_needed(recipe.method.name)
         self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
@@ -122,7 +122,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class]."""
-        pixels = self.normalise(images.to(self.device, non_blocking=True))
+        pixels = self.normalize(images.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
             logits, maps = self.tapped(pixels)
         out = {name: _channels_last(value.float()) for name, value in maps.items()}
@@ -186,7 +186,7 @@ def _channels_last(value: Tensor) -> Tensor:
 
 
 def _use_batch_statistics(model: nn.Module) -> None:
-    """Make every BatchNorm normalise with the batch, and never touch a running average."""
+    """Make every BatchNorm normalize with the batch, and never touch a running average."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.track_running_stats = False

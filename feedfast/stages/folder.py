@@ -1,8 +1,8 @@
 """The folder of a run: whose it is, and what in it may be replaced.
 
 ``recipe.json`` says which recipe a folder belongs to. An existing result is resumed or refused, and replaced only
-with ``overwrite=true``. Looking (`look_into`) and taking (`take_over`) are two steps: nothing is written or removed
-before data, teachers, cache and networks have all been opened. A typo in a recipe must cost neither yesterday's
+with ``overwrite=true``. Checking (`check_run_dir`) and starting (`start_run_dir`) are two steps: nothing is written or
+removed before data, teachers, cache and networks have all been opened. A typo in a recipe must cost neither yesterday's
 weights nor a refusal of the corrected recipe.
 """
 
@@ -21,14 +21,14 @@ RECIPE, CHECKPOINT = "recipe.json", "checkpoint.pt"
 RESULTS = (CHECKPOINT, "student.pt", "metrics.jsonl", "result.json", "report.html")
 
 
-def look_into(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
+def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
     """Whether ``out`` holds an earlier part of this very run. Makes the folder, which shows that it can be made.
 
     Raises:
         RequestError: it holds another run or somebody's results, or it cannot be made or written to.
         FeedfastError: its ``recipe.json`` is damaged.
     """
-    made_folder(out, key)
+    ensure_dir(out, key)
     held = out / RECIPE
     if recipe.overwrite:
         return False
@@ -51,14 +51,14 @@ def look_into(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
     return (out / CHECKPOINT).is_file()
 
 
-def take_over(out: Path, recipe: Recipe) -> None:
+def start_run_dir(out: Path, recipe: Recipe) -> None:
     """Start a run in ``out``: an older result goes, ``recipe.json`` is written."""
     for path in (*(out / name for name in RESULTS), *(out / "tensorboard").glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
     write_json(out / RECIPE, comparable(recipe))
 
 
-def made_folder(path: Path, key: str) -> Path:
+def ensure_dir(path: Path, key: str) -> Path:
     """``path``, made if need be.
 
     Raises:

@@ -91,7 +91,7 @@ def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan
             f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; "
             "run `feedfast cache` with this recipe to add them"
         )
-    mean, std = recipe.data.normalisation
+    mean, std = recipe.data.normalization
     for spec in recipe.teachers:
         stored = found.teachers[spec.name]
         sha = stored.weights_sha256

@@ -24,8 +24,8 @@ from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
 from feedfast.report.run import figure_html, page, table_html, write_page
 from feedfast.stages.audit import plan_of, recipe_of, stored_values
-from feedfast.stages.common import mebibytes, say
-from feedfast.stages.folder import made_folder
+from feedfast.stages.common import format_bytes, say
+from feedfast.stages.folder import ensure_dir
 
 SHOWN = 6
 
@@ -67,8 +67,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "row": "x".join(map(str, spec.row_shape)),
             "codec": entry["codec"] or entry["dtype"],
             "rows": count,
-            "size": mebibytes(stored),
-            "a sample": mebibytes(entry["bytes_per_sample"] or 0),
+            "size": format_bytes(stored),
+            "a sample": format_bytes(entry["bytes_per_sample"] or 0),
             "ratio": entry["ratio"],
             "rel. RMS error": entry.get("relative_rms_error"),
             "signs flipped": entry.get("mask_flip_rate"),
@@ -86,7 +86,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "manifest": manifest.to_attrs()["feedfast"],
     }
     if out is not None:
-        made_folder(out, "--out")
+        ensure_dir(out, "--out")
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
         body = f"{table_html(rows)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"

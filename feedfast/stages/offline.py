@@ -39,9 +39,9 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.recipe import Recipe
-from feedfast.stages.common import Meter, mebibytes, open_train, pick_device, ranks, say, view_plan
+from feedfast.stages.common import Meter, format_bytes, open_train, pick_device, ranks, say, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
-from feedfast.stages.folder import made_folder
+from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store, widest_row
 
@@ -268,7 +268,7 @@ class OfflineRun:
                     if work.lacks(array, view, start, stop):
                         codes, saturated = self._codes(manifest.teachers[name], tap, maps[tap], view, start)
                         work.append(array, view, start, codes, saturated, sums if tap == LOGITS else None)
-            meter.advance(len(batch.rows), f"{mebibytes(writer.bytes_written)} written")
+            meter.advance(len(batch.rows), f"{format_bytes(writer.bytes_written)} written")
 
     def _codes(self, teacher: TeacherInfo, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
         """A batch's map as the rows that are stored, and how many of its values saturated."""
@@ -418,8 +418,8 @@ def _say_fitted(teacher: str, info: TapInfo) -> None:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Serialise the preparation of jobs that start together on one cache: the first fits, the others find it done."""
-    made_folder(path / COMMITS, "cache.path")
+    """Serialize the preparation of jobs that start together on one cache: the first fits, the others find it done."""
+    ensure_dir(path / COMMITS, "cache.path")
     with open(path / COMMITS / ".lock-prepare", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -75,7 +75,7 @@ def run_pilot(
                 if not torch.isfinite(values).all():
                     raise FeedfastError(
                         f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; "
-                        "are the weights and the normalisation right?"
+                        "are the weights and the normalization right?"
                     )
                 getattr(sample, kind).append(_thin(values, len(group)))
                 if sample.first is None:

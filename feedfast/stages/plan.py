@@ -31,8 +31,8 @@ from feedfast.models.build import build_model
 from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
-from feedfast.stages.common import mebibytes, open_train, pick_device, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalise, load_teachers
+from feedfast.stages.common import format_bytes, open_train, pick_device, view_plan
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalize, load_teachers
 from feedfast.stages.pilot import PILOT_VIEWS, store, widest_row
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
@@ -106,9 +106,9 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         {
             "target": name,
             "shape": "x".join(map(str, entry["shape"])),
-            "a sample": mebibytes(entry["bytes_per_sample"]),
-            "a view": mebibytes(entry["bytes"] / recipe.cache.views),
-            "in all": mebibytes(entry["bytes"]),
+            "a sample": format_bytes(entry["bytes_per_sample"]),
+            "a view": format_bytes(entry["bytes"] / recipe.cache.views),
+            "in all": format_bytes(entry["bytes"]),
         }
         for name, entry in targets.items()
     ]
@@ -149,12 +149,12 @@ def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.devi
     memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0)
     student = student.to(device=device, memory_format=memory)  # type: ignore[call-overload]
-    normalise = Normalise(*recipe.data.normalisation).to(device)
-    Tapped(student, (), normalise(images[:2]))  # refuses a network that cannot run at this size
+    normalize = Normalize(*recipe.data.normalization).to(device)
+    Tapped(student, (), normalize(images[:2]))  # refuses a network that cannot run at this size
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            student(normalise(images)).float().logsumexp(1).sum().backward()
+            student(normalize(images)).float().logsumexp(1).sum().backward()
 
     return _median_ms(step)
 

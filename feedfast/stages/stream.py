@@ -29,7 +29,7 @@ from feedfast.data.views import pass_order
 from feedfast.errors import RequestError
 from feedfast.stages.audit import check_views, plan_of, recipe_of, replay_pixels
 from feedfast.stages.common import pick_device
-from feedfast.stages.ensemble import LOGITS, Normalise
+from feedfast.stages.ensemble import LOGITS, Normalize
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.targets import CachedTargets, Targets
 
@@ -41,8 +41,8 @@ class Batch:
     """One batch of a stream.
 
     Attributes:
-        images: float32 [batch, 3, height, width], normalised, channels-last strides (uint8
-            [batch, height, width, 3] with ``normalise=False``).
+        images: float32 [batch, 3, height, width], normalized, channels-last strides (uint8
+            [batch, height, width, 3] with ``normalize=False``).
         labels: int64 [batch], -1 where there is none.
         targets: teacher → tap → `feedfast_kernels.Codes` or a float map; ``logits`` [batch, class].
         ids: uint32 [batch], sample ids.
@@ -82,7 +82,7 @@ class Cache:
         pass_index: int = 0,
         start_batch: int = 0,
         drop_last: bool = True,
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> Iterator[Batch]:
         """One pass over a view.
 
@@ -95,7 +95,7 @@ class Cache:
                 (`feedfast.data.views.pass_order`).
             start_batch: first batch to hand out; nothing before it is read.
             drop_last: leave out a last batch with fewer rows.
-            normalise: images as networks take them (with the first teacher's mean and std), or uint8 pixels.
+            normalize: images as networks take them (with the first teacher's mean and std), or uint8 pixels.
 
         Raises:
             RequestError: no such view, teacher or tap, or a number below its least.
@@ -123,7 +123,7 @@ class Cache:
         batches = -(-len(rows) // batch_size)
         items = source.stream(view, rows, batch_size, start_batch) if wanted else repeat({}, batches - start_batch)
         first = next(iter(self.manifest.teachers.values()))
-        transform = Normalise(first.mean, first.std).to(where) if normalise else None
+        transform = Normalize(first.mean, first.std).to(where) if normalize else None
         pixels = self._pixels(view, rows, batch_size, start_batch, where)
         return self._batches(pixels, items, source, transform)
 
@@ -132,7 +132,7 @@ class Cache:
         pixels: Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]],
         items: Iterator[dict[str, np.ndarray]],
         source: CachedTargets,
-        transform: Normalise | None,
+        transform: Normalize | None,
     ) -> Iterator[Batch]:
         for (images, labels, ids, here), item in zip(pixels, items, strict=True):
             shown = images if transform is None else transform(images)

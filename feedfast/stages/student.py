@@ -1,15 +1,15 @@
 """The student stage: a recipe becomes a trained student (and, with ``source = "none"``, a trained teacher).
 
 Everything that decides a run is a pure function of the step: the view (epoch modulo views), the order of its rows,
-each crop, the learning rate. A checkpoint therefore holds weights, optimiser state and one number; resuming seeks
+each crop, the learning rate. A checkpoint therefore holds weights, optimizer state and one number; resuming seeks
 to that batch in O(1) and ends with the weights an uninterrupted run would have.
 
 Order of one step: pixels from DALI and targets from the source arrive already read ahead; student forward; method;
-backward; optimiser. Losses are kept on the device and fetched only when a row of metrics.jsonl is due, so the loop
+backward; optimizer. Losses are kept on the device and fetched only when a row of metrics.jsonl is due, so the loop
 does not wait for the GPU.
 
 Under torchrun every rank takes its slice of each global batch and gradients are averaged, so the mean over the
-global batch is what is minimised; batch statistics stay local, as in plain DDP. The saved student carries no
+global batch is what is minimized; batch statistics stay local, as in plain DDP. The saved student carries no
 adapters.
 """
 
@@ -52,22 +52,22 @@ from feedfast.stages.common import (
     write_durably,
     write_json,
 )
-from feedfast.stages.ensemble import LOGITS, Normalise, class_logits
-from feedfast.stages.folder import CHECKPOINT, look_into, take_over
+from feedfast.stages.ensemble import LOGITS, Normalize, class_logits
+from feedfast.stages.folder import CHECKPOINT, check_run_dir, start_run_dir
 from feedfast.stages.sources import open_source
 from feedfast.stages.targets import Targets, TargetSource
 
 
 class Trainee(nn.Module):
-    """Student, adapters and loss as one module: what is wrapped by DDP and stepped by the optimiser."""
+    """Student, adapters and loss as one module: what is wrapped by DDP and stepped by the optimizer."""
 
-    def __init__(self, normalise: Normalise, tapped: nn.Module, method: nn.Module) -> None:
+    def __init__(self, normalize: Normalize, tapped: nn.Module, method: nn.Module) -> None:
         super().__init__()
-        self.normalise, self.tapped, self.method = normalise, tapped, method
+        self.normalize, self.tapped, self.method = normalize, tapped, method
 
     def forward(self, images: Tensor, targets: Targets, labels: Tensor) -> dict[str, Tensor]:
         """uint8 pixels [batch, height, width, 3] → the method's losses."""
-        logits, taps = self.tapped(self.normalise(images))
+        logits, taps = self.tapped(self.normalize(images))
         losses: dict[str, Tensor] = self.method(StudentOutput(logits, taps), targets, labels)
         return losses
 
@@ -148,7 +148,7 @@ class StudentRun:
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
-        self.resumed = look_into(self.out, recipe)
+        self.resumed = check_run_dir(self.out, recipe)
         self.data = open_train(recipe)
         if len(self.data) < train.batch:
             raise RequestError(
@@ -181,8 +181,8 @@ class StudentRun:
         )
         memory = torch.channels_last if train.channels_last else torch.contiguous_format
         bare = bare.to(device=self.device, memory_format=memory)  # type: ignore[call-overload]
-        normalise = Normalise(*recipe.data.normalisation).to(self.device)
-        example = normalise(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
+        normalize = Normalize(*recipe.data.normalization).to(self.device)
+        example = normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
         taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(bare, group, example))
         tapped = Tapped(bare, taps, example)
         class_logits(tapped, f"student {recipe.student.model}", self.num_classes)
@@ -202,7 +202,7 @@ class StudentRun:
         self.bare, self.method = bare, method
         self.parameters = sum(parameter.numel() for parameter in bare.parameters())
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
-        self.trainee: nn.Module = Trainee(normalise, stepped, method)
+        self.trainee: nn.Module = Trainee(normalize, stepped, method)
         if self.me.world > 1:
             self.trainee = nn.parallel.DistributedDataParallel(
                 self.trainee, device_ids=None if self.device.type == "cpu" else [self.device.index]
@@ -232,7 +232,7 @@ class StudentRun:
         train = self.recipe.train
         step = 0
         if self.me.first and not self.resumed:
-            take_over(self.out, self.recipe)
+            start_run_dir(self.out, self.recipe)
         if self.resumed:
             step = self.kept = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
         stop = min(self.total, train.max_steps) if train.max_steps else self.total
@@ -301,7 +301,7 @@ class StudentRun:
         return accuracy
 
     def step(self, index: int, batch: PixelBatch, item: Any) -> dict[str, Tensor]:
-        """One optimiser step; returns the detached losses, still on the device."""
+        """One optimizer step; returns the detached losses, still on the device."""
         self.trainee.train()
         targets = self.source.targets(item, batch.images)
         for group in self.optimizer.param_groups:
@@ -321,7 +321,7 @@ class StudentRun:
         if not self.me.first or self.val is None:
             return None
         self.bare.eval()
-        normalise = Normalise(*self.recipe.data.normalisation).to(self.device)
+        normalize = Normalize(*self.recipe.data.normalization).to(self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         total = 0
         loader = Loader(
@@ -329,7 +329,7 @@ class StudentRun:
         )
         for batch in loader.evaluation():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
-                logits = self.bare(normalise(batch.images))
+                logits = self.bare(normalize(batch.images))
             labelled = batch.labels >= 0
             right += ((logits.argmax(1) == batch.labels) & labelled).sum()
             total += int(labelled.sum())

@@ -4,7 +4,7 @@ The three sources have one face, so the training loop cannot tell them apart: `s
 without pixels, `targets` turns one read item and its pixels into what the method compares with. The live source is the
 oracle the cached one is tested against; ``none`` is the plain baseline both are timed against.
 
-Codes stay codes: a u8 map travels to the device as uint8 and is dequantised inside the loss.
+Codes stay codes: a u8 map travels to the device as uint8 and is dequantized inside the loss.
 """
 
 from __future__ import annotations

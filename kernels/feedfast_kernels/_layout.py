@@ -73,7 +73,7 @@ _SCRATCH = _Scratch()
 
 
 def scratch(slot: int, shape: Sequence[int]) -> Tensor:
-    """fp32, not initialised: the calling thread's memory for ``slot``, kept for the next call.
+    """fp32, not initialized: the calling thread's memory for ``slot``, kept for the next call.
 
     Valid until the slot is asked for again. New memory comes from the system page by page, at 0.25 ns an element: more
     than most operators take.

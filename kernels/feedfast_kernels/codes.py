@@ -158,20 +158,20 @@ def _encode(
         into = out if out.is_contiguous() else torch.empty(stored, dtype=torch.uint8, device=x_NCHW.device)
         count: Tensor = OPS.encode(x_NCHW.detach(), offset_C, step_C, codec, margin_C, into)
         return (out if into is out else out.copy_(into)), count
-    # packing and odd strides are rare and cheap (one byte an element): quantise into a plain buffer first
+    # packing and odd strides are rare and cheap (one byte an element): quantize into a plain buffer first
     scale = (offset_C, torch.where(step_C == 0, torch.inf, step_C), margin_C, TOP_CODE[codec])
     if is_eager_cpu(x_NCHW):
         direct = codec == "u8" and out.is_contiguous()
         codes = out.view(x_BHWC.shape) if direct else torch.empty(x_BHWC.shape, dtype=torch.uint8)
-        saturated = _quantise_tiled(x_NCHW.detach(), *scale, codes)
+        saturated = _quantize_tiled(x_NCHW.detach(), *scale, codes)
         if direct:
             return out, saturated
     else:
-        codes, saturated = _quantise(x_BHWC.detach(), *scale)
+        codes, saturated = _quantize(x_BHWC.detach(), *scale)
     return out.copy_((_pack(codes) if codec == "u4" else codes).view(out.shape)), saturated
 
 
-def _quantise(
+def _quantize(
     x_BHWC: Tensor, offset_C: Tensor, divisor_C: Tensor, margin_C: Tensor | None, top: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and saturation count of a whole map: the plain formula."""
@@ -182,11 +182,11 @@ def _quantise(
     return clipped.to(torch.uint8), (scaled != clipped).sum()
 
 
-def _quantise_tiled(
+def _quantize_tiled(
     x_NCHW: Tensor, offset_C: Tensor, divisor_C: Tensor, margin_C: Tensor | None, top: int, codes_BHWC: Tensor
 ) -> Tensor:
     """Write the codes of ``x_NCHW`` into the contiguous ``codes_BHWC``; returns the saturation count."""
-    # a contiguous NCHW map is quantised in its own order: turning bytes round is cheaper than turning floats round
+    # a contiguous NCHW map is quantized in its own order: turning bytes round is cheaper than turning floats round
     channels_first = x_NCHW.ndim == 4 and x_NCHW.is_contiguous()
     if channels_first:
         source, codes = x_NCHW, codes_BHWC.permute(0, 3, 1, 2)
@@ -218,7 +218,7 @@ def _quantise_tiled(
         # a dot product of {-1, 0, 1} is exact below 2^24 and 3x cheaper than a comparison and a count
         excess = scaled.sub_(clipped).clamp_(-1, 1).view(-1)
         saturated += int(torch.dot(excess, excess).item())
-        # int32 on the way: float -> uint8 is not vectorised on the CPU, float -> int32 -> uint8 is
+        # int32 on the way: float -> uint8 is not vectorized on the CPU, float -> int32 -> uint8 is
         integers = scaled.view(torch.int32).copy_(clipped)
         codes[tile].copy_((integers.to(torch.uint8) if channels_first else integers).view(x.shape))
     return torch.tensor(saturated)

@@ -6,7 +6,7 @@
 
 y is the output of the connector's 1x1 convolution. Heo et al., "A Comprehensive Overhaul of Feature Distillation",
 ICCV 2019, section 3: the student's regressor is a 1x1 convolution and a batch norm. The convolution stays with the
-library that is best at it; everything after it is here, and the normalised map is never stored. With
+library that is best at it; everything after it is here, and the normalized map is never stored. With
 g = d(loss)/ds = 2 * weight / denominator * d,
 
     d(loss)/dbeta = sum(g);   d(loss)/dgamma = sum(g * x),  x = (y - mean) * rstd
@@ -19,7 +19,7 @@ a gradient is wanted: the second leaves d in the gradient's memory, the third tu
 of 1 (see `partial_l2`). A compiler gets `reference`, which it fuses better than these formulas; so do float64 and other
 devices.
 
-Statistics are those of one process: for a synchronised batch norm, and in evaluation, use a batch norm module and
+Statistics are those of one process: for a synchronized batch norm, and in evaluation, use a batch norm module and
 `partial_l2`.
 """
 
@@ -54,7 +54,7 @@ def connector_partial_l2(
     weight: float = 1.0,
     denominator: float | None = None,
 ) -> Tensor:
-    """Partial squared distance between batch-normalised maps and max(target, margin).
+    """Partial squared distance between batch-normalized maps and max(target, margin).
 
     Args:
         y_NCHW: float [B, C, H, W] or [B, C], any strides (channels-last is fastest); receives a gradient.
@@ -113,7 +113,7 @@ def reference(
 ) -> Tensor:
     """`connector_partial_l2` as PyTorch's batch norm followed by the reference of `partial_l2`, gradients by autograd.
 
-    The normalised map is fp32 here whatever ``y_NCHW`` is: rounding it to 16 bits is what the fused form avoids.
+    The normalized map is fp32 here whatever ``y_NCHW`` is: rounding it to 16 bits is what the fused form avoids.
     """
     _check(y_NCHW, target, gamma_C, beta_C, margin_C)
     if y_NCHW.numel() == 0:

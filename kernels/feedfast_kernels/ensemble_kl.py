@@ -11,7 +11,7 @@
 Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. Summed over classes and averaged over the batch:
 an element-wise mean would divide by the number of classes as well. tau^2 keeps the gradient's size when tau changes.
 The averages differ and so do the directions (a published two-teacher ImageNet recipe averages logits and, through its
-framework's argument order, minimises the reverse KL), so both are explicit.
+framework's argument order, minimizes the reverse KL), so both are explicit.
 
 log p of averaged probabilities is a log-sum-exp, so a class that every teacher finds next to impossible does not become
 log 0. A logit of -inf rules a class out; where p is 0 and its logarithm -inf, 0 log 0 counts as 0.

@@ -24,7 +24,7 @@ writes 16 bits, 6 bytes. To compute it again would free those 4 bytes of memory 
 multiplying once more moves about 26 bytes and does 2 m operations a value.
 
 Floor, predicted and not measured: a value of a bf16 student must move 2 + 4 bytes forward; the operators here move
-about 42 (convert 6, mean 4, centre 8, product 8, value 16). The product is 2 m operations a value, 512 at m = 256, and
+about 42 (convert 6, mean 4, center 8, product 8, value 16). The product is 2 m operations a value, 512 at m = 256, and
 the teacher's is the same. By its data sheet an H200 does about 15 fp32 operations in the time of a byte, so either
 product takes as long as 34 bytes: operations as much as bytes decide, libraries are the right tool for those, and a
 kernel of our own could save no more than half. Products are in fp32 under autocast too, because neighbours found in

@@ -175,7 +175,7 @@ register(
 def residual(s: Tensor, t: Tensor) -> Tensor:
     """0 where s <= t <= 0, else s - t; NaN where either is."""
     a = s - t
-    # threshold_backward(a, t, 0) is "a where t > 0, else 0" and vectorised on the CPU (0.1 ns an element);
+    # threshold_backward(a, t, 0) is "a where t > 0, else 0" and vectorized on the CPU (0.1 ns an element);
     # torch.where is not (2 ns, torch 2.15)
     return torch.maximum(a, torch.ops.aten.threshold_backward(a, t, 0))
 

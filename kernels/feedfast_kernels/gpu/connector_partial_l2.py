@@ -10,7 +10,7 @@
     dy     = a * u * (d - sum(d) / R - (y - mean) * rstd^2 * sum(d * (y - mean)) / R)
     dgamma = u * rstd * sum(d * (y - mean));   dbeta = u * sum(d)
 
-The loss pass sums what batch norm's backward needs, so that backward is a single pass. The normalised map never exists.
+The loss pass sums what batch norm's backward needs, so that backward is a single pass. The normalized map never exists.
 
 Legend: R pixels, C channels; a tile is [ROWS, BLOCK_C], 8 elements a thread: six vectors of parameters a channel and
 three accumulators leave no registers for 16. A program walks STEPS tiles with its sums in registers and writes one row

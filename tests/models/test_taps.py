@@ -19,7 +19,7 @@ from feedfast.models.build import build_model
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Statistics and affine parameters as a trained network has them; fresh ones would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -92,7 +92,7 @@ LAYERS = tuple(Tap(f"layer{i}", f"layer{i}", "pre") for i in (1, 2, 3, 4))
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_resnet_maps_before_the_last_relu_equal_a_hand_written_forward(name: str) -> None:
-    model = randomise(build_model(f"torchvision/{name}", num_classes=10, seed=0)).double().eval()
+    model = randomize(build_model(f"torchvision/{name}", num_classes=10, seed=0)).double().eval()
     x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     hand = ByHand(model)
     logits, maps = Tapped(model, LAYERS, x)(x)
@@ -105,7 +105,7 @@ def test_resnet_maps_before_the_last_relu_equal_a_hand_written_forward(name: str
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_gradients_through_taps_equal_those_of_a_hand_written_forward(name: str) -> None:
-    model = randomise(build_model(f"torchvision/{name}", num_classes=10, seed=1)).double().eval()
+    model = randomize(build_model(f"torchvision/{name}", num_classes=10, seed=1)).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     hand = ByHand(model)
     tapped = Tapped(model, LAYERS, x)
@@ -128,7 +128,7 @@ def test_gradients_through_taps_equal_those_of_a_hand_written_forward(name: str)
 
 def test_every_call_of_a_reused_relu_can_be_told_apart() -> None:
     """Bottleneck.relu runs three times: the tap is its last call, in the block and through the relu itself."""
-    model = randomise(build_model("torchvision/resnet50", num_classes=10, seed=0)).eval()
+    model = randomize(build_model("torchvision/resnet50", num_classes=10, seed=0)).eval()
     x = torch.randn(2, 3, 32, 32)
     taps = (Tap("block", "layer1.1", "pre"), Tap("relu", "layer1.1.relu", "pre"), Tap("out", "layer1.1.relu", "post"))
     _, maps = Tapped(model, taps, x)(x)
@@ -146,7 +146,7 @@ def pre(model: nn.Module, *paths: str) -> tuple[Tap, ...]:
 
 
 def test_wrn_taps_are_after_the_next_norm_and_before_its_relu() -> None:
-    model: Any = randomise(build_model("zoo/wrn-16-2", num_classes=10, seed=0)).eval()
+    model: Any = randomize(build_model("zoo/wrn-16-2", num_classes=10, seed=0)).eval()
     x = torch.randn(2, 3, 32, 32)
     _, maps = Tapped(model, pre(model, "block2.0.relu1", "block3.0.relu1", "relu"), x)(x)
     with torch.no_grad():
@@ -159,14 +159,14 @@ def test_wrn_taps_are_after_the_next_norm_and_before_its_relu() -> None:
 
 def test_mobilenet_and_thin_resnet_taps_from_their_own_modules() -> None:
     x = torch.randn(2, 3, 32, 32)
-    mobile: Any = randomise(build_model("zoo/mobilenetv1", num_classes=10, seed=0)).eval()
+    mobile: Any = randomize(build_model("zoo/mobilenetv1", num_classes=10, seed=0)).eval()
     _, maps = Tapped(mobile, pre(mobile, "features.3", "features.13"), x)(x)
     with torch.no_grad():
         for key, i in (("t0", 3), ("t1", 13)):
             block = mobile.features[i]
             y = block.relu1(block.bn1(block.conv1(mobile.features[:i](x))))
             assert torch.equal(maps[key], block.bn2(block.conv2(y)))
-    thin: Any = randomise(build_model("zoo/resnet-20", num_classes=10, seed=0)).eval()
+    thin: Any = randomize(build_model("zoo/resnet-20", num_classes=10, seed=0)).eval()
     _, maps = Tapped(thin, pre(thin, "layer2"), x)(x)
     with torch.no_grad():
         y = thin.layer2[:2](thin.layer1(thin.relu(thin.bn1(thin.conv1(x)))))
@@ -177,7 +177,7 @@ def test_mobilenet_and_thin_resnet_taps_from_their_own_modules() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["zoo/wrn-16-1", "bottleneck", "torchvision/mobilenet_v3_small"])
 def test_taps_change_neither_outputs_nor_statistics_nor_gradients(name: str, training: bool) -> None:
-    bare = randomise(short(name)).train(training)
+    bare = randomize(short(name)).train(training)
     other = copy.deepcopy(bare)
     x = torch.randn(4, 3, 32, 32)
     paths = [path for path, m in bare.named_modules() if isinstance(m, nn.ReLU | nn.Hardswish)]
@@ -200,7 +200,7 @@ def test_taps_change_neither_outputs_nor_statistics_nor_gradients(name: str, tra
 
 
 def test_the_example_leaves_no_trace() -> None:
-    model = randomise(build_model("torchvision/mobilenet_v3_small", num_classes=10, seed=0)).train()
+    model = randomize(build_model("torchvision/mobilenet_v3_small", num_classes=10, seed=0)).train()
     model.features[0][1].eval()  # type: ignore[index]  # a frozen norm in a training network
     state = {k: v.clone() for k, v in model.state_dict().items()}
     flags = [m.training for m in model.modules()]
@@ -221,7 +221,7 @@ def test_the_example_leaves_no_trace() -> None:
 
 
 def test_copies_are_independent_and_the_bare_network_holds_no_maps() -> None:
-    model = randomise(build_model("zoo/resnet-20", num_classes=10, seed=0)).eval()
+    model = randomize(build_model("zoo/resnet-20", num_classes=10, seed=0)).eval()
     x = torch.randn(2, 3, 32, 32)
     tapped = Tapped(model, (Tap("y", "layer3", "pre"),), x)
     _, before = tapped(x)
@@ -245,7 +245,7 @@ def test_copies_are_independent_and_the_bare_network_holds_no_maps() -> None:
 
 
 def test_two_tapped_views_of_one_network() -> None:
-    model = randomise(build_model("zoo/resnet-20", num_classes=10, seed=0)).eval()
+    model = randomize(build_model("zoo/resnet-20", num_classes=10, seed=0)).eval()
     x = torch.randn(2, 3, 32, 32)
     a = Tapped(model, (Tap("y", "layer1", "pre"),), x)
     b = Tapped(model, (Tap("y", "layer2", "post"),), x)
@@ -257,7 +257,7 @@ def test_two_tapped_views_of_one_network() -> None:
 @pytest.mark.parametrize("name", ["zoo/wrn-10-1", "bottleneck"])
 def test_compiled_taps_are_the_same(name: str, training: bool) -> None:
     torch._dynamo.reset()
-    model = randomise(short(name)).train(training)
+    model = randomize(short(name)).train(training)
     paths = ("block2.0.relu1", "relu") if "wrn" in name else ("layer1", "layer4")
     x = torch.randn(4, 3, 32, 32)
     tapped = Tapped(model, (*pre(model, *paths), Tap("post", paths[1])), x)
@@ -275,7 +275,7 @@ def test_compiled_taps_are_the_same(name: str, training: bool) -> None:
 
 
 def test_autocast_and_memory_format_pass_through() -> None:
-    model = randomise(build_model("torchvision/resnet18", num_classes=10, seed=0)).eval()
+    model = randomize(build_model("torchvision/resnet18", num_classes=10, seed=0)).eval()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     tapped = Tapped(model, (*LAYERS, Tap("final", "layer4")), x)
@@ -300,7 +300,7 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_process_group")
 def test_data_parallel_training_uses_the_taps_and_saves_the_bare_network() -> None:
-    model = randomise(build_model("zoo/resnet-20", num_classes=10, seed=0))
+    model = randomize(build_model("zoo/resnet-20", num_classes=10, seed=0))
     x = torch.randn(4, 3, 16, 16)
     alone = copy.deepcopy(model)
     tapped = Tapped(model, (Tap("y", "layer3", "pre"),), x)
@@ -339,7 +339,7 @@ def test_parse_tap_refuses(text: str) -> None:
 
 def test_batch_norm_of_a_tap_written_by_hand() -> None:
     """Found directly before the activation, and before a residual sum (not the shortcut's, which runs later)."""
-    model: Any = randomise(build_model("torchvision/resnet18", num_classes=10, seed=0))
+    model: Any = randomize(build_model("torchvision/resnet18", num_classes=10, seed=0))
     x = torch.randn(1, 3, 32, 32)
     taps = (
         Tap("a", "relu", "pre"),

@@ -201,7 +201,7 @@ def test_ofd_clips_a_clipped_target_to_the_same_bits() -> None:
     assert torch.equal(method(student, targets, labels)["loss"], method(student, clipped, labels)["loss"])
 
 
-def test_connector_initialisation() -> None:
+def test_connector_initialization() -> None:
     torch.manual_seed(0)
     connector = Connector(64, 256)
     assert isinstance(connector[0], nn.Conv2d)
@@ -234,7 +234,7 @@ def test_pfeed_is_its_formula() -> None:
     assert all(p.grad is not None for p in method.parameters())
 
 
-def test_pfeed_reductions_teachers_and_initialisations() -> None:
+def test_pfeed_reductions_teachers_and_initializations() -> None:
     student, targets, labels, infos = scene(("a",))
     twins = {"a": infos["a"], "a2": infos["a"]}
     twin_targets = {"a": targets["a"], "a2": targets["a"]}

@@ -49,7 +49,7 @@ def coded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_four_lines_in_a_loop_of_your_own(recipe: Recipe) -> None:
-    """README's lines, with an optimiser around them: a plain PyTorch network learns from the teachers' maps."""
+    """README's lines, with an optimizer around them: a plain PyTorch network learns from the teachers' maps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 5, stride=4, padding=2), torch.nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -75,13 +75,13 @@ def test_targets_images_labels_and_ids_are_those_of_a_live_run(
     order = ViewPlan(3, 16, "pad-crop-flip").order(view, data.ids)
     labels = dict(zip(data.ids.tolist(), data.labels.tolist(), strict=True))
     rows = []
-    pixels = cache.stream(view, BATCH, drop_last=False, normalise=False)
+    pixels = cache.stream(view, BATCH, drop_last=False, normalize=False)
     for batch, raw in zip(cache.stream(view, BATCH, drop_last=False), pixels, strict=True):
         rows += batch.rows.tolist()
         assert batch.ids.tolist() == order[batch.rows].tolist()
         assert batch.labels.tolist() == [labels[sample] for sample in batch.ids.tolist()]
         assert (batch.labels.dtype, batch.images.dtype, raw.images.dtype) == (torch.int64, torch.float32, torch.uint8)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in recipe.data.normalisation)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in recipe.data.normalization)
         torch.testing.assert_close(
             batch.images, (raw.images.permute(0, 3, 1, 2) / 255 - mean) / std, rtol=1e-5, atol=1e-5
         )

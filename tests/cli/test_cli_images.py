@@ -38,8 +38,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("cat", "dog"):
         for number in range(4):
             photograph(folder / kind / f"{number}.png", (30 + number, 24, 3))
-    photograph(folder / "cat" / "grey.jpg", (30, 20), "L")
-    photograph(folder / "cat" / "grey.png", (30, 20), "L")
+    photograph(folder / "cat" / "gray.jpg", (30, 20), "L")
+    photograph(folder / "cat" / "gray.png", (30, 20), "L")
     photograph(folder / "cat" / "press.jpg", (30, 20, 3), "CMYK")
     photograph(folder / "cat" / "clear.png", (30, 20, 4), "RGBA")
     photograph(folder / "dog" / "palette.PNG", (30, 20, 3), "P")
@@ -88,7 +88,7 @@ def test_odd_images_are_cached_as_they_are_trained(recipe: Path, zoo: Path, tmp_
 def test_unreadable_images_are_all_named(recipe: Path, zoo: Path, tmp_path: Path) -> None:
     shutil.copytree(zoo, tmp_path / "zoo")
     bad = {"cat/empty.jpg": b"", "dog/text.png": b"hello", "dog/cut.png": (zoo / "dog" / "0.png").read_bytes()[:100],
-           "cat/cut.jpg": (zoo / "cat" / "grey.jpg").read_bytes()[:-40]}  # fmt: skip
+           "cat/cut.jpg": (zoo / "cat" / "gray.jpg").read_bytes()[:-40]}  # fmt: skip
     for name, content in bad.items():
         (tmp_path / "zoo" / name).write_bytes(content)
     for command in ("plan", "cache", "train"):

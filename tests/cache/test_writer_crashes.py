@@ -37,7 +37,7 @@ from feedfast.cache.store import manifest_lock, take_lock
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, FeedfastError, RequestError
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 tmp_path = memory_path  # every test of this file writes into memory
 
@@ -47,7 +47,7 @@ tmp_path = memory_path  # every test of this file writes into memory
 
 def test_killed_anywhere_then_finished_equals_uninterrupted(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, HERE / "kill_writer.py", tmp_path, "5"],
+        [sys.executable, HELPERS / "kill_writer.py", tmp_path, "5"],
         capture_output=True,
         text=True,
         timeout=250,
@@ -171,7 +171,7 @@ fill_cache(Path(sys.argv[1]), standard(), part=(int(sys.argv[2]), 2))
 """
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", script, tmp_path / "two", str(part)], cwd=HERE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", script, tmp_path / "two", str(part)], cwd=HELPERS, stderr=subprocess.PIPE, text=True
         )
         for part in range(2)
     ]

@@ -404,7 +404,7 @@ def test_a_disk_that_is_really_full(whole: World, tmp_path: Path) -> None:
     )
     job = subprocess.run(
         [*namespace, sys.executable, "-c", FULL_DISK, disk, recipe],
-        capture_output=True, text=True, check=False, timeout=200, cwd=Path(__file__).parent,
+        capture_output=True, text=True, check=False, timeout=200, cwd=Path(__file__).parents[1] / "helpers",
     )  # fmt: skip
     assert job.returncode == 0, job.stderr
     code, error, then, digest, complete = json.loads(job.stdout.splitlines()[-1])

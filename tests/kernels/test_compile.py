@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 pytestmark = pytest.mark.timeout(600)
 
 # Little's law: 4.3 TB/s at 0.6 microseconds of latency is 20 KiB under way on each of 132 multiprocessors. A thread of
@@ -100,7 +100,7 @@ def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) 
 
 
 def test_the_jit_binds_these_launches_to_the_same_types() -> None:
-    said = document(str(Path(__file__).with_name("jit_launches.py")))
+    said = document(str(Path(__file__).parents[1] / "helpers" / "jit_launches.py"))
     assert said["different"] == []
     assert said["compared"] >= 12
 

@@ -19,7 +19,7 @@ from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_compare_decode_counts_what_differs(shared_data: Path) -> None:

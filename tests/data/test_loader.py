@@ -2,7 +2,7 @@
 
 Tolerances, stated once: decoding, padding, cropping and flipping are exact. A resize may differ from PIL by one step,
 0.3 on average (PIL rounds between its passes), except in the outermost row and column of a downscaled box, where DALI
-repeats the edge and PIL renormalises its filter: up to 21 was seen on the shared photographs, 40 is allowed there.
+repeats the edge and PIL renormalizes its filter: up to 21 was seen on the shared photographs, 40 is allowed there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def photos(shared_data: Path) -> Dataset:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> Path:
-    """A folder with every EXIF orientation as JPEG and PNG, grey, palette, CMYK, alpha, odd and tiny sizes."""
+    """A folder with every EXIF orientation as JPEG and PNG, gray, palette, CMYK, alpha, odd and tiny sizes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8))
     scene = noise.resize((171, 118), Image.Resampling.BICUBIC)
     for orientation in range(1, 9):
@@ -52,7 +52,7 @@ def drawn(tmp_path: Path) -> Path:
         for subsampling in (0, 1, 2):
             scene.save(tmp_path / f"o{orientation}-{subsampling}.jpg", exif=exif, subsampling=subsampling)
         scene.save(tmp_path / f"o{orientation}-progressive.JPEG", exif=exif, progressive=True)
-        scene.convert("L").save(tmp_path / f"o{orientation}-grey.jpg", exif=exif)
+        scene.convert("L").save(tmp_path / f"o{orientation}-gray.jpg", exif=exif)
         scene.save(tmp_path / f"o{orientation}.png", exif=exif)
     for mode in ("L", "LA", "RGBA", "P", "1"):
         scene.convert(mode).save(tmp_path / f"{mode}.png")
@@ -382,7 +382,7 @@ def test_describe(cifar: Dataset) -> None:
 
 
 def test_the_bench_still_runs(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = Path(__file__).parents[1] / "bench" / "bench_loader.py"
+    file = Path(__file__).parents[2] / "bench" / "bench_loader.py"
     runpy.run_path(str(file))["main"](["--tiny", "--data", str(shared_data)])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert all(row["images_per_second"] > 0 for name, row in said["rows"].items() if name != "plan")

@@ -333,7 +333,7 @@ def test_the_bench_still_runs(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
     pytest.importorskip("tensorstore")
     pytest.importorskip("zarrs")
-    file = Path(__file__).parents[1] / "bench" / "bench_reader.py"
+    file = Path(__file__).parents[2] / "bench" / "bench_reader.py"
     spec = importlib.util.spec_from_file_location("bench_reader", file)
     assert spec is not None
     assert spec.loader is not None

@@ -45,7 +45,7 @@ from feedfast.cache.store import read_manifest
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 tmp_path = memory_path  # every test of this file writes into memory
 
@@ -91,7 +91,7 @@ for spec, values in expected(standard()):
     assert type(group[spec.name]._async_array.codec_pipeline).__name__ == "ZarrsCodecPipeline"
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script], cwd=HELPERS, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
 

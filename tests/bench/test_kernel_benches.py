@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 CPU = torch.device("cpu")
 NAMES = ["connector_partial_l2", "partial_l2", "normalized_l1", "ensemble_kl", "codes", "locality"]
 # bytes an element of the first tiny setting, bf16 and u8: forward, backward

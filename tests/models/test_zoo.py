@@ -59,7 +59,7 @@ def test_runs_at_small_sizes(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
-def test_activations_keep_their_scale_at_initialisation(name: str) -> None:
+def test_activations_keep_their_scale_at_initialization(name: str) -> None:
     torch.manual_seed(0)
     model = build_zoo(name, 100).train()
     logits = model(torch.randn(32, 3, 32, 32))

@@ -154,7 +154,7 @@ def test_digest_depends_on(key: str) -> None:
 
 
 def test_digests_are_part_of_the_format() -> None:
-    """Pinned: another value here means that existing caches are no longer recognised."""
+    """Pinned: another value here means that existing caches are no longer recognized."""
     manifest = standard()
     assert {name: manifest.digest_for(name)[:12] for name in ("labels", "views/order", FINAL)} == PINNED
     with pytest.raises(KeyError):

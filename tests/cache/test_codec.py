@@ -23,14 +23,14 @@ from feedfast.cache.codec import (
     compress_block,
     crc32c,
     decompress,
-    dequantise,
+    dequantize,
     fit_affine,
     index_bytes,
     index_length,
     measure,
     pack_u4,
     parse_index,
-    quantise,
+    quantize,
     unpack_u4,
     zstd_content_size,
 )
@@ -105,7 +105,7 @@ def test_atoms_at_the_lower_end_are_exact(codec: str) -> None:
     margins = np.float32([-0.1, -1 / 3, -2.718281828, 0.0])
     values = np.maximum(rng.normal(0, 1, (5000, 4)).astype(np.float32), margins)
     offset, step = fit_affine(values, codec)  # type: ignore[arg-type]
-    decoded = dequantise(quantise(values, offset, step, codec), offset, step)  # type: ignore[arg-type]
+    decoded = dequantize(quantize(values, offset, step, codec), offset, step)  # type: ignore[arg-type]
     assert np.array_equal(offset, margins)
     at_floor = values == margins
     assert at_floor.any(axis=0).all()
@@ -118,10 +118,10 @@ def test_constant_channels_are_exact(constant: float, codec: str) -> None:
     for n in (1, 50):
         values = np.full((n, 2), constant, np.float32)
         offset, step = fit_affine(values, codec)  # type: ignore[arg-type]
-        codes = quantise(values, offset, step, codec)  # type: ignore[arg-type]
+        codes = quantize(values, offset, step, codec)  # type: ignore[arg-type]
         assert (step == 0).all()
         assert (codes == 0).all()
-        assert np.array_equal(dequantise(codes, offset, step), values)
+        assert np.array_equal(dequantize(codes, offset, step), values)
 
 
 @settings(deadline=None, max_examples=60)
@@ -136,7 +136,7 @@ def test_any_pilot_gives_a_finite_range_no_worse_than_min_max(values: np.ndarray
     assert np.isfinite(offset).all()
     assert np.isfinite(step).all()
     assert (step >= 0).all()
-    codes = quantise(values, offset, step, codec)  # type: ignore[arg-type]
+    codes = quantize(values, offset, step, codec)  # type: ignore[arg-type]
     assert codes.max() <= TOP_CODE[codec]
     for channel, column in enumerate(values.T):
         low, high = column.min(), column.max()
@@ -161,7 +161,7 @@ def test_floats_are_stored_as_they_are() -> None:
         offset, step = fit_affine(values, codec)  # type: ignore[arg-type]
         assert (offset == 0).all()
         assert (step == 1).all()
-        assert quantise(values, offset, step, codec).dtype == dtype  # type: ignore[arg-type]
+        assert quantize(values, offset, step, codec).dtype == dtype  # type: ignore[arg-type]
     assert measure(values, offset, step, "f32") == {"relative_rms_error": 0.0, "cosine": 1.0, "saturated_fraction": 0.0}
     assert 1e-5 < measure(values, offset, step, "f16")["relative_rms_error"] < 5e-4
     assert measure(np.float32([[1e6, 1, 1]]), offset, step, "f16")["saturated_fraction"] == pytest.approx(1 / 3)
@@ -181,7 +181,7 @@ def test_measurements_follow_their_formulas() -> None:
     )
     assert found["saturated_fraction"] == pytest.approx(1 / 6)
     # 0.04 decodes to 0 (or a rounding above it), 0.06 to 0.1: only a sign that turns counts
-    flips = (target > 0) != (dequantise(quantise(values, offset, step, "u4", margin), offset, step) > 0)
+    flips = (target > 0) != (dequantize(quantize(values, offset, step, "u4", margin), offset, step) > 0)
     assert found["mask_flip_rate"] == pytest.approx(flips.mean())
     assert "mask_flip_rate" not in measure(values, offset, step, "u4")
 

@@ -1,10 +1,10 @@
 """Bind the launches of tools/launches.py as Triton's JIT does on a GPU, without one; compare with the compile report.
 
-`JITFunction.warmup` binds, specialises and compiles, and starts nothing; all it asks of a driver is the architecture.
+`JITFunction.warmup` binds, specializes and compiles, and starts nothing; all it asks of a driver is the architecture.
 Prints one JSON document: how many launches were compared, and the names of those whose argument types or alignments
 are not what tools/compile_report.py compiled.
 
-    python tests/jit_launches.py
+    python tests/helpers/jit_launches.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import compile_report
 import torch

@@ -1,6 +1,6 @@
 """The whole job on photographs: JPEG folders with every oddity, 224 pixels, a torchvision network, its four OFD taps.
 
-`photos-varied` is flat (no labels) and holds large, tiny, grey and turned (EXIF) images. The weights are random, but
+`photos-varied` is flat (no labels) and holds large, tiny, gray and turned (EXIF) images. The weights are random, but
 BatchNorm has seen these photographs, so that maps, margins and codes are those of a network in use. What the cache
 holds is compared with PIL, torchvision and a forward pass written out here, not with the code that wrote it.
 """
@@ -134,7 +134,7 @@ def test_the_cache_is_complete_small_and_exact_enough(world: tuple[Path, dict[st
 def test_stored_maps_are_those_of_pil_torchvision_and_a_plain_forward(
     world: tuple[Path, dict[str, Any]], photos: Path
 ) -> None:
-    """Every ninth row of both views; a wrong order, crop, flip, EXIF turn, normalisation, tap or margin is far off."""
+    """Every ninth row of both views; a wrong order, crop, flip, EXIF turn, normalization, tap or margin is far off."""
     folder, result = world
     reader = CacheReader(folder / "photos.zarr")
     network = resnet18(num_classes=10).eval()
@@ -203,7 +203,7 @@ def test_verify_finds_another_photograph_and_other_weights(
         with Image.open(file) as image:
             size, exif = image.size, image.getexif()
         (moved / file.name).unlink()
-        Image.new("RGB", size, "grey").save(moved / file.name, exif=exif)
+        Image.new("RGB", size, "gray").save(moved / file.name, exif=exif)
     checked = run_verify(recipe.cache.path, replay=4, recipe=recipe, quiet=True)
     assert not checked["ok"]
     assert {entry["kind"] for entry in checked["problems"]} == {"pixels"}
