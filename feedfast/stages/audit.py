@@ -263,6 +263,8 @@ def plan_of(reader: CacheReader) -> ViewPlan:
         pad=-1 if plan.pad is None else plan.pad,
         scale=plan.scale,
         ratio=plan.ratio,
+        granule=plan.granule,
+        window=plan.window,
     )
 
 
