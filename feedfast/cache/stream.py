@@ -33,6 +33,7 @@ A segment takes at most a quarter of it, so that the one being handed out, the n
 together. The windows of later passes are therefore sized to a quarter of it (`feedfast.data.views.pass_sizes`): at
 larger ones, segments end inside a window and its blocks are read again. Two things are always allowed, whatever
 the bound: what the next batch needs (the segments it touches and its own copy), and a segment of one largest block.
+Not counted is what the consumer holds, nor free buffers that the pool keeps, about as many as were in use at once.
 """
 
 _SEGMENT_BYTES = 4 << 20  # 4 MiB; planning a segment costs the consumer some 50 microseconds, so not too small ones
