@@ -270,6 +270,7 @@ class Stream(Iterator[dict[str, Array]]):
         self._total = -(-len(self._rows) // batch_size)
         self._next = 0  # the batch to be handed out next
         self._next_segment = 0
+        self._short = False  # whether memory kept the stream from reading ahead as far as it should
         self._segments: deque[Segment] = deque()
         self._batches: deque[_Batch] = deque()
         self._pool = pool or BufferPool()
@@ -301,7 +302,8 @@ class Stream(Iterator[dict[str, Array]]):
             batch = self._batches.popleft()
             arrays = self._engine.wait(batch)
             self._next += 1
-            self._advance(self._prefetch)  # what this batch took is free now; read on while the consumer works
+            if self._short:
+                self._advance(self._prefetch)  # with what this batch took; it is read while the consumer works
         except BaseException:
             self.close()
             raise
@@ -316,6 +318,7 @@ class Stream(Iterator[dict[str, Array]]):
 
     def _advance(self, count: int) -> None:
         """Request up to ``count`` batches and read ahead, as far as memory allows; the first of them in any case."""
+        self._short = False
         consumed = self._next * self._batch_size
         while self._segments and self._segments[0].stop <= consumed:
             self._segments.popleft()
@@ -329,6 +332,7 @@ class Stream(Iterator[dict[str, Array]]):
             # counted as if the batch had to be gathered; whether it must is known once its segments are
             more = self._cuts[until] - self._cuts[self._next_segment] + stop - first
             if self._batches and self._held_rows() + more > self._max_rows:
+                self._short = True
                 break
             while self._next_segment < until:
                 self._schedule()
@@ -346,6 +350,7 @@ class Stream(Iterator[dict[str, Array]]):
             if start >= ahead and start - consumed > stop - start:
                 break
             if self._held_rows() + stop - start > self._max_rows:
+                self._short = True
                 break
             self._schedule()
 
