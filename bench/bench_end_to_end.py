@@ -41,11 +41,12 @@ from feedfast.data.loader import PixelBatch
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
-from feedfast.stages.common import Ranks, open_train, view_plan
+from feedfast.stages.data import open_train, view_plan
 from feedfast.stages.demo import write_digits
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun
+from feedfast.stages.worker import Worker
 
 METHODS: dict[str, dict[str, Any]] = {"kd": {}, "pfeed": {"beta": 500.0}, "ofd": {"alpha": 1e-3}}
 RESULTS = Path(__file__).with_name("results_end_to_end.csv")
@@ -91,8 +92,8 @@ def images_in_ram(of: Recipe) -> list[torch.Tensor]:
     """Every batch of view 0 as the teachers get it."""
     from feedfast.data.loader import Loader
 
-    data = open_train(of)
-    with Loader(data, view_plan(of), batch_size=of.cache.batch) as loader:
+    data = open_train(of.data)
+    with Loader(data, view_plan(of.data, of.seed), batch_size=of.cache.batch) as loader:
         return [batch.images for batch in loader.stream(0, np.arange(len(data)))]
 
 
@@ -100,7 +101,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
     """The caching pass over the teachers' forward on the same images in RAM, alternating."""
     of = recipe(tree, method, folder)
     batches = images_in_ram(of)
-    classes = len(open_train(of).classes)
+    classes = len(open_train(of.data).classes)
     teachers = [FrozenTeacher(spec, of, classes, torch.device("cpu")) for spec in of.teachers]
 
     def forward() -> float:
@@ -118,7 +119,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         path = of.cache.path if repeat == 0 else str(folder / f"{method}-{repeat}.zarr")
         fresh = of.model_copy(update={"cache": of.cache.model_copy(update={"path": path})})
         before = forward()
-        result = run_cache(fresh, quiet=True)
+        result = run_cache(fresh)
         after = forward()
         one = 1 / result["images_per_second"]
         pure.append((before + after) / 2)
@@ -144,8 +145,8 @@ def steps(run: StudentRun, start: int) -> Iterator[tuple[int, PixelBatch, Any]]:
 
 def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
     """Step from the cache, from RAM (pixels and targets), and beside live teachers."""
-    cached = StudentRun(recipe(tree, method, folder), Ranks(), quiet=True)
-    live = StudentRun(recipe(tree, method, folder, "live"), Ranks(), quiet=True)
+    cached = StudentRun(recipe(tree, method, folder), Worker())
+    live = StudentRun(recipe(tree, method, folder, "live"), Worker())
     held = [
         (batch, {name: value.copy() for name, value in item.items()})
         for _, (batch, item) in zip(range(count), cached.batches(0), strict=False)

@@ -28,10 +28,10 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import pass_order
 from feedfast.errors import RequestError
 from feedfast.stages.audit import check_views, plan_of, recipe_of, replay_pixels
-from feedfast.stages.common import pick_device
 from feedfast.stages.ensemble import LOGITS, Normalize
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.targets import CachedTargets, Targets
+from feedfast.stages.worker import pick_device
 
 STORED = "pixels/codes"
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -40,22 +41,16 @@ from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe, Train
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint, save_checkpoint
-from feedfast.stages.common import (
-    Meter,
-    Ranks,
-    open_train,
-    open_val,
-    pick_device,
-    ranks,
-    say,
-    view_plan,
-    write_durably,
-    write_json,
-)
+from feedfast.stages.common import write_durably, write_json
+from feedfast.stages.data import open_train, open_val, view_plan
 from feedfast.stages.ensemble import LOGITS, Normalize, class_logits
 from feedfast.stages.folder import CHECKPOINT, check_run_dir, start_run_dir
+from feedfast.stages.progress import Meter
 from feedfast.stages.sources import open_source
 from feedfast.stages.targets import Targets, TargetSource
+from feedfast.stages.worker import Worker, pick_device
+
+log = logging.getLogger(__name__)
 
 
 class Trainee(nn.Module):
@@ -117,7 +112,7 @@ def seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
             torch.cuda.manual_seed(number)
 
 
-def run_train(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
+def run_train(recipe: Recipe) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
 
     Returns:
@@ -130,36 +125,35 @@ def run_train(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
         CacheMismatchError, CacheDamageError: the cache is not the recipe's, or is incomplete or damaged.
         FeedfastError: the loss is no longer finite.
     """
-    me = ranks()
-    if me.world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    me = Worker.from_env()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    return StudentRun(recipe, me, quiet).run()
+    with me.process_group(pick_device(recipe.train.device, me.local)):
+        return StudentRun(recipe, me).run()
 
 
 class StudentRun:
     """One run of the student stage; built first, so that every mistake shows before the first step."""
 
-    def __init__(self, recipe: Recipe, me: Ranks, quiet: bool = False) -> None:
-        self.recipe, self.me, self.quiet = recipe, me, quiet or not me.first
+    def __init__(self, recipe: Recipe, me: Worker) -> None:
+        self.recipe, self.me = recipe, me
         train = recipe.train
         self.device = pick_device(train.device, me.local)
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
         self.resumed = check_run_dir(self.out, recipe)
-        self.data = open_train(recipe)
+        self.data = open_train(recipe.data)
         if len(self.data) < train.batch:
             raise RequestError(
                 f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
             )
-        self.plan = view_plan(recipe)
+        self.plan = view_plan(recipe.data, recipe.seed)
         threads = recipe.data.threads or None
         self.loader = Loader(
             self.data, self.plan, batch_size=train.batch // me.world, device=str(self.device), threads=threads
         )
-        self.val: Dataset | None = open_val(recipe, self.data)
+        self.val: Dataset | None = open_val(recipe.data, self.data)
         opened = open_source(recipe, self.data, self.plan, self.device)
         self.views = opened.views
         self.num_classes = len(self.data.classes) or opened.num_classes
@@ -236,32 +230,38 @@ class StudentRun:
         if self.resumed:
             step = self.kept = load_checkpoint(self.out, self.bare, self.method, self.optimizer)
         stop = min(self.total, train.max_steps) if train.max_steps else self.total
-        if not self.quiet:
-            resumed = f", resumed at step {step}" if step else ""
-            say(
-                f"train: {self.recipe.student.model} ({self.parameters:,} parameters), "
-                f"{self.recipe.method.name} from {train.source}, "
-                f"{len(self.data):,} images, {self.total:,} steps of {train.batch}, "
-                f"{train.precision} on {self.device}{resumed}"
-            )
+        resumed = f", resumed at step {step}" if step else ""
+        log.info(
+            "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
+            self.recipe.student.model,
+            f"{self.parameters:,}",
+            self.recipe.method.name,
+            train.source,
+            f"{len(self.data):,}",
+            f"{self.total:,}",
+            train.batch,
+            train.precision,
+            self.device,
+            resumed,
+        )
         timing = Timing(train.batch, queued=self.device.type == "cuda")
-        log = EventLog(self.out, step) if self.me.first else None
+        events = EventLog(self.out, step) if self.me.first else None
         try:
-            with Meter("train", (stop - step) * train.batch, quiet=self.quiet) as meter:
+            with Meter("train", (stop - step) * train.batch) as meter:
                 accuracy = None
                 while step < stop:
-                    step = self._epoch(step, stop, log, timing, meter)
-                    accuracy = self._evaluate_if_due(step, stop, log)
+                    step = self._epoch(step, stop, events, timing, meter)
+                    accuracy = self._evaluate_if_due(step, stop, events)
                     self._checkpoint(step, timing)
                 if accuracy is None and self.val is not None:
                     accuracy = self.evaluate()
         finally:
             self.loader.close()
-            if log is not None:
-                log.close()
-        return self._finish(step, accuracy, log, timing)
+            if events is not None:
+                events.close()
+        return self._finish(step, accuracy, events, timing)
 
-    def _epoch(self, step: int, stop: int, log: EventLog | None, timing: Timing, meter: Meter) -> int:
+    def _epoch(self, step: int, stop: int, events: EventLog | None, timing: Timing, meter: Meter) -> int:
         """Train to the end of the epoch that ``step`` is in, or to ``stop``; returns the step reached."""
         train = self.recipe.train
         stream = self.batches(step)
@@ -280,8 +280,8 @@ class StudentRun:
                 values = {name: float(value) for name, value in losses.items()}
                 self._check_finite(values["loss"], step)
                 timing.end()
-                if log is not None:
-                    log.scalars(step, {**values, "lr": self.schedule.lr(step - 1), **timing.row()})
+                if events is not None:
+                    events.scalars(step, {**values, "lr": self.schedule.lr(step - 1), **timing.row()})
                 remark = f"loss {values['loss']:.3f}"
             else:
                 timing.end()
@@ -290,14 +290,14 @@ class StudentRun:
                 self._checkpoint(step, timing)
         return step
 
-    def _evaluate_if_due(self, step: int, stop: int, log: EventLog | None) -> float | None:
+    def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> float | None:
         epoch = math.ceil(step / self.steps_per_epoch)
         every = self.recipe.train.eval_every
         if self.val is None or not (step == stop or (every and epoch % every == 0)):
             return None
         accuracy = self.evaluate()
-        if log is not None and accuracy is not None:
-            log.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
+        if events is not None and accuracy is not None:
+            events.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
         return accuracy
 
     def step(self, index: int, batch: PixelBatch, item: Any) -> dict[str, Tensor]:
@@ -351,7 +351,7 @@ class StudentRun:
         self.kept = step
         timing.checkpointed()
 
-    def _finish(self, step: int, accuracy: float | None, log: EventLog | None, timing: Timing) -> dict[str, Any]:
+    def _finish(self, step: int, accuracy: float | None, events: EventLog | None, timing: Timing) -> dict[str, Any]:
         held = self.out / "result.json"
         earlier: dict[str, Any] = {}
         if held.is_file() and not timing.steps:
@@ -359,7 +359,7 @@ class StudentRun:
                 earlier = json.loads(held.read_bytes())
         result: dict[str, Any] = {
             "val_accuracy": accuracy,
-            "final_loss": log.last("loss") if log is not None else None,
+            "final_loss": events.last("loss") if events is not None else None,
             "steps": step,
             "images_per_second": timing.images_per_second(),
             "data_wait_fraction": timing.wait_fraction(),

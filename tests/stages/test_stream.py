@@ -28,7 +28,7 @@ ROWS, VIEWS, BATCH = 200, 2, 32
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Two teachers, float32, so that equality means equality."""
     made = digits_recipe(tmp_path_factory.mktemp("stream"), cache={"codec": "f32"}, seed=3)
-    run_cache(made, quiet=True)
+    run_cache(made)
     return made
 
 
@@ -44,7 +44,7 @@ def coded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in Path(recipe.cache.path).parent.glob("*.*[tz]"):
         shutil.copy(file, folder)
     made = digits_recipe(folder, teachers=1, cache={"images": "stored"}, seed=3)
-    run_cache(made, quiet=True)
+    run_cache(made)
     return Path(made.cache.path)
 
 

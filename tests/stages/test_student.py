@@ -25,7 +25,7 @@ from feedfast.stages.student import Schedule, run_train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
-    run_cache(digits_recipe(folder), quiet=True)
+    run_cache(digits_recipe(folder))
     return folder
 
 
@@ -45,13 +45,13 @@ def assert_equal_weights(one: Path, two: Path) -> None:
 def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) -> None:
     """Stopped in mid-epoch, at an epoch's end, in a later pass: weights and metrics equal those of one run."""
     whole = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "whole")}, method={"name": "ofd"})
-    run_train(whole, quiet=True)
+    run_train(whole)
     parts = digits_recipe(
         world, train={"epochs": 4, "out": str(tmp_path / "parts"), "max_steps": stop}, method={"name": "ofd"}
     )
-    assert run_train(parts, quiet=True)["steps"] == stop
+    assert run_train(parts)["steps"] == stop
     rest = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "parts")}, method={"name": "ofd"})
-    assert run_train(rest, quiet=True)["steps"] == 24
+    assert run_train(rest)["steps"] == 24
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
     rows = [
         [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
@@ -62,7 +62,7 @@ def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) ->
 
 def test_killed_training_resumes_to_the_same_weights(world: Path, tmp_path: Path) -> None:
     whole = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "whole"), "threads": 1})
-    run_train(whole, quiet=True)
+    run_train(whole)
     torn = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "torn"), "threads": 1})
     command = [sys.executable, "-m", "feedfast", "train", str(as_toml(torn, tmp_path / "torn.toml"))]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -71,15 +71,15 @@ def test_killed_training_resumes_to_the_same_weights(world: Path, tmp_path: Path
     assert job.poll() is None, "the job ended before it could be killed"
     job.send_signal(signal.SIGKILL)
     job.wait()
-    result = run_train(torn, quiet=True)
+    result = run_train(torn)
     assert result["steps"] == 60
     assert_equal_weights(tmp_path / "whole", tmp_path / "torn")
 
 
 def test_a_finished_run_is_not_run_again(world: Path, tmp_path: Path) -> None:
     recipe = digits_recipe(world, train={"out": str(tmp_path / "s")})
-    first = run_train(recipe, quiet=True)
-    again = run_train(recipe, quiet=True)
+    first = run_train(recipe)
+    again = run_train(recipe)
     assert {key: again[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")} == {
         key: first[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")
     }
@@ -99,16 +99,15 @@ def test_a_finished_run_is_not_run_again(world: Path, tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused_and_overwrite_starts_afresh(world: Path, tmp_path: Path) -> None:
-    run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2}), quiet=True)
+    run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2}))
     other = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5})
     with pytest.raises(RequestError, match=r"train\.lr: there 0\.02, here 0\.5"):
-        run_train(other, quiet=True)
+        run_train(other)
     assert (
         run_train(
             digits_recipe(
                 world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5}, overrides=("overwrite=true",)
             ),
-            quiet=True,
         )["steps"]
         == 2
     )
@@ -116,11 +115,11 @@ def test_another_recipe_is_refused_and_overwrite_starts_afresh(world: Path, tmp_
 
 def test_a_damaged_checkpoint_is_one_sentence(world: Path, tmp_path: Path) -> None:
     recipe = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2})
-    run_train(recipe, quiet=True)
+    run_train(recipe)
     path = tmp_path / "s" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(FeedfastError, match=r"checkpoint\.pt: expected a checkpoint"):
-        run_train(recipe, quiet=True)
+        run_train(recipe)
 
 
 class Malicious:
@@ -139,13 +138,12 @@ def test_nothing_is_unpickled(world: Path, tmp_path: Path, monkeypatch: pytest.M
                 train={"source": "live", "out": str(tmp_path / "s")},
                 overrides=(f"teachers.0.weights={tmp_path / 'evil.pt'}",),
             ),
-            quiet=True,
         )
     recipe = digits_recipe(world, train={"out": str(tmp_path / "t"), "max_steps": 1})
-    run_train(recipe, quiet=True)
+    run_train(recipe)
     torch.save(Malicious(), tmp_path / "t" / "checkpoint.pt")
     with pytest.raises(FeedfastError):
-        run_train(recipe, quiet=True)
+        run_train(recipe)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -154,32 +152,29 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path) -> No
     out = {"out": str(tmp_path / "s")}
     write_teacher(tmp_path / "other.pt", seed=50)
     with pytest.raises(CacheMismatchError, match="weights_sha256"):
-        run_train(
-            digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)), quiet=True
-        )
+        run_train(digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)))
     with pytest.raises(CacheMismatchError, match="dataset"):
-        run_train(digits_recipe(world, train=out, data={"limit": 19}, overrides=("overwrite=true",)), quiet=True)
+        run_train(digits_recipe(world, train=out, data={"limit": 19}, overrides=("overwrite=true",)))
     with pytest.raises(CacheMismatchError, match=r"plan\.seed"):
-        run_train(digits_recipe(world, train=out, overrides=("seed=4", "overwrite=true")), quiet=True)
+        run_train(digits_recipe(world, train=out, overrides=("seed=4", "overwrite=true")))
     with pytest.raises(CacheMismatchError, match=r"cache\.views"):
-        run_train(digits_recipe(world, train=out, cache={"views": 3}, overrides=("overwrite=true",)), quiet=True)
+        run_train(digits_recipe(world, train=out, cache={"views": 3}, overrides=("overwrite=true",)))
     assert not (tmp_path / "s" / "student.pt").exists()
 
 
 def test_an_incomplete_cache_says_so(world: Path, tmp_path: Path) -> None:
     half = digits_recipe(world, cache={"path": str(tmp_path / "half.zarr"), "part": "0/2"})
-    run_cache(half, quiet=True)
+    run_cache(half)
     with pytest.raises(CacheDamageError, match="incomplete") as caught:
         run_train(
             digits_recipe(world, cache={"path": str(tmp_path / "half.zarr")}, train={"out": str(tmp_path / "s")}),
-            quiet=True,
         )
     assert caught.value.exit_code == 1
 
 
 def test_nan_before_the_first_checkpoint_says_that_there_is_none(world: Path, tmp_path: Path) -> None:
     with pytest.raises(FeedfastError, match=r"finite loss, found \w+ at step [2-5];.*there is no .*checkpoint\.pt yet"):
-        run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4}), quiet=True)
+        run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4}))
     assert not (tmp_path / "s" / "checkpoint.pt").exists()
 
 
@@ -189,7 +184,7 @@ def test_nan_keeps_the_checkpoint_and_says_of_which_step(world: Path, tmp_path: 
     checkpoint = tmp_path / "s" / "checkpoint.pt"
     for _ in range(2):
         with pytest.raises(FeedfastError, match="finite loss") as caught:
-            run_train(digits_recipe(world, train=train), quiet=True)
+            run_train(digits_recipe(world, train=train))
         step = torch.load(checkpoint, weights_only=True)["step"]
         assert step >= 1
         assert f"at step {step + 1};" in str(caught.value)
@@ -230,13 +225,13 @@ def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypat
     import torch as torch_module
 
     eager = digits_recipe(world, train={"max_steps": 3, "out": str(tmp_path / "e"), "eval_every": 0})
-    run_train(eager, quiet=True)
+    run_train(eager)
     original = torch_module.compile
     monkeypatch.setattr(torch_module, "compile", lambda module: original(module, backend="aot_eager"))
     compiled = digits_recipe(
         world, train={"max_steps": 3, "out": str(tmp_path / "c"), "compile": True, "eval_every": 0}
     )
-    run_train(compiled, quiet=True)
+    run_train(compiled)
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("e", "c")
     ]
@@ -271,7 +266,7 @@ def test_two_ranks_walk_the_same_global_batches(world: Path, tmp_path: Path) -> 
         )
     outputs = [job.communicate(timeout=240) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}), quiet=True)
+    single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}))
     both = json.loads(outputs[0][0].splitlines()[-1])
     assert both["steps"] == single["steps"] == 4
     assert both["final_loss"] == pytest.approx(single["final_loss"], rel=0.25)
