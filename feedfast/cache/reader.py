@@ -83,7 +83,7 @@ class CacheReader:
         self.manifest = read_manifest(path)
         self.specs: dict[str, ArraySpec] = array_specs(self.manifest)
         self.log = read_log(path)
-        self._threads = threads
+        self.threads = threads
         problems = [entry for entry in check_log(self.manifest, self.specs, self.log) if entry["kind"] != "log-torn"]
         if problems:
             raise _damage(self.path, problems)
@@ -259,7 +259,7 @@ class CacheReader:
             start_batch=start_batch,
             drop_last=drop_last,
             prefetch=prefetch,
-            threads=self._threads,
+            threads=self.threads,
             files=self._files,
             pool=self._pool,
             max_buffer_bytes=max_buffer_bytes,

@@ -63,11 +63,11 @@ def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method
 
 def _first_step(recipe: Recipe) -> tuple[float, list[torch.Tensor]]:
     run = StudentRun(recipe, Worker.from_env())
-    batch, item = next(run.batches(0))
-    loss = run.trainee(batch.images, run.source.targets(item, batch.images), batch.labels)["loss"]
+    batch = next(iter(run.loop.batches(0)))
+    loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations)["loss"]
     loss.backward()
-    run.loader.close()
-    gradients = [parameter.grad for parameter in run.trainee.parameters() if parameter.grad is not None]
+    run.close()
+    gradients = [parameter.grad for parameter in run.trainer.trainee.parameters() if parameter.grad is not None]
     return float(loss.detach()), gradients
 
 

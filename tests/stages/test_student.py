@@ -19,7 +19,8 @@ from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError,
 from feedfast.recipe import Train
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
-from feedfast.stages.student import Schedule, run_train
+from feedfast.stages.schedule import Schedule
+from feedfast.stages.student import run_train
 
 
 @pytest.fixture(scope="module")

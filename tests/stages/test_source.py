@@ -15,6 +15,7 @@ from feedfast.methods import PFEED, StudentOutput, Targets
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
 from feedfast.stages.offline import run_cache
+from feedfast.stages.source import Cached
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
 from feedfast_kernels import as_float, ensemble_kl
@@ -59,16 +60,18 @@ def second_logits_method(monkeypatch: pytest.MonkeyPatch) -> None:
         return MapsAndLogits(**built_for)
 
     monkeypatch.setattr("feedfast.stages.student.build_method", build)
+    monkeypatch.setattr("feedfast.stages.student.needs_of", lambda name: MapsAndLogits.teacher_taps)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_is_read_for_what_the_method_says_it_reads(world: Path, tmp_path: Path, method: str) -> None:
     run = StudentRun(recipe_for(world, "cache", tmp_path, method), Worker.from_env())
-    batch, item = next(run.batches(0))
-    targets = run.source.targets(item, batch.images)
-    run.loader.close()
-    assert {name: tuple(taps) for name, taps in targets.items()} == dict.fromkeys("ab", run.method.teacher_taps)
-    assert len(item) == 2 * len(run.method.teacher_taps), "nothing is read in vain"
+    batch = next(iter(run.loop.batches(0)))
+    run.close()
+    reads = run.trainer.method.teacher_taps
+    assert {name: tuple(taps) for name, taps in batch.targets.items()} == dict.fromkeys("ab", reads)
+    assert isinstance(run.source, Cached)
+    assert len(run.source.arrays) == 2 * len(reads), "nothing is read in vain"
 
 
 @pytest.mark.usefixtures("second_logits_method")
