@@ -1,4 +1,7 @@
-"""The learning rate as a pure function of the step: resuming needs no state of it."""
+"""The learning rate as a pure function of the step: resuming needs no state of it.
+
+The shapes are those of torch.optim.lr_scheduler, with a linear warm-up before any of them.
+"""
 
 from __future__ import annotations
 

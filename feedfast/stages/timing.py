@@ -1,4 +1,7 @@
-"""Step and waiting times of a training loop, without evaluation and checkpoints."""
+"""Step and waiting times of a training loop, without evaluation and checkpoints.
+
+A step begins when its data are asked for. On a GPU it ends when its work is queued, so only means say something there.
+"""
 
 from __future__ import annotations
 
