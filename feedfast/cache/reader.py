@@ -94,6 +94,9 @@ class CacheReader:
         self._files = ShardFiles()
         self._pool = BufferPool()
 
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[str], dict[str, int]]:
+        return CacheReader, (str(self.path),), {"threads": self.threads}
+
     def __enter__(self) -> CacheReader:
         return self
 

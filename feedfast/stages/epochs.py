@@ -253,11 +253,17 @@ class Epochs(_Sharded):
             self._next = (epoch, 0)
         self._shared[0] = epoch
 
+    @property
+    def sampler(self) -> Epochs:
+        """Itself: Lightning tells a loader's sampler which epoch begins, also after resuming at an epoch's end."""
+        return self
+
     def __len__(self) -> int:
         """Batches of one epoch of this rank."""
         return len(self._made(0, 0))
 
     def __iter__(self) -> Iterator[Batch]:
+        # A generator, so that an iterator nobody asks for a batch (Lightning makes some) uses no epoch up.
         self._refuse_fork()
         epoch, start = self._next
         worker = get_worker_info()
@@ -273,11 +279,9 @@ class Epochs(_Sharded):
             self._shared[1 + worker.id] = epoch
         if self._stream is not None:
             self._stream.close()
-        self._stream, self._stream_epoch = self._made(epoch, start), epoch
+        stream = self._made(epoch, start)
+        self._stream, self._stream_epoch = stream, epoch
         self._next = (epoch + 1, 0)
-        return self._walk(self._stream)
-
-    def _walk(self, stream: Stream) -> Iterator[Batch]:
         try:
             yield from stream
         finally:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -166,6 +166,9 @@ class Cached(Plain):
                     offset, step = (torch.from_numpy(np.array(row, dtype=np.float32)).to(device) for row in scale)
                 self.arrays.append(array)
                 self._entries.append((array, teacher, tap, codec, offset, step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loader": None}  # another process makes its own
 
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`. Opened here and not by the first batch: a missing shard raises now, not mid-iteration."""
