@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from small import as_toml, digits_recipe, write_teacher
 
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
-from feedfast.recipe import Train
+from feedfast.models.build import build_model
+from feedfast.recipe import Recipe, Train
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
 from feedfast.stages.schedule import Schedule
@@ -223,12 +225,10 @@ def test_warm_up_is_linear() -> None:
 
 def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.compile` changes how the student runs, not what it learns (traced here without a C compiler)."""
-    import torch as torch_module
-
     eager = digits_recipe(world, train={"max_steps": 3, "out": str(tmp_path / "e"), "eval_every": 0})
     run_train(eager)
-    original = torch_module.compile
-    monkeypatch.setattr(torch_module, "compile", lambda module: original(module, backend="aot_eager"))
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: original(module, backend="aot_eager"))
     compiled = digits_recipe(
         world, train={"max_steps": 3, "out": str(tmp_path / "c"), "compile": True, "eval_every": 0}
     )
@@ -240,35 +240,60 @@ def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypat
 
 
 def test_two_ranks_walk_the_same_global_batches(world: Path, tmp_path: Path) -> None:
-    """torchrun with two ranks on the CPU: finishes, one set of files, loss near that of one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """As torchrun starts them, on the CPU: one set of files, loss near that of one process, one accuracy for both."""
     recipe = digits_recipe(world, train={"out": str(tmp_path / "ranks"), "max_steps": 4, "threads": 1})
-    file = as_toml(recipe, tmp_path / "r.toml")
-    jobs = []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        jobs.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "feedfast", "train", str(file)],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [job.communicate(timeout=240) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    done = run_ranks(["-m", "feedfast", "train", as_toml(recipe, tmp_path / "r.toml")])
+    assert [job.returncode for job in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
     single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}))
-    both = json.loads(outputs[0][0].splitlines()[-1])
-    assert both["steps"] == single["steps"] == 4
-    assert both["final_loss"] == pytest.approx(single["final_loss"], rel=0.25)
+    first, second = (json.loads(job.stdout.splitlines()[-1]) for job in done)
+    assert first["steps"] == second["steps"] == single["steps"] == 4
+    assert first["final_loss"] == pytest.approx(single["final_loss"], rel=0.25)
     assert weights(tmp_path / "ranks").keys() == weights(tmp_path / "one").keys()
+    # The accuracy that both ranks report, each having seen half of the images, is that of the student that was saved.
+    assert first["val_accuracy"] == second["val_accuracy"] == top1(tmp_path / "ranks" / "student.pt", recipe)
+    assert "train: zoo/wrn-10-1" in done[0].stderr
+    assert done[1].stderr == "", "only the first rank reports"
+
+
+def top1(file: Path, recipe: Recipe) -> float:
+    """Accuracy of a saved student in plain PyTorch."""
+    model = build_model(recipe.student.model, num_classes=10, weights=str(file)).eval()
+    val = np.load(recipe.data.val[0])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in recipe.data.normalization)
+    pixels = torch.from_numpy(val["images"]).float()[:, None].expand(-1, 3, -1, -1) / 255
+    with torch.no_grad():
+        found = model((pixels - mean) / std).argmax(1).numpy()
+    return float((found == val["labels"]).mean())
+
+
+def test_one_cache_serves_any_number_of_seeds(world: Path, tmp_path: Path) -> None:
+    """``train.seed`` moves the student's start and its adapters; data and views stay those of the cache."""
+    losses = {}
+    for name, train in {"default": {}, "zero": {"seed": 0}, "one": {"seed": 1}, "again": {"seed": 1}}.items():
+        run_train(digits_recipe(world, train={"out": str(tmp_path / name), "max_steps": 3, "eval_every": 0, **train}))
+        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [row["loss"] for row in metrics if "loss" in row]
+    assert losses["default"] == losses["zero"], "without it the recipe's seed counts"
+    assert losses["one"] == losses["again"]
+    assert losses["one"][0] != losses["zero"][0]
+    with pytest.raises(RequestError, match=r"train\.seed: there 1, here 2"):
+        run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "seed": 2}))
+
+
+@pytest.mark.parametrize("method", ["kd", "ofd"])
+def test_stored_images_train_without_decoding(
+    world: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cache.images = "stored"` is for machines that cannot decode fast enough: the trainer then decodes nothing."""
+    path = {"path": str(tmp_path / "stored.zarr"), "images": "stored"}
+    run_cache(digits_recipe(world, cache=path))
+    train = {"epochs": 3, "max_steps": 15, "eval_every": 0}  # the last epoch reads mixed rows
+    losses = []
+    for name, cache in (("replayed", {}), ("stored", path)):
+        if name == "stored":
+            monkeypatch.setattr("feedfast.data.loader.Loader.stream", lambda *_, **__: pytest.fail("decoded"))
+        out = str(tmp_path / f"{name}-out")
+        run_train(digits_recipe(world, cache=cache, method={"name": method}, train={**train, "out": out}))
+        losses.append([row["loss"] for row in read_metrics(Path(out) / "metrics.jsonl") if "loss" in row])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 15
