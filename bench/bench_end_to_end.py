@@ -37,15 +37,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.data.loader import PixelBatch
+from feedfast.cli import configure_logging
+from feedfast.data.batch import Batch
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
-from feedfast.stages.common import Ranks, open_train, view_plan
+from feedfast.stages.data import open_train, view_plan
 from feedfast.stages.demo import write_digits
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun
+from feedfast.stages.worker import Worker
 
 METHODS: dict[str, dict[str, Any]] = {"kd": {}, "pfeed": {"beta": 500.0}, "ofd": {"alpha": 1e-3}}
 RESULTS = Path(__file__).with_name("results_end_to_end.csv")
@@ -91,8 +93,8 @@ def images_in_ram(of: Recipe) -> list[torch.Tensor]:
     """Every batch of view 0 as the teachers get it."""
     from feedfast.data.loader import Loader
 
-    data = open_train(of)
-    with Loader(data, view_plan(of), batch_size=of.cache.batch) as loader:
+    data = open_train(of.data)
+    with Loader(data, view_plan(of.data, of.seed), batch_size=of.cache.batch) as loader:
         return [batch.images for batch in loader.stream(0, np.arange(len(data)))]
 
 
@@ -100,7 +102,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
     """The caching pass over the teachers' forward on the same images in RAM, alternating."""
     of = recipe(tree, method, folder)
     batches = images_in_ram(of)
-    classes = len(open_train(of).classes)
+    classes = len(open_train(of.data).classes)
     teachers = [FrozenTeacher(spec, of, classes, torch.device("cpu")) for spec in of.teachers]
 
     def forward() -> float:
@@ -118,7 +120,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         path = of.cache.path if repeat == 0 else str(folder / f"{method}-{repeat}.zarr")
         fresh = of.model_copy(update={"cache": of.cache.model_copy(update={"path": path})})
         before = forward()
-        result = run_cache(fresh, quiet=True)
+        result = run_cache(fresh)
         after = forward()
         one = 1 / result["images_per_second"]
         pure.append((before + after) / 2)
@@ -134,35 +136,31 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
     }
 
 
-def steps(run: StudentRun, start: int) -> Iterator[tuple[int, PixelBatch, Any]]:
-    """(step, pixels, read-ahead targets) without end."""
+def steps(run: StudentRun, start: int) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) without end."""
     while True:
-        for batch, item in run.batches(start):
-            yield start, batch, item
+        for batch in run.loop.batches(start):
+            yield start, batch
             start += 1
 
 
 def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
     """Step from the cache, from RAM (pixels and targets), and beside live teachers."""
-    cached = StudentRun(recipe(tree, method, folder), Ranks(), quiet=True)
-    live = StudentRun(recipe(tree, method, folder, "live"), Ranks(), quiet=True)
-    held = [
-        (batch, {name: value.copy() for name, value in item.items()})
-        for _, (batch, item) in zip(range(count), cached.batches(0), strict=False)
-    ]
+    cached = StudentRun(recipe(tree, method, folder), Worker())
+    live = StudentRun(recipe(tree, method, folder, "live"), Worker())
+    held = [batch for _, batch in zip(range(count), cached.loop.batches(0), strict=False)]
     streams = {"cached": steps(cached, 0), "live": steps(live, 0)}
 
     def one(kind: str, number: int) -> float:
         begin = time.perf_counter()
         if kind == "teachers":
-            live.source.targets(None, held[number % len(held)][0].images)
+            live.source.targets(held[number % len(held)].images)  # type: ignore[attr-defined]
             return (time.perf_counter() - begin) * 1e3
         if kind == "ram":
-            batch, item = held[number % len(held)]
-            losses = cached.step(number, batch, item)
+            losses = cached.trainer.step(number, held[number % len(held)])
         else:
-            step, batch, item = next(streams[kind])
-            losses = (cached if kind == "cached" else live).step(step, batch, item)
+            step, batch = next(streams[kind])
+            losses = (cached if kind == "cached" else live).trainer.step(step, batch)
         value = float(losses["loss"])
         if not np.isfinite(value):
             raise SystemExit(f"{method}, {kind}: loss {value}; no timing without a sound step")
@@ -177,7 +175,7 @@ def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, co
                 times[kind].append(statistics.median(measured))
             time.sleep(0.02)
     for run in (cached, live):
-        run.loader.close()
+        run.close()
     ideal = [(teachers + ram) / ram for teachers, ram in zip(times["teachers"], times["ram"], strict=True)]
     live_over_cached = _ratios(times["live"], times["cached"])
     return {
@@ -224,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         "--tiny", action="store_true", help="digits and small networks: checks the bench, measures nothing"
     )
     args = parser.parse_args(argv)
+    configure_logging()
     if args.tiny:
         args.rounds, args.steps, args.repeats = 1, 2, 1
     rows: list[dict[str, Any]] = []

@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset, open_dataset
-from feedfast.data.loader import Loader, PixelBatch
+from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 
 
-def images_per_second(passes: int, one_pass: Callable[[int], Iterator[PixelBatch]]) -> dict[str, float]:
+def images_per_second(passes: int, one_pass: Callable[[int], Iterator[Batch]]) -> dict[str, float]:
     rates, work = [], []
     for index in range(passes + 1):
         start, cpu = time.perf_counter(), time.process_time()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
     from feedfast.recipe import Recipe, load_recipe
     from feedfast.stages.offline import run_cache
-    from feedfast.stages.stream import open_cache
+    from feedfast.stages.open_cache import open_cache
     from feedfast.stages.student import run_train
 
 __all__ = [
@@ -39,7 +39,7 @@ _HOMES = {
     "Recipe": "feedfast.recipe",
     "load_recipe": "feedfast.recipe",
     "run_cache": "feedfast.stages.offline",
-    "open_cache": "feedfast.stages.stream",
+    "open_cache": "feedfast.stages.open_cache",
     "run_train": "feedfast.stages.student",
 }
 

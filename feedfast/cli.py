@@ -9,6 +9,8 @@ that `feedfast --help` is instant.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from feedfast.errors import FeedfastError
+from feedfast.errors import FeedfastError, PeerFailedError
 from feedfast.recipe import Recipe, load_recipe
 
 app = typer.Typer(
@@ -34,6 +36,36 @@ Overrides = Annotated[
 
 
 INTERRUPTED = 130
+
+
+@app.callback()
+def options(
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="also debugging messages")] = 0,
+    quiet: Annotated[
+        int, typer.Option("--quiet", "-q", count=True, help="warnings and errors only; twice: errors")
+    ] = 0,
+) -> None:
+    """Set what the logger ``feedfast`` says on stderr."""
+    configure_logging(verbose - quiet)
+
+
+def configure_logging(level: int = 0) -> None:
+    """One handler for the logger ``feedfast``, on stderr: plain lines on a terminal, with date and time elsewhere.
+
+    Args:
+        level: 0 is INFO, each step up or down one more or less; of several ranks all but the first say only warnings.
+    """
+    logger = logging.getLogger("feedfast")
+    for handler in [handler for handler in logger.handlers if getattr(handler, "of_the_command_line", False)]:
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.of_the_command_line = True  # type: ignore[attr-defined]
+    handler.setFormatter(logging.Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    least = logging.INFO if rank == "0" else logging.WARNING
+    logger.setLevel(min(max(least - 10 * level, logging.DEBUG), logging.ERROR))
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -131,6 +163,8 @@ def main() -> None:
     sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would
     try:
         app()
+    except PeerFailedError:  # another rank has said why
+        sys.exit(1)
     except FeedfastError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -31,3 +31,7 @@ class CacheDamageError(FeedfastError):
     def __init__(self, message: str, problems: Sequence[dict[str, str]] = ()) -> None:
         super().__init__(message)
         self.problems = list(problems)
+
+
+class PeerFailedError(FeedfastError):
+    """Another rank failed first and says why; this one only ends, without a message of its own."""

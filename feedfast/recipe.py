@@ -122,6 +122,9 @@ class Train(_Section):
     """The student stage."""
 
     source: Literal["cache", "live", "none"] = "cache"
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; None = the recipe's seed"
+    )
     epochs: int = Field(30, ge=1)
     max_steps: int = Field(0, ge=0, description="stop after this many steps; 0 = by epochs alone")
     batch: int = Field(128, ge=1, description="global batch, over all ranks")
@@ -157,6 +160,11 @@ class Recipe(_Section):
     student: Student = Student()
     method: Method = Method()
     train: Train = Train()
+
+    @property
+    def train_seed(self) -> int:
+        """The seed of the student's start, its adapters and dropout; ``seed`` itself is the view plan's."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -83,7 +83,7 @@ class CacheReader:
         self.manifest = read_manifest(path)
         self.specs: dict[str, ArraySpec] = array_specs(self.manifest)
         self.log = read_log(path)
-        self._threads = threads
+        self.threads = threads
         problems = [entry for entry in check_log(self.manifest, self.specs, self.log) if entry["kind"] != "log-torn"]
         if problems:
             raise _damage(self.path, problems)
@@ -93,6 +93,9 @@ class CacheReader:
             self._commits.setdefault((commit.array, view), {})[shard] = commit
         self._files = ShardFiles()
         self._pool = BufferPool()
+
+    def __reduce__(self) -> tuple[type[CacheReader], tuple[str], dict[str, int]]:
+        return CacheReader, (str(self.path),), {"threads": self.threads}
 
     def __enter__(self) -> CacheReader:
         return self
@@ -259,7 +262,7 @@ class CacheReader:
             start_batch=start_batch,
             drop_last=drop_last,
             prefetch=prefetch,
-            threads=self._threads,
+            threads=self.threads,
             files=self._files,
             pool=self._pool,
             max_buffer_bytes=max_buffer_bytes,

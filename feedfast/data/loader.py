@@ -38,13 +38,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import Geometry, evaluation_geometry, view_geometry
 from feedfast.data.images import Unreadable, full_check
 from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError, RequestError
 
-__all__ = ["Loader", "PixelBatch"]
+__all__ = ["Loader"]
 
 _FLAGS: dict[str, Any] = {
     "output_type": "RGB",
@@ -53,25 +54,6 @@ _FLAGS: dict[str, Any] = {
     "resize": "linear, antialias=True, subpixel_scale=False",
 }
 _MIXED_FLAGS: dict[str, Any] = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
-
-
-@dataclass(eq=False)
-class PixelBatch:
-    """One batch; its tensors are owned, they stay valid when the next batch is made.
-
-    Attributes:
-        images: uint8 [B, H, W, 3], RGB, on the loader's device.
-        ids: uint32 [B], sample ids.
-        labels: int64 [B] on the loader's device, -1 where there is none.
-        rows: int64 [B], positions in the view's order (for evaluation: in id order).
-        view: which view, -1 for evaluation.
-    """
-
-    images: torch.Tensor
-    ids: NDArray[np.uint32]
-    labels: torch.Tensor
-    rows: NDArray[np.int64]
-    view: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +102,11 @@ class Loader:
         self.threads = threads or min(16, len(os.sched_getaffinity(0)))
         self.prefetch = prefetch
         self._latest_view: tuple[int, _View] | None = None
-        self._streams: weakref.WeakSet[Generator[PixelBatch, None, None]] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def stream(
         self, view: int, rows: NDArray[np.integer[Any]], *, start_batch: int = 0, drop_last: bool = False
-    ) -> Iterator[PixelBatch]:
+    ) -> Iterator[Batch]:
         """Some rows of a view, in the order given.
 
         Args:
@@ -148,11 +130,16 @@ class Loader:
             raise RequestError(f"start_batch: expected at least 0, found {start_batch}")
         return self._started(self._view(view), view, rows_n, start_batch, drop_last)
 
-    def evaluation(self) -> Iterator[PixelBatch]:
-        """All samples in id order: resize and central crop as in torchvision, see ``geometry.py``."""
+    def evaluation(self, rows: NDArray[np.integer[Any]] | None = None) -> Iterator[Batch]:
+        """Samples in id order: resize and central crop as in torchvision, see ``geometry.py``.
+
+        Args:
+            rows: positions in id order; None means all samples.
+        """
         everything = np.arange(len(self.dataset), dtype=np.int64)
         geometry = evaluation_geometry(self.plan, self.dataset.sizes)
-        return self._started(_View(everything, geometry), -1, everything, 0, False)
+        wanted = everything if rows is None else np.asarray(rows, dtype=np.int64)
+        return self._started(_View(everything, geometry), -1, wanted, 0, False)
 
     def describe(self) -> dict[str, Any]:
         """What made the pixels, for a cache's manifest: backend, versions and flags, all JSON-able."""
@@ -188,7 +175,7 @@ class Loader:
 
     def _started(
         self, whole: _View, view: int, rows: NDArray[np.int64], start_batch: int, drop_last: bool
-    ) -> Iterator[PixelBatch]:
+    ) -> Iterator[Batch]:
         if drop_last:
             rows = rows[: len(rows) // self.batch_size * self.batch_size]
         rows = rows[start_batch * self.batch_size :]
@@ -196,7 +183,7 @@ class Loader:
         self._streams.add(stream)
         return stream
 
-    def _batches(self, work: _View, view: int, rows: NDArray[np.int64]) -> Generator[PixelBatch, None, None]:
+    def _batches(self, work: _View, view: int, rows: NDArray[np.int64]) -> Generator[Batch, None, None]:
         if not rows.size:
             return
         parts = [slice(at, at + self.batch_size) for at in range(0, len(rows), self.batch_size)]
@@ -218,9 +205,8 @@ class Loader:
                     raise _explained(error, self.dataset, bad) from error
                 positions = work.positions[part]
                 labels = torch.from_numpy(self.dataset.labels[positions].astype(np.int64)).to(self.device)
-                yield PixelBatch(
-                    _owned(output, self.device, copier), self.dataset.ids[positions], labels, rows[part], view
-                )
+                images = _owned(output, self.device, copier)
+                yield Batch(images, labels, self.dataset.ids[positions], rows[part], view)
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 

@@ -24,6 +24,11 @@ PARAMS: dict[str, dict[str, type[float] | type[bool] | type[str]]] = {
 TAP_GROUPS: dict[str, tuple[str, ...]] = {"none": (), "kd": (), "ofd": ("ofd",), "pfeed": ("final",)}
 
 
+def needs_of(name: str) -> tuple[str, ...]:
+    """Selectors of the teachers' taps that a method reads: "final", "ofd*", "logits"."""
+    return {"kd": ("logits",), "ofd": ("ofd*",), "pfeed": ("final",)}.get(_known(name), ())
+
+
 def taps_needed(name: str) -> tuple[str, ...]:
     """The groups of maps a method needs of a model: (), ("final",) or ("ofd",), all of ofd1, ofd2, ... of it.
 

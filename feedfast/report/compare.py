@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from rich.table import Table
 
 from feedfast.report.run import figure_html, page, read_metrics, show, table_html, write_page
 
+log = logging.getLogger(__name__)
+
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table on stderr; nothing without rows."""
-    if not rows:
+    """Log a table (INFO); nothing without rows."""
+    if not rows or not log.isEnabledFor(logging.INFO):
         return
     table = Table(title=title)
     for key in rows[0]:
@@ -27,7 +30,10 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(*(show(value) for value in row.values()))
     console = Console(stderr=True)
     width = max(100, console.width) if console.is_terminal else 160  # a log file has no edge to wrap at
-    Console(stderr=True, width=width).print(table)
+    text = Console(width=width, no_color=True)
+    with text.capture() as captured:
+        text.print(table)
+    log.info("%s", captured.get().rstrip())
 
 
 def write_comparison(

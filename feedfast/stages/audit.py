@@ -12,6 +12,7 @@ Training runs the first two by itself; `feedfast verify` offers all three, after
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,9 +30,11 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe, Teacher, parse_recipe
-from feedfast.stages.common import Meter, say
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher
 from feedfast.stages.identity import decoder_info, library_versions, refuse_other_recipe
+from feedfast.stages.progress import Meter
+
+log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
 
@@ -108,7 +111,7 @@ def replay_pixels(
     rng = np.random.default_rng(seed)
     device = "cuda" if manifest.decoder.backend == "dali-mixed" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        say(f"replay: {reader.path} was decoded on a GPU and none is here; pixels not compared")
+        log.warning("replay: %s was decoded on a GPU and none is here; pixels not compared", reader.path)
         return 0
     loader = Loader(data, plan, batch_size=manifest.block_rows, device=device, threads=threads)
     compared = 0
@@ -149,8 +152,6 @@ def recompute_teachers(
     plan: ViewPlan,
     teachers: dict[str, FrozenTeacher],
     percent: float,
-    *,
-    quiet: bool = False,
 ) -> tuple[list[Problem], dict[str, float]]:
     """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
 
@@ -168,7 +169,7 @@ def recompute_teachers(
     smallest: dict[str, float] = {}
     loader = Loader(data, plan, batch_size=size)
     rng = np.random.default_rng(0)
-    with Meter("recompute", picks * size * manifest.views, quiet=quiet) as meter:
+    with Meter("recompute", picks * size * manifest.views) as meter:
         for view in range(manifest.views):
             chosen = np.sort(rng.choice(total, size=picks, replace=False))
             parts = [np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen]
@@ -275,7 +276,6 @@ def run_verify(
     replay: int = 0,
     teachers_percent: float = 0.0,
     recipe: Recipe | None = None,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Check a cache.
 
@@ -286,7 +286,6 @@ def run_verify(
         teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files,
             unless the teachers are pretrained ones.
         recipe: where data and weights are; the manifest's own paths without it.
-        quiet: no progress.
 
     Returns:
         The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``,
@@ -320,7 +319,7 @@ def run_verify(
             problems.append(problem("", "", "pixels", str(error)))
         if teachers_percent and not problems:
             loaded = _teachers(reader, recipe)
-            found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent, quiet=quiet)
+            found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent)
             problems += found
     commits = reader.log.commits.values()
     _tell(problems)
@@ -336,7 +335,7 @@ def run_verify(
 
 def _tell(problems: list[Problem]) -> None:
     for entry in problems:
-        say(f"{entry['kind']}: {entry['array']} {entry['shard']}: {entry['detail']}")
+        log.error("%s: %s %s: %s", entry["kind"], entry["array"], entry["shard"], entry["detail"])
 
 
 def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:

@@ -11,6 +11,7 @@ Not a benchmark: a data set this small separates methods poorly, and the step ti
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from PIL import Image
 from feedfast.recipe import parse_recipe
 from feedfast.report.compare import print_table, write_comparison
 from feedfast.stages.audit import run_verify
-from feedfast.stages.common import format_bytes, say, write_json
+from feedfast.stages.common import write_json
 from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
+from feedfast.stages.progress import format_bytes
 from feedfast.stages.student import run_train
+
+log = logging.getLogger(__name__)
 
 SIDE = 16
 METHODS: dict[str, dict[str, Any]] = {
@@ -79,9 +83,8 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     }
     recipe = parse_recipe(cached)
     planned = run_plan(recipe)
-    say(
-        f"plan: {format_bytes(planned['bytes'])}, {planned['seconds']:.1f} s, {format_bytes(planned['free_bytes'])} free"
-    )
+    size, free = format_bytes(planned["bytes"]), format_bytes(planned["free_bytes"])
+    log.info("plan: %s, %.1f s, %s free", size, planned["seconds"], free)
     written = run_cache(recipe)
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
@@ -134,7 +137,7 @@ def _student(
     if source == "cache":
         beside = {"source": "live", "max_steps": LIVE_STEPS, "eval_every": 0, "out": str(out / f"live-{name}")}
         live = {**tree, "data": {**tree["data"], "val": []}, "train": {**settings, **beside}}
-        live_ms = run_train(parse_recipe(live), quiet=True)["step_ms"]
+        live_ms = run_train(parse_recipe(live))["step_ms"]
         steps_an_epoch = result["steps"] / settings["epochs"]
         saved_ms = (live_ms - result["step_ms"]) * steps_an_epoch
         row["live step ms"] = live_ms

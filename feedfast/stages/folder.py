@@ -15,9 +15,10 @@ from typing import Any
 
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.recipe import Recipe
+from feedfast.stages.checkpoint import CHECKPOINT
 from feedfast.stages.common import write_json
 
-RECIPE, CHECKPOINT = "recipe.json", "checkpoint.pt"
+RECIPE = "recipe.json"
 RESULTS = (CHECKPOINT, "student.pt", "metrics.jsonl", "result.json", "report.html")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
 from feedfast.report.run import figure_html, page, table_html, write_page
 from feedfast.stages.audit import plan_of, recipe_of, stored_values
-from feedfast.stages.common import format_bytes, say
 from feedfast.stages.folder import ensure_dir
+from feedfast.stages.progress import format_bytes
+
+log = logging.getLogger(__name__)
 
 SHOWN = 6
 
@@ -118,7 +121,7 @@ def _pictures(reader: CacheReader) -> str:
         images = next(iter(loader.stream(0, rows))).images.numpy()
         loader.close()
     except FeedfastError as error:
-        say(f"inspect: images not shown: {error}")
+        log.warning("inspect: images not shown: %s", error)
     columns = ([("image", images)] if images is not None else []) + maps
     if not columns:
         return ""
@@ -158,5 +161,5 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     ]
     print_table(f"{model} at {size} px", shown)
     for hazard, number in notes.items():
-        say(f"hazard {number}: {hazard}")
+        log.info("hazard %d: %s", number, hazard)
     return {"model": model, "size": size, "taps": rows}

@@ -16,6 +16,7 @@ the same pixels.
 from __future__ import annotations
 
 import fcntl
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,20 +36,23 @@ from feedfast.cache.schema import CodecName, Manifest, TapInfo, TeacherInfo, aut
 from feedfast.cache.store import ROOT, read_manifest
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
-from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.recipe import Recipe
-from feedfast.stages.common import Meter, format_bytes, open_train, pick_device, ranks, say, view_plan
+from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store, widest_row
+from feedfast.stages.progress import Meter, format_bytes
+from feedfast.stages.worker import Worker, pick_device
+
+log = logging.getLogger(__name__)
 
 PIXELS = "pixels/codes"
 
 
-def run_cache(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
+def run_cache(recipe: Recipe) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Returns:
@@ -66,27 +70,22 @@ def run_cache(recipe: Recipe, *, quiet: bool = False) -> dict[str, Any]:
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    return OfflineRun(recipe, quiet).run()
+    return OfflineRun(recipe, Worker.from_env()).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, quiet: bool = False) -> None:
-        me = ranks()
-        self.recipe, self.quiet, self.path = recipe, quiet, Path(recipe.cache.path)
-        index, parts = (me.rank, me.world) if me.world > 1 else (int(text) for text in recipe.cache.part.split("/"))
-        self.part = (index, parts)
+    def __init__(self, recipe: Recipe, me: Worker) -> None:
+        self.recipe, self.path = recipe, Path(recipe.cache.path)
+        self.part = me.part(recipe.cache.part)
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-        self.data: Dataset = open_train(recipe)
-        self.plan: ViewPlan = view_plan(recipe)
+        self.data: Dataset = open_train(recipe.data)
+        self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
-        threads = recipe.data.threads or None
-        self.loader = Loader(
-            self.data, self.plan, batch_size=recipe.cache.batch, device=str(self.device), threads=threads
-        )
+        self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
         self.scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def run(self) -> dict[str, Any]:
@@ -101,15 +100,19 @@ class OfflineRun:
             }
             work = _Work(manifest, writer, arrays | {PIXELS})
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
-            if not self.quiet:
-                resumed = manifest.num_rows * manifest.views - total
-                there = f", {resumed:,} rows already there" if resumed else ""
-                say(
-                    f"cache: {len(self.teachers)} teachers, {manifest.views} views of {manifest.num_rows:,} images "
-                    f"→ {self.path}{there}"
-                )
+            resumed = manifest.num_rows * manifest.views - total
+            there = f", {resumed:,} rows already there" if resumed else ""
+            images = f"{manifest.num_rows:,} images"
+            log.info(
+                "cache: %d teachers, %d views of %s → %s%s",
+                len(self.teachers),
+                manifest.views,
+                images,
+                self.path,
+                there,
+            )
             computing = time.perf_counter()
-            with Meter("cache", total, quiet=self.quiet) as meter:
+            with Meter("cache", total) as meter:
                 for view, rows in work.batches(self.recipe.cache.batch):
                     self._view(manifest, writer, work, view, rows, meter)
                 writer.close()  # waits until everything is durable
@@ -195,8 +198,7 @@ class OfflineRun:
             entries = run_pilot(self.teachers[name], taps, fit, held_out, self.recipe.cache.codec, block_rows)
             for tap, entry in entries.items():
                 out[name, tap] = entry
-                if not self.quiet:
-                    _say_fitted(name, entry.info)
+                _log_fitted(name, entry.info)
         return out
 
     def _is_there(self, commit: Commit) -> bool:
@@ -407,12 +409,18 @@ class _PixelChecksums:
         return done
 
 
-def _say_fitted(teacher: str, info: TapInfo) -> None:
+def _log_fitted(teacher: str, info: TapInfo) -> None:
     """One line on what the pilot found for a tap."""
     flips = f", {info.error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in info.error else ""
-    say(
-        f"pilot: {teacher}/{info.name} {list(info.shape)} {info.codec}, {info.compression}: "
-        f"relative RMS error {info.error['relative_rms_error']:.2%}{flips}"
+    log.info(
+        "pilot: %s/%s %s %s, %s: relative RMS error %s%s",
+        teacher,
+        info.name,
+        list(info.shape),
+        info.codec,
+        info.compression,
+        f"{info.error['relative_rms_error']:.2%}",
+        flips,
     )
 
 

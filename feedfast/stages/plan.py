@@ -25,15 +25,16 @@ from feedfast.cache.codec import compress_block, fit_affine
 from feedfast.cache.create import refuse_foreign
 from feedfast.cache.log import COMMITS, read_log
 from feedfast.cache.schema import CodecName, auto_block_rows
-from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
 from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
-from feedfast.stages.common import format_bytes, open_train, pick_device, view_plan
+from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalize, load_teachers
 from feedfast.stages.pilot import PILOT_VIEWS, store, widest_row
+from feedfast.stages.progress import format_bytes
+from feedfast.stages.worker import pick_device
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
 VIEW_ROW = 21  # bytes a row of views/order, views/crop and views/flip
@@ -57,11 +58,10 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         )
     refuse_foreign(Path(recipe.cache.path))
     device = pick_device(recipe.train.device)
-    data = open_train(recipe)
+    data = open_train(recipe.data)
     teachers = load_teachers(recipe, len(data.classes), device)
-    loader = Loader(
-        data, view_plan(recipe), batch_size=recipe.cache.batch, device=str(device), threads=recipe.data.threads or None
-    )
+    plan = view_plan(recipe.data, recipe.seed)
+    loader = pixel_loader(data, plan, recipe.cache.batch, device, recipe.data.threads)
     images = next(iter(loader.stream(0, np.arange(min(len(data), recipe.cache.batch))))).images
     loader.close()
     rows = len(data) * recipe.cache.views

@@ -23,8 +23,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms.functional import resized_crop
 
+from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset, open_dataset
-from feedfast.data.loader import Loader, PixelBatch
+from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 
@@ -69,7 +70,7 @@ def upright(data: Dataset, position: int) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def collected(batches: Iterator[PixelBatch]) -> dict[str, np.ndarray]:
+def collected(batches: Iterator[Batch]) -> dict[str, np.ndarray]:
     kept = list(batches)  # held all at once: a reused buffer would show
     return {
         "images": torch.cat([b.images for b in kept]).numpy(),

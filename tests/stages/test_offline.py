@@ -22,9 +22,9 @@ from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.stages.audit import plan_of, run_verify, stored_values
-from feedfast.stages.common import ranks
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.offline import run_cache
+from feedfast.stages.worker import Worker
 
 KILLS = 10
 
@@ -41,7 +41,7 @@ def objects(path: Path) -> dict[str, tuple[str, int]]:
 def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -> None:
     """Rows of an f32 cache equal a live forward of the same batch, bit for bit, for every view, teacher and tap."""
     recipe = digits_recipe(tmp_path, cache={"codec": "f32"})
-    result = run_cache(recipe, quiet=True)
+    result = run_cache(recipe)
     assert (result["rows_written"], result["rows_resumed"], result["complete"]) == (400, 0, True)
     reader = CacheReader(recipe.cache.path)
     data = open_dataset(recipe.data.train, limit=recipe.data.limit)
@@ -64,7 +64,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_digest(tmp_path: Path) -
         tmp_path, cache={"path": str(tmp_path / "whole.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1}
     )
     began = time.monotonic()
-    expected = run_cache(whole, quiet=True)
+    expected = run_cache(whole)
     seconds = time.monotonic() - began
     torn = digits_recipe(
         tmp_path, cache={"path": str(tmp_path / "torn.zarr"), "shard_mb": 0.02, "views": 6}, train={"threads": 1}
@@ -91,34 +91,34 @@ def test_killed_at_random_moments_it_ends_with_the_same_digest(tmp_path: Path) -
         job.wait()
         committed.append(len(log.read_bytes().splitlines()) if log.exists() else 0)
     assert killed == KILLS, f"the job finished before it could be killed {KILLS} times: {committed}"
-    result = run_cache(torn, quiet=True)
+    result = run_cache(torn)
     assert result["digest"] == expected["digest"] == cache_digest(torn.cache.path)
     assert result["complete"]
     ours, theirs = (objects(Path(recipe.cache.path)) for recipe in (torn, whole))
     assert {name: entry[0] for name, entry in ours.items()} == {name: entry[0] for name, entry in theirs.items()}
     assert not list((tmp_path / "torn.zarr").rglob(".tmp-*"))
-    assert run_verify(torn.cache.path, full=True, quiet=True)["ok"]
+    assert run_verify(torn.cache.path, full=True)["ok"]
 
 
 def test_a_second_teacher_tap_and_view_leave_what_is_there_untouched(tmp_path: Path) -> None:
     small = digits_recipe(tmp_path, teachers=1, cache={"views": 1}, overrides=('teachers.0.taps=["final"]',))
-    run_cache(small, quiet=True)
+    run_cache(small)
     before = objects(Path(small.cache.path))
-    result = run_cache(digits_recipe(tmp_path, cache={"views": 2}), quiet=True)
+    result = run_cache(digits_recipe(tmp_path, cache={"views": 2}))
     after = objects(Path(small.cache.path))
     assert {name: after[name] for name in before} == before
     assert result["complete"]
     assert len(after) > 3 * len(before)
     # and the result is that of one job with everything in it
     whole = digits_recipe(tmp_path, cache={"views": 2, "path": str(tmp_path / "whole.zarr")})
-    assert run_cache(whole, quiet=True)["digest"] == result["digest"]
-    again = run_cache(digits_recipe(tmp_path, cache={"views": 2}), quiet=True)
+    assert run_cache(whole)["digest"] == result["digest"]
+    again = run_cache(digits_recipe(tmp_path, cache={"views": 2}))
     assert (again["rows_written"], again["rows_resumed"], again["bytes_written"]) == (0, 400, 0)
 
 
 def test_two_parts_at_once_make_the_cache_of_one(tmp_path: Path) -> None:
     whole = digits_recipe(tmp_path, cache={"path": str(tmp_path / "whole.zarr")}, train={"threads": 1})
-    expected = run_cache(whole, quiet=True)["digest"]
+    expected = run_cache(whole)["digest"]
     files = [
         as_toml(digits_recipe(tmp_path, cache={"part": f"{part}/2"}, train={"threads": 1}), tmp_path / f"{part}.toml")
         for part in (0, 1)
@@ -144,8 +144,8 @@ def test_two_parts_at_once_make_the_cache_of_one(tmp_path: Path) -> None:
 def test_odd_batches_and_the_last_short_one(tmp_path: Path) -> None:
     """Batches that fit neither blocks nor shards nor the data give a complete cache whose pixels replay."""
     recipe = digits_recipe(tmp_path, teachers=1, cache={"batch": 23, "images": "stored"})
-    assert run_cache(recipe, quiet=True)["complete"]
-    checked = run_verify(recipe.cache.path, full=True, replay=8, quiet=True)
+    assert run_cache(recipe)["complete"]
+    checked = run_verify(recipe.cache.path, full=True, replay=8)
     assert checked["ok"], checked["problems"]
     assert checked["replayed"] == 8
 
@@ -153,8 +153,8 @@ def test_odd_batches_and_the_last_short_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_teachers_recomputed(tmp_path: Path, bn: str) -> None:
     recipe = digits_recipe(tmp_path, teachers=1, overrides=(f"teachers.0.bn={bn}",))
-    run_cache(recipe, quiet=True)
-    checked = run_verify(recipe.cache.path, teachers_percent=50, recipe=recipe, quiet=True)
+    run_cache(recipe)
+    checked = run_verify(recipe.cache.path, teachers_percent=50, recipe=recipe)
     assert checked["ok"], checked["problems"]
     assert set(checked["cosine"]) == {f"targets/a/{tap}/codes" for tap in ("final", "ofd1", "ofd2", "ofd3", "logits")}
     assert min(checked["cosine"].values()) > 0.9995
@@ -176,7 +176,7 @@ def test_batch_statistics_make_other_maps(tmp_path: Path) -> None:
 
 def test_refusals_name_what_differs(tmp_path: Path) -> None:
     recipe = digits_recipe(tmp_path, teachers=1)
-    run_cache(recipe, quiet=True)
+    run_cache(recipe)
     for override, words in {
         "seed=5": ["plan.seed", "5", "0"],
         "data.limit=10": ["dataset", "count"],
@@ -186,12 +186,12 @@ def test_refusals_name_what_differs(tmp_path: Path) -> None:
         "cache.codec=u4": ["final", "codec", "u4", "u8"],
     }.items():
         with pytest.raises(CacheMismatchError) as caught:
-            run_cache(digits_recipe(tmp_path, teachers=1, overrides=(override,)), quiet=True)
+            run_cache(digits_recipe(tmp_path, teachers=1, overrides=(override,)))
         for word in words:
             assert word in str(caught.value), (override, str(caught.value))
     write_teacher(tmp_path / "a.pt", seed=99)
     with pytest.raises(CacheMismatchError, match="weights_sha256"):
-        run_cache(recipe, quiet=True)
+        run_cache(recipe)
 
 
 def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
     with pytest.raises(RequestError, match=r"thesis\.txt"):
-        run_cache(recipe, quiet=True)
+        run_cache(recipe)
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -210,7 +210,7 @@ def test_a_diverged_teacher_is_found_before_anything_is_stored(tmp_path: Path) -
     state[name][0] = float("nan")
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(FeedfastError, match=r"'a'.*NaN"):
-        run_cache(recipe, quiet=True)
+        run_cache(recipe)
     assert not list(Path(recipe.cache.path).rglob("c/*"))
 
 
@@ -242,23 +242,23 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     stored = sum(file.stat().st_size for file in (tmp_path / "12.zarr").rglob("*") if file.is_file()) / 2**20
     assert stored > 100, "too small a cache to show anything"
     assert peaks[1] - peaks[0] < 0.35 * stored, (peaks, stored)
-    assert ranks().world == 1
+    assert Worker.from_env().world == 1
 
 
 def test_a_teacher_that_the_recipe_does_not_name_is_left_to_its_own(tmp_path: Path) -> None:
     """A kill between manifest and scale leaves a teacher half made; a job of another teacher goes on beside it."""
     first = digits_recipe(tmp_path, teachers=1)
-    run_cache(first, quiet=True)
+    run_cache(first)
     root = Path(first.cache.path)
     log = root / "commits" / "part-0-of-1.jsonl"
     kept = [line for line in log.read_text().splitlines() if "targets/a/" not in line]
     log.write_text("".join(line + "\n" for line in kept))
     both = digits_recipe(tmp_path)
     other = both.model_copy(update={"teachers": both.teachers[1:]})
-    result = run_cache(other, quiet=True)
+    result = run_cache(other)
     assert (result["rows_written"], result["complete"]) == (400, False)
     assert not [entry for entry in CacheReader(root).missing() if entry[0].startswith("targets/b/")]
-    assert run_cache(both, quiet=True)["complete"]
+    assert run_cache(both)["complete"]
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
@@ -269,4 +269,4 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     state[name] *= 1e6
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(FeedfastError, match=r"'logits'.*65504"):
-        run_cache(recipe, quiet=True)
+        run_cache(recipe)

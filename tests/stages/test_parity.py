@@ -15,9 +15,9 @@ from feedfast.cache.reader import CacheReader
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
-from feedfast.stages.common import ranks
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
+from feedfast.stages.worker import Worker
 
 METHODS: dict[str, dict[str, Any]] = {
     "kd": {"name": "kd"},
@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits, two teachers, and caches of the same maps as f32 and u8."""
     folder = tmp_path_factory.mktemp("parity")
     for codec in ("f32", "u8"):
-        run_cache(recipe_for(folder, codec, "kd"), quiet=True)
+        run_cache(recipe_for(folder, codec, "kd"))
     return folder
 
 
@@ -42,7 +42,7 @@ def recipe_for(folder: Path, codec: str, method: str, **train: Any) -> Recipe:
 
 
 def losses(recipe: Recipe) -> list[float]:
-    run_train(recipe, quiet=True)
+    run_train(recipe)
     return [row["loss"] for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl") if "loss" in row]
 
 
@@ -62,12 +62,12 @@ def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method
 
 
 def _first_step(recipe: Recipe) -> tuple[float, list[torch.Tensor]]:
-    run = StudentRun(recipe, ranks(), quiet=True)
-    batch, item = next(run.batches(0))
-    loss = run.trainee(batch.images, run.source.targets(item, batch.images), batch.labels)["loss"]
+    run = StudentRun(recipe, Worker.from_env())
+    batch = next(iter(run.loop.batches(0)))
+    loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations)["loss"]
     loss.backward()
-    run.loader.close()
-    gradients = [parameter.grad for parameter in run.trainee.parameters() if parameter.grad is not None]
+    run.close()
+    gradients = [parameter.grad for parameter in run.trainer.trainee.parameters() if parameter.grad is not None]
     return float(loss.detach()), gradients
 
 
@@ -116,7 +116,7 @@ def test_none_is_plain_training_of_the_same_student(world: Path, tmp_path: Path)
 
 def test_the_saved_student_carries_no_adapters(world: Path, tmp_path: Path) -> None:
     recipe = recipe_for(world, "u8", "ofd", out=str(tmp_path / "o"), max_steps=2)
-    result = run_train(recipe, quiet=True)
+    result = run_train(recipe)
     state = torch.load(tmp_path / "o" / "student.pt", weights_only=True)
     bare = build_model("zoo/wrn-10-1", num_classes=10, weights=None)
     assert set(state) == set(bare.state_dict())

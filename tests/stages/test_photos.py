@@ -110,7 +110,7 @@ def world(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """All photographs, two views at u8; the folder and what `feedfast cache` reported."""
     folder = tmp_path_factory.mktemp("photos")
     write_teacher(folder / "r18.pt", photos)
-    return folder, run_cache(photo_recipe(folder, photos), quiet=True)
+    return folder, run_cache(photo_recipe(folder, photos))
 
 
 def test_the_cache_is_complete_small_and_exact_enough(world: tuple[Path, dict[str, Any]]) -> None:
@@ -180,7 +180,7 @@ def test_margins_are_the_expected_negative_response(world: tuple[Path, dict[str,
 def test_verify_reads_decodes_and_recomputes(world: tuple[Path, dict[str, Any]], photos: Path) -> None:
     folder, _ = world
     recipe = photo_recipe(folder, photos)
-    checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=25, recipe=recipe, quiet=True)
+    checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=25, recipe=recipe)
     assert (checked["ok"], checked["problems"], checked["replayed"]) == (True, [], 4)
     assert set(checked["cosine"]) == {f"targets/r18/{tap}/codes" for tap in (*SHAPES, "logits")}
     assert min(checked["cosine"].values()) > 0.999
@@ -196,19 +196,17 @@ def test_verify_finds_another_photograph_and_other_weights(
     for file in photos.iterdir():
         (moved / file.name).symlink_to(file)
     recipe = photo_recipe(folder, moved)
-    assert run_verify(recipe.cache.path, replay=4, recipe=recipe, quiet=True)["ok"], (
-        "the place of a folder is not its content"
-    )
+    assert run_verify(recipe.cache.path, replay=4, recipe=recipe)["ok"], "the place of a folder is not its content"
     for file in sorted(photos.iterdir()):
         with Image.open(file) as image:
             size, exif = image.size, image.getexif()
         (moved / file.name).unlink()
         Image.new("RGB", size, "gray").save(moved / file.name, exif=exif)
-    checked = run_verify(recipe.cache.path, replay=4, recipe=recipe, quiet=True)
+    checked = run_verify(recipe.cache.path, replay=4, recipe=recipe)
     assert not checked["ok"]
     assert {entry["kind"] for entry in checked["problems"]} == {"pixels"}
     with pytest.raises(RequestError, match=r"give --recipe"):
-        run_verify(recipe.cache.path, teachers_percent=10, quiet=True)
+        run_verify(recipe.cache.path, teachers_percent=10)
 
 
 @pytest.mark.parametrize("method", [{"name": "ofd", "alpha": 1e-4}, {"name": "pfeed"}, {"name": "kd"}])
@@ -217,7 +215,7 @@ def test_a_student_learns_from_unlabelled_photographs(
 ) -> None:
     """Three steps at 224 from u8 codes: no label, so no cross-entropy; the teacher alone moves the weights."""
     recipe = photo_recipe(world[0], photos, method=method, train={"max_steps": 3, "out": str(tmp_path / "s")})
-    result = run_train(recipe, quiet=True)
+    result = run_train(recipe)
     assert (result["steps"], result["val_accuracy"]) == (3, None)
     rows = [row for row in read_metrics(tmp_path / "s" / "metrics.jsonl") if "loss" in row]
     assert len(rows) == 3
@@ -258,8 +256,8 @@ def test_class_folders_cached_and_live_are_the_same_steps(
             train={"source": kind, "batch": 20, "out": str(out), "max_steps": 3},
         )
         if kind == "cache":
-            run_cache(recipe, quiet=True)
-        run_train(recipe, quiet=True)
+            run_cache(recipe)
+        run_train(recipe)
         rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
         assert all(row["ce"] > 1 for row in rows)
         losses[kind] = [row["loss"] for row in rows]
@@ -282,7 +280,7 @@ def test_a_student_with_dropout_resumes_exactly(
                 train={"source": "live", "max_steps": stop, "out": str(tmp_path / name)},
             )
             torch.manual_seed(stop)
-            run_train(recipe, quiet=True)
+            run_train(recipe)
         states.append(torch.load(tmp_path / name / "student.pt", weights_only=True))
     for name in states[0]:
         assert torch.equal(states[0][name], states[1][name]), name
@@ -294,9 +292,7 @@ def test_unlabelled_photographs_need_the_teachers_classes(world: tuple[Path, dic
     with pytest.raises(
         RequestError, match=r"fc\.weight expected \[1000, 512\], found \[10, 512\].*teachers\[r18\]\.classes"
     ):
-        run_cache(
-            photo_recipe(world[0], photos, teachers=teachers, cache={"path": str(world[0] / "other.zarr")}), quiet=True
-        )
+        run_cache(photo_recipe(world[0], photos, teachers=teachers, cache={"path": str(world[0] / "other.zarr")}))
     assert not (world[0] / "other.zarr").exists()
 
 

@@ -28,12 +28,12 @@ ROWS, VIEWS, BATCH = 200, 2, 32
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Two teachers, float32, so that equality means equality."""
     made = digits_recipe(tmp_path_factory.mktemp("stream"), cache={"codec": "f32"}, seed=3)
-    run_cache(made, quiet=True)
+    run_cache(made)
     return made
 
 
 @pytest.fixture(scope="module")
-def cache(recipe: Recipe) -> feedfast.stages.stream.Cache:
+def cache(recipe: Recipe) -> feedfast.stages.open_cache.Cache:
     return feedfast.open_cache(recipe.cache.path)
 
 
@@ -44,7 +44,7 @@ def coded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in Path(recipe.cache.path).parent.glob("*.*[tz]"):
         shutil.copy(file, folder)
     made = digits_recipe(folder, teachers=1, cache={"images": "stored"}, seed=3)
-    run_cache(made, quiet=True)
+    run_cache(made)
     return Path(made.cache.path)
 
 
@@ -68,7 +68,7 @@ def test_four_lines_in_a_loop_of_your_own(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("view", range(VIEWS))
 def test_targets_images_labels_and_ids_are_those_of_a_live_run(
-    recipe: Recipe, cache: feedfast.stages.stream.Cache, view: int
+    recipe: Recipe, cache: feedfast.stages.open_cache.Cache, view: int
 ) -> None:
     teachers = {spec.name: FrozenTeacher(spec, recipe, 10, torch.device("cpu")) for spec in recipe.teachers}
     data = open_dataset(recipe.data.train, limit=recipe.data.limit)
@@ -98,7 +98,7 @@ def test_targets_images_labels_and_ids_are_those_of_a_live_run(
 
 @pytest.mark.parametrize("pass_index", [0, 1])
 @pytest.mark.parametrize("start", [1, 3, 6])
-def test_a_pass_continues_at_any_batch(cache: feedfast.stages.stream.Cache, start: int, pass_index: int) -> None:
+def test_a_pass_continues_at_any_batch(cache: feedfast.stages.open_cache.Cache, start: int, pass_index: int) -> None:
     options = {"pass_index": pass_index, "taps": {"a": ["final", "logits"]}, "drop_last": False}
     whole = list(cache.stream(1, BATCH, **options))  # type: ignore[arg-type]
     tail = list(cache.stream(1, BATCH, start_batch=start, **options))  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def test_a_pass_continues_at_any_batch(cache: feedfast.stages.stream.Cache, star
     assert list(cache.stream(1, BATCH, start_batch=7, **options)) == []  # type: ignore[arg-type]
 
 
-def test_later_passes_mix_the_rows_and_lose_none(cache: feedfast.stages.stream.Cache) -> None:
+def test_later_passes_mix_the_rows_and_lose_none(cache: feedfast.stages.open_cache.Cache) -> None:
     passes = [
         list(cache.stream(0, BATCH, pass_index=index, drop_last=False, taps={"a": ["final"]})) for index in range(3)
     ]
@@ -133,7 +133,9 @@ def test_later_passes_mix_the_rows_and_lose_none(cache: feedfast.stages.stream.C
                 assert by_row.setdefault(row, content) == content, "a row is the same in every pass"
 
 
-def test_stored_images_are_the_replayed_ones(recipe: Recipe, cache: feedfast.stages.stream.Cache, coded: Path) -> None:
+def test_stored_images_are_the_replayed_ones(
+    recipe: Recipe, cache: feedfast.stages.open_cache.Cache, coded: Path
+) -> None:
     stored = feedfast.open_cache(coded)
     assert stored.manifest.images == "stored"
     for pass_index in (0, 1):
@@ -150,7 +152,7 @@ def test_stored_images_are_the_replayed_ones(recipe: Recipe, cache: feedfast.sta
             assert float((near - exact).norm() / exact.norm()) < 0.015
 
 
-def test_losses_take_what_a_batch_holds(cache: feedfast.stages.stream.Cache, coded: Path) -> None:
+def test_losses_take_what_a_batch_holds(cache: feedfast.stages.open_cache.Cache, coded: Path) -> None:
     """Codes and float maps go into the same losses, with gradients, and say nearly the same."""
     losses = []
     for source in (cache, feedfast.open_cache(coded)):
@@ -169,7 +171,7 @@ def test_losses_take_what_a_batch_holds(cache: feedfast.stages.stream.Cache, cod
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
-def test_keeping_every_batch_keeps_it_right(cache: feedfast.stages.stream.Cache) -> None:
+def test_keeping_every_batch_keeps_it_right(cache: feedfast.stages.open_cache.Cache) -> None:
     """Buffers are used again only when nobody holds them any more."""
     kept = list(cache.stream(0, 16, drop_last=False))
     for position, batch in enumerate(cache.stream(0, 16, drop_last=False)):
@@ -179,7 +181,9 @@ def test_keeping_every_batch_keeps_it_right(cache: feedfast.stages.stream.Cache)
         assert torch.equal(batch.images, kept[position].images)
 
 
-def test_only_the_wanted_targets_are_read(recipe: Recipe, cache: feedfast.stages.stream.Cache, tmp_path: Path) -> None:
+def test_only_the_wanted_targets_are_read(
+    recipe: Recipe, cache: feedfast.stages.open_cache.Cache, tmp_path: Path
+) -> None:
     assert cache.taps == dict.fromkeys(("a", "b"), ("final", "ofd1", "ofd2", "ofd3", "logits"))
     wanted = {"a": ["final"], "b": ["ofd2", "logits"]}
     batch = next(cache.stream(taps=wanted))
@@ -211,7 +215,7 @@ def test_only_the_wanted_targets_are_read(recipe: Recipe, cache: feedfast.stages
     ],
 )
 def test_a_wrong_request_is_refused_at_once(
-    cache: feedfast.stages.stream.Cache, options: dict[str, object], words: str
+    cache: feedfast.stages.open_cache.Cache, options: dict[str, object], words: str
 ) -> None:
     if options.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("asks for a GPU where there is none")

@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from small import as_toml, digits_recipe, write_teacher
 
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
-from feedfast.recipe import Train
+from feedfast.models.build import build_model
+from feedfast.recipe import Recipe, Train
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
-from feedfast.stages.student import Schedule, run_train
+from feedfast.stages.schedule import Schedule
+from feedfast.stages.student import run_train
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
-    run_cache(digits_recipe(folder), quiet=True)
+    run_cache(digits_recipe(folder))
     return folder
 
 
@@ -45,13 +48,13 @@ def assert_equal_weights(one: Path, two: Path) -> None:
 def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) -> None:
     """Stopped in mid-epoch, at an epoch's end, in a later pass: weights and metrics equal those of one run."""
     whole = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "whole")}, method={"name": "ofd"})
-    run_train(whole, quiet=True)
+    run_train(whole)
     parts = digits_recipe(
         world, train={"epochs": 4, "out": str(tmp_path / "parts"), "max_steps": stop}, method={"name": "ofd"}
     )
-    assert run_train(parts, quiet=True)["steps"] == stop
+    assert run_train(parts)["steps"] == stop
     rest = digits_recipe(world, train={"epochs": 4, "out": str(tmp_path / "parts")}, method={"name": "ofd"})
-    assert run_train(rest, quiet=True)["steps"] == 24
+    assert run_train(rest)["steps"] == 24
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
     rows = [
         [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
@@ -62,7 +65,7 @@ def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) ->
 
 def test_killed_training_resumes_to_the_same_weights(world: Path, tmp_path: Path) -> None:
     whole = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "whole"), "threads": 1})
-    run_train(whole, quiet=True)
+    run_train(whole)
     torn = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "torn"), "threads": 1})
     command = [sys.executable, "-m", "feedfast", "train", str(as_toml(torn, tmp_path / "torn.toml"))]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -71,15 +74,15 @@ def test_killed_training_resumes_to_the_same_weights(world: Path, tmp_path: Path
     assert job.poll() is None, "the job ended before it could be killed"
     job.send_signal(signal.SIGKILL)
     job.wait()
-    result = run_train(torn, quiet=True)
+    result = run_train(torn)
     assert result["steps"] == 60
     assert_equal_weights(tmp_path / "whole", tmp_path / "torn")
 
 
 def test_a_finished_run_is_not_run_again(world: Path, tmp_path: Path) -> None:
     recipe = digits_recipe(world, train={"out": str(tmp_path / "s")})
-    first = run_train(recipe, quiet=True)
-    again = run_train(recipe, quiet=True)
+    first = run_train(recipe)
+    again = run_train(recipe)
     assert {key: again[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")} == {
         key: first[key] for key in ("val_accuracy", "final_loss", "steps", "step_ms")
     }
@@ -99,16 +102,15 @@ def test_a_finished_run_is_not_run_again(world: Path, tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused_and_overwrite_starts_afresh(world: Path, tmp_path: Path) -> None:
-    run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2}), quiet=True)
+    run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2}))
     other = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5})
     with pytest.raises(RequestError, match=r"train\.lr: there 0\.02, here 0\.5"):
-        run_train(other, quiet=True)
+        run_train(other)
     assert (
         run_train(
             digits_recipe(
                 world, train={"out": str(tmp_path / "s"), "max_steps": 2, "lr": 0.5}, overrides=("overwrite=true",)
             ),
-            quiet=True,
         )["steps"]
         == 2
     )
@@ -116,11 +118,11 @@ def test_another_recipe_is_refused_and_overwrite_starts_afresh(world: Path, tmp_
 
 def test_a_damaged_checkpoint_is_one_sentence(world: Path, tmp_path: Path) -> None:
     recipe = digits_recipe(world, train={"out": str(tmp_path / "s"), "max_steps": 2})
-    run_train(recipe, quiet=True)
+    run_train(recipe)
     path = tmp_path / "s" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(FeedfastError, match=r"checkpoint\.pt: expected a checkpoint"):
-        run_train(recipe, quiet=True)
+        run_train(recipe)
 
 
 class Malicious:
@@ -139,13 +141,12 @@ def test_nothing_is_unpickled(world: Path, tmp_path: Path, monkeypatch: pytest.M
                 train={"source": "live", "out": str(tmp_path / "s")},
                 overrides=(f"teachers.0.weights={tmp_path / 'evil.pt'}",),
             ),
-            quiet=True,
         )
     recipe = digits_recipe(world, train={"out": str(tmp_path / "t"), "max_steps": 1})
-    run_train(recipe, quiet=True)
+    run_train(recipe)
     torch.save(Malicious(), tmp_path / "t" / "checkpoint.pt")
     with pytest.raises(FeedfastError):
-        run_train(recipe, quiet=True)
+        run_train(recipe)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -154,32 +155,29 @@ def test_a_cache_of_something_else_is_refused(world: Path, tmp_path: Path) -> No
     out = {"out": str(tmp_path / "s")}
     write_teacher(tmp_path / "other.pt", seed=50)
     with pytest.raises(CacheMismatchError, match="weights_sha256"):
-        run_train(
-            digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)), quiet=True
-        )
+        run_train(digits_recipe(world, train=out, overrides=(f"teachers.1.weights={tmp_path / 'other.pt'}",)))
     with pytest.raises(CacheMismatchError, match="dataset"):
-        run_train(digits_recipe(world, train=out, data={"limit": 19}, overrides=("overwrite=true",)), quiet=True)
+        run_train(digits_recipe(world, train=out, data={"limit": 19}, overrides=("overwrite=true",)))
     with pytest.raises(CacheMismatchError, match=r"plan\.seed"):
-        run_train(digits_recipe(world, train=out, overrides=("seed=4", "overwrite=true")), quiet=True)
+        run_train(digits_recipe(world, train=out, overrides=("seed=4", "overwrite=true")))
     with pytest.raises(CacheMismatchError, match=r"cache\.views"):
-        run_train(digits_recipe(world, train=out, cache={"views": 3}, overrides=("overwrite=true",)), quiet=True)
+        run_train(digits_recipe(world, train=out, cache={"views": 3}, overrides=("overwrite=true",)))
     assert not (tmp_path / "s" / "student.pt").exists()
 
 
 def test_an_incomplete_cache_says_so(world: Path, tmp_path: Path) -> None:
     half = digits_recipe(world, cache={"path": str(tmp_path / "half.zarr"), "part": "0/2"})
-    run_cache(half, quiet=True)
+    run_cache(half)
     with pytest.raises(CacheDamageError, match="incomplete") as caught:
         run_train(
             digits_recipe(world, cache={"path": str(tmp_path / "half.zarr")}, train={"out": str(tmp_path / "s")}),
-            quiet=True,
         )
     assert caught.value.exit_code == 1
 
 
 def test_nan_before_the_first_checkpoint_says_that_there_is_none(world: Path, tmp_path: Path) -> None:
     with pytest.raises(FeedfastError, match=r"finite loss, found \w+ at step [2-5];.*there is no .*checkpoint\.pt yet"):
-        run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4}), quiet=True)
+        run_train(digits_recipe(world, train={"out": str(tmp_path / "s"), "lr": 1e18, "epochs": 4}))
     assert not (tmp_path / "s" / "checkpoint.pt").exists()
 
 
@@ -189,7 +187,7 @@ def test_nan_keeps_the_checkpoint_and_says_of_which_step(world: Path, tmp_path: 
     checkpoint = tmp_path / "s" / "checkpoint.pt"
     for _ in range(2):
         with pytest.raises(FeedfastError, match="finite loss") as caught:
-            run_train(digits_recipe(world, train=train), quiet=True)
+            run_train(digits_recipe(world, train=train))
         step = torch.load(checkpoint, weights_only=True)["step"]
         assert step >= 1
         assert f"at step {step + 1};" in str(caught.value)
@@ -227,16 +225,14 @@ def test_warm_up_is_linear() -> None:
 
 def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.compile` changes how the student runs, not what it learns (traced here without a C compiler)."""
-    import torch as torch_module
-
     eager = digits_recipe(world, train={"max_steps": 3, "out": str(tmp_path / "e"), "eval_every": 0})
-    run_train(eager, quiet=True)
-    original = torch_module.compile
-    monkeypatch.setattr(torch_module, "compile", lambda module: original(module, backend="aot_eager"))
+    run_train(eager)
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: original(module, backend="aot_eager"))
     compiled = digits_recipe(
         world, train={"max_steps": 3, "out": str(tmp_path / "c"), "compile": True, "eval_every": 0}
     )
-    run_train(compiled, quiet=True)
+    run_train(compiled)
     losses = [
         [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row] for name in ("e", "c")
     ]
@@ -244,35 +240,60 @@ def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypat
 
 
 def test_two_ranks_walk_the_same_global_batches(world: Path, tmp_path: Path) -> None:
-    """torchrun with two ranks on the CPU: finishes, one set of files, loss near that of one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """As torchrun starts them, on the CPU: one set of files, loss near that of one process, one accuracy for both."""
     recipe = digits_recipe(world, train={"out": str(tmp_path / "ranks"), "max_steps": 4, "threads": 1})
-    file = as_toml(recipe, tmp_path / "r.toml")
-    jobs = []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        jobs.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "feedfast", "train", str(file)],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    outputs = [job.communicate(timeout=240) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}), quiet=True)
-    both = json.loads(outputs[0][0].splitlines()[-1])
-    assert both["steps"] == single["steps"] == 4
-    assert both["final_loss"] == pytest.approx(single["final_loss"], rel=0.25)
+    done = run_ranks(["-m", "feedfast", "train", as_toml(recipe, tmp_path / "r.toml")])
+    assert [job.returncode for job in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    single = run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "max_steps": 4}))
+    first, second = (json.loads(job.stdout.splitlines()[-1]) for job in done)
+    assert first["steps"] == second["steps"] == single["steps"] == 4
+    assert first["final_loss"] == pytest.approx(single["final_loss"], rel=0.25)
     assert weights(tmp_path / "ranks").keys() == weights(tmp_path / "one").keys()
+    # The accuracy that both ranks report, each having seen half of the images, is that of the student that was saved.
+    assert first["val_accuracy"] == second["val_accuracy"] == top1(tmp_path / "ranks" / "student.pt", recipe)
+    assert "train: zoo/wrn-10-1" in done[0].stderr
+    assert done[1].stderr == "", "only the first rank reports"
+
+
+def top1(file: Path, recipe: Recipe) -> float:
+    """Accuracy of a saved student in plain PyTorch."""
+    model = build_model(recipe.student.model, num_classes=10, weights=str(file)).eval()
+    val = np.load(recipe.data.val[0])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in recipe.data.normalization)
+    pixels = torch.from_numpy(val["images"]).float()[:, None].expand(-1, 3, -1, -1) / 255
+    with torch.no_grad():
+        found = model((pixels - mean) / std).argmax(1).numpy()
+    return float((found == val["labels"]).mean())
+
+
+def test_one_cache_serves_any_number_of_seeds(world: Path, tmp_path: Path) -> None:
+    """``train.seed`` moves the student's start and its adapters; data and views stay those of the cache."""
+    losses = {}
+    for name, train in {"default": {}, "zero": {"seed": 0}, "one": {"seed": 1}, "again": {"seed": 1}}.items():
+        run_train(digits_recipe(world, train={"out": str(tmp_path / name), "max_steps": 3, "eval_every": 0, **train}))
+        metrics = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [row["loss"] for row in metrics if "loss" in row]
+    assert losses["default"] == losses["zero"], "without it the recipe's seed counts"
+    assert losses["one"] == losses["again"]
+    assert losses["one"][0] != losses["zero"][0]
+    with pytest.raises(RequestError, match=r"train\.seed: there 1, here 2"):
+        run_train(digits_recipe(world, train={"out": str(tmp_path / "one"), "seed": 2}))
+
+
+@pytest.mark.parametrize("method", ["kd", "ofd"])
+def test_stored_images_train_without_decoding(
+    world: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cache.images = "stored"` is for machines that cannot decode fast enough: the trainer then decodes nothing."""
+    path = {"path": str(tmp_path / "stored.zarr"), "images": "stored"}
+    run_cache(digits_recipe(world, cache=path))
+    train = {"epochs": 3, "max_steps": 15, "eval_every": 0}  # the last epoch reads mixed rows
+    losses = []
+    for name, cache in (("replayed", {}), ("stored", path)):
+        if name == "stored":
+            monkeypatch.setattr("feedfast.data.loader.Loader.stream", lambda *_, **__: pytest.fail("decoded"))
+        out = str(tmp_path / f"{name}-out")
+        run_train(digits_recipe(world, cache=cache, method={"name": method}, train={**train, "out": out}))
+        losses.append([row["loss"] for row in read_metrics(Path(out) / "metrics.jsonl") if "loss" in row])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 15

@@ -14,9 +14,10 @@ from feedfast.errors import RequestError
 from feedfast.methods import PFEED, StudentOutput, Targets
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
-from feedfast.stages.common import ranks
 from feedfast.stages.offline import run_cache
+from feedfast.stages.source import Cached
 from feedfast.stages.student import StudentRun, run_train
+from feedfast.stages.worker import Worker
 from feedfast_kernels import as_float, ensemble_kl
 
 METHODS = ("kd", "ofd", "pfeed")
@@ -26,7 +27,7 @@ METHODS = ("kd", "ofd", "pfeed")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of two teachers in f32: what a live run computes is then what a cached run reads."""
     folder = tmp_path_factory.mktemp("sources")
-    run_cache(digits_recipe(folder, cache={"codec": "f32"}), quiet=True)
+    run_cache(digits_recipe(folder, cache={"codec": "f32"}))
     return folder
 
 
@@ -59,23 +60,24 @@ def second_logits_method(monkeypatch: pytest.MonkeyPatch) -> None:
         return MapsAndLogits(**built_for)
 
     monkeypatch.setattr("feedfast.stages.student.build_method", build)
+    monkeypatch.setattr("feedfast.stages.student.needs_of", lambda name: MapsAndLogits.teacher_taps)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_is_read_for_what_the_method_says_it_reads(world: Path, tmp_path: Path, method: str) -> None:
-    run = StudentRun(recipe_for(world, "cache", tmp_path, method), ranks(), quiet=True)
-    batch, item = next(run.batches(0))
-    targets = run.source.targets(item, batch.images)
-    run.loader.close()
-    assert {name: tuple(taps) for name, taps in targets.items()} == dict.fromkeys("ab", run.method.teacher_taps)
-    assert len(item) == 2 * len(run.method.teacher_taps), "nothing is read in vain"
+    run = StudentRun(recipe_for(world, "cache", tmp_path, method), Worker.from_env())
+    batch = next(iter(run.loop.batches(0)))
+    run.close()
+    reads = run.trainer.method.teacher_taps
+    assert {name: tuple(taps) for name, taps in batch.targets.items()} == dict.fromkeys("ab", reads)
+    assert isinstance(run.source, Cached)
+    assert len(run.source.arrays) == 2 * len(reads), "nothing is read in vain"
 
 
 @pytest.mark.usefixtures("second_logits_method")
 def test_another_method_gets_its_logits_without_being_known_by_name(world: Path, tmp_path: Path) -> None:
     cached, live = (
-        run_train(recipe_for(world, source, tmp_path / source, "pfeed"), quiet=True)["final_loss"]
-        for source in ("cache", "live")
+        run_train(recipe_for(world, source, tmp_path / source, "pfeed"))["final_loss"] for source in ("cache", "live")
     )
     assert cached == pytest.approx(live, rel=1e-5)
 
@@ -86,7 +88,7 @@ def test_whoever_compares_logits_needs_teachers_of_the_same_classes(world: Path,
     recipe = recipe_for(world, "live", tmp_path / "out", "pfeed")
     other = recipe.teachers[1].model_copy(update={"weights": str(tmp_path / "b.pt"), "classes": 12})
     with pytest.raises(RequestError, match=r"'pfeed' compares classes.*expected 10 in every teacher, found 12 in 'b'"):
-        run_train(recipe.model_copy(update={"teachers": (recipe.teachers[0], other)}), quiet=True)
+        run_train(recipe.model_copy(update={"teachers": (recipe.teachers[0], other)}))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,5 +99,5 @@ def test_a_recipe_may_name_some_of_the_caches_teachers(world: Path, tmp_path: Pa
         for source in ("cache", "live"):
             recipe = recipe_for(world, source, tmp_path / f"{source}{len(teachers)}", method)
             chosen = tuple(recipe.teachers[number] for number in teachers)
-            losses.append(run_train(recipe.model_copy(update={"teachers": chosen}), quiet=True)["final_loss"])
+            losses.append(run_train(recipe.model_copy(update={"teachers": chosen}))["final_loss"])
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,171 @@
+"""The training loop: batches in, optimizer steps, rows of metrics, evaluations and checkpoints out.
+
+Everything that decides a step is a pure function of its number: the view (epoch modulo views), the order of its rows,
+each crop, the learning rate, what dropout draws. So resuming seeks to a batch in O(1) and ends with the weights that
+an uninterrupted run would have.
+
+Losses stay on the device and are fetched only when a row of metrics.jsonl is due, so the loop does not wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from feedfast.data.batch import Batch
+from feedfast.data.views import ViewPlan, pass_order
+from feedfast.errors import FeedfastError
+from feedfast.recipe import Train
+from feedfast.report.run import EventLog
+from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
+from feedfast.stages.progress import Meter
+from feedfast.stages.schedule import Schedule
+from feedfast.stages.source import Source
+from feedfast.stages.timing import Timing
+from feedfast.stages.worker import Worker
+
+
+@dataclass
+class Trainer:
+    """Networks and optimizer, and one step of them.
+
+    Attributes:
+        trainee: images, targets and annotations → losses; wrapped for several ranks.
+        student: the bare network that is saved.
+        method: adapters, in the checkpoint and not in the saved student.
+        optimizer: of both.
+        schedule: learning rate by step.
+        device: where all of them are.
+        autocast: compute in bfloat16 where torch does so safely.
+        seed: of what networks draw while training (dropout).
+        rank: ranks draw differently.
+    """
+
+    trainee: nn.Module
+    student: nn.Module
+    method: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    device: torch.device
+    autocast: bool
+    seed: int
+    rank: int
+
+    def step(self, index: int, batch: Batch) -> dict[str, Tensor]:
+        """Optimizer step number ``index``; the detached losses, still on the device."""
+        self.trainee.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(index)
+        # Dropout draws from torch's generator: seeded by the step, a live, a cached and a resumed run draw the same.
+        seed_step(self.device, self.seed, index, self.rank)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            losses: dict[str, Tensor] = self.trainee(batch.images, batch.targets, batch.annotations)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
+
+
+def seed_step(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one step of one rank: what a network draws is then a function of the step."""
+    number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes a millisecond while CUDA is not in use
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
+
+
+def view_and_pass(epoch: int, views: int) -> tuple[int, int]:
+    """Which view an epoch walks, and for how manieth time; ``views`` 0 = a new view every epoch."""
+    return (epoch % views, epoch // views) if views else (epoch, 0)
+
+
+def rank_rows(order: np.ndarray, batch: int, rank: int, world: int) -> np.ndarray:
+    """This rank's rows of whole global batches: its slice of each, in order.
+
+    Args:
+        order: int64 [n], the rows of a pass.
+        batch: rows per global batch, a multiple of ``world``; rows that fill no whole batch are left out.
+        rank: which slice.
+        world: slices per batch.
+    """
+    slices = order[: len(order) // batch * batch].reshape(-1, world, batch // world)
+    return np.ascontiguousarray(slices[:, rank].reshape(-1))
+
+
+class Loop:
+    """From one step to another, epoch by epoch.
+
+    Attributes:
+        steps_per_epoch: whole batches in a view.
+        total: steps of the whole run.
+        kept: step of the checkpoint in ``out``, None before the first.
+    """
+
+    def __init__(
+        self, trainer: Trainer, source: Source, plan: ViewPlan, count: int, train: Train, worker: Worker, out: Path
+    ) -> None:
+        """``count``: rows of a view. ``train``: the recipe's section. ``out``: the run's folder."""
+        self.trainer, self.source, self.plan, self.count = trainer, source, plan, count
+        self.train, self.worker, self.out = train, worker, out
+        self.steps_per_epoch = count // train.batch
+        self.total = self.steps_per_epoch * train.epochs
+        self.kept: int | None = None
+        self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's part of each batch from ``step`` to the end of its epoch."""
+        epoch, start = divmod(step, self.steps_per_epoch)
+        view, pass_index = view_and_pass(epoch, self.source.views)
+        order = pass_order(self.count, self.plan.seed, view, pass_index)
+        rows = rank_rows(order, self.train.batch, self.worker.rank, self.worker.world)
+        return self.source.batches(view, rows, self.train.batch // self.worker.world, start)
+
+    def epoch(self, step: int, stop: int, events: EventLog | None, meter: Meter) -> int:
+        """Train to the end of the epoch that ``step`` is in, or to ``stop``; the step reached."""
+        train, timing = self.train, self.timing
+        end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
+        remark = ""
+        timing.begin()
+        for batch in self.batches(step):
+            timing.waited()
+            losses = self.trainer.step(step, batch)
+            step += 1
+            if step % train.log_every == 0 or step == stop:
+                values = {name: float(value) for name, value in losses.items()}
+                self._require_finite(values["loss"], step)
+                timing.end()
+                if events is not None:
+                    events.scalars(step, {**values, "lr": self.trainer.schedule.lr(step - 1), **timing.row()})
+                remark = f"loss {values['loss']:.3f}"
+            else:
+                timing.end()
+            meter.advance(train.batch, remark)
+            if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
+                self.checkpoint(step)
+            if step == end:
+                return step
+            timing.begin()
+        raise FeedfastError(f"train: the data loader stopped at step {step}; expected batches up to step {end}")
+
+    def checkpoint(self, step: int) -> None:
+        """Write ``checkpoint.pt``; the first rank's suffices, all have the same."""
+        if self.worker.first:
+            save_checkpoint(self.out, self.trainer.student, self.trainer.method, self.trainer.optimizer, step)
+        self.kept = step
+        self.timing.checkpointed()
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            held = self.out / CHECKPOINT
+            kept = f"{held} holds step {self.kept}" if self.kept is not None else f"there is no {held} yet"
+            raise FeedfastError(
+                f"train: expected a finite loss, found {loss} at step {step}; lower train.lr or the method's weight "
+                f"({kept})"
+            )

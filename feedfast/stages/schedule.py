@@ -1,0 +1,47 @@
+"""The learning rate as a pure function of the step: resuming needs no state of it.
+
+The shapes are those of torch.optim.lr_scheduler, with a linear warm-up before any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from feedfast.recipe import Train
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of ``total`` steps in ``train.epochs`` epochs."""
+
+    train: Train
+    total: int
+
+    def lr(self, step: int) -> float:
+        """The rate of ``step`` (0-based).
+
+        Warm-up is linear from lr/warm-up steps; cosine ends at 0; one-cycle climbs for 30 % from lr/25 and ends at
+        lr/25e4 (torch's OneCycleLR defaults, with ``lr`` as its peak); step multiplies by ``gamma`` at each milestone.
+        """
+        train = self.train
+        warm = round(train.warmup_epochs * self.total / train.epochs)
+        if step < warm:
+            return train.lr * (step + 1) / warm
+        done = (step - warm) / max(self.total - warm, 1)
+        if train.schedule == "cosine":
+            return _anneal(train.lr, 0.0, done)
+        if train.schedule == "step":
+            passed = sum(step >= round(milestone * self.total) for milestone in train.milestones)
+            return train.lr * train.gamma**passed
+        if train.schedule == "one-cycle":
+            low, last, rise = train.lr / 25, train.lr / 25e4, 0.3
+            if done < rise:
+                return _anneal(low, train.lr, done / rise)
+            return _anneal(train.lr, last, (done - rise) / (1 - rise))
+        return train.lr
+
+
+def _anneal(start: float, end: float, done: float) -> float:
+    """Half a cosine from ``start`` (done = 0) to ``end`` (done = 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * done))

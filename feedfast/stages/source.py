@@ -1,0 +1,297 @@
+"""Where a student's batches come from: plain images, live teachers, or the cache.
+
+Every source has one face, so a training loop cannot tell them apart: `batches` walks given rows of a view and yields
+whole batches, read ahead. The live source is the oracle that the cached one is tested against; the plain one is the
+baseline that both are timed against. Recording (live, and filling the cache as it trains) is to be a fourth.
+
+Codes stay codes: a u8 map travels to the device as uint8 and is dequantized inside the loss.
+
+A cache is checked against the recipe before anything trains: same data, same plan, same teachers with the same
+weights, every needed shard present; the stored order and crops must be those of the plan; and a few blocks of pixels
+are decoded again and compared with the checksums taken when the teachers saw them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from feedfast.cache.reader import CacheReader
+from feedfast.cache.schema import Manifest
+from feedfast.data.batch import Batch
+from feedfast.data.dataset import Dataset
+from feedfast.data.loader import Loader
+from feedfast.data.views import ViewPlan
+from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.methods import TapInfo
+from feedfast.recipe import Recipe
+from feedfast.stages.audit import check_views, replay_pixels
+from feedfast.stages.data import pixel_loader
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
+from feedfast.stages.identity import refuse_other_recipe
+from feedfast.stages.pilot import pilot_pixels
+from feedfast_kernels import Codes, Target
+
+STORED = "pixels/codes"
+Rows = NDArray[np.int64]
+Taps = Mapping[str, Mapping[str, TapInfo]]
+"""Teacher → tap → what a method needs to know of it."""
+
+
+class Source(Protocol):
+    """What a training loop needs.
+
+    Attributes:
+        taps: the targets that batches carry; the recipe's teachers, in the recipe's order.
+        views: how many views the epochs run through; 0 = a new one every epoch.
+        classes: of the teachers' logits; 0 = unknown.
+    """
+
+    taps: Taps
+    views: int
+    classes: int
+
+    def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Some rows of a view in the order given: batch k is ``rows[k * batch_size : (k + 1) * batch_size]``.
+
+        Args:
+            view: which view.
+            rows: int64 [n], positions in the view's order.
+            batch_size: rows per batch.
+            start: batches to leave out at the front, for resuming; nothing of them is read.
+
+        Raises:
+            CacheDamageError: at once, where a shard of these rows is missing or short; while iterating, before the
+                batch it belongs to, where one is changed.
+        """
+
+    def close(self) -> None:
+        """Stop whatever is still read ahead; the source can be used again."""
+
+
+class Plain:
+    """Decoded images and their annotations; no targets."""
+
+    def __init__(self, data: Dataset, plan: ViewPlan, device: torch.device, *, views: int, threads: int = 0) -> None:
+        """``threads`` decode; 0 = one per core."""
+        self.data, self.plan, self.device, self.views = data, plan, device, views
+        self.taps: Taps = {}
+        self.classes = 0
+        self._threads = threads
+        self._loader: Loader | None = None
+
+    def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """See `Source`."""
+        if self._loader is None or self._loader.batch_size != batch_size:
+            self.close()
+            self._loader = pixel_loader(self.data, self.plan, batch_size, self.device, self._threads)
+        return self._loader.stream(view, rows, start_batch=start)
+
+    def close(self) -> None:
+        """See `Source`."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+class Live(Plain):
+    """Runs the teachers together with the student, as every method's authors do."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        plan: ViewPlan,
+        device: torch.device,
+        teachers: Mapping[str, FrozenTeacher],
+        taps: Taps,
+        *,
+        views: int,
+        threads: int = 0,
+    ) -> None:
+        super().__init__(data, plan, device, views=views, threads=threads)
+        self.teachers, self.taps = teachers, taps
+        self.classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
+
+    def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """See `Source`."""
+        for batch in super().batches(view, rows, batch_size, start):
+            yield replace(batch, targets=self.targets(batch.images))
+
+    def targets(self, images: Tensor) -> dict[str, dict[str, Target]]:
+        """One forward pass of every teacher on uint8 pixels [B, H, W, 3]."""
+        out: dict[str, dict[str, Target]] = {}
+        for name, infos in self.taps.items():
+            maps = self.teachers[name](images)
+            out[name] = {tap: maps[tap] for tap in infos}
+        return out
+
+
+class Cached(Plain):
+    """Streams the ensemble's maps from a cache; no teacher is in memory.
+
+    Pixels are decoded again with the stored crops and flips by the loader that fed the teachers, or read from the
+    cache where it holds them (``images = "stored"``).
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        data: Dataset,
+        plan: ViewPlan,
+        device: torch.device,
+        taps: Taps,
+        *,
+        views: int,
+        threads: int = 0,
+    ) -> None:
+        super().__init__(data, plan, device, views=views, threads=threads)
+        self.reader, self.taps = reader, taps
+        self.classes = next((teacher.num_classes for teacher in reader.manifest.teachers.values()), 0)
+        self.stored_images = reader.manifest.images == "stored"
+        self.arrays = [STORED] if self.stored_images else []
+        self._entries: list[tuple[str, str, str, str, Tensor, Tensor]] = []
+        for teacher, infos in taps.items():
+            for tap in infos:
+                array = f"targets/{teacher}/{tap}/codes"
+                codec = "float" if tap == LOGITS else reader.manifest.teachers[teacher].taps[tap].codec
+                offset = step = torch.empty(0)
+                if codec in ("u8", "u4"):
+                    scale = reader.scale(teacher, tap)
+                    offset, step = (torch.from_numpy(np.array(row, dtype=np.float32)).to(device) for row in scale)
+                self.arrays.append(array)
+                self._entries.append((array, teacher, tap, codec, offset, step))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loader": None}  # another process makes its own
+
+    def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """See `Source`. Opened here and not by the first batch: a missing shard raises now, not mid-iteration."""
+        if not self.arrays:
+            return super().batches(view, rows, batch_size, start)
+        items = self.reader.stream(self.arrays, view, rows, batch_size, start_batch=start)
+        if self.stored_images:
+            return self._with_stored_images(items, view, rows, batch_size, start)
+        return self._with_targets(super().batches(view, rows, batch_size, start), items)
+
+    def _with_targets(self, pixels: Iterator[Batch], items: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
+        for batch, item in zip(pixels, items, strict=True):
+            yield replace(batch, targets=self._targets(item))
+
+    def _with_stored_images(
+        self, items: Iterator[dict[str, np.ndarray]], view: int, rows: Rows, batch_size: int, start: int
+    ) -> Iterator[Batch]:
+        order = self.plan.order(view, self.data.ids)
+        for number, item in enumerate(items, start):
+            here = rows[number * batch_size : (number + 1) * batch_size]
+            ids = order[here]
+            positions = np.searchsorted(self.data.ids, ids)
+            labels = torch.from_numpy(self.data.labels[positions].astype(np.int64)).to(self.device)
+            yield Batch(self._moved(item[STORED]), labels, ids, here, view, self._targets(item))
+
+    def _moved(self, array: np.ndarray) -> Tensor:
+        data = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return data
+        # The reader fills its buffers again as soon as nobody holds them, which may be before an asynchronous copy has
+        # ended; torch keeps its pinned memory until then.
+        return data.pin_memory().to(self.device, non_blocking=True)
+
+    def _targets(self, item: dict[str, np.ndarray]) -> dict[str, dict[str, Target]]:
+        out: dict[str, dict[str, Target]] = {}
+        for array, teacher, tap, codec, offset, step in self._entries:
+            data = self._moved(item[array])
+            value: Target
+            if codec in ("u8", "u4"):
+                value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
+            else:
+                value = data.float() if tap == LOGITS else data
+                value = value.permute(0, 3, 1, 2) if value.dim() == 4 else value
+            out.setdefault(teacher, {})[tap] = value
+        return out
+
+
+def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str]) -> Source:
+    """The source that ``train.source`` names.
+
+    Args:
+        recipe: what to train from.
+        data: the training images.
+        plan: their views.
+        device: where batches are put.
+        needs: selectors of the taps that the method reads: ``final``, ``ofd*``, ``logits``.
+
+    Raises:
+        RequestError, CacheMismatchError, CacheDamageError: see `run_train`.
+    """
+    kind, views, threads = recipe.train.source, recipe.cache.views, recipe.data.threads
+    if kind == "none":
+        if needs:
+            raise RequestError(
+                f"train.source: method {recipe.method.name!r} needs targets, expected cache or live, found 'none'"
+            )
+        return Plain(data, plan, device, views=views, threads=threads)
+    if kind == "live":
+        teachers = load_teachers(recipe, len(data.classes), device)
+        pilot: list[Tensor] = []
+        if any(teacher.needs_pilot for teacher in teachers.values()):
+            # Cut as the caching pass cuts them: both sources then have the same margins.
+            with pixel_loader(data, plan, recipe.cache.batch, device, threads) as cutter:
+                pilot, _ = pilot_pixels(cutter, recipe.cache.pilot)
+        for teacher in teachers.values():
+            teacher.fit_margins(pilot)
+        taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
+        return Live(data, plan, device, teachers, taps if needs else {}, views=views, threads=threads)
+    return _open_cached(recipe, data, plan, device, needs)
+
+
+def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str]) -> Source:
+    if not recipe.cache.path:
+        raise RequestError("cache.path: required with train.source='cache', found nothing")
+    reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
+    refuse_other_recipe(reader, recipe, data, plan)
+    views = recipe.cache.views or reader.manifest.views
+    if views > reader.manifest.views:
+        raise CacheMismatchError(
+            f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; "
+            "run `feedfast cache` to add them"
+        )
+    names = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
+    cached = manifest_taps(reader.manifest)
+    taps = {name: _matching(cached[name], needs) for name in names} if needs else {}
+    for name in taps:
+        for need in needs:
+            if not fnmatch.filter(taps[name], need):
+                raise CacheMismatchError(
+                    f"{reader.path}: method {recipe.method.name!r} needs the {need!r} taps of teacher {name!r}, "
+                    f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
+                )
+    source = Cached(reader, data, plan, device, taps, views=views, threads=recipe.data.threads)
+    reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
+    check_views(reader, data, plan, views)
+    if not source.stored_images:
+        replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
+    return source
+
+
+def _matching(infos: Mapping[str, TapInfo], needs: Sequence[str]) -> dict[str, TapInfo]:
+    """The taps that any of the selectors names."""
+    return {tap: info for tap, info in infos.items() if any(fnmatch.fnmatchcase(tap, need) for need in needs)}
+
+
+def manifest_taps(manifest: Manifest) -> dict[str, dict[str, TapInfo]]:
+    """What the cache of ``manifest`` can serve, in the methods' words."""
+    out: dict[str, dict[str, TapInfo]] = {}
+    for name, teacher in manifest.teachers.items():
+        taps = {
+            tap: TapInfo(tuple(entry.shape), None if entry.margin is None else torch.tensor(entry.margin))
+            for tap, entry in teacher.taps.items()
+        }
+        taps[LOGITS] = TapInfo((teacher.num_classes,), None)
+        out[name] = taps
+    return out

@@ -1,0 +1,92 @@
+"""What the logger ``feedfast`` says, to whom: the command line's -v and -q, and Python's users."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import feedfast
+from small import as_toml, digits_recipe
+
+from feedfast.cli import configure_logging
+from feedfast.stages.progress import Meter
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("logging")
+    return as_toml(digits_recipe(folder), folder / "r.toml")
+
+
+def test_lines_carry_date_and_time_off_a_terminal(recipe: Path) -> None:
+    said = feedfast("plan", recipe).err
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} +plan: 200 images", said), said
+
+
+def test_quiet_and_verbose(recipe: Path) -> None:
+    assert feedfast("-q", "plan", recipe).err == ""
+    assert feedfast("-q", "plan", recipe).document["fits"] is True, "the document is no message"
+    levels = {arguments: _level(*arguments) for arguments in [(), ("-v",), ("-q",), ("-qq",), ("-qqq",), ("-v", "-q")]}
+    assert levels == {
+        (): logging.INFO,
+        ("-v",): logging.DEBUG,
+        ("-q",): logging.WARNING,
+        ("-qq",): logging.ERROR,
+        ("-qqq",): logging.ERROR,
+        ("-v", "-q"): logging.INFO,
+    }
+
+
+def _level(*arguments: str) -> int:
+    assert feedfast(*arguments, "taps", "zoo/wrn-10-1", "--size", "16").code == 0
+    return logging.getLogger("feedfast").level
+
+
+def test_an_error_is_said_whatever_the_level(tmp_path: Path) -> None:
+    assert "expected a TOML file" in feedfast("-qq", "plan", tmp_path / "none.toml").error
+
+
+def test_of_several_ranks_the_first_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, level in (("0", logging.INFO), ("1", logging.WARNING)):
+        monkeypatch.setenv("RANK", rank)
+        configure_logging()
+        assert logging.getLogger("feedfast").level == level
+
+
+def test_commands_do_not_pile_up_handlers(recipe: Path) -> None:
+    feedfast("plan", recipe)
+    assert len(feedfast("plan", recipe).err.split("plan: 200 images")) == 2
+
+
+def test_python_users_hear_nothing_unless_they_ask(recipe: Path) -> None:
+    """As of any library: `logging` decides. A script without it prints no progress; with it, on its own handler."""
+    script = (
+        "import sys, feedfast\n"
+        "{}\n"
+        "feedfast.run_cache(feedfast.load_recipe(sys.argv[1], ['cache.path=' + sys.argv[2]]))\n"
+    )
+    asked = "import logging; logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')"
+    for number, (extra, expected) in enumerate((("", ""), (asked, "feedfast.stages.offline cache: 2 teachers"))):
+        path = recipe.parent / f"{number}.zarr"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script.format(extra), recipe, path],
+            capture_output=True, text=True, timeout=240, check=True,
+        )  # fmt: skip
+        assert done.stdout == ""
+        assert expected in done.stderr
+        assert bool(done.stderr) == bool(expected)
+
+
+def test_a_long_job_says_rate_and_time_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 4.0, 10.0, 10.0, 10.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(logging.getLogger("feedfast"), "propagate", True)
+    with caplog.at_level(logging.INFO, "feedfast"), Meter("cache", 1000) as meter:
+        meter.advance(100)
+        assert caplog.messages == [], "a line every ten seconds, not every batch"
+        meter.advance(320, "1.0 MiB written")
+    assert caplog.messages == ["cache: 420/1,000 images, 42/s, 14 s left 1.0 MiB written"]
