@@ -24,7 +24,7 @@ from feedfast.cache.shards import ArrayView, Bytes, ShardFiles, scratch
 Rows = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
-_JOB_BYTES = 1 << 20  # 1 MiB; smaller neighbouring blocks are read by one job, for fewer hand-overs of the GIL
+_JOB_BYTES = 1 << 20  # 1 MiB; smaller neighboring blocks are read by one job, for fewer GIL hand-overs
 
 
 class _Lease:

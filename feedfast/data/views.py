@@ -151,7 +151,7 @@ class ViewPlan:
         if self.augment == "none":
             return box_n4
         fill = self._pad_crops if self.augment == "pad-crop-flip" else self._resized_crops
-        by_id = np.argsort(ids_n, kind="stable")  # neighbours in id share drawn blocks; values do not depend on it
+        by_id = np.argsort(ids_n, kind="stable")  # neighbors in id share drawn blocks; values do not depend on it
         for start in range(0, len(ids_n), _RUN_SAMPLES):
             part = by_id[start : start + _RUN_SAMPLES]
             box_n4[part] = fill(view, ids_n[part], size_n2[part])
@@ -179,7 +179,7 @@ class ViewPlan:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         area = (image_h * image_w) * _between(words[:, 0 : 2 * _CROP_ATTEMPTS : 2], *self.scale)  # [n, attempt]
         ratio = np.exp(_between(words[:, 1 : 2 * _CROP_ATTEMPTS : 2], low, high))
-        # rint is Python's round(): halves go to the even neighbour, as in torchvision
+        # rint is Python's round(): halves go to the even neighbor, as in torchvision
         width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (width > 0) & (width <= image_w) & (height > 0) & (height <= image_h)

@@ -123,7 +123,7 @@ class Loop:
         """This rank's part of each batch from ``step`` to the end of its epoch."""
         epoch, start = divmod(step, self.steps_per_epoch)
         view, pass_index = view_and_pass(epoch, self.source.views)
-        order = pass_order(self.count, self.plan.seed, view, pass_index)
+        order = pass_order(self.count, self.plan.seed, view, pass_index, self.plan.granule, self.plan.window)
         rows = rank_rows(order, self.train.batch, self.worker.rank, self.worker.world)
         return self.source.batches(view, rows, self.train.batch // self.worker.world, start)
 

@@ -262,6 +262,20 @@ def test_at_true_sizes_a_block_is_read_once(row_bytes: tuple[int, ...], batch_si
     assert set(factors) == {1.0}
 
 
+@given(
+    row_bytes=st.integers(1, 1 << 36),
+    bound=st.integers(0, 1 << 36),
+    block_rows=st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
+)
+def test_a_cache_made_with_the_derived_granule_derives_it_again(row_bytes: int, bound: int, block_rows: int) -> None:
+    """From its recipe (no blocks known) and from its blocks: a live run and a cached run read in one order."""
+    granule, window = pass_sizes(row_bytes, 1, bound)
+    if block_rows <= granule:
+        assert pass_sizes(row_bytes, block_rows, bound) == (granule, window)
+    else:
+        assert pass_sizes(row_bytes, block_rows, bound)[0] == block_rows
+
+
 def test_small_rows_keep_the_full_window() -> None:
     assert pass_sizes(115_000, 64, MAX_BUFFER_BYTES) == (PASS_GRANULE, PASS_WINDOW)  # CIFAR, three taps
     assert pass_sizes(MAX_BUFFER_BYTES // 4 // 1024, 1, MAX_BUFFER_BYTES) == (64, 16)
