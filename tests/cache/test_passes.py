@@ -22,6 +22,7 @@ from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
 from feedfast.cache.shards import ArrayView
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.data.views import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes
+from feedfast.errors import CacheDamageError
 
 MIB = 1 << 20
 RESNET50 = (56 * 56 * 256, 28 * 28 * 512, 14 * 14 * 1024, 7 * 7 * 2048, 2 * 1000)  # OFD's taps as u8, logits as f16
@@ -140,6 +141,33 @@ def test_a_later_pass_reads_each_byte_of_each_block_once(
     for _ in Stream(sources, pass_order(rows, 0, 0, 1), batch_size, max_buffer_bytes=bound):
         pass
     assert times_read(sources, reads).mean() > 2
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path) -> None:
+    """One array's blocks of 4 rows, another's of 16, of 64: what is damaged is named, whatever the others' sizes."""
+    rng = np.random.default_rng(1)
+    sizes, rows = [(300, 4), (100, 16), (20, 64)], 256
+    values = {f"a{k}": rng.integers(0, 255, (rows, size)).astype(np.uint8) for k, (size, _) in enumerate(sizes)}
+    sources = [
+        store(tmp_path / name, spec_of(name, *size, rows, shard_rows=rows), values[name])
+        for name, size in zip(values, sizes, strict=True)
+    ]
+    spec = sources[damaged].spec
+    block = 130 // spec.block_rows
+    file = sources[damaged].path(0)
+    content = bytearray(file.read_bytes())
+    content[content.find(values[spec.name][130].tobytes())] ^= 1
+    file.write_bytes(content)
+    order = pass_order(rows, 0, 0, 1, 64, 1)
+    unsound = np.flatnonzero(order // spec.block_rows == block)
+    stream = Stream(sources, order, 8)
+    for k in range(unsound[0] // 8):
+        batch = next(stream)
+        for name, written in values.items():
+            np.testing.assert_array_equal(batch[name], written[order[8 * k : 8 * k + 8]])
+    with pytest.raises(CacheDamageError, match=f"checksum: array {spec.name}.*block {block} "):
+        next(stream)
 
 
 class Dry:
