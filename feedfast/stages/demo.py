@@ -39,7 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TEACHERS = ("a", "b", "c")
 TEACHER_MODEL, STUDENT_MODEL = "zoo/wrn-10-2", "zoo/wrn-10-1"
-LIVE_STEPS = 40
+TEACHER_TRAINING = {"source": "none", "epochs": 4, "batch": 64, "lr": 0.1, "schedule": "one-cycle", "eval_every": 0}
+LIVE_STEPS = 20
 
 
 def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
             "data": data,
             "cache": {"views": 0},
             "student": {"model": TEACHER_MODEL},
-            "train": {"source": "none", "epochs": 8, "batch": 64, "lr": 0.1, "out": str(folder), "eval_every": 0},
+            "train": {**TEACHER_TRAINING, "out": str(folder)},
         }
         run_train(parse_recipe(tree))
         weights = str(folder / "student.pt")
@@ -116,7 +117,7 @@ def _student(
     source = "none" if name == "none" else "cache"
     settings = {
         "source": source,
-        "epochs": 40,
+        "epochs": 20,
         "batch": 50,
         "lr": 0.05,
         "warmup_epochs": 2,
