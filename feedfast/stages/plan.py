@@ -2,7 +2,7 @@
 
 The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels
 through the real teachers, maps encoded and compressed as they will be, a student step beside them. Estimates are
-labelled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
+labeled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
 batch of real codes reached.
 
 Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every

@@ -13,7 +13,6 @@ are decoded again and compared with the checksums taken when the teachers saw th
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -31,6 +30,7 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo
+from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
 from feedfast.stages.audit import check_views, replay_pixels
 from feedfast.stages.data import pixel_loader
@@ -216,7 +216,9 @@ class Cached(Plain):
         return out
 
 
-def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str]) -> Source:
+def open_source(
+    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
+) -> Source:
     """The source that ``train.source`` names.
 
     Args:
@@ -224,7 +226,8 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.dev
         data: the training images.
         plan: their views.
         device: where batches are put.
-        needs: selectors of the taps that the method reads: ``final``, ``ofd*``, ``logits``.
+        needs: selectors of the taps that the methods read: ``final``, ``ofd*``, ``logits``.
+        method: what the methods are called, for messages.
 
     Raises:
         RequestError, CacheMismatchError, CacheDamageError: see `run_train`.
@@ -232,9 +235,7 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.dev
     kind, views, threads = recipe.train.source, recipe.cache.views, recipe.data.threads
     if kind == "none":
         if needs:
-            raise RequestError(
-                f"train.source: method {recipe.method.name!r} needs targets, expected cache or live, found 'none'"
-            )
+            raise RequestError(f"train.source: method {method!r} needs targets, expected cache or live, found 'none'")
         return Plain(data, plan, device, views=views, threads=threads)
     if kind == "live":
         teachers = load_teachers(recipe, len(data.classes), device)
@@ -247,10 +248,12 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.dev
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
         return Live(data, plan, device, teachers, taps if needs else {}, views=views, threads=threads)
-    return _open_cached(recipe, data, plan, device, needs)
+    return _open_cached(recipe, data, plan, device, needs, method)
 
 
-def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str]) -> Source:
+def _open_cached(
+    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
+) -> Source:
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
@@ -266,9 +269,9 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.de
     taps = {name: _matching(cached[name], needs) for name in names} if needs else {}
     for name in taps:
         for need in needs:
-            if not fnmatch.filter(taps[name], need):
+            if not matching((need,), taps[name]):
                 raise CacheMismatchError(
-                    f"{reader.path}: method {recipe.method.name!r} needs the {need!r} taps of teacher {name!r}, "
+                    f"{reader.path}: method {method!r} needs the {need!r} taps of teacher {name!r}, "
                     f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
                 )
     source = Cached(reader, data, plan, device, taps, views=views, threads=recipe.data.threads)
@@ -281,7 +284,8 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.de
 
 def _matching(infos: Mapping[str, TapInfo], needs: Sequence[str]) -> dict[str, TapInfo]:
     """The taps that any of the selectors names."""
-    return {tap: info for tap, info in infos.items() if any(fnmatch.fnmatchcase(tap, need) for need in needs)}
+    wanted = matching(needs, infos)
+    return {tap: info for tap, info in infos.items() if tap in wanted}
 
 
 def manifest_taps(manifest: Manifest) -> dict[str, dict[str, TapInfo]]:

@@ -64,7 +64,7 @@ def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method
 def _first_step(recipe: Recipe) -> tuple[float, list[torch.Tensor]]:
     run = StudentRun(recipe, Worker.from_env())
     batch = next(iter(run.loop.batches(0)))
-    loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations)["loss"]
+    loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations, 0.0)["loss"]
     loss.backward()
     run.close()
     gradients = [parameter.grad for parameter in run.trainer.trainee.parameters() if parameter.grad is not None]

@@ -210,7 +210,7 @@ def test_verify_finds_another_photograph_and_other_weights(
 
 
 @pytest.mark.parametrize("method", [{"name": "ofd", "alpha": 1e-4}, {"name": "pfeed"}, {"name": "kd"}])
-def test_a_student_learns_from_unlabelled_photographs(
+def test_a_student_learns_from_unlabeled_photographs(
     world: tuple[Path, dict[str, Any]], photos: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
     """Three steps at 224 from u8 codes: no label, so no cross-entropy; the teacher alone moves the weights."""
@@ -286,7 +286,7 @@ def test_a_student_with_dropout_resumes_exactly(
         assert torch.equal(states[0][name], states[1][name]), name
 
 
-def test_unlabelled_photographs_need_the_teachers_classes(world: tuple[Path, dict[str, Any]], photos: Path) -> None:
+def test_unlabeled_photographs_need_the_teachers_classes(world: tuple[Path, dict[str, Any]], photos: Path) -> None:
     """Nothing says how many outputs the file's network has: the message names the key."""
     teachers = [{"name": "r18", "model": "torchvision/resnet18", "weights": str(world[0] / "r18.pt")}]
     with pytest.raises(
