@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
 from feedfast.errors import RequestError
@@ -62,6 +63,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def annotations(self) -> ClassLabels:
+        """What the samples are labeled with, by position."""
+        return ClassLabels(self.labels, self.classes)
 
     def name(self, position: int) -> str:
         """Path of a sample relative to the source, or ``file[record]``."""
@@ -126,7 +132,7 @@ class Dataset:
             "count": len(self),
             "ids_sha256": hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest(),
             "sizes_sha256": hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest(),
-            "labels_sha256": hashlib.sha256(self.labels.astype("<i4").tobytes()).hexdigest(),
+            "labels_sha256": self.annotations.fingerprint(),
             "content_sha256": content.hexdigest(),
         }
 

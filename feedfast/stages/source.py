@@ -26,6 +26,7 @@ from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
+from feedfast.data.geometry import view_geometry
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
@@ -187,12 +188,22 @@ class Cached(Plain):
         self, items: Iterator[dict[str, np.ndarray]], view: int, rows: Rows, batch_size: int, start: int
     ) -> Iterator[Batch]:
         order = self.plan.order(view, self.data.ids)
+        everywhere = np.searchsorted(self.data.ids, order)
+        geometry = view_geometry(self.plan, view, order, self.data.sizes[everywhere])
         for number, item in enumerate(items, start):
             here = rows[number * batch_size : (number + 1) * batch_size]
             ids = order[here]
-            positions = np.searchsorted(self.data.ids, ids)
-            labels = torch.from_numpy(self.data.labels[positions].astype(np.int64)).to(self.device)
-            yield Batch(self._moved(item[STORED]), labels, ids, here, view, self._targets(item))
+            positions = everywhere[here]
+            moved = geometry.rows(here)
+            batch = Batch(
+                images=self._moved(item[STORED]),
+                annotations=self.data.annotations.at(positions, moved, self.plan.size),
+                ids=ids,
+                rows=here,
+                view=view,
+                targets=self._targets(item),
+            )
+            yield batch if self.device.type == "cpu" else replace(batch, annotations=batch.annotations.to(self.device))
 
     def _moved(self, array: np.ndarray) -> Tensor:
         data = torch.from_numpy(array)
