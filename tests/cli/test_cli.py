@@ -343,6 +343,7 @@ def test_plan_says_when_it_cannot_fit(recipe: Path, tmp_path: Path, monkeypatch:
 # ---- real processes
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
     """The module as a command: exit codes, and stdout for the document alone."""
     good = in_a_process("cache", recipe)

@@ -62,6 +62,7 @@ def test_commands_do_not_pile_up_handlers(recipe: Path) -> None:
     assert len(feedfast("plan", recipe).err.split("plan: 200 images")) == 2
 
 
+@pytest.mark.slow
 def test_python_users_hear_nothing_unless_they_ask(recipe: Path) -> None:
     """As of any library: `logging` decides. A script without it prints no progress; with it, on its own handler."""
     script = (

@@ -388,6 +388,7 @@ print(json.dumps([first.code, first.error, second.code, second.document["digest"
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(whole: World, tmp_path: Path) -> None:
     namespace = ["unshare", "--map-root-user", "--mount"]
     disk = tmp_path / "disk"

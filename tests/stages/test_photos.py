@@ -31,6 +31,8 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.pilot import PILOT_VIEWS, pilot_batches
 from feedfast.stages.student import run_train
 
+pytestmark = pytest.mark.slow  # the shared cache of photographs takes twelve seconds
+
 MEAN, STD = (
     torch.tensor([0.485, 0.456, 0.406]),
     torch.tensor([0.229, 0.224, 0.225]),
