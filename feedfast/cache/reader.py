@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from feedfast.cache import store
+from feedfast.cache import names, store
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import Commit, Log, Problem, check_commit, digest_of, problem, read_log
@@ -176,7 +176,7 @@ class CacheReader:
             RequestError: no such teacher or tap.
             CacheDamageError: as `read_array`.
         """
-        offset, step = self.read_array(f"targets/{teacher}/{tap}/scale")
+        offset, step = self.read_array(names.scale(teacher, tap))
         return offset, step
 
     def read_rows(self, array: str, view: int, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Array:

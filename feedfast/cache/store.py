@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from feedfast.cache.log import COMMITS
 from feedfast.cache.schema import Manifest
-from feedfast.errors import CacheDamageError, FeedfastError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
 
 ROOT: Final = "zarr.json"
 MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
@@ -44,6 +44,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
     Raises:
         RequestError: there is no cache at ``path``.
+        CacheMismatchError: it is of another format.
         CacheDamageError: its root `zarr.json` cannot be read as one, or is implausibly large.
     """
     file = Path(path) / ROOT
@@ -61,8 +62,8 @@ def read_manifest(path: str | Path) -> Manifest:
     attributes = content.get("attributes") if isinstance(content, dict) else None
     try:
         return Manifest.from_attrs(attributes if isinstance(attributes, dict) else {})
-    except CacheDamageError as error:
-        raise CacheDamageError(f"{file}: {error}") from error
+    except (CacheDamageError, CacheMismatchError) as error:
+        raise type(error)(f"{file}: {error}") from error
 
 
 def fsync_dir(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
@@ -52,8 +53,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         commits = [commit for view in range(spec.num_views) for commit in reader.committed(array, view).values()]
         stored = sum(commit.bytes for commit in commits)
         count = sum(commit.rows[1] - commit.rows[0] for commit in commits)
-        _, *names = array.split("/")
-        info = manifest.teachers[names[0]].taps.get(names[1]) if len(names) == 3 else None
+        target = names.parse(array)
+        info = manifest.teachers[target.teacher].taps[target.tap] if target else None
         entry: dict[str, Any] = {
             "dtype": str(spec.dtype),
             "row_shape": list(spec.row_shape),
@@ -107,12 +108,14 @@ def _pictures(reader: CacheReader) -> str:
     complete = [
         array
         for array, spec in reader.specs.items()
-        if spec.sharded and array.startswith("targets/") and not reader.missing([array], [0])
+        if spec.sharded and names.parse(array) and not reader.missing([array], [0])
     ]
     maps = []
     rows = np.arange(min(SHOWN, reader.manifest.num_rows))
     for array in complete:
-        _, teacher, tap, _ = array.split("/")
+        target = names.parse(array)
+        assert target is not None
+        teacher, tap = target.teacher, target.tap
         values = stored_values(reader, teacher, tap, 0, rows)
         if values.dim() == 4:
             maps.append((f"{teacher}/{tap}", values.mean(1).numpy()))

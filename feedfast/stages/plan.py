@@ -37,7 +37,7 @@ from feedfast.stages.progress import format_bytes
 from feedfast.stages.worker import pick_device
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
-VIEW_ROW = 21  # bytes a row of views/order, views/crop and views/flip
+VIEW_ROW = 21  # bytes a row of views/order, views/window and views/flip
 
 
 def run_plan(recipe: Recipe) -> dict[str, Any]:

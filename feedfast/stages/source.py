@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.data.batch import Batch
@@ -40,7 +41,6 @@ from feedfast.stages.identity import refuse_other_recipe
 from feedfast.stages.pilot import pilot_pixels
 from feedfast_kernels import Codes, Target
 
-STORED = "pixels/codes"
 Rows = NDArray[np.int64]
 Taps = Mapping[str, Mapping[str, TapInfo]]
 """Teacher → tap → what a method needs to know of it."""
@@ -155,12 +155,12 @@ class Cached(Plain):
         self.reader, self.taps = reader, taps
         self.classes = next((teacher.num_classes for teacher in reader.manifest.teachers.values()), 0)
         self.stored_images = reader.manifest.images == "stored"
-        self.arrays = [STORED] if self.stored_images else []
+        self.arrays = [names.PIXELS] if self.stored_images else []
         self._entries: list[tuple[str, str, str, str, Tensor, Tensor]] = []
         for teacher, infos in taps.items():
             for tap in infos:
-                array = f"targets/{teacher}/{tap}/codes"
-                codec = "float" if tap == LOGITS else reader.manifest.teachers[teacher].taps[tap].codec
+                array = names.codes(teacher, tap)
+                codec = reader.manifest.teachers[teacher].taps[tap].codec
                 offset = step = torch.empty(0)
                 if codec in ("u8", "u4"):
                     scale = reader.scale(teacher, tap)
@@ -196,7 +196,7 @@ class Cached(Plain):
             positions = everywhere[here]
             moved = geometry.rows(here)
             batch = Batch(
-                images=self._moved(item[STORED]),
+                images=self._moved(item[names.PIXELS]),
                 annotations=self.data.annotations.at(positions, moved, self.plan.size),
                 ids=ids,
                 rows=here,
@@ -221,8 +221,7 @@ class Cached(Plain):
             if codec in ("u8", "u4"):
                 value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
-                value = data.float() if tap == LOGITS else data
-                value = value.permute(0, 3, 1, 2) if value.dim() == 4 else value
+                value = data.permute(0, 3, 1, 2) if data.dim() == 4 else data.float()
             out.setdefault(teacher, {})[tap] = value
         return out
 
@@ -275,9 +274,9 @@ def _open_cached(
             f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; "
             "run `feedfast cache` to add them"
         )
-    names = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
+    chosen = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
     cached = manifest_taps(reader.manifest)
-    taps = {name: _matching(cached[name], needs) for name in names} if needs else {}
+    taps = {name: _matching(cached[name], needs) for name in chosen} if needs else {}
     for name in taps:
         for need in needs:
             if not matching((need,), taps[name]):
@@ -286,7 +285,7 @@ def _open_cached(
                     f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
                 )
     source = Cached(reader, data, plan, device, taps, views=views, threads=recipe.data.threads)
-    reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
+    reader.require([*source.arrays, *names.VIEWS, names.LABEL], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:
         replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
@@ -303,10 +302,8 @@ def manifest_taps(manifest: Manifest) -> dict[str, dict[str, TapInfo]]:
     """What the cache of ``manifest`` can serve, in the methods' words."""
     out: dict[str, dict[str, TapInfo]] = {}
     for name, teacher in manifest.teachers.items():
-        taps = {
+        out[name] = {
             tap: TapInfo(tuple(entry.shape), None if entry.margin is None else torch.tensor(entry.margin))
             for tap, entry in teacher.taps.items()
         }
-        taps[LOGITS] = TapInfo((teacher.num_classes,), None)
-        out[name] = taps
     return out

@@ -310,7 +310,7 @@ def test_a_cache_of_our_own_writer_reads_back(tmp_path: Path) -> None:
         (lambda r: r.stream(TAPS, 0, None, 0), "batch_size: expected at least 1"),
         (lambda r: r.stream([], 0), "at least one"),
         (lambda r: r.stream([TAPS[0], TAPS[0]], 0), "different names"),
-        (lambda r: r.stream(["labels"], 0), "read_array"),
+        (lambda r: r.stream(["samples/label"], 0), "read_array"),
         (lambda r: r.read_array(TAPS[0]), "too large"),
         (lambda r: r.read_rows(TAPS[0], 0, [[1]]), "shape"),
         (lambda r: r.missing(["nothing"]), "no array"),

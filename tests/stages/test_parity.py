@@ -97,6 +97,9 @@ def test_u8_error_is_small_and_reported(world: Path) -> None:
             found = coded.read_rows(array, 1, rows).astype(np.float64) * step + offset
             error = np.sqrt(((found - want) ** 2).sum() / (want**2).sum())
             assert error <= 0.01, (tap, error)
+            if tap == "logits":  # stored as they are, in half precision; nothing is fitted
+                assert 0 < error < 2**-11
+                continue
             assert entry.error["relative_rms_error"] == pytest.approx(error, rel=0.2)
             if entry.position == "pre":
                 assert entry.transform == "margin"

@@ -125,7 +125,7 @@ def test_the_cache_is_complete_small_and_exact_enough(world: tuple[Path, dict[st
         assert entry.get("mask_flip_rate", 0.0) <= 0.01, name
         assert ("mask_flip_rate" in entry) == ("ofd" in name)
     reader = CacheReader(folder / "photos.zarr")
-    assert (reader.read_array("labels") == -1).all(), "a flat folder has no labels"
+    assert (reader.read_array("samples/label") == -1).all(), "a flat folder has no labels"
     info = reader.manifest.teachers["r18"].taps
     assert {name: (tap.path, tap.position, tap.transform) for name, tap in info.items()} == {
         **{f"ofd{stage}": (f"layer{stage}", "pre", "margin") for stage in range(1, 5)},
@@ -146,7 +146,7 @@ def test_stored_maps_are_those_of_pil_torchvision_and_a_plain_forward(
     stored: dict[str, list[torch.Tensor]] = {}
     for view in range(2):
         rows = np.arange(view, 61, 9)
-        order, crops, flips = (reader.read_array(f"views/{name}", view)[rows] for name in ("order", "crop", "flip"))
+        order, crops, flips = (reader.read_array(f"views/{name}", view)[rows] for name in ("order", "window", "flip"))
         pixels = [
             load(files[sample], tuple(map(int, crop)), flip=bool(flip), size=224)
             for sample, crop, flip in zip(order, crops, flips, strict=True)
