@@ -93,7 +93,8 @@ class Teacher(_Section):
     bn: Literal["eval", "batch"] = "eval"
     precision: Literal["fp32", "bf16"] = "fp32"
     taps: tuple[str, ...] = Field(
-        (), description='groups ("final", "ofd", "ofd+margin") or "name=module.path:pre"; () = what the method needs'
+        (),
+        description='groups ("final", "ofd", "ofd+margin", "stage") or "name=module.path:pre"; () = what the method needs',
     )
     mean: Triple | None = None
     std: Positives | None = None
@@ -231,6 +232,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
         value = raw
     node: Any = tree
     *parents, leaf = key.split(".")
+    methods = tree.get("method")
+    if parents == ["method"] and isinstance(methods, list) and len(methods) == 1:
+        parents.append("0")  # method.name=… means the only [[method]] as it means [method]
     for parent in parents:
         node = _element(node, parent, key) if isinstance(node, list) else node.setdefault(parent, {})
         if not isinstance(node, (dict, list)):

@@ -13,6 +13,7 @@ parameters of the method: `method.parameters()` goes into the optimizer, and the
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -75,8 +76,8 @@ class Method(nn.Module):
     Attributes:
         name: in recipes.
         paper: where it is from; "reconstruction" where the paper's details are not known.
-        needs: selectors of the taps it reads of teachers and student: ``final``, ``ofd*`` (ofd1, ofd2, ...), and
-            ``logits``, which of the student are its output. A cache is read for these and for nothing else.
+        needs: selectors of the taps it reads of teachers and student: ``final``, ``ofd*`` (ofd1, ofd2, ...),
+            ``stage*``, and ``logits``, which of the student are its output. A cache is read for nothing else.
         fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
 
@@ -168,7 +169,9 @@ def _sentence(item: Any, method: str, where: str, fields: Mapping[str, FieldInfo
     """One of pydantic's errors as key, expected, found."""
     key, kind = ".".join(str(part) for part in item["loc"]), item["type"]
     if kind == "extra_forbidden":
-        return f"{where}.{key}: not an option of {method!r}, expected {' | '.join(fields) or 'none at all'}"
+        close = difflib.get_close_matches(key, fields, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"{where}.{key}: not an option of {method!r}, expected {' | '.join(fields) or 'none at all'}{hint}"
     if kind == "value_error":
         return f"{where}.{item['ctx']['error']!s}"
     return f"{where}.{key}: expected {expected_words(fields[str(item['loc'][0])])}, found {item['input']!r}"

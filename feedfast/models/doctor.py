@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
-from feedfast.models.presets import preset_taps
+from feedfast.models.presets import GROUPS, preset_taps
 from feedfast.models.trace import Call, trace
 
 __all__ = ["TapPlace", "describe_taps"]
@@ -62,7 +62,7 @@ def describe_taps(model: nn.Module, example: Tensor) -> list[TapPlace]:
     """
     seen = trace(model, example)
     suggested: dict[str, list[str]] = {}
-    for group in ("final", "ofd"):
+    for group in GROUPS:
         try:
             for tap in preset_taps(model, group, example):
                 suggested.setdefault(tap.path, []).append(f"{tap.name}:{tap.position}")

@@ -1,9 +1,10 @@
 """Where each family keeps the maps the methods ask for.
 
-Two groups. ``final`` is the last map before the global pooling, after its activation: what FEED and Factor Transfer
+Three groups. ``final`` is the last map before the global pooling, after its activation: what FEED and Factor Transfer
 compare. ``ofd`` is the end of each stage *before* the activation, ``ofd1`` (largest map) to ``ofdn`` (last): what the
 Overhaul method compares (Heo et al., ICCV 2019, section 3, and the authors' networks), with the batch norm whose gamma
-and beta give the margin.
+and beta give the margin. ``stage`` is the end of the same stages *after* it, ``stage1`` to ``stagen``: for hints and
+attention maps.
 
 | network | ``ofd`` | batch norm |
 |---|---|---|
@@ -15,13 +16,14 @@ and beta give the margin.
 | others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
 
 For a residual sum the norm is that of the convolution branch, so the margin is the authors' approximation. The last
-block of MobileNetV2/V3 is linear: its output (``post``) *is* the map without activation.
+block of MobileNetV2/V3 is linear: its output (``post``) *is* the map without activation. ``stage`` is ``post`` at the
+places of ``ofd``, but for MobileNetV2/V3: the output of each stage's last block, which no activation follows there.
 Anything else needs taps by hand (``name=module.path:pre``); a guess that trains on the wrong map would go unnoticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,9 @@ from feedfast.models.taps import Tap
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
 
-__all__ = ["preset_taps"]
+__all__ = ["GROUPS", "preset_taps"]
 
+GROUPS = ("final", "ofd", "stage")
 _STAGES = 4  # OFD's number of maps for networks with more stages than that
 _BY_HAND = "name taps by hand, as in ofd1=module.path:pre or final=module.path (feedfast taps lists the places)"
 
@@ -42,35 +45,71 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
 
     Args:
         model: the bare network.
-        group: "final" (one tap of that name) or "ofd" ("ofd1" .. "ofdn", first stage to last).
+        group: "final" (one tap of that name), "ofd" ("ofd1" .. "ofdn", first stage to last) or "stage" (likewise).
         example: normalized images ``[B, 3, H, W]`` for families that are not in the table and are watched on one
             forward pass; None = zeros of the size the network says it wants, else of 64 pixels.
 
     Raises:
         RequestError: unknown group, or a network this cannot be told for; it says how to name taps by hand.
     """
-    if group not in ("final", "ofd"):
-        raise RequestError(f"taps {group!r}: expected 'final', 'ofd' or name=module.path[:pre]")
-    ofd = group == "ofd"
+    if group not in GROUPS:
+        raise RequestError(f"taps {group!r}: expected {', '.join(map(repr, GROUPS))} or name=module.path[:pre]")
+    places = _table(model)
+    if places is None:
+        seen = trace(model, _example(model) if example is None else example)
+        places = {
+            "final": lambda: _final(_last_map(model, seen)),
+            "ofd": lambda: tuple(_before_activation(name, call, seen) for name, call in _ends(model, seen, "ofd")),
+            "stage": lambda: tuple(Tap(name, call.path, "post") for name, call in _ends(model, seen, "stage")),
+        }
+    return places[group]()
+
+
+_Places = Mapping[str, Callable[[], tuple[Tap, ...]]]
+"""Group → its taps, worked out when asked for: a family that was changed may still have some of them."""
+
+
+def _table(model: nn.Module) -> _Places | None:
+    """The places of a family that is in the table of the module's docstring."""
     kind = f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
     if isinstance(model, WideResNet):
-        places = [("block2.0.relu1", "block2.0.bn1"), ("block3.0.relu1", "block3.0.bn1"), ("relu", "bn")]
-        return _pre(places) if ofd else _final("relu")
+        wide = [("block2.0.relu1", "block2.0.bn1"), ("block3.0.relu1", "block3.0.bn1"), ("relu", "bn")]
+        return {"final": lambda: _final("relu"), "ofd": lambda: _pre(wide), "stage": lambda: _post(p for p, _ in wide)}
     if isinstance(model, MobileNetV1):
-        return _pre([(f"features.{i}", f"features.{i}.bn2") for i in (3, 5, 11, 13)]) if ofd else _final("features")
+        blocks = [f"features.{i}" for i in (3, 5, 11, 13)]
+        return {
+            "final": lambda: _final("features"),
+            "ofd": lambda: _pre([(path, f"{path}.bn2") for path in blocks]),
+            "stage": lambda: _post(blocks),
+        }
     if isinstance(model, CifarResNet) or kind == "torchvision.ResNet":
-        stages = _layers(model)
-        return _pre([(path, _block_norm(model, path)) for path in stages]) if ofd else _final(stages[-1])
+        layers = _layers(model)
+        return {
+            "final": lambda: _final(layers[-1]),
+            "ofd": lambda: _pre([(path, _block_norm(model, path)) for path in layers]),
+            "stage": lambda: _post(layers),
+        }
     if kind in ("torchvision.MobileNetV2", "torchvision.MobileNetV3"):
-        return _inverted_residuals(model) if ofd else _final("features")
+        return {
+            "final": lambda: _final("features"),
+            "ofd": lambda: _expansions(model),
+            "stage": lambda: _post(_linear_ends(model)),
+        }
     if kind in ("torchvision.VGG", "timm.VGG"):
-        return _pre(_before_pooling(model)[-_STAGES:]) if ofd else _final("features")
-    seen = trace(model, _example(model) if example is None else example)
-    return _stage_ends(model, seen) if ofd else _final(_last_map(model, seen))
+        return {
+            "final": lambda: _final("features"),
+            "ofd": lambda: _pre(_before_pooling(model)[-_STAGES:]),
+            "stage": lambda: _post(path for path, _ in _before_pooling(model)[-_STAGES:]),
+        }
+    return None
 
 
 def _pre(places: Sequence[tuple[str, str | None]]) -> tuple[Tap, ...]:
     return tuple(Tap(f"ofd{i}", path, "pre", bn) for i, (path, bn) in enumerate(places, start=1))
+
+
+def _post(paths: Iterable[str]) -> tuple[Tap, ...]:
+    return tuple(Tap(f"stage{i}", path, "post") for i, path in enumerate(paths, start=1))
 
 
 def _final(path: str) -> tuple[Tap, ...]:
@@ -91,11 +130,8 @@ def _block_norm(model: nn.Module, stage: str) -> str:
     return f"{stage}.{len(blocks) - 1}.{'bn3' if hasattr(blocks[-1], 'bn3') else 'bn2'}"
 
 
-def _inverted_residuals(model: nn.Module) -> tuple[Tap, ...]:
-    """MobileNetV2/V3: a stage ends where the next block strides, and is tapped after that block's 1x1 expansion.
-
-    The first strided block is left out: its map is at stride 2. V2 at 224 pixels gives 144, 192, 576 and 320 channels.
-    """
+def _inverted_residuals(model: nn.Module) -> tuple[list[str], list[str]]:
+    """MobileNetV2/V3: paths of all blocks, and of those that stride but the first, which ends a stage at stride 2."""
     blocks = [
         (f"features.{i}", block)
         for i, block in enumerate(_children(model, "features"))
@@ -104,13 +140,29 @@ def _inverted_residuals(model: nn.Module) -> tuple[Tap, ...]:
     strided = [
         path for path, block in blocks if any(isinstance(m, nn.Conv2d) and m.stride[0] > 1 for m in block.modules())
     ]
+    return [path for path, _ in blocks], strided[1:]
+
+
+def _expansions(model: nn.Module) -> tuple[Tap, ...]:
+    """MobileNetV2/V3: a stage ends where the next block strides, and is tapped after that block's 1x1 expansion.
+
+    V2 at 224 pixels gives 144, 192, 576 and 320 channels.
+    """
+    paths, strided = _inverted_residuals(model)
     places: list[tuple[str, str | None]] = []
-    for path in strided[1:]:
+    for path in strided:
         inner = "conv" if hasattr(model.get_submodule(path), "conv") else "block"
         places.append((f"{path}.{inner}.0", f"{path}.{inner}.0.1"))
-    path, block = blocks[-1]
-    norms = [f"{path}.{name}" for name, module in block.named_modules() if is_batch_norm(module)]
-    return (*_pre(places), Tap(f"ofd{len(places) + 1}", path, "post", norms[-1]))
+    last = paths[-1]
+    modules = model.get_submodule(last).named_modules()
+    norms = [f"{last}.{name}" for name, module in modules if is_batch_norm(module)]
+    return (*_pre(places), Tap(f"ofd{len(places) + 1}", last, "post", norms[-1]))
+
+
+def _linear_ends(model: nn.Module) -> list[str]:
+    """MobileNetV2/V3: the block before each that strides, and the last. V2 has 24, 32, 96 and 320 channels there."""
+    paths, strided = _inverted_residuals(model)
+    return [*(paths[paths.index(path) - 1] for path in strided), paths[-1]]
 
 
 def _before_pooling(model: nn.Module) -> list[tuple[str, str | None]]:
@@ -156,8 +208,9 @@ def _last_map(model: nn.Module, seen: Trace) -> str:
     return min(made, key=lambda c: (c.path.count("."), -c.started)).path
 
 
-def _stage_ends(model: nn.Module, seen: Trace) -> tuple[Tap, ...]:
-    """The stages timm knows of its networks, from stride 4 on; for others ``layer1``, ``layer2``, … if it has three."""
+def _ends(model: nn.Module, seen: Trace, group: str) -> list[tuple[str, Call]]:
+    """Names and calls of the stages timm knows of its networks, from stride 4 on; for others of ``layer1``, ``layer2``,
+    … if there are three."""
     info = getattr(model, "feature_info", None)
     stages: dict[int, tuple[str, int | None]] = {}
     for entry in list(getattr(info, "info", info) or []):
@@ -168,19 +221,23 @@ def _stage_ends(model: nn.Module, seen: Trace) -> tuple[Tap, ...]:
     modules = dict(model.named_modules())
     calls = [(seen.of(modules[path])[-1:] if path in modules else [], width) for path, width in stages.values()]
     if not stages or any(not call for call, _ in calls):
-        raise RequestError(f"taps 'ofd': the stages of {type(model).__name__} are not known; {_BY_HAND}")
+        raise RequestError(f"taps {group!r}: the stages of {type(model).__name__} are not known; {_BY_HAND}")
     ends = [(call[0], width) for call, width in calls][-_STAGES:]
-    return tuple(_stage_end(f"ofd{i}", call, width, seen) for i, (call, width) in enumerate(ends, start=1))
+    for call, width in ends:
+        output = call.output
+        if not isinstance(output, Tensor) or output.dim() != 4 or (width is not None and output.shape[1] != width):
+            shape = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+            channels = "channels" if width is None else width
+            raise RequestError(
+                f"taps {group!r}: expected {call.path} to return [{channels}, height, width], found {shape}"
+            )
+    return [(f"{group}{i}", call) for i, (call, _) in enumerate(ends, start=1)]
 
 
-def _stage_end(name: str, call: Call, width: int | None, seen: Trace) -> Tap:
+def _before_activation(name: str, call: Call, seen: Trace) -> Tap:
     """Before the activation if the stage's output is one's result, else the output (linear ends)."""
-    output = call.output
-    if not isinstance(output, Tensor) or output.dim() != 4 or (width is not None and output.shape[1] != width):
-        shape = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
-        channels = "channels" if width is None else width
-        raise RequestError(f"taps 'ofd': expected {call.path} to return [{channels}, height, width], found {shape}")
-    last = seen.last_activation(call)
+    output, last = call.output, seen.last_activation(call)
+    assert isinstance(output, Tensor)  # `_ends` has looked
     if last is not None and last.output is output:
         if not isinstance(last, Call):
             raise RequestError(

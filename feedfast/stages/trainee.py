@@ -152,7 +152,7 @@ def tap_student(student: nn.Module, needs: Sequence[str], example: Tensor, task:
 
 
 def build_methods(
-    entries: Sequence[Entry], student: Shapes, teachers: Teachers, outputs: Any, seed: int
+    entries: Sequence[Entry], student: Shapes, teachers: Teachers, outputs: tuple[int, ...] | None, seed: int
 ) -> nn.ModuleList:
     """Every method with its adapters.
 
@@ -160,7 +160,7 @@ def build_methods(
         entries: the recipe's methods.
         student: tap name → shape.
         teachers: teacher → tap → shape and margin.
-        outputs: shape of the student's output, which the teachers' logits must have where they are compared.
+        outputs: shape of the student's output, None if it is no tensor; where logits are compared, the teachers' too.
         seed: adapters start from it and nothing else, so that live and cached runs start equal.
 
     Raises:
@@ -172,8 +172,16 @@ def build_methods(
         for entry in entries:
             methods.append(entry.kind(entry.options, student, teachers))
     for entry in entries:
-        for name, infos in teachers.items() if LOGITS in entry.kind.needs else ():
-            if infos[LOGITS].shape != tuple(outputs):
+        if LOGITS not in entry.kind.needs:
+            continue
+        if outputs is None or len(outputs) != 1:
+            found = "no tensor" if outputs is None else f"{list(outputs)} per sample"
+            raise RequestError(
+                f"method.name: {entry.kind.name!r} compares logits, "
+                f"expected a student that returns them as [batch, class], found {found}"
+            )
+        for name, infos in teachers.items():
+            if infos[LOGITS].shape != outputs:
                 raise RequestError(
                     f"method.name: {entry.kind.name!r} compares classes one by one, "
                     f"expected {outputs[0]} in every teacher, found {infos[LOGITS].shape[0]} in {name!r}"

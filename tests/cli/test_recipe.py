@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -83,9 +84,17 @@ def test_one_method_or_several() -> None:
     teachers = {"teachers": [{"name": "a", "model": "m"}]}
     one = parse_recipe({**MINIMAL, **teachers, "method": {"name": "kd"}}, ["method.alpha=0.5", "method.name=ofd"])
     assert [(entry.name, entry.weight, entry.parameters) for entry in one.method] == [("ofd", 1.0, {"alpha": 0.5})]
-    two = {**MINIMAL, **teachers, "method": [{"name": "kd", "tau": 2.0}, {"name": "ofd", "weight": 0.5}]}
+    two: dict[str, Any] = {
+        **MINIMAL,
+        **teachers,
+        "method": [{"name": "kd", "tau": 2.0}, {"name": "ofd", "weight": 0.5}],
+    }
     assert [entry.name for entry in parse_recipe(two, ["method.0.tau=3.0"]).method] == ["kd", "ofd"]
     assert parse_recipe(two, ["method.0.tau=3.0"]).method[0].parameters == {"tau": 3.0}
+    only = {**two, "method": two["method"][:1]}
+    changed = parse_recipe(only, ["train.epochs=2", "method.tau=3.0", "method.0.alpha=0.5", "method.weight=2.0"])
+    assert [(entry.name, entry.weight) for entry in changed.method] == [("kd", 2.0)]
+    assert changed.method[0].parameters == {"tau": 3.0, "alpha": 0.5}
     with pytest.raises(RequestError, match=r"override 'method.tau'.*below 2"):
         parse_recipe(two, ["method.tau=3.0"])
     with pytest.raises(RequestError, match=r"method\.1\.weight: .*greater than or equal to 0"):

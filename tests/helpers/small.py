@@ -66,7 +66,8 @@ def digits_recipe(folder: Path, overrides: tuple[str, ...] = (), *, teachers: in
         },
     }
     for name, section in sections.items():
-        tree[name] = {**tree[name], **section} if isinstance(tree.get(name), dict) else section
+        merged = isinstance(tree.get(name), dict) and isinstance(section, dict)
+        tree[name] = {**tree[name], **section} if merged else section
     return parse_recipe(tree, overrides)
 
 

@@ -24,7 +24,7 @@ from feedfast.methods import (
 )
 from feedfast.methods.base import matching, numbered_taps, tap_groups
 from feedfast.recipe import MethodEntry
-from feedfast.stages.trainee import Entry, losses_of, method_entries
+from feedfast.stages.trainee import Entry, build_methods, losses_of, method_entries
 from feedfast.tasks import Classify
 from feedfast_kernels import Codes, Target, as_float, encode
 
@@ -304,7 +304,8 @@ def test_the_taps_a_method_needs() -> None:
     }
     assert numbered_taps(["ofd10", "final", "ofd2", "ofd", "ofdx"], "ofd") == ("ofd2", "ofd10")
     assert matching(("logits", "ofd*", "final"), ["ofd10", "final", "ofd2", "ofdx"]) == ("ofd2", "ofd10", "final")
-    assert tap_groups(("logits", "ofd*", "final")) == ("ofd", "final")
+    assert matching(("stage*",), ["stage2", "stage10", "stage", "stage1", "ofd1"]) == ("stage1", "stage2", "stage10")
+    assert tap_groups(("logits", "ofd*", "final", "stage*")) == ("ofd", "final", "stage")
     _, _, _, infos = scene()
     built = {name: build(name, infos) for name in METHODS}
     # adapters are the methods' own: 1x1 kernels + batch norms, and three 3x3 convolutions with bias
@@ -382,6 +383,7 @@ def test_a_task_that_is_not_fused_is_added() -> None:
     [
         ("pfed", {}, r"method.name: expected none \| kd \| .*pfeed.*, found 'pfed' .did you mean 'pfeed'"),
         ("kd", {"beta": 1.0}, r"method.beta: not an option of 'kd', expected alpha \| tau \| average \| direction"),
+        ("pfeed", {"divide_by": True}, r"method.divide_by: .*did you mean 'divide_by_n'\?\)$"),
         ("none", {"tau": 1.0}, "method.tau: not an option of 'none', expected none at all"),
         ("kd", {"tau": "warm"}, "method.tau: expected a number more than 0, found 'warm'"),
         ("kd", {"tau": True}, "method.tau: expected a number more than 0, found True"),
@@ -405,6 +407,23 @@ def test_wrong_requests_are_refused(name: str, options: dict[str, float | bool |
 def test_of_several_methods_the_wrong_one_is_named() -> None:
     with pytest.raises(RequestError, match=r"^method\.1\.alpha: expected"):
         method_entries([MethodEntry(name="kd"), MethodEntry(name="ofd", alpha=-1.0)])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ((12,), "'kd' compares classes one by one, expected 12 in every teacher, found 10 in 'a'"),
+        ((21, 9, 9), r"'kd' compares logits, expected a student .*found \[21, 9, 9\] per sample"),
+        (None, "'kd' compares logits, expected a student .*found no tensor"),
+    ],
+)
+def test_logits_need_a_student_that_has_them(outputs: tuple[int, ...] | None, message: str) -> None:
+    """Other methods do not look at the output: a network of another task may return what it likes."""
+    _, _, _, infos = scene()
+    kd, ofd = method_entries([MethodEntry(name="kd"), MethodEntry(name="ofd")])
+    with pytest.raises(RequestError, match=message):
+        build_methods([ofd, kd], STUDENT, infos, outputs, 0)
+    assert len(build_methods([ofd], STUDENT, infos, outputs, 0)) == 1
 
 
 def test_taps_that_do_not_fit_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,86 @@ def test_presets_have_the_published_places(name: str, size: int, stages: list[tu
             assert name == "torchvision/vgg11"
 
 
+# channels of stage1.. where they are not those of ofd1..: linear bottlenecks are tapped before the next expansion
+LINEAR = {
+    "torchvision/mobilenet_v2": [24, 32, 96, 320],
+    "torchvision/mobilenet_v3_large": [24, 40, 112, 160],
+    "torchvision/mobilenet_v3_small": [16, 24, 48, 96],
+    "timm/efficientnet_b0": [24, 40, 112, 320],
+}
+
+
+@pytest.mark.parametrize(("name", "size", "stages"), [row[:3] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_stages_are_the_overhauls_after_their_activation(name: str, size: int, stages: list[tuple[int, int]]) -> None:
+    model = build(name).eval()
+    x = torch.randn(2, 3, size, size)
+    before, after = preset_taps(model, "ofd"), preset_taps(model, "stage")
+    assert [t.name for t in after] == [f"stage{i + 1}" for i in range(len(stages))]
+    assert all(t.position == "post" and t.bn is None for t in after)
+    channels = LINEAR.get(name, [c for c, _ in stages])
+    tapped = Tapped(model, (*before, *after), x)
+    assert [tapped.shapes[t.name] for t in after] == [(c, s, s) for c, (_, s) in zip(channels, stages, strict=True)]
+    with torch.no_grad():
+        _, maps = tapped(x)
+    for number, _ in enumerate(stages, start=1):
+        found = maps[f"stage{number}"]
+        if name in LINEAR:
+            assert (found < 0).any(), "a linear bottleneck is not activated"
+        else:
+            assert torch.equal(found, maps[f"ofd{number}"].relu())
+
+
+def ends_by_hand(name: str, x: Tensor) -> list[Tensor]:
+    """The ends of the stages, by calling the network's own modules one after the other."""
+    net: Any = build(name).eval()
+    last = {
+        "zoo/mobilenetv1": (3, 5, 11, 13),
+        "torchvision/vgg11_bn": (6, 13, 20, 27),
+        "torchvision/mobilenet_v2": (3, 6, 13, 17),
+        "torchvision/mobilenet_v3_large": (3, 6, 12, 15),
+        "torchvision/mobilenet_v3_small": (1, 3, 8, 11),
+    }
+    if name in last:
+        return [net.features[: end + 1](x) for end in last[name]]
+    if name.startswith("zoo/wrn"):
+        one = net.block1(net.conv1(x))
+        two = net.block2(one)
+        return [net.block2[0].bn1(one).relu(), net.block3[0].bn1(two).relu(), net.bn(net.block3(two)).relu()]
+    y = net.relu(net.bn1(net.conv1(x)))
+    y = net.maxpool(y) if hasattr(net, "maxpool") else y
+    ends = []
+    for layer in (net.layer1, net.layer2, net.layer3, getattr(net, "layer4", None)):
+        if layer is not None:
+            y = layer(y)
+            ends.append(y)
+    return ends
+
+
+@pytest.mark.parametrize("name", [row[0] for row in TABLE if not row[0].startswith("timm/") and row[0][-5:] != "vgg11"])
+def test_stages_by_hand(name: str) -> None:
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = ends_by_hand(name, x)
+    model = build(name).eval()
+    _, found = Tapped(model, preset_taps(model, "stage"), x)(x)
+    assert list(found) == [f"stage{i + 1}" for i in range(len(expected))]
+    assert all(torch.equal(map_, y) for map_, y in zip(found.values(), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "timm/regnetx_002", "timm/efficientnet_b0"])
+def test_stages_of_timms_networks_are_its_features(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    model = build(name).eval()
+    features = timm.create_model(name.removeprefix("timm/"), pretrained=False, features_only=True).eval()
+    left_out = features.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert not left_out
+    x = torch.randn(2, 3, 64, 64)
+    _, found = Tapped(model, preset_taps(model, "stage", x), x)(x)
+    expected = features(x)[-4:]
+    assert len(found) == 4
+    for map_, y in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(map_, y)
+
+
 @pytest.mark.parametrize(
     "name", ["zoo/wrn-16-2", "zoo/mobilenetv1", "torchvision/vgg11_bn", "torchvision/mobilenet_v2", "timm/vgg11_bn"]
 )
@@ -108,8 +190,9 @@ def test_final_of_networks_without_a_table_is_found_on_one_pass(name: str) -> No
     assert tap.path == next((path for key, path in expected.items() if key in name), "features")
     assert len(Tapped(model, (tap,), x).shapes["final"]) == 3
     if "regnet" not in name:
-        with pytest.raises(RequestError, match="by hand"):
-            preset_taps(model, "ofd", x)
+        for group in ("ofd", "stage"):
+            with pytest.raises(RequestError, match=f"taps '{group}': the stages of .* by hand"):
+                preset_taps(model, group, x)
 
 
 def test_transformers_and_unknown_groups_are_refused() -> None:
@@ -117,9 +200,10 @@ def test_transformers_and_unknown_groups_are_refused() -> None:
     model = build("timm/vit_tiny_patch16_224")
     with pytest.raises(RequestError, match="no module that returns its last map"):
         preset_taps(model, "final")
-    with pytest.raises(RequestError, match=r"found \[197, 192\]"):
-        preset_taps(model, "ofd")
-    with pytest.raises(RequestError, match="'final', 'ofd' or name="):
+    for group in ("ofd", "stage"):
+        with pytest.raises(RequestError, match=rf"taps '{group}'.*found \[197, 192\]"):
+            preset_taps(model, group)
+    with pytest.raises(RequestError, match="'final', 'ofd', 'stage' or name="):
         preset_taps(model, "fitnet")
 
 
@@ -158,6 +242,13 @@ def test_a_resnet_of_ones_own() -> None:
     assert preset_taps(model, "final")[0].path == "layer3"
     with pytest.raises(RequestError, match="called as a function"):
         preset_taps(OwnResNet(module_relu=False), "ofd")
+    # after the activation there is nothing a hook could miss
+    written = OwnResNet(module_relu=False).eval()
+    x = torch.randn(2, 3, 8, 8)
+    _, maps = Tapped(written, preset_taps(written, "stage"), x)(x)
+    first = written.layer1(written.stem(x))
+    assert torch.equal(maps["stage1"], first)
+    assert torch.equal(maps["stage3"], written.layer3(written.layer2(first)))
 
 
 def test_rows_of_a_resnet() -> None:
@@ -166,7 +257,7 @@ def test_rows_of_a_resnet() -> None:
     rows = {row.path: row for row in describe_taps(model, torch.randn(1, 3, 64, 64))}
     assert model.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert rows["layer4"].suggestions == ("final:post", "ofd4:pre")
+    assert rows["layer4"].suggestions == ("final:post", "ofd4:pre", "stage4:post")
     assert rows["layer4"].shape == (2048, 2, 2) == rows["layer4"].pre_shape
     assert rows["layer4"].values == 2048 * 4
     assert rows["layer4"].bn == "layer4.2.bn3"
@@ -184,7 +275,7 @@ def test_rows_tell_of_functions_and_inner_activations() -> None:
     rows = {row.path: row for row in describe_taps(OwnResNet(module_relu=False), torch.randn(1, 3, 8, 8))}
     assert rows["layer2"].positions == ("post",)
     assert any("function call (relu)" in h for h in rows["layer2"].hazards)
-    assert rows["layer3"].suggestions == ("final:post",)
+    assert rows["layer3"].suggestions == ("final:post", "stage3:post")
     rows = {row.path: row for row in describe_taps(build("torchvision/mobilenet_v2"), torch.randn(1, 3, 64, 64))}
     assert any("is not the last layer inside" in h for h in rows["features.17"].hazards)
     assert rows["features.17"].pre_shape == (960, 2, 2)

@@ -13,9 +13,11 @@ from small import as_toml, digits_recipe
 from torch import Tensor, nn
 
 from feedfast.methods import METHODS, Method, MethodOptions, StudentOutput, Targets
+from feedfast.methods.base import matching
 from feedfast.methods.parts import paired_maps
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
+from feedfast.stages.student import run_train
 from feedfast_kernels import as_float
 
 
@@ -46,6 +48,30 @@ class Toy(Method):
         return {"hint": self.gamma * (2 if progress >= 0.5 else 1)}
 
 
+class Attention(Method):
+    """Attention maps of every stage's end, as AT compares them: another group of taps, several per network."""
+
+    name: ClassVar[str] = "attention"
+    paper: ClassVar[str] = "Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017"
+    needs: ClassVar[tuple[str, ...]] = ("stage*",)
+
+    def __init__(self, options: Any, student: Any, teachers: Any) -> None:
+        super().__init__(options, student, teachers)
+        self.pairs = [pair[:2] for pair in paired_maps(student, teachers, matching(self.needs, student))]
+
+    def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
+        def attention(x: Tensor) -> Tensor:
+            return nn.functional.normalize(x.square().mean(1).flatten(1))
+
+        return {
+            tap: (attention(student.taps[tap]) - attention(as_float(targets[name][tap]))).square().sum()
+            for name, tap in self.pairs
+        }
+
+    def weights(self, progress: float) -> dict[str, float]:
+        return {tap: 10.0 for _, tap in self.pairs}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
@@ -70,7 +96,28 @@ def test_a_new_method_trains_from_a_recipe(world: Path, tmp_path: Path, monkeypa
         assert cached["loss"] == pytest.approx(cached["ce"] + weight * cached["hint"], rel=1e-5)
     assert not any(name.startswith("hints") for name in torch.load(tmp_path / "cache" / "student.pt"))
     error = feedfast("train", as_toml(recipe, tmp_path / "r.toml"), "method.name=toy", "method.gama=1").error
-    assert error.startswith("method.gama: not an option of 'toy', expected gamma")
+    assert error.startswith("method.gama: not an option of 'toy', expected gamma (did you mean 'gamma'?)")
+
+
+def test_a_new_method_may_read_the_ends_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teachers are tapped for what the method needs, the student likewise; two methods share the batch."""
+    monkeypatch.setitem(METHODS, "attention", Attention)
+    losses = []
+    for source in ("cache", "live"):
+        train = {"source": source, "out": str(tmp_path / source), "max_steps": 6, "eval_every": 0}
+        recipe = digits_recipe(
+            tmp_path, teachers=1, cache={"codec": "f32"}, method=[{"name": "kd"}, {"name": "attention"}], train=train
+        )
+        teachers = tuple(teacher.model_copy(update={"taps": ()}) for teacher in recipe.teachers)
+        recipe = recipe.model_copy(update={"teachers": teachers})
+        if source == "cache":
+            run_cache(recipe)
+        run_train(recipe)
+        rows = [row for row in read_metrics(tmp_path / source / "metrics.jsonl") if "loss" in row]
+        losses.append([{key: row[key] for key in row if key == "loss" or key.startswith("attention.")} for row in rows])
+    assert set(losses[0][0]) == {"loss", "attention.stage1", "attention.stage2", "attention.stage3"}
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
 
 
 def test_a_new_method_lists_itself(monkeypatch: pytest.MonkeyPatch) -> None:
