@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
+from feedfast.files import replace_file, write_json
 from feedfast.methods import StudentOutput, TapInfo, build_method, needs_of, taps_needed
 from feedfast.models.build import build_model
 from feedfast.models.presets import preset_taps
@@ -33,7 +34,6 @@ from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint
-from feedfast.stages.common import write_durably, write_json
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, Normalize, class_logits
 from feedfast.stages.evaluate import BATCH, evaluate
@@ -265,7 +265,7 @@ class StudentRun:
         if self.me.first:
             buffer = io.BytesIO()
             torch.save({name: value.cpu() for name, value in self.trainer.student.state_dict().items()}, buffer)
-            write_durably(self.out / "student.pt", buffer.getvalue())
+            replace_file(self.out / "student.pt", [buffer.getbuffer()])
             write_json(held, result)
             write_report(self.out, result, self.recipe.model_dump(mode="json"))
         return result
