@@ -68,7 +68,7 @@ class Object:
         """
         # Announcing ranges to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed
         # nothing: the threads' own reads keep a local disk busy.
-        wanted = sum(target.nbytes for target in targets)
+        wanted: int = sum(target.nbytes for target in targets)
         if os.preadv(self._fd, targets, offset) == wanted:
             return wanted
         # a signal, or the kernel's limit of 2 GiB per call: rare, so one buffer at a time is good enough
@@ -276,7 +276,7 @@ class Store:
             if _flock(fd, fcntl.LOCK_EX):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, value.encode(), 0)
-            # Turning an exclusive lock into a shared one releases it for a moment: what counts is read under the latter.
+            # An exclusive lock is released for a moment where it becomes a shared one: what counts is read after that.
             shared = _flock(fd, fcntl.LOCK_SH, patience_s=0.2)
             found = os.pread(fd, 32, 0).decode(errors="replace")
             if shared and found == value:
