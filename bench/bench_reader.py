@@ -1,6 +1,6 @@
 """Which reader streams a cache fastest? The same Zarr v3 arrays, written by zarr-python, read by every candidate.
 
-    python bench/bench_reader.py                  all rows, about four minutes and 1 GB in the temporary folder
+    python bench/bench_reader.py                  all rows, about six minutes and 2 GB in the temporary folder
     python bench/bench_reader.py --tiny           seconds; checks that every candidate still reads the same values
     python bench/bench_reader.py --cold           drop the files from the page cache before every pass
 
@@ -9,9 +9,11 @@ feedfast's own stream over the same files. `x1`/`x2` is the number of threads re
 concurrency, 8 batches in flight). Only `direct` checks the fill value; all check the blocks' checksums as far as they
 do that (zarrs is known not to on partial reads).
 
-Passes: `sequential`, batches of 128 rows in stored order; `permuted`, granules of 64 rows in random order, two a batch;
-`mixed`, rows also mixed inside windows of 16 granules, as feedfast trains a view for the second time (direct only:
-for the others that is one slice a row).
+Passes: `sequential`, batches of 128 rows in stored order; `permuted`, granules of 64 rows in random order, two per
+batch; `mixed`, rows also mixed inside windows, as feedfast trains a view for the second time (direct only: for
+the others that is one slice per row). Granule and window of `mixed` follow from the bytes per row. The row kind
+`resnet50` streams four large maps at once, each with blocks of its own size; there, `mixed 64x16` keeps 16 granules
+of 64 rows at that size too, which is more than a stream may hold, so that blocks are read more than once.
 
 Every candidate's values are compared with what was written before it is timed; a mismatch yields no number. Each pass
 runs `--repeats` times: median, lowest and highest GB/s of decoded data, and GB per second of processor time, which says
@@ -26,8 +28,10 @@ import csv
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,47 +48,52 @@ import tensorstore as ts
 import zarr
 
 from feedfast.cache.layout import ArraySpec, shard_rows_for
-from feedfast.cache.schema import auto_block_rows
 from feedfast.cache.segments import BufferPool
 from feedfast.cache.shards import ArrayView, ShardFiles
-from feedfast.cache.stream import Stream
+from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
+from feedfast.data.views import pass_order, pass_sizes
 
-BATCH, GRANULE, WINDOW = 128, 64, 16
+BATCH, GRANULE = 128, 64
+BLOCK_BYTES = 8 << 20  # 8 MiB
 SHARD_BYTES = 32 << 20  # 32 MiB
 ROWS = {"cifar": ((8, 8, 128), 16384), "imagenet-early": ((56, 56, 64), 2048), "imagenet-late": ((7, 7, 2048), 3072)}
+JOINT = {"resnet50": (((56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048)), 1056)}
 RESULTS = Path(__file__).with_name("results_reader.csv")
 Array = np.ndarray[Any, np.dtype[Any]]
+Batch = Array | dict[str, Array]  # of one array, or of each by its name
 Slices = list[list[tuple[int, int]]]  # per batch, the row ranges it is made of
 
 
 def maps(shape: tuple[int, ...], rows: int) -> Array:
     """Codes like a ReLU map's: smoothed noise, about half of it zero, every row different."""
     rng = np.random.default_rng(0)
-    base = min(rows, 256)
+    base = min(rows, 256, max(16, (1 << 26) // math.prod(shape)))
     noise = rng.standard_normal((base, *shape), dtype=np.float32)
     noise += np.roll(noise, 1, 1) + np.roll(noise, 1, 2)
     codes = np.clip(np.maximum(noise, 0) * 35, 0, 254).astype(np.uint8)
     return np.concatenate([np.roll(codes, (k, 3 * k), (1, 3)) for k in range(-(-rows // base))])[:rows]
 
 
-def write(folder: Path, values: Array, compression: Any) -> ArrayView:
-    """Store the rows as one view of a feedfast array, through zarr-python."""
+def write(folder: Path, values: Array, compression: Any, most_rows: int = GRANULE) -> ArrayView:
+    """Store the rows as one view of a feedfast array, through zarr-python; blocks of at most ``most_rows`` rows."""
     rows, row = len(values), values.shape[1:]
-    block = auto_block_rows(int(np.prod(row)))
-    per_shard = shard_rows_for(int(np.prod(row)), block, SHARD_BYTES)
+    row_bytes = math.prod(row)
+    block = most_rows
+    while block > 1 and block * row_bytes > BLOCK_BYTES:
+        block //= 2
+    per_shard = shard_rows_for(row_bytes, block, SHARD_BYTES)
     padded = -(-rows // per_shard) * per_shard
-    dims = ("view", "row", "height", "width", "channel")
     spec = ArraySpec(
-        "codes",
-        (1, padded, *row),
-        np.dtype("u1"),
-        0xFF,
-        (1, per_shard, *row),
-        (1, block, *row),
-        compression,
-        dims,
-        1,
-        rows,
+        name=folder.name,
+        shape=(1, padded, *row),
+        dtype=np.dtype("u1"),
+        fill=0xFF,
+        chunk=(1, per_shard, *row),
+        block=(1, block, *row),
+        compression=compression,
+        dims=("view", "row", "height", "width", "channel"),
+        views=1,
+        rows=rows,
     )
     folder.mkdir(parents=True)
     (folder / "zarr.json").write_text(json.dumps(spec.zarr_metadata()))
@@ -145,16 +154,12 @@ def by_tensorstore(folder: Path) -> Callable[[Slices], Iterator[Array]]:
     return run
 
 
-def by_stream(source: ArrayView, threads: int, rows: Array | None = None) -> Callable[[Slices], Iterator[Array]]:
+def by_stream(sources: list[ArrayView], threads: int, rows: Array) -> Callable[[Slices], Iterator[Batch]]:
     """feedfast's own stream; takes row numbers, not slices. Files and buffers outlive a pass, as in a reader."""
     files, pool = ShardFiles(), BufferPool()
 
-    def run(slices: Slices) -> Iterator[Array]:
-        order = rows
-        if order is None:
-            order = np.concatenate([np.arange(start, stop) for batch in slices for start, stop in batch])
-        for batch in Stream([source], order, BATCH, threads=threads, files=files, pool=pool):
-            yield batch["codes"]
+    def run(slices: Slices) -> Iterator[Batch]:
+        return Stream(sources, rows, BATCH, threads=threads, files=files, pool=pool)
 
     return run
 
@@ -168,37 +173,41 @@ def drop_from_page_cache(folder: Path) -> None:
             os.close(fd)
 
 
-def check(run: Callable[[Slices], Iterator[Array]], slices: Slices, order: Array, values: Array) -> str:
+def check(run: Callable[[Slices], Iterator[Batch]], slices: Slices, order: Array, values: dict[str, Array]) -> str:
     """Empty if a pass gives what was written, else what is wrong."""
     done = 0
     for number, batch in enumerate(run(slices)):
-        if not np.array_equal(batch, values[order[number * BATCH : (number + 1) * BATCH]]):
+        wanted = order[number * BATCH : (number + 1) * BATCH]
+        found = batch if isinstance(batch, dict) else dict.fromkeys(values, batch)
+        if not all(np.array_equal(found[name], written[wanted]) for name, written in values.items()):
             return f"wrong values in batch {number}"
-        done += len(batch)
+        done += len(wanted)
     return "" if done == len(order) else f"{done} rows instead of {len(order)}"
 
 
-def timed(run: Callable[[Slices], Iterator[Array]], slices: Slices) -> tuple[float, float]:
+def timed(run: Callable[[Slices], Iterator[Batch]], slices: Slices) -> tuple[float, float]:
     """GB of decoded rows per second, and per second of processor time, of one pass."""
     start, processor = time.perf_counter(), time.process_time()
-    gigabytes = sum(batch.nbytes for batch in run(slices)) / 1e9
-    return gigabytes / (time.perf_counter() - start), gigabytes / (time.process_time() - processor)
+    nbytes = 0
+    for batch in run(slices):
+        nbytes += sum(part.nbytes for part in batch.values()) if isinstance(batch, dict) else batch.nbytes
+    return nbytes / 1e9 / (time.perf_counter() - start), nbytes / 1e9 / (time.process_time() - processor)
 
 
-def passes(rows: int) -> dict[str, tuple[Slices, Array]]:
-    """Per kind of pass: the slices of each batch, and the rows these add up to."""
-    rng = np.random.default_rng(1)
-    granules = rng.permutation(rows // GRANULE)
+def passes(rows: int, row_bytes: int, *, joint: bool) -> dict[str, tuple[Slices, Array]]:
+    """Per kind of pass: the slices of each batch (none where only row numbers can say it), and all its rows."""
+    sequential: Slices = [[(start, start + BATCH)] for start in range(0, rows, BATCH)]
+    sizes = pass_sizes(row_bytes, 1, MAX_BUFFER_BYTES)
+    mixed = {"mixed": ([], pass_order(rows, 1, 0, 1, *sizes))}
+    if joint:
+        fixed = pass_order(rows, 1, 0, 1)
+        return {"sequential": (sequential, np.arange(rows)), **mixed, "mixed 64x16": ([], fixed)}
+    granules = np.random.default_rng(1).permutation(rows // GRANULE)
     permuted = [
         [(int(g) * GRANULE, int(g + 1) * GRANULE) for g in granules[i : i + 2]] for i in range(0, len(granules), 2)
     ]
     order = np.concatenate([np.arange(start, stop) for batch in permuted for start, stop in batch])
-    windows = [rng.permutation(order[i : i + WINDOW * GRANULE]) for i in range(0, len(order), WINDOW * GRANULE)]
-    return {
-        "sequential": ([[(start, start + BATCH)] for start in range(0, rows, BATCH)], np.arange(rows)),
-        "permuted": (permuted, order),
-        "mixed": (permuted, np.concatenate(windows)),
-    }
+    return {"sequential": (sequential, np.arange(rows)), "permuted": (permuted, order), **mixed}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -209,23 +218,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="comma-separated row kinds (default all)")
     parser.add_argument("--folder", type=Path, help="where the arrays are written (default a temporary folder)")
     args = parser.parse_args(argv)
-    kinds = args.only.split(",") if args.only else list(ROWS)
+    kinds = args.only.split(",") if args.only else [*ROWS, *JOINT]
     args.repeats = 1 if args.tiny else args.repeats
     results: list[dict[str, Any]] = []
     head = f"{'rows':15} {'codec':5} {'pass':11} {'candidate':15} {'GB/s':>7} {'low':>7} {'high':>7} {'per CPU s':>9}"
     print(head, file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for kind in kinds:
-            shape, rows = ROWS[kind]
+            shapes, rows = JOINT[kind] if kind in JOINT else ((ROWS[kind][0],), ROWS[kind][1])
             rows = 256 if args.tiny else rows
-            values = maps(shape, rows)
+            granule, _ = pass_sizes(sum(map(math.prod, shapes)), 1, MAX_BUFFER_BYTES)
             for compression in ("none", "zstd"):
                 place = Path(folder, kind, compression)
-                source = write(place, values, compression)
-                results += _measure_all(kind, compression, place, source, values, args)
-                for file in place.rglob("c/**/*"):
-                    if file.is_file():
-                        file.unlink()
+                values = {f"codes{number}": maps(shape, rows) for number, shape in enumerate(shapes)}
+                sources = [write(place / name, codes, compression, granule) for name, codes in values.items()]
+                results += _measure_all(kind, compression, sources, values, args)
+                shutil.rmtree(place)
     if not args.tiny:
         _append(results)
     best = max((row for row in results if row.get("gb_per_s")), key=lambda row: row["gb_per_s"])
@@ -236,23 +244,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure_all(
-    kind: str, compression: str, place: Path, source: ArrayView, values: Array, args: argparse.Namespace
+    kind: str, compression: str, sources: list[ArrayView], values: dict[str, Array], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     batched, zarrs = "zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs.ZarrsCodecPipeline"
-    stored = sum(source.sizes.values())
-    results = []
-    for name, (slices, order) in passes(len(values)).items():
-        candidates = {
+    stored = sum(size for source in sources for size in source.sizes.values())
+    decoded = sum(codes.nbytes for codes in values.values())
+    row_bytes = sum(source.spec.row_bytes for source in sources)
+    place, results = sources[0].folder, []
+    kinds = passes(len(next(iter(values.values()))), row_bytes, joint=len(sources) > 1)
+    for name, (slices, order) in kinds.items():
+        candidates: dict[str, Callable[[], Callable[[Slices], Iterator[Batch]]]] = {
             "zarr-python x1": lambda: by_zarr(place, 1, batched),
             "zarr-python x2": lambda: by_zarr(place, 2, batched),
             "zarrs x1": lambda: by_zarr(place, 1, zarrs),
             "zarrs x2": lambda: by_zarr(place, 2, zarrs),
             "tensorstore": lambda: by_tensorstore(place),
         }
-        if name == "mixed":
+        if name.startswith("mixed") or len(sources) > 1:
             candidates = {}
         for threads in (1, 2):
-            candidates[f"direct x{threads}"] = lambda threads=threads, order=order: by_stream(source, threads, order)
+            candidates[f"direct x{threads}"] = lambda threads=threads, order=order: by_stream(sources, threads, order)
         runs = {candidate: make() for candidate, make in candidates.items()}
         wrong = {candidate: check(run, slices, order, values) for candidate, run in runs.items()}
         rates: dict[str, list[tuple[float, float]]] = {candidate: [] for candidate in runs}
@@ -260,13 +271,14 @@ def _measure_all(
             for candidate, run in runs.items():
                 if not wrong[candidate]:
                     if args.cold:
-                        drop_from_page_cache(place)
+                        drop_from_page_cache(place.parent)
                     rates[candidate].append(timed(run, slices))
         for candidate, pairs in rates.items():
             wall, processor = [list(column) for column in zip(*pairs, strict=True)] or [[], []]
             row: dict[str, Any] = {
-                "rows": kind, "row_bytes": source.spec.row_bytes, "block_rows": source.spec.block_rows,
-                "compression": compression, "ratio": round(values.nbytes / stored, 3), "pass": name,
+                "rows": kind, "row_bytes": row_bytes,
+                "block_rows": "/".join(str(source.spec.block_rows) for source in sources),
+                "compression": compression, "ratio": round(decoded / stored, 3), "pass": name,
                 "page_cache": "cold" if args.cold else "warm", "candidate": candidate, "skipped": wrong[candidate],
             }  # fmt: skip
             speed = wrong[candidate]

@@ -158,6 +158,16 @@ def taps(
     _print(run_taps(model, size, classes))
 
 
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
+) -> None:
+    """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
+    from feedfast.stages.inspect import run_methods
+
+    _print(run_methods(name))
+
+
 def main() -> None:
     """Entry point of the ``feedfast`` command."""
     sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would

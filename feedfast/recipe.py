@@ -106,16 +106,24 @@ class Student(_Section):
     weights: str | None = Field(None, description="None = random start; a state_dict file to start from")
 
 
-class Method(BaseModel):
-    """The distillation method; every further key is a parameter of it, checked when the method is built."""
+class MethodEntry(BaseModel):
+    """One distillation method; every further key is an option of it, checked against its class by the student stage."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "none"
+    name: str = Field("none", description="none, kd, ofd, pfeed, ...; `feedfast methods` lists them")
+    weight: float = Field(1.0, ge=0, description="multiplies all its terms; for several methods together")
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The keys besides ``name``."""
+        """The keys besides ``name`` and ``weight``."""
         return dict(self.model_extra or {})
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, (dict, MethodEntry)) else value
+
+
+Methods = Annotated[tuple[MethodEntry, ...], BeforeValidator(_one_or_several)]
 
 
 class Train(_Section):
@@ -158,7 +166,7 @@ class Recipe(_Section):
     cache: Cache = Cache()
     teachers: tuple[Teacher, ...] = ()
     student: Student = Student()
-    method: Method = Method()
+    method: Methods = Field((MethodEntry(),), min_length=1, description="one [method], or several [[method]] together")
     train: Train = Train()
 
     @property
@@ -172,8 +180,9 @@ class Recipe(_Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"teachers: every name must be different, found {repeated} more than once")
-        if self.method.name != "none" and self.train.source != "none" and not self.teachers:
-            raise ValueError(f"teachers: method {self.method.name!r} needs at least one [[teachers]], found none")
+        taught = [entry.name for entry in self.method if entry.name != "none"]
+        if taught and self.train.source != "none" and not self.teachers:
+            raise ValueError(f"teachers: method {taught[0]!r} needs at least one [[teachers]], found none")
         index, parts = (int(text) for text in self.cache.part.split("/"))
         if not 0 <= index < parts:
             raise ValueError(f"cache.part: expected i/n with i < n, found {self.cache.part!r}")
@@ -240,7 +249,8 @@ def _element(node: list[Any], index: str, key: str) -> Any:
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": Method, "train": Train,
+    "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": MethodEntry,
+    "train": Train,
 }  # fmt: skip
 
 

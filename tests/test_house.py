@@ -14,15 +14,16 @@ import feedfast
 import feedfast_kernels
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("data", "models", "cache", "methods", "stages", "report")
+ROOMS = ("data", "models", "cache", "tasks", "methods", "stages", "report")
 # Who may import whom, besides feedfast.errors (everyone) and a room's own modules.
 ALLOWED = {
     "data": set(),
     "models": set(),
     "cache": {"kernels"},
-    "methods": {"kernels"},
+    "tasks": set(),
+    "methods": {"kernels", "tasks"},
     "report": set(),
-    "stages": {"data", "models", "cache", "methods", "report", "kernels", "recipe"},
+    "stages": {"data", "models", "cache", "tasks", "methods", "report", "kernels", "recipe"},
     "cli": {"stages", "recipe"},
     "__main__": {"cli"},
     "recipe": set(),

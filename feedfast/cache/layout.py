@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from feedfast.cache import names
 from feedfast.cache.schema import Compression, Manifest
 
 MAX_SHARD_ROWS: Final = 1024
@@ -216,22 +217,26 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             compression, dims, views, rows, sentinel,
         )  # fmt: skip
 
-    small("views/order", (views, rows), "<u4", 2**32 - 1, ("view", "row"), per_view=True)
-    small("views/crop", (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
-    small("views/flip", (views, rows), "<u1", 0xFF, ("view", "row"), per_view=True)
-    small("labels", (manifest.dataset.num_labels,), "<i4", -(2**31), ("sample",), per_view=False)
+    small(names.ORDER, (views, rows), "<u4", 2**32 - 1, ("view", "row"), per_view=True)
+    small(names.WINDOW, (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
+    small(names.FLIP, (views, rows), "<u1", 0xFF, ("view", "row"), per_view=True)
+    small(names.LABEL, (manifest.dataset.num_labels,), "<i4", -(2**31), ("sample",), per_view=False)
     for teacher in manifest.teachers.values():
         for tap in teacher.taps.values():
-            base = f"targets/{teacher.name}/{tap.name}"
             channels = (tap.channels + 1) // 2 if tap.codec == "u4" else tap.channels
             dtype = {"f32": "<f4", "f16": "<f2", "u8": "<u1", "u4": "<u1"}[tap.codec]
-            small(f"{base}/scale", (2, tap.channels), "<f4", math.nan, ("offset-step", "channel"), per_view=False)
-            sharded(f"{base}/codes", (*tap.shape[1:], channels), dtype, tap.compression)
-        dtype = "<f4" if teacher.logits_codec == "f32" else "<f2"
-        sharded(f"targets/{teacher.name}/logits/codes", (teacher.num_classes,), dtype, "none")
+            small(
+                names.scale(teacher.name, tap.name),
+                (2, tap.channels),
+                "<f4",
+                math.nan,
+                ("offset-step", "channel"),
+                per_view=False,
+            )
+            sharded(names.codes(teacher.name, tap.name), (*tap.shape[1:], channels), dtype, tap.compression)
     if manifest.images == "stored":
         side = manifest.plan.size
-        sharded("pixels/codes", (side, side, 3), "<u1", "none", sentinel=False)
+        sharded(names.PIXELS, (side, side, 3), "<u1", "none", sentinel=False)
     return specs
 
 

@@ -13,7 +13,7 @@ from typing import Final
 from feedfast.cache.log import problem
 from feedfast.cache.schema import Manifest
 from feedfast.cache.store import Store, open_store
-from feedfast.errors import CacheDamageError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 
 ROOT: Final = "zarr.json"
 MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
@@ -24,6 +24,7 @@ def read_manifest(place: str | Path | Store) -> Manifest:
 
     Raises:
         RequestError: there is no cache at ``place``.
+        CacheMismatchError: it is of another format.
         CacheDamageError: what is there is no sound manifest, or an implausibly large one (kind ``manifest``).
     """
     store = open_store(place)
@@ -44,6 +45,8 @@ def read_manifest(place: str | Path | Store) -> Manifest:
     attributes = content.get("attributes") if isinstance(content, dict) else None
     try:
         return Manifest.from_attrs(attributes if isinstance(attributes, dict) else {})
+    except CacheMismatchError as error:
+        raise CacheMismatchError(f"{file}: {error}") from error
     except CacheDamageError as error:
         raise _damage(f"{file}: {error}") from error
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from feedfast.cache import names
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import Commit, Problem, check_length, check_log, digest_of, problem, read_log
@@ -27,7 +28,7 @@ from feedfast.cache.manifest import read_manifest
 from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
 from feedfast.cache.shards import ArrayView, ShardFiles, read_small
 from feedfast.cache.store import Store, open_store
-from feedfast.cache.stream import Stream
+from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.errors import CacheDamageError, RequestError
 
 _SHOWN: Final = 5  # problems spelled out in a message; all of them are in the error's list
@@ -145,7 +146,7 @@ class CacheReader:
             RequestError: no such teacher or tap.
             CacheDamageError: as `read_array`.
         """
-        offset, step = self.read_array(f"targets/{teacher}/{tap}/scale")
+        offset, step = self.read_array(names.scale(teacher, tap))
         return offset, step
 
     def read_rows(self, array: str, view: int, rows: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Array:
@@ -162,7 +163,7 @@ class CacheReader:
         if not spec.sharded:
             return self.read_array(array, view)[_checked_rows(rows, spec)]
         source = self._source(array, view)
-        segment = Segment(_checked_rows(rows, spec), 0, len(rows), spec.block_rows)
+        segment = Segment(_checked_rows(rows, spec), 0, len(rows))
         buffer = np.empty(len(segment.rows) * spec.row_bytes, np.uint8)
         for first, last in segment.jobs(spec):
             segment.read(source, self._files, buffer, first, last)
@@ -180,7 +181,7 @@ class CacheReader:
         start_batch: int = 0,
         drop_last: bool = False,
         prefetch: int = 3,
-        max_buffer_bytes: int = 1 << 30,  # 1 GiB
+        max_buffer_bytes: int = MAX_BUFFER_BYTES,
     ) -> Stream:
         """Batches of rows, read ahead by threads.
 
@@ -192,7 +193,7 @@ class CacheReader:
             start_batch: first batch to hand out; nothing before it is read.
             drop_last: leave out a last batch with fewer rows.
             prefetch: batches made ready ahead of the consumer.
-            max_buffer_bytes: see `Stream`.
+            max_buffer_bytes: what the stream may hold, see `Stream`.
 
         Returns:
             An iterator of dicts, array name to [b, *row_shape] in the stored dtype. See `Stream` for how long the

@@ -30,9 +30,10 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from feedfast.errors import CacheDamageError
+from feedfast.cache import names
+from feedfast.errors import CacheDamageError, CacheMismatchError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 ATTRIBUTE: Final = "feedfast"
 MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below what hurts
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
@@ -73,7 +74,11 @@ class DatasetInfo(_Part):
 
 
 class PlanInfo(_Part):
-    """The view plan: the algorithm's name and version, and the parameters it is a pure function of."""
+    """The view plan: the algorithm's name and version, and the parameters it is a pure function of.
+
+    ``granule`` and ``window`` say how later passes mix rows. No stored value depends on them, so they are no part of
+    the identity; the existing cache's are kept, like the sizes of its blocks, of which the granule is a multiple.
+    """
 
     algorithm: str = Field(max_length=128)
     seed: int = Field(ge=0, lt=2**64)
@@ -83,6 +88,12 @@ class PlanInfo(_Part):
     pad: int | None = None
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    granule: Literal[1, 2, 4, 8, 16, 32, 64] = 64
+    window: int = Field(16, ge=1, le=1 << 16)
+
+    def identity(self) -> dict[str, Any]:
+        """What stored values depend on, as JSON values."""
+        return self.model_dump(mode="json", exclude={"granule", "window"})
 
 
 class DecoderInfo(_Part):
@@ -144,16 +155,17 @@ class TapInfo(_Part):
             raise ValueError(f"expected {self.channels} margins, found {len(self.margin)}")
         if self.transform == "margin" and self.margin is None:
             raise ValueError(f'transform "margin" needs {self.channels} margins, found none')
-        if self.name in {"logits", "zarr.json"}:
-            raise ValueError(f"a tap cannot be called {self.name!r}")
+        if self.name == "zarr.json":
+            raise ValueError("a tap cannot be called 'zarr.json'")
+        if self.name == names.LOGITS and (len(self.shape) != 1 or self.codec not in ("f16", "f32")):
+            raise ValueError(f"logits must be (K,) in f16 or f32, found {list(self.shape)} in {self.codec}")
         return self
 
 
 class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
-    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are float16, or float32 for exact
-    parity runs.
+    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits".
     """
 
     name: Name
@@ -163,15 +175,17 @@ class TeacherInfo(_Part):
     precision: Literal["fp32", "bf16"] = "fp32"
     mean: Triple
     std: Triple
-    num_classes: int = Field(ge=1, le=1 << 24)
-    logits_codec: Literal["f16", "f32"] = "f16"
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of the widest stored row."""
-        logits = self.num_classes * (4 if self.logits_codec == "f32" else 2)
-        return max([logits, *(tap.row_bytes for tap in self.taps.values())])
+        return max((tap.row_bytes for tap in self.taps.values()), default=0)
+
+    @property
+    def num_classes(self) -> int:
+        """Length of its logits; 0 where none are stored."""
+        return self.taps[names.LOGITS].shape[0] if names.LOGITS in self.taps else 0
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -186,7 +200,7 @@ class TeacherInfo(_Part):
 class Manifest(_Part):
     """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     dataset: DatasetInfo
     plan: PlanInfo
     decoder: DecoderInfo
@@ -226,15 +240,20 @@ class Manifest(_Part):
         """The manifest in a root group's attributes.
 
         Raises:
-            CacheDamageError: no manifest is there, it is of another format, or a field of it is out of bounds.
+            CacheMismatchError: it is of another format.
+            CacheDamageError: no manifest is there, or a field of it is out of bounds.
         """
         found = attrs.get(ATTRIBUTE)
         if not isinstance(found, dict):
             raise CacheDamageError(
                 f"no feedfast manifest: expected an object under attribute {ATTRIBUTE!r}, found {type(found).__name__}"
             )
-        if found.get("format") != FORMAT:
-            raise CacheDamageError(f"manifest: expected cache format {FORMAT}, found {found.get('format')!r}")
+        other = found.get("format")
+        if type(other) is int and other != FORMAT:
+            cure = "run `feedfast cache` again with another cache.path" if other < FORMAT else "use a newer feedfast"
+            raise CacheMismatchError(f"manifest: expected cache format {FORMAT}, found {other}; {cure}")
+        if other != FORMAT:
+            raise CacheDamageError(f"manifest: expected cache format {FORMAT}, found {other!r}")
         try:
             # Through JSON, where lists may become tuples; nothing is coerced otherwise.
             return cls.model_validate_json(json.dumps(found), strict=True)
@@ -259,27 +278,24 @@ class Manifest(_Part):
     def _basis(self, array: str) -> dict[str, Any]:
         data = self.dataset.model_dump(mode="json", include={"kind", "count", "fingerprint", "id_space"})
         basis: dict[str, Any] = {"format": self.format, "array": array, "dataset": data}
-        parts = array.split("/")
-        if array == "labels":
+        if array.startswith("samples/"):
             return basis
-        basis["plan"] = self.plan.model_dump(mode="json")
+        basis["plan"] = self.plan.identity()
         basis["num_rows"] = self.num_rows
-        if parts[0] == "views":
+        if array in names.VIEWS:
             return basis
         basis["decoder"] = self.decoder.model_dump(mode="json", include={"backend", "flags"})
-        if parts[-1] == "codes":
+        target = names.parse(array)
+        if array == names.PIXELS or (target is not None and target.part == "codes"):
             basis["layout"] = [self.block_rows, self.shard_bytes]
-        if array == "pixels/codes":
+        if array == names.PIXELS:
             return basis
-        if len(parts) not in (3, 4) or parts[0] != "targets":
+        if target is None:
             raise KeyError(array)
-        teacher = self.teachers[parts[1]]
+        teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "num_classes", "logits_codec"})
-        if parts[2] == "logits":
-            basis["logits"] = [teacher.num_classes, teacher.logits_codec]
-        else:
-            basis["tap"] = teacher.taps[parts[2]].model_dump(mode="json", exclude={"fit", "error"})
+        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps"})
+        basis["tap"] = teacher.taps[target.tap].model_dump(mode="json", exclude={"fit", "error"})
         return basis
 
 
@@ -309,7 +325,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
         return part.model_dump(mode="json", exclude=without)
 
     compare("dataset", requested(expected.dataset, {"source"}), requested(found.dataset, {"source"}))
-    compare("plan", requested(expected.plan, set()), requested(found.plan, set()))
+    compare("plan", expected.plan.identity(), found.plan.identity())
     compare("decoder", requested(expected.decoder, {"versions"}), requested(found.decoder, {"versions"}))
     compare("num_rows", expected.num_rows, found.num_rows)
     compare("batch_rows", expected.batch_rows, found.batch_rows)

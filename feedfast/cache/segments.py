@@ -3,9 +3,10 @@
 A *segment* is a stretch of a pass; `Segment.rows` are the rows it needs, ascending, each once. They lie in that order
 in one buffer per array, whatever order they are wanted in, so that whole blocks can be read straight into place.
 
+Arrays of a stream may differ in rows per block; each is read by jobs of its own blocks.
+
 A *buffer* is lent, never given: NumPy arrays that look into it keep a lease alive through their ``base``, and when the
-last of them dies, in whichever thread and however derived, the buffer is free again. Reference counts of the buffer
-itself would tell the same, but only to who asks, and not on a Python without the global lock.
+last of them dies, in whichever thread and however derived, the buffer is free again.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from feedfast.cache.shards import ArrayView, Bytes, ShardFiles, thread_buffer
 Rows = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
-_JOB_BYTES = 1 << 20  # 1 MiB; smaller neighbouring blocks are read by one job, for fewer hand-overs of the GIL
+_JOB_BYTES = 1 << 20  # 1 MiB; smaller neighboring blocks are read by one job, for fewer GIL hand-overs
 
 
 class _Lease:
-    """Lends a buffer to NumPy and gives it back when the last array that looks into it is gone."""
+    """Lends a buffer to NumPy and gives it back when the last array that looks into it is gone.
+
+    Reference counts of the buffer itself would tell the same, but somebody would have to poll them, and they mean less
+    on a Python without the global lock.
+    """
 
     def __init__(self, buffer: Bytes, give_back: Callable[[Bytes], None]) -> None:
         self._buffer = buffer
@@ -46,7 +51,7 @@ class _Lease:
 class BufferPool:
     """Reused byte buffers: a large fresh one costs a page fault per 4 KiB, more than reading it from the page cache.
 
-    Not page-locked: a copy to a GPU that is still under way when the last view dies would read the next block's bytes.
+    Not page-locked: a copy to a GPU still in progress when the last view dies would read the next block's bytes.
     """
 
     def __init__(self) -> None:
@@ -55,7 +60,7 @@ class BufferPool:
         self.allocated = 0  # buffers ever made: flat after the start of a stream
 
     def lease(self, nbytes: int) -> Bytes:
-        """Uninitialized uint8 [nbytes]; it returns to the pool by itself when no view of it is left."""
+        """Return uninitialized uint8 [nbytes]; it goes back to the pool by itself when no view of it is left."""
         size = _size_class(nbytes)
         free = self._free.setdefault(size, deque())
         try:
@@ -66,7 +71,7 @@ class BufferPool:
         return np.asarray(_Lease(buffer, self._give_back))[:nbytes]
 
     def keep(self, buffers: int) -> None:
-        """Keep up to this many free buffers of a size."""
+        """Keep up to this many free buffers of each size."""
         self._limit = max(self._limit, buffers)
 
     def _give_back(self, buffer: Bytes) -> None:
@@ -90,13 +95,15 @@ def cut_segments(rows: Rows, block_rows: int, batch_size: int, max_rows: int, le
 
     Args:
         rows: int64 [n], any order.
-        block_rows: rows per block.
+        block_rows: rows per block; of several arrays the largest, which the smaller ones divide: a cut that no block
+            of one array crosses is then crossed by no block of any.
         batch_size: rows per batch, counted from position 0.
         max_rows: longest segment, at least 1.
         least_rows: segments are made at least this long where that is possible, and at least a batch.
     """
     count = len(rows)
     least = min(max(batch_size, least_rows), max_rows)
+    # A cut is clean where every block met so far was used for the last time.
     blocks = rows // block_rows
     last_use = np.zeros(int(blocks.max(initial=0)) + 1, np.int64)
     last_use[blocks] = np.arange(count)  # of repeated indices, the last assignment stays
@@ -126,10 +133,10 @@ def _split(cuts: list[int], late: int, upto: int, max_rows: int) -> None:
 class Segment:
     """Positions [start, stop) of a pass: the rows they need, ascending and once each, and the blocks those lie in.
 
-    ``index`` maps position - start to a buffer row; rows ``bounds[i]:bounds[i + 1]`` are those of ``blocks[i]``.
+    ``index`` maps position - start to a buffer row.
     """
 
-    def __init__(self, rows: Rows, start: int, stop: int, block_rows: int) -> None:
+    def __init__(self, rows: Rows, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
         self.consecutive = bool((np.diff(rows) == 1).all())
         if self.consecutive:
@@ -137,18 +144,31 @@ class Segment:
         else:
             self.rows, self.index = np.unique(rows, return_inverse=True)
         self.distinct = len(self.rows) == len(rows)
-        blocks, bounds = np.unique(self.rows // block_rows, return_index=True)
-        self.blocks: list[int] = blocks.tolist()
-        self.bounds: list[int] = [*bounds.tolist(), len(self.rows)]
         self.buffers: dict[str, Bytes] = {}
         self.pending = 0
         self.errors: list[tuple[int, int, Exception]] = []  # rows [first, last) of the buffers that did not come
         self.waiting: list[Any] = []  # batches of the stream that cannot be built yet
+        self._blocks: dict[int, tuple[list[int], list[int]]] = {}
+
+    def blocks(self, block_rows: int) -> tuple[list[int], list[int]]:
+        """Blocks of ``block_rows`` rows, and bounds: ``rows[bounds[i] : bounds[i + 1]]`` lie in ``blocks[i]``."""
+        known = self._blocks.get(block_rows)
+        if known is None:
+            blocks, first = np.unique(self.rows // block_rows, return_index=True)
+            known = self._blocks[block_rows] = (blocks.tolist(), [*first.tolist(), len(self.rows)])
+        return known
+
+    def is_view(self, start: int, stop: int) -> bool:
+        """Whether positions [start, stop) are rows in buffer order, so that they need not be gathered."""
+        if self.consecutive:
+            return True
+        # Rows wanted twice are copied, so that what the consumer holds is always his alone.
+        return self.distinct and bool((np.diff(self.index[start - self.start : stop - self.start]) == 1).all())
 
     def jobs(self, spec: ArraySpec) -> Iterator[tuple[int, int]]:
-        """Runs [first, last) of ``blocks`` to be read together: whole, consecutive, of one shard, not too large."""
+        """Runs [first, last) of `blocks` to be read together: whole, consecutive, of one shard, not too large."""
         most = max(1, _JOB_BYTES // spec.block_bytes)
-        blocks, bounds, first = self.blocks, self.bounds, 0
+        (blocks, bounds), first = self.blocks(spec.block_rows), 0
         for last in range(1, len(blocks) + 1):
             if (
                 last == len(blocks)
@@ -172,8 +192,8 @@ class Segment:
     def read(self, source: ArrayView, files: ShardFiles, buffer: Bytes, first: int, last: int) -> None:
         """Do one of the `jobs`: put the rows of blocks [first, last) into their place in the array's buffer."""
         spec = source.spec
-        blocks = self.blocks[first:last]
-        start, stop = self.bounds[first], self.bounds[last]
+        blocks, bounds = self.blocks(spec.block_rows)
+        blocks, start, stop = blocks[first:last], bounds[first], bounds[last]
         shard = files.get(source, blocks[0] // spec.blocks_per_shard)
         out = buffer[start * spec.row_bytes : stop * spec.row_bytes]
         if out.nbytes == len(blocks) * spec.block_bytes:

@@ -1,23 +1,16 @@
 """Batches of cached rows, read ahead by threads into memory that is used again and again.
 
 The rows of a pass are cut twice. The consumer sees *batches*. The threads read *segments*: stretches of the pass after
-which no block read so far is needed again, so that every block is read, checked and decoded once although later passes
-mix the rows of neighbouring blocks. Such cuts fall out of the row numbers alone: in the stored order every block edge
-is one, in a pass that mixes rows within windows every window edge is. A pass without any (rows at random over
-the whole view) is cut where memory asks for it, and then reads blocks more than once.
+which no block read so far is needed again, of any array. So every block is read, checked and decoded once, although
+later passes mix the rows of neighboring blocks. Such cuts follow from the row numbers alone: block edges in the
+stored order, window edges in a mixed pass. A pass without any (rows at random over the whole view) is cut where
+memory requires it, and reads blocks more than once.
 
-A segment's rows lie in ascending order in one buffer per array. A block of which all rows are wanted is read or decoded
-straight into its place there; of any other block the wanted rows are copied. A batch whose rows lie in order
-is a view of that buffer, without a copy; any other batch is gathered with one `np.take` per segment and array. Decoding
-and gathering happen in the threads and release the GIL; per block the threads hold it for some tens of microseconds.
+A segment's rows lie in ascending order in one buffer per array. A batch whose rows lie in that order is a view of the
+buffer, without a copy; any other batch is gathered into buffers of its own. Memory: see `MAX_BUFFER_BYTES`.
 
-Memory: the rows of the segments of the next `prefetch` batches (at least one whole segment ahead), and for gathered
-batches those batches too. A buffer returns to its pool when the last view of it dies, wherever that view has travelled
-to; whoever keeps all batches (`list(stream)`) just uses more memory.
-
-Damage found ahead of time waits until the consumer reaches the batch it belongs to.
-Threads, not processes: nothing to pickle, no copies, and the work is done in C without the GIL.
-This module knows rows and arrays; where shards come from is the caller's affair.
+Threads, not processes: nothing to pickle, no copies, and reading, decoding and gathering release the GIL.
+This module knows rows and arrays; where shards come from is up to the caller.
 """
 
 from __future__ import annotations
@@ -26,20 +19,37 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
 from feedfast.cache.segments import Array, BufferPool, Rows, Segment, cut_segments, shaped, take_rows
 from feedfast.cache.shards import ArrayView, ShardFiles
 
+MAX_BUFFER_BYTES: Final = 2 << 30
+"""2 GiB: what one stream holds, decoded, over all its arrays: segments, and batches gathered but not yet handed out.
+
+A segment takes at most a quarter of it, so that the one being handed out, the next one and the gathered batches fit
+together. The windows of later passes are therefore sized to a quarter of it (`feedfast.data.views.pass_sizes`): at
+larger ones, segments end inside a window and its blocks are read again. Two things are always allowed, whatever
+the bound: what the next batch needs (the segments it touches and its own copy), and a segment of one largest block.
+Not counted is what the consumer holds, nor free buffers that the pool keeps, about as many as were in use at once.
+"""
+
 _SEGMENT_BYTES = 4 << 20  # 4 MiB; planning a segment costs the consumer some 50 microseconds, so not too small ones
 
 
 class _Batch:
-    """One batch to be: the stretches of segments it is made of, then its arrays or the error that prevents them."""
+    """A batch in the making: the stretches of segments it consists of, then its arrays or the error that prevents them.
+
+    ``copied`` is the number of rows that must be gathered: none for a batch that is a view of its segment.
+    """
 
     def __init__(self, parts: list[tuple[Segment, int, int]]) -> None:
         self.parts = parts
+        self.copied = sum(stop - start for _, start, stop in parts)
+        if len(parts) == 1 and parts[0][0].is_view(*parts[0][1:]):
+            self.copied = 0
         self.pending = 0
         self.arrays: dict[str, Array] | None = None
         self.error: Exception | None = None
@@ -84,15 +94,16 @@ class _Engine:
         jobs = []
         for name, source in self.sources.items():
             segment.buffers[name] = self.pool.lease(len(segment.rows) * source.spec.row_bytes)
-            jobs += [(segment, name, first, last) for first, last in segment.jobs(source.spec)]
-        jobs.sort(key=lambda job: job[2])  # all arrays advance together; stable, so still in file order
+            _, bounds = segment.blocks(source.spec.block_rows)
+            jobs += [(bounds[first], (segment, name, first, last)) for first, last in segment.jobs(source.spec)]
+        jobs.sort(key=lambda job: job[0])  # all arrays advance together; stable, so still in file order
         with self.lock:
             segment.pending = len(jobs)
-            self.reads.extend(jobs)
+            self.reads.extend(job for _, job in jobs)
             self.work.notify_all()
 
     def request(self, batch: _Batch) -> None:
-        """Have the batch built as soon as its segments are there."""
+        """Have the batch built as soon as its segments have been read."""
         with self.lock:
             for segment, _, _ in batch.parts:
                 if segment.pending:
@@ -112,31 +123,25 @@ class _Engine:
         return batch.arrays
 
     def _complete(self, batch: _Batch) -> None:
-        """All segments of the batch are there (lock held): hand out views, or queue the gathering."""
+        """All segments of the batch have been read (lock held): hand out views, or queue the gathering."""
         for segment, start, stop in batch.parts:
             batch.error = batch.error or segment.error_in(start, stop)
-        if batch.error is None and not self._as_views(batch):
+        if batch.error is None and batch.copied:
             self.gathers.append(batch)
             self.work.notify()
             return
+        if batch.error is None:
+            batch.arrays = self._views(*batch.parts[0])
         batch.parts = []
         self.ready.notify_all()
 
-    def _as_views(self, batch: _Batch) -> bool:
-        if len(batch.parts) != 1:
-            return False
-        segment, start, stop = batch.parts[0]
-        index = segment.index[start - segment.start : stop - segment.start]
-        first = int(index[0])
-        # rows wanted twice are copied, so that what the consumer holds is always his alone
-        if not segment.consecutive and not (segment.distinct and (np.diff(index) == 1).all()):
-            return False
+    def _views(self, segment: Segment, start: int, stop: int) -> dict[str, Array]:
+        first = int(segment.index[start - segment.start])
         arrays = {}
         for name, source in self.sources.items():
             size = source.spec.row_bytes
             arrays[name] = shaped(segment.buffers[name][first * size : (first + stop - start) * size], source.spec)
-        batch.arrays = arrays
-        return True
+        return arrays
 
     def _run(self) -> None:
         while True:
@@ -158,7 +163,7 @@ class _Engine:
         errors: list[tuple[int, int, Exception]] = []
         try:
             segment.read(self.sources[name], self.files, segment.buffers[name], first, last)
-        except Exception:  # whatever it is, the consumer must hear of it instead of waiting for ever
+        except Exception:  # any error must reach the consumer; otherwise it would block forever
             errors = self._read_singly(job)
         with self.lock:
             segment.errors += errors
@@ -171,31 +176,21 @@ class _Engine:
                         self._complete(batch)
 
     def _read_singly(self, job: tuple[Segment, str, int, int]) -> list[tuple[int, int, Exception]]:
-        """Read block by block what could not be read together, so that an error meets only the batches it concerns."""
+        """Read block by block what could not be read together, so that an error fails only the batches it concerns."""
         segment, name, first, last = job
+        _, bounds = segment.blocks(self.sources[name].spec.block_rows)
         errors: list[tuple[int, int, Exception]] = []
         for number in range(first, last):
             try:
                 segment.read(self.sources[name], self.files, segment.buffers[name], number, number + 1)
             except Exception as error:
-                errors.append((segment.bounds[number], segment.bounds[number + 1], error))
+                errors.append((bounds[number], bounds[number + 1], error))
         return errors
 
     def _gather(self, batch: _Batch) -> None:
-        arrays: dict[str, Array] = {}
-        error: Exception | None = None
+        arrays, error = None, None
         try:
-            for name, source in self.sources.items():
-                size = source.spec.row_bytes
-                count = sum(stop - start for _, start, stop in batch.parts)
-                out = self.pool.lease(count * size)
-                done = 0
-                for segment, start, stop in batch.parts:
-                    index = segment.index[start - segment.start : stop - segment.start]
-                    end = done + len(index) * size
-                    take_rows(segment.buffers[name], index, out[done:end], size)
-                    done = end
-                arrays[name] = shaped(out, source.spec)
+            arrays = self._gathered(batch)
         except Exception as caught:
             error = caught
         with self.lock:
@@ -203,6 +198,20 @@ class _Engine:
             batch.error = error
             batch.arrays = arrays
             self.ready.notify_all()
+
+    def _gathered(self, batch: _Batch) -> dict[str, Array]:
+        arrays: dict[str, Array] = {}
+        for name, source in self.sources.items():
+            size = source.spec.row_bytes
+            out = self.pool.lease(batch.copied * size)
+            done = 0
+            for segment, start, stop in batch.parts:
+                index = segment.index[start - segment.start : stop - segment.start]
+                end = done + len(index) * size
+                take_rows(segment.buffers[name], index, out[done:end], size)
+                done = end
+            arrays[name] = shaped(out, source.spec)
+        return arrays
 
 
 class Stream(Iterator[dict[str, Array]]):
@@ -227,12 +236,12 @@ class Stream(Iterator[dict[str, Array]]):
         threads: int = 2,
         files: ShardFiles | None = None,
         pool: BufferPool | None = None,
-        max_buffer_bytes: int = 1 << 30,  # 1 GiB
+        max_buffer_bytes: int = MAX_BUFFER_BYTES,
     ) -> None:
         """Plan the pass; threads start with the first batch.
 
         Args:
-            sources: what to read; all with the same ``block_rows``.
+            sources: what to read. Their ``block_rows`` may differ; the largest is a multiple of the others.
             rows: int64 [n], rows of the view in the order they are wanted; every one within the view.
             batch_size: rows per batch; batch k holds ``rows[k * batch_size : (k + 1) * batch_size]``.
             start_batch: first batch to hand out; nothing before it is read.
@@ -241,8 +250,8 @@ class Stream(Iterator[dict[str, Array]]):
             threads: threads that read, check, decode and gather.
             files: open shards to share with others.
             pool: buffers to share with others.
-            max_buffer_bytes: what the segments in memory may take, decoded, over all arrays (two batches are always
-                allowed). Less means that blocks of mixed passes are read more than once.
+            max_buffer_bytes: what the stream may hold, decoded, over all arrays; see `MAX_BUFFER_BYTES` for what is
+                always allowed. Less than four windows of a mixed pass means that blocks are read more than once.
         """
         if drop_last:
             rows = rows[: len(rows) // batch_size * batch_size]
@@ -250,17 +259,20 @@ class Stream(Iterator[dict[str, Array]]):
         self._batch_size = batch_size
         self._prefetch = prefetch
         self._threads = threads
-        self._block_rows = sources[0].spec.block_rows
         row_bytes = sum(source.spec.row_bytes for source in sources)
-        max_rows = max(batch_size, self._block_rows, max_buffer_bytes // (2 * row_bytes))
+        block_rows = max(source.spec.block_rows for source in sources)
+        self._max_rows = max_buffer_bytes // row_bytes
+        max_rows = max(block_rows, self._max_rows // 4)
+        if batch_size % block_rows == 0 and bool((np.diff(self._rows) == 1).all()):
+            max_rows = max(max_rows, batch_size)  # a segment per batch, which is then a view: no copy, half the memory
         least_rows = min(_SEGMENT_BYTES // row_bytes, 16 * batch_size)
-        self._cuts = cut_segments(self._rows, self._block_rows, batch_size, max_rows, least_rows)
+        self._cuts = cut_segments(self._rows, block_rows, batch_size, max_rows, least_rows)
         self._total = -(-len(self._rows) // batch_size)
-        self._next = 0  # batch to hand out
+        self._next = 0  # the batch to be handed out next
         self._next_segment = 0
+        self._short = False  # whether memory kept the stream from reading ahead as far as it should
         self._segments: deque[Segment] = deque()
         self._batches: deque[_Batch] = deque()
-        self._requested = 0
         self._pool = pool or BufferPool()
         self._engine = _Engine(sources, files or ShardFiles(), self._pool)
         # Not a bound method of self: the threads must stop when nobody holds the stream any more.
@@ -285,48 +297,71 @@ class Stream(Iterator[dict[str, Array]]):
             raise StopIteration
         if not self._engine.threads:
             self._engine.start(self._threads)
-        self._advance()
-        batch = self._batches.popleft()
         try:
+            self._advance(1 + self._prefetch)
+            batch = self._batches.popleft()
             arrays = self._engine.wait(batch)
+            self._next += 1
+            if self._short:
+                self._advance(self._prefetch)  # with what this batch took; it is read while the consumer works
         except BaseException:
             self.close()
             raise
-        self._next += 1
         return arrays
 
     def close(self) -> None:
-        """Stop the threads and let go of the memory; further batches do not come."""
+        """Stop the threads and release the memory; iteration ends."""
         self._finalizer()
         self._engine.join()
         self._segments.clear()
         self._batches.clear()
 
-    def _advance(self) -> None:
-        """Schedule the segments and request the batches that belong to the next ``prefetch`` ones."""
+    def _advance(self, count: int) -> None:
+        """Request up to ``count`` batches and read ahead, as far as memory allows; the first of them in any case."""
+        self._short = False
         consumed = self._next * self._batch_size
-        until = (self._next + 1 + self._prefetch) * self._batch_size
-        while self._next_segment < len(self._cuts) - 1:
-            start, stop = self._cuts[self._next_segment : self._next_segment + 2]
-            if start >= until and start - consumed > stop - start:
-                break
-            segment = Segment(self._rows[start:stop], start, stop, self._block_rows)
-            self._engine.schedule(segment)
-            self._segments.append(segment)
-            self._next_segment += 1
-            self._pool.keep((len(self._segments) + self._prefetch + 2) * len(self._engine.sources))
-        last = min(self._next + 1 + self._prefetch, self._total)
-        while self._requested < last:
-            first = self._requested * self._batch_size
+        while self._segments and self._segments[0].stop <= consumed:
+            self._segments.popleft()
+        last = min(self._next + count, self._total)
+        while self._next + len(self._batches) < last:
+            first = consumed + len(self._batches) * self._batch_size
             stop = min(first + self._batch_size, len(self._rows))
-            parts = []
-            while self._segments[0].stop <= first:
-                self._segments.popleft()
-            for segment in self._segments:
-                if segment.start >= stop:
-                    break
-                parts.append((segment, max(first, segment.start), min(stop, segment.stop)))
+            until = self._next_segment
+            while self._cuts[until] < stop:
+                until += 1
+            # counted as if the batch had to be gathered; whether it must is known once its segments are
+            more = self._cuts[until] - self._cuts[self._next_segment] + stop - first
+            if self._batches and self._held_rows() + more > self._max_rows:
+                self._short = True
+                break
+            while self._next_segment < until:
+                self._schedule()
+            parts = [
+                (segment, max(first, segment.start), min(stop, segment.stop))
+                for segment in self._segments
+                if segment.start < stop and segment.stop > first
+            ]
             batch = _Batch(parts)
             self._batches.append(batch)
             self._engine.request(batch)
-            self._requested += 1
+        ahead = consumed + count * self._batch_size
+        while self._next_segment < len(self._cuts) - 1:
+            start, stop = self._cuts[self._next_segment : self._next_segment + 2]
+            if start >= ahead and start - consumed > stop - start:
+                break
+            if self._held_rows() + stop - start > self._max_rows:
+                self._short = True
+                break
+            self._schedule()
+
+    def _held_rows(self) -> int:
+        """Rows in segments that are not handed out completely, and in batches that are gathered from them."""
+        return sum(len(segment.rows) for segment in self._segments) + sum(batch.copied for batch in self._batches)
+
+    def _schedule(self) -> None:
+        start, stop = self._cuts[self._next_segment : self._next_segment + 2]
+        segment = Segment(self._rows[start:stop], start, stop)
+        self._engine.schedule(segment)
+        self._segments.append(segment)
+        self._next_segment += 1
+        self._pool.keep((len(self._segments) + self._prefetch + 2) * len(self._engine.sources))

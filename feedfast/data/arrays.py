@@ -1,7 +1,7 @@
 """Datasets that are arrays of pixels: CIFAR's binary files and ``.npz``.
 
 CIFAR files stay on disk as a memory map: a batch gathers its records, and every rank and loader shares the page cache.
-The two flavours have no header, so they are told apart by arithmetic: the size must be whole records of 3,073 bytes
+The two flavors have no header, so they are told apart by arithmetic: the size must be whole records of 3,073 bytes
 (CIFAR-10: label, pixels) or 3,074 (CIFAR-100: coarse label, fine label, pixels), and every label must lie in range.
 Where both fit, the labels decide; a file that fits neither is refused with the reason for each.
 
@@ -28,7 +28,7 @@ _PIXEL_BYTES = 3 * 32 * 32
 
 
 @dataclass(frozen=True)
-class _Flavour:
+class _Flavor:
     name: str
     record_bytes: int
     label_bounds: tuple[int, ...]  # one per label byte; the last label is the one used
@@ -36,8 +36,8 @@ class _Flavour:
 
 
 _FLAVOURS = (
-    _Flavour("CIFAR-10", 1 + _PIXEL_BYTES, (10,), "batches.meta.txt"),
-    _Flavour("CIFAR-100", 2 + _PIXEL_BYTES, (20, 100), "fine_label_names.txt"),
+    _Flavor("CIFAR-10", 1 + _PIXEL_BYTES, (10,), "batches.meta.txt"),
+    _Flavor("CIFAR-100", 2 + _PIXEL_BYTES, (20, 100), "fine_label_names.txt"),
 )
 
 
@@ -89,25 +89,25 @@ def open_cifar(paths: Sequence[Path]) -> tuple[PixelStore, NDArray[np.int32], tu
     """CIFAR-10 or CIFAR-100 binary files, concatenated in the order given.
 
     Args:
-        paths: existing files of one flavour.
+        paths: existing files of one flavor.
 
     Returns:
         The pixels, the labels int32 [n] (fine ones for CIFAR-100), and the class names (from ``fine_label_names.txt``
-        or ``batches.meta.txt`` beside the first file, else the numbers).
+        or ``batches.meta.txt`` next to the first file, else the numbers).
 
     Raises:
-        RequestError: a file is not whole records with labels in range, flavours differ, or the name file is wrong.
+        RequestError: a file is not whole records with labels in range, flavors differ, or the name file is wrong.
     """
-    flavours = [_flavour(path) for path in paths]
-    flavour = flavours[0]
-    for path, other in zip(paths, flavours, strict=True):
-        if other is not flavour:
-            raise RequestError(f"{path}: expected {flavour.name} like {paths[0]}, found {other.name}")
-    records = [_records(path, flavour) for path in paths]
-    head = len(flavour.label_bounds)
+    flavors = [_flavor(path) for path in paths]
+    flavor = flavors[0]
+    for path, other in zip(paths, flavors, strict=True):
+        if other is not flavor:
+            raise RequestError(f"{path}: expected {flavor.name} like {paths[0]}, found {other.name}")
+    records = [_records(path, flavor) for path in paths]
+    head = len(flavor.label_bounds)
     labels = np.concatenate([r[:, head - 1] for r in records]).astype(np.int32)
     store = PixelStore(tuple(p.name for p in paths), tuple(r[:, head:] for r in records), "CHW", (32, 32))
-    return store, labels, _class_names(paths[0].parent / flavour.names_file, flavour.label_bounds[-1])
+    return store, labels, _class_names(paths[0].parent / flavor.names_file, flavor.label_bounds[-1])
 
 
 def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]]:
@@ -115,7 +115,7 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
 
     Args:
         path: the file. ``images``: uint8 [n, H, W, 3], or gray [n, H, W] or [n, H, W, 1]. ``labels``: integers [n],
-            -1 for unlabelled (all unlabelled if absent). ``classes``: strings, the class names.
+            -1 for unlabeled (all unlabeled if absent). ``classes``: strings, the class names.
 
     Returns:
         The pixels, the labels int32 [n], and the class names (numbers up to the largest label if not given).
@@ -154,25 +154,25 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
     return store, labels.astype(np.int32), classes
 
 
-def _flavour(path: Path) -> _Flavour:
+def _flavor(path: Path) -> _Flavor:
     size = path.stat().st_size
     reasons = []
-    for flavour in _FLAVOURS:
-        if size == 0 or size % flavour.record_bytes:
-            reasons.append(f"{flavour.name}: not whole records of {flavour.record_bytes} bytes")
+    for flavor in _FLAVOURS:
+        if size == 0 or size % flavor.record_bytes:
+            reasons.append(f"{flavor.name}: not whole records of {flavor.record_bytes} bytes")
             continue
-        records = _records(path, flavour)
-        largest = [int(records[:, i].max()) for i in range(len(flavour.label_bounds))]
-        if all(found < bound for found, bound in zip(largest, flavour.label_bounds, strict=True)):
-            return flavour
-        reasons.append(f"{flavour.name}: largest labels {largest}, expected below {list(flavour.label_bounds)}")
+        records = _records(path, flavor)
+        largest = [int(records[:, i].max()) for i in range(len(flavor.label_bounds))]
+        if all(found < bound for found, bound in zip(largest, flavor.label_bounds, strict=True)):
+            return flavor
+        reasons.append(f"{flavor.name}: largest labels {largest}, expected below {list(flavor.label_bounds)}")
     raise RequestError(
         f"{path}: expected a CIFAR-10 or CIFAR-100 binary file, found {size} bytes ({'; '.join(reasons)})"
     )
 
 
-def _records(path: Path, flavour: _Flavour) -> NDArray[np.uint8]:
-    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, flavour.record_bytes)
+def _records(path: Path, flavor: _Flavor) -> NDArray[np.uint8]:
+    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, flavor.record_bytes)
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 A sample is known by a stable id (its place in the complete dataset, before any ``limit``) and by its name (a path
 relative to the source, or file[record]). Everything downstream asks for *positions* into ``ids``; views are drawn from
-ids, so a limited run sees the same crops of the same images as the full one.
+ids, so a limited run sees the same crops of the same images as a full one.
 
 There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz), see ``arrays.py``.
 ``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
 from feedfast.errors import RequestError
@@ -44,7 +45,7 @@ class Dataset:
         ids: uint32 [n], ascending; places in the complete dataset.
         labels: int32 [n], -1 where there is none.
         sizes: int32 [n, 2], height and width after EXIF orientation.
-        classes: class names by label; empty for unlabelled folders.
+        classes: class names by label; empty for unlabeled folders.
         pixels_store: the arrays of a ``"pixels"`` dataset, else None.
         root: folder of a ``"files"`` dataset, else None.
         files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
@@ -62,6 +63,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def annotations(self) -> ClassLabels:
+        """What the samples are labeled with, by position."""
+        return ClassLabels(self.labels, self.classes)
 
     def name(self, position: int) -> str:
         """Path of a sample relative to the source, or ``file[record]``."""
@@ -126,7 +132,7 @@ class Dataset:
             "count": len(self),
             "ids_sha256": hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest(),
             "sizes_sha256": hashlib.sha256(self.sizes.astype("<i4").tobytes()).hexdigest(),
-            "labels_sha256": hashlib.sha256(self.labels.astype("<i4").tobytes()).hexdigest(),
+            "labels_sha256": self.annotations.fingerprint(),
             "content_sha256": content.hexdigest(),
         }
 
@@ -145,7 +151,7 @@ def open_dataset(
 
     Args:
         source: a CIFAR-10/100 binary file or a list of them; a folder of class folders (labels by sorted folder name)
-            or a flat folder (unlabelled) of JPEG/PNG files; or an ``.npz`` (``images``, ``labels``, ``classes``).
+            or a flat folder (unlabeled) of JPEG/PNG files; or an ``.npz`` (``images``, ``labels``, ``classes``).
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
@@ -187,7 +193,7 @@ def _open_folder(
     flat, folders = _listing(root)
     if flat and folders:
         raise RequestError(
-            f"{root}: expected either images or class folders, found both: {len(flat)} images beside {len(folders)} "
+            f"{root}: expected either images or class folders, found both: {len(flat)} images and {len(folders)} "
             f"folders with images, such as {flat[0]} and {next(iter(folders))}/"
         )
     if not flat and not folders:
@@ -224,7 +230,7 @@ def _listing(root: Path) -> tuple[list[str], dict[str, list[str]]]:
         elif entry.name.lower().endswith(EXTENSIONS):
             flat.append(entry.name)
     if flat and not any(folders.values()):
-        folders = {}  # a flat folder may have unrelated folders beside its images
+        folders = {}  # a flat folder may have unrelated folders next to its images
     return flat, folders if any(folders.values()) else {}
 
 

@@ -1,7 +1,7 @@
 """What a JPEG or PNG says about itself: size after EXIF orientation, and whether it is whole.
 
 A job of hours must not end on image 900,001, so every file is looked at before the first is decoded. The quick look
-reads headers and the end of the file only, about 25 µs of Python each: this runs at every start on up to a million
+reads headers and the end of the file only, about 25 µs of Python per file: this runs at every start on up to a million
 files, and again on the bytes of every file that is handed to the decoder. The content decides the format, never the
 file name (ImageNet itself holds a PNG named .JPEG).
 
@@ -42,7 +42,7 @@ _FILES_PER_TASK = 64
 
 
 class Unreadable(Exception):
-    """Why one image cannot be used; the text is shown to the user beside the path."""
+    """Why one image cannot be used; the text is shown to the user after the path."""
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

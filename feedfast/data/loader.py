@@ -203,10 +203,10 @@ class Loader:
                 except RuntimeError as error:
                     bad = np.concatenate([work.positions[p] for p in parts[index : feed.fed]])
                     raise _explained(error, self.dataset, bad) from error
-                positions = work.positions[part]
-                labels = torch.from_numpy(self.dataset.labels[positions].astype(np.int64)).to(self.device)
+                positions, here = work.positions[part], work.geometry.rows(np.arange(len(rows))[part])
+                annotations = _moved(self.dataset.annotations.at(positions, here, self.plan.size), self.device)
                 images = _owned(output, self.device, copier)
-                yield Batch(images, labels, self.dataset.ids[positions], rows[part], view)
+                yield Batch(images, annotations, self.dataset.ids[positions], rows[part], view)
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 
@@ -350,6 +350,10 @@ def _owned(output: Any, device: torch.device, copier: Any) -> torch.Tensor:
     copier.synchronize()
     images.record_stream(consumer)
     return images
+
+
+def _moved(annotations: Any, device: torch.device) -> Any:
+    return annotations.to(device) if isinstance(annotations, torch.Tensor) else annotations
 
 
 def _explained(error: RuntimeError, dataset: Dataset, positions: NDArray[np.int64]) -> FeedfastError:

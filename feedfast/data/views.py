@@ -1,19 +1,13 @@
 """The view plan: which sample comes when, and which crop and flip it gets.
 
-A view is one augmentation seed. Everything in it is a pure function of (seed, view, sample id): the order, the crop
-box and the flip of sample 17 in view 3 do not change with batch size, worker, rank, resume point, or with how many
-other samples were asked for. That is what lets a cached target be matched to the pixels it was computed from, months
-later and on another machine, so the parameters are drawn here and handed to the loader instead of being left to its
-own random operators (which are seeded by batch position).
+A view is one augmentation seed. Everything in it is a pure function of (seed, view, sample id): it does not change
+with batch size, worker, rank or resume point, nor with how many other samples were asked for. That is what lets
+a cached target be matched to the pixels it was computed from, months later and on another machine. The parameters are
+therefore drawn here and passed to the loader, instead of being left to its random operators (seeded by batch position).
 
-How: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a block cipher over a
-256-bit counter. The key is (seed, view); the counter's third word names the purpose (order, crop, flip, ...), the
-fourth the pass, and the first runs with the sample id, so every sample owns its own words of the stream and any range
-of samples can be drawn without the ones before it. NumPy guarantees its Philox stream; only raw 64-bit words are taken
-from it, and the mapping to floats and integers is below, so a NumPy release cannot move a crop by a pixel.
-
-Units: boxes are int32 (top, left, height, width) in source pixels, after EXIF orientation. This file draws numbers; it
-touches no image, and knows neither DALI nor the cache.
+The numbers come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); see
+`_words`. This file draws numbers; it touches no image, and knows neither DALI nor the cache.
+Units: boxes are int32 (top, left, height, width) in source pixels, after EXIF orientation.
 """
 
 from __future__ import annotations
@@ -28,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from feedfast.errors import RequestError
 
-__all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order"]
+__all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order", "pass_sizes"]
 
 Augment = Literal["pad-crop-flip", "resized-crop-flip", "none"]
 
@@ -36,18 +30,20 @@ ALGORITHM = "philox4x64-10/1"
 """Generator and version of the mapping from words to parameters; any change below that moves a number raises it."""
 
 PASS_GRANULE = 64
-"""Rows that stay neighbours on disk when a view is read again: later passes permute granules of this many rows."""
+"""Rows per granule unless the plan says otherwise: when a view is read again, granules of rows are permuted."""
 
 PASS_WINDOW = 16
-"""Granules whose rows are mixed with each other in a later pass; the reader holds this many granules at once."""
+"""Granules per window unless the plan says otherwise: the rows of a window are mixed with each other."""
 
 # Purposes: the counter's third word. Never renumber one; add new ones at the end.
 _ORDER, _CROP, _FLIP, _GRANULE, _MIX = range(5)
 
+_GRANULES = (1, 2, 4, 8, 16, 32, 64)  # as the blocks of a cache, so that blocks never cross a granule's edge
+
 _BLOCK_SAMPLES = 256  # drawn together; any multiple of 4 works, and changing it changes no value
 _RUN_SAMPLES = 1 << 16  # the most samples drawn in one go: bounds memory to about 12 MB of words
 _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten
-_CROP_WORDS = 2 * _CROP_ATTEMPTS + 4  # two words an attempt, two for the position, two unused
+_CROP_WORDS = 2 * _CROP_ATTEMPTS + 4  # two words per attempt, two for the position, two unused
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,8 @@ class ViewPlan:
         pad: largest shift of pad-crop in output pixels; -1 means ``size // 8`` (4 at CIFAR's 32).
         scale: range of the crop's area as a fraction of the image's.
         ratio: range of the crop's width over height, drawn log-uniformly.
+        granule: rows that stay together when a view is read again, a power of two up to 64 (`pass_order`).
+        window: granules whose rows are mixed with each other then, at least 1.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
@@ -75,6 +73,8 @@ class ViewPlan:
     pad: int = -1
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    granule: int = PASS_GRANULE
+    window: int = PASS_WINDOW
 
     def __post_init__(self) -> None:
         _require("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1", self.seed)
@@ -87,6 +87,8 @@ class ViewPlan:
             _require(name, 0.0 < low <= high < math.inf, "0 < low <= high", getattr(self, name))
             object.__setattr__(self, name, (low, high))  # a list from a recipe compares equal to a tuple
         _require("scale", self.scale[1] <= 1.0, "at most the whole image", self.scale)
+        _require("granule", self.granule in _GRANULES, f"one of {', '.join(map(str, _GRANULES))}", self.granule)
+        _require("window", 1 <= self.window <= 1 << 16, "1 to 65536 granules", self.window)
         if self.pad == -1:
             object.__setattr__(self, "pad", self.size // 8)
 
@@ -101,6 +103,8 @@ class ViewPlan:
             "pad": self.pad,
             "scale": list(self.scale),
             "ratio": list(self.ratio),
+            "granule": self.granule,
+            "window": self.window,
         }
 
     def order(self, view: int, ids: ArrayLike) -> NDArray[np.uint32]:
@@ -147,7 +151,7 @@ class ViewPlan:
         if self.augment == "none":
             return box_n4
         fill = self._pad_crops if self.augment == "pad-crop-flip" else self._resized_crops
-        by_id = np.argsort(ids_n, kind="stable")  # neighbours in id share drawn blocks; values do not depend on it
+        by_id = np.argsort(ids_n, kind="stable")  # neighbors in id share drawn blocks; values do not depend on it
         for start in range(0, len(ids_n), _RUN_SAMPLES):
             part = by_id[start : start + _RUN_SAMPLES]
             box_n4[part] = fill(view, ids_n[part], size_n2[part])
@@ -175,7 +179,7 @@ class ViewPlan:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         area = (image_h * image_w) * _between(words[:, 0 : 2 * _CROP_ATTEMPTS : 2], *self.scale)  # [n, attempt]
         ratio = np.exp(_between(words[:, 1 : 2 * _CROP_ATTEMPTS : 2], low, high))
-        # rint is Python's round(): halves go to the even neighbour, as in torchvision
+        # rint is Python's round(): halves go to the even neighbor, as in torchvision
         width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (width > 0) & (width <= image_w) & (height > 0) & (height <= image_h)
@@ -193,34 +197,72 @@ class ViewPlan:
         return np.stack([top, left, h, w], axis=1)
 
 
-def pass_order(n_rows: int, seed: int, view: int, pass_index: int) -> NDArray[np.int64]:
+def pass_order(
+    n_rows: int, seed: int, view: int, pass_index: int, granule: int = PASS_GRANULE, window: int = PASS_WINDOW
+) -> NDArray[np.int64]:
     """The order in which a pass over a stored view reads its rows.
 
-    Pass 0 is the stored order, which is a full shuffle already. Later passes permute granules of ``PASS_GRANULE``
-    neighbouring rows and then mix the rows of every ``PASS_WINDOW`` consecutive granules, so batches differ from pass
-    to pass while the disk still reads whole blocks.
+    Pass 0 is the stored order, which is a full shuffle already. Later passes permute granules of ``granule``
+    neighboring rows over the whole view and then mix the rows of every ``window`` consecutive granules. So a row moves
+    anywhere, but it is mixed with ``granule * window`` rows only (1,024 by default): rows of one granule are at most
+    that far apart in every pass, and with window 1 they stay next to each other. The smaller the granule, the closer
+    to a full shuffle. No granule is cut by a window's edge, so a reader that holds one window reads each block once.
 
     Args:
         n_rows: rows in the view, >= 0.
         seed: the run's seed.
         view: which view.
         pass_index: 0 for the first pass over this view.
+        granule: rows per granule, >= 1: a multiple of every block that is to be read once.
+        window: granules per window, >= 1. `pass_sizes` derives both from bytes; a `ViewPlan` holds them.
 
     Returns:
         A permutation of ``range(n_rows)``, int64.
     """
     if n_rows < 0 or pass_index < 0:
         raise ValueError(f"expected n_rows >= 0 and pass_index >= 0, got {n_rows} and {pass_index}")
+    if granule < 1 or window < 1:
+        raise ValueError(f"expected granule >= 1 and window >= 1, got {granule} and {window}")
     rows = np.arange(n_rows, dtype=np.int64)
     if pass_index == 0:
         return rows
-    granules = np.arange(-(-n_rows // PASS_GRANULE), dtype=np.int64)
+    granules = np.arange(-(-n_rows // granule), dtype=np.int64)
     permuted = granules[np.argsort(_words(seed, view, _GRANULE, pass_index, granules, 1)[:, 0], kind="stable")]
-    moved = (permuted[:, None] * PASS_GRANULE + np.arange(PASS_GRANULE)).reshape(-1)
-    moved = moved[moved < n_rows]  # the last granule may be short, wherever it went
-    window = rows // (PASS_GRANULE * PASS_WINDOW)
-    mixed: NDArray[np.int64] = moved[np.lexsort((_words(seed, view, _MIX, pass_index, rows, 1)[:, 0], window))]
+    moved = (permuted[:, None] * granule + np.arange(granule)).reshape(-1)
+    which = np.repeat(granules // window, granule)  # windows are counted in granules: the last one of the view may be
+    real = moved < n_rows  # short, and wherever it went, the edges after it must not cut granules
+    moved, which = moved[real], which[real]
+    mixed: NDArray[np.int64] = moved[np.lexsort((_words(seed, view, _MIX, pass_index, rows, 1)[:, 0], which))]
     return mixed
+
+
+def pass_sizes(row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, int]:
+    """Granule and window with which later passes read each block once within a memory bound.
+
+    A window must not exceed a quarter of the bound: a stream holds the window it hands out and the next one, and
+    batches gathered from them (`feedfast.cache.stream.MAX_BUFFER_BYTES`). Where 16 granules of 64 rows fit, it is
+    those. Otherwise the granule is the largest power of two of which 16 fit, because small granules mix better than
+    large ones, but no smaller than a block; the window is then as many granules as fit. Where not even one
+    block fits, the window is 1: blocks are still read once, and the stream exceeds its bound.
+
+    All of it follows from bytes, so a live run and a cached run of one recipe derive the same.
+
+    Args:
+        row_bytes: decoded bytes per row, all arrays of a stream together, >= 1.
+        block_rows: rows of the largest block there is, a power of two up to 64; 1 for a cache yet to be made, whose
+            blocks then are chosen to have at most ``granule`` rows.
+        bound_bytes: what a stream may hold.
+
+    Returns:
+        (granule, window).
+    """
+    if row_bytes < 1 or block_rows not in _GRANULES:
+        raise ValueError(f"expected row_bytes >= 1 and block_rows of {_GRANULES}, got {row_bytes} and {block_rows}")
+    fit = bound_bytes // (4 * row_bytes)
+    granule = PASS_GRANULE
+    while granule > block_rows and granule * PASS_WINDOW > fit:
+        granule //= 2
+    return granule, max(1, min(fit, PASS_GRANULE * PASS_WINDOW) // granule)
 
 
 def _require(name: str, ok: bool, expected: str, found: object) -> None:
@@ -238,7 +280,13 @@ def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
 def _words(
     seed: int, view: int, purpose: int, pass_index: int, ids: NDArray[np.int64], words: int
 ) -> NDArray[np.uint64]:
-    """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards."""
+    """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards.
+
+    Philox is a block cipher over a 256-bit counter. The key is (seed, view); the counter's third word names the purpose
+    (order, crop, flip, ...), the fourth the pass, and the first runs with the sample id: every sample owns its own
+    words, and any range of samples can be drawn without the ones before it. NumPy guarantees its Philox stream; only
+    raw words are taken from it and mapped to floats and integers below, so no NumPy release can move a crop by a pixel.
+    """
     out = np.empty((len(ids), words), dtype=np.uint64)
     for where, first, count in _runs(ids):
         philox = np.random.Philox(

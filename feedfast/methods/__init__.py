@@ -1,24 +1,48 @@
-"""Distillation methods: what a student is trained with, given teachers' targets from a cache or live."""
+"""Distillation methods: what a student is trained with, given teachers' targets from a cache or live.
 
-from feedfast.methods.base import StudentOutput, TapInfo, Targets
-from feedfast.methods.build import build_method, needs_of, taps_needed
-from feedfast.methods.feed import NTL, PFEED
-from feedfast.methods.kd import KD, CrossEntropy
-from feedfast.methods.ofd import OFD, Connector, RunningMargin, margin_from_bn
+A method is one class in a file of its own (see `feedfast.methods.base`) and one entry of `METHODS`.
+"""
+
+import difflib
+
+from feedfast.errors import RequestError
+from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
+from feedfast.methods.feed import PFEED
+from feedfast.methods.kd import KD, Plain
+from feedfast.methods.ofd import OFD
+from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Plain, KD, OFD, PFEED)}
+
+
+def method_named(name: str, where: str = "method") -> type[Method]:
+    """The class of a recipe's method.
+
+    Raises:
+        RequestError: there is no such method; close names are in the message.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise RequestError(f"{where}.name: expected {' | '.join(METHODS)}, found {name!r}{hint}")
+    return METHODS[name]
+
 
 __all__ = [
     "KD",
+    "METHODS",
     "NTL",
     "OFD",
     "PFEED",
     "Connector",
-    "CrossEntropy",
+    "Method",
+    "MethodOptions",
+    "Plain",
     "RunningMargin",
     "StudentOutput",
     "TapInfo",
     "Targets",
-    "build_method",
     "margin_from_bn",
-    "needs_of",
-    "taps_needed",
+    "method_named",
+    "parse_options",
 ]

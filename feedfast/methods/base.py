@@ -1,30 +1,33 @@
-"""The words all methods share: what a student gives, what teachers give, and the loss of the labels.
+"""The words all methods share: what a student gives, what teachers give, and what a method declares.
 
-A method is an `nn.Module` with
+A method is one class: its options with types, ranges and defaults, the taps it needs, its adapters, its loss terms
+and their weights. Help, docs and checks are made from it, so a new method is a new file and a name in `METHODS`.
 
-    forward(student: StudentOutput, targets: Targets, labels) -> {"loss": ..., parts ...}
-    student_taps, teacher_taps: the tap names it reads ("logits" is named only where it is needed)
+Terms are unweighted and hold no task loss: what is learned is the task's business. The loss of a step is
 
-A cache is read for the taps in `teacher_taps` and for nothing else: a target that is not named there does not come.
-`loss` is the scalar to differentiate; the parts ("ce", "kd", "feature") are its terms before their weights, detached,
-so that curves of runs with different weights compare. Adapters are ordinary parameters of the method:
-`method.parameters()` goes into the optimizer, and the student never carries them. There is no base class; these few
-words are the whole agreement.
+    loss = task_weight * task loss + sum over methods, sum over terms of  entry weight * weight * term
 
-Methods know neither caches nor teachers: a target is codes or a float map, whoever made it.
+Methods know neither caches nor teachers: a target is codes or a float map, whoever made it. Adapters are ordinary
+parameters of the method: `method.parameters()` goes into the optimizer, and the student never carries them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast_kernels import Target
+
+LOGITS = "logits"
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tap name -> (C, H, W), or (C,) for a vector, of one sample of the student."""
 
 Targets = Mapping[str, Mapping[str, Target]]
 """Teacher name -> tap name -> target. "logits" is a float [B, K]; other taps are maps or vectors."""
@@ -43,32 +46,97 @@ class TapInfo:
     margin: Tensor | None = None
 
 
+Teachers = Mapping[str, Mapping[str, TapInfo]]
+"""Teacher name -> tap name -> shape and margin."""
+
+
 @dataclass
 class StudentOutput:
     """What the student's forward pass gives.
 
     Attributes:
-        logits: [B, K], with gradient.
+        output: what the network returns, with gradient; for a classifier logits [B, K].
         taps: tap name -> [B, C, H, W] or [B, C], with gradient.
     """
 
-    logits: Tensor
+    output: Any
     taps: dict[str, Tensor]
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the hard labels, averaged over the labelled samples of the batch.
+class MethodOptions(BaseModel):
+    """Base of every method's options: frozen, no unknown keys, no guessed types."""
 
-    Args:
-        logits: [B, K], any float dtype; computed in fp32 (float64 stays).
-        labels: int64 [B]; -1 is unlabelled.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    Returns:
-        Scalar; 0 (with a zero gradient) if no sample is labelled.
+
+class Method(nn.Module):
+    """Base of every method.
+
+    Attributes:
+        name: in recipes.
+        paper: where it is from; "reconstruction" where the paper's details are not known.
+        needs: selectors of the taps it reads of teachers and student: ``final``, ``ofd*`` (ofd1, ofd2, ...), and
+            ``logits``, which of the student are its output. A cache is read for these and for nothing else.
+        fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(wide, labels, ignore_index=-1, reduction="sum")
-    return total / (labels != -1).sum().clamp(min=1)
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    fuses: ClassVar[type | None] = None
+
+    class Options(MethodOptions):
+        """No options."""
+
+    def __init__(self, options: Any, student: Shapes, teachers: Teachers) -> None:
+        """Build adapters for these shapes; RequestError where they do not fit."""
+        super().__init__()
+        if self.needs and not teachers:
+            raise RequestError(f"method.name: {self.name!r} needs at least one teacher, found none")
+
+    def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
+        """Unweighted loss terms by name, scalars with gradient.
+
+        Args:
+            student: output and taps of a batch.
+            targets: what `needs` names, of every teacher.
+            annotations: what the batch is annotated with, for methods that look at it.
+        """
+        return {}
+
+    def weights(self, progress: float) -> dict[str, float]:
+        """Weight of each term at ``progress`` 0..1 of the run; pure, so that phases and ramps survive resuming."""
+        return {}
+
+    def task_weight(self, progress: float) -> float:
+        """What the task's own loss is multiplied with."""
+        return 1.0
+
+    def fused(
+        self,
+        student: StudentOutput,
+        targets: Targets,
+        annotations: Any,
+        weight: float,
+        task_weight: float,
+        progress: float,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The task's loss and the terms in one pass, for a task of type ``fuses``.
+
+        Returns:
+            The weighted sum, with gradient (terms weighted by ``weight`` times `weights`, the task's loss by
+            ``task_weight``), the task's loss, and the terms, both without gradient.
+        """
+        raise NotImplementedError(f"{self.name} names a task in `fuses` and has no `fused`")
+
+
+def matching(needs: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The names that selectors mean, in the selectors' order; those of ``ofd*`` by their number."""
+    names = list(names)
+    found: list[str] = []
+    for need in needs:
+        found += numbered_taps(names, need[:-1]) if need.endswith("*") else [name for name in names if name == need]
+    return tuple(dict.fromkeys(found))
 
 
 def numbered_taps(taps: Iterable[str], prefix: str) -> tuple[str, ...]:
@@ -77,14 +145,48 @@ def numbered_taps(taps: Iterable[str], prefix: str) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: int(name[len(prefix) :])))
 
 
-def require_teachers(teachers: Mapping[str, object], method: str) -> None:
-    """Raise RequestError unless there is a teacher to learn from."""
-    if not teachers:
-        raise RequestError(f"method.name: {method!r} needs at least one teacher, found none")
+def tap_groups(needs: Iterable[str]) -> tuple[str, ...]:
+    """The groups that a network is tapped for: ``ofd`` for ``ofd*``; logits need no tap."""
+    return tuple(need.removesuffix("*") for need in needs if need != LOGITS)
 
 
-def tap_shape(shapes: Mapping[str, tuple[int, ...]], tap: str, owner: str) -> tuple[int, ...]:
-    """The shape of ``tap``, or a RequestError that lists the taps there are."""
-    if tap not in shapes:
-        raise RequestError(f"{owner}: expected a tap named {tap!r}, found {sorted(shapes) or 'none'}")
-    return shapes[tap]
+def parse_options(method: type[Method], values: Mapping[str, Any], where: str = "method") -> Any:
+    """The ``Options`` of a method from a recipe's words.
+
+    Raises:
+        RequestError: an unknown key, a wrong type or a value out of range; ``where`` and the key begin each sentence.
+    """
+    try:
+        return method.Options.model_validate(dict(values))
+    except ValidationError as error:
+        fields = method.Options.model_fields
+        sentences = (_sentence(item, method.name, where, fields) for item in error.errors())
+        raise RequestError("; ".join(sentences)) from None
+
+
+def _sentence(item: Any, method: str, where: str, fields: Mapping[str, FieldInfo]) -> str:
+    """One of pydantic's errors as key, expected, found."""
+    key, kind = ".".join(str(part) for part in item["loc"]), item["type"]
+    if kind == "extra_forbidden":
+        return f"{where}.{key}: not an option of {method!r}, expected {' | '.join(fields) or 'none at all'}"
+    if kind == "value_error":
+        return f"{where}.{item['ctx']['error']!s}"
+    return f"{where}.{key}: expected {expected_words(fields[str(item['loc'][0])])}, found {item['input']!r}"
+
+
+def expected_words(field: FieldInfo) -> str:
+    """What a field takes, in words: ``a number from 0 to 1``, ``true or false``, ``'sum' or 'mean'``."""
+    text = str(field.annotation)
+    if "Literal[" in text:
+        return " or ".join(text[text.index("Literal[") + 8 : text.rindex("]")].split(", "))
+    if "bool" in text:
+        return "true or false"
+    kind = "a whole number" if "int" in text else "a number" if "float" in text else "a word"
+    bounds = {
+        name: getattr(part, name) for part in field.metadata for name in ("gt", "ge", "lt", "le") if hasattr(part, name)
+    }
+    if "ge" in bounds and "le" in bounds:
+        return f"{kind} from {bounds['ge']:g} to {bounds['le']:g}"
+    words = {"gt": "more than {:g}", "ge": "of {:g} or more", "lt": "less than {:g}", "le": "of {:g} or less"}
+    limits = [words[name].format(value) for name, value in bounds.items()]
+    return " and ".join([f"{kind} {limits[0]}", *limits[1:]]) if limits else kind

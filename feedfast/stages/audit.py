@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from feedfast.cache import names
 from feedfast.cache.codec import crc32c, dequantize, quantize, unpack_u4
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Problem, problem
@@ -30,7 +31,7 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe, Teacher, parse_recipe
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher
+from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.identity import decoder_info, library_versions, refuse_other_recipe
 from feedfast.stages.progress import Meter
 
@@ -45,19 +46,21 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
     Raises:
         CacheDamageError: an array was changed.
     """
-    stored = reader.read_array("labels")[data.ids]
+    stored = reader.read_array(names.LABEL)[data.ids]
     if not np.array_equal(stored, data.labels):
         position = int(np.flatnonzero(stored != data.labels)[0])
         detail = (
             f"sample {data.ids[position]}: expected {data.labels[position]} as in the data, found {stored[position]}"
         )
-        raise CacheDamageError(f"{reader.path}: labels: {detail}", [problem("labels", "c/0", "labels", detail)])
+        raise CacheDamageError(
+            f"{reader.path}: {names.LABEL}: {detail}", [problem(names.LABEL, "c/0", "labels", detail)]
+        )
     for view in range(views):
         order = plan.order(view, data.ids)
         positions = np.searchsorted(data.ids, order)
         expected: dict[str, np.ndarray] = {
             "order": order,
-            "crop": plan.crops(view, order, data.sizes[positions]),
+            "window": plan.crops(view, order, data.sizes[positions]),
             "flip": plan.flips(view, order),
         }
         for name, want in expected.items():
@@ -78,7 +81,7 @@ def pixel_checksums(reader: CacheReader, view: int) -> dict[int, str]:
     specs = array_specs(reader.manifest)
     out: dict[int, str] = {}
     for teacher in reader.manifest.teachers:
-        name = f"targets/{teacher}/{LOGITS}/codes"
+        name = names.codes(teacher, names.LOGITS)
         for shard, commit in reader.committed(name, view).items():
             first = shard * specs[name].blocks_per_shard
             out.update({first + number: crc for number, crc in enumerate(commit.pixel_crc32c)})
@@ -177,11 +180,11 @@ def recompute_teachers(
             for batch in loader.stream(view, rows):
                 for name, teacher in teachers.items():
                     for tap, values in teacher(batch.images).items():
-                        if tap != LOGITS and tap not in manifest.teachers[name].taps:
+                        if tap not in manifest.teachers[name].taps:
                             continue
-                        array = f"targets/{name}/{tap}/codes"
+                        array = names.codes(name, tap)
                         stored = stored_values(reader, name, tap, view, batch.rows)
-                        exact = _floored(values, manifest.teachers[name].taps.get(tap))
+                        exact = _floored(values, manifest.teachers[name].taps[tap])
                         smallest[array] = min(smallest.get(array, 1.0), _cosine(exact, stored))
                         cosine = _cosine(_encoded(reader, name, tap, exact), stored)
                         if not cosine >= MIN_COSINE:
@@ -199,28 +202,27 @@ def recompute_teachers(
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
     """Decoded float32 maps [row, channel, height, width] (or [row, channel]) of a cache."""
-    codes = reader.read_rows(f"targets/{teacher}/{tap}/codes", view, rows)
-    if tap != LOGITS:
-        info = reader.manifest.teachers[teacher].taps[tap]
-        if info.codec in ("u8", "u4"):
-            offset, step = reader.scale(teacher, tap)
-            codes = dequantize(unpack_u4(codes, info.channels) if info.codec == "u4" else codes, offset, step)
+    codes = reader.read_rows(names.codes(teacher, tap), view, rows)
+    info = reader.manifest.teachers[teacher].taps[tap]
+    if info.codec in ("u8", "u4"):
+        offset, step = reader.scale(teacher, tap)
+        codes = dequantize(unpack_u4(codes, info.channels) if info.codec == "u4" else codes, offset, step)
     values = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.float32))
     return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
 
 
-def _floored(values: torch.Tensor, info: TapInfo | None) -> torch.Tensor:
+def _floored(values: torch.Tensor, info: TapInfo) -> torch.Tensor:
     """What the codec is given: the map on the CPU, not below OFD's margin where the cache says so."""
     values = values.cpu()
-    if info is None or info.transform != "margin":
+    if info.transform != "margin":
         return values
     return torch.maximum(values, torch.tensor(info.margin).view(1, -1, *[1] * (values.dim() - 2)))
 
 
 def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) -> torch.Tensor:
     """``values`` as the cache would give them back."""
-    info = reader.manifest.teachers[teacher].taps.get(tap)
-    if info is None or info.codec not in ("u8", "u4"):
+    info = reader.manifest.teachers[teacher].taps[tap]
+    if info.codec not in ("u8", "u4"):
         return values
     offset, step = reader.scale(teacher, tap)
     decoded = dequantize(quantize(values.movedim(1, -1).numpy(), offset, step, info.codec), offset, step)
@@ -264,6 +266,8 @@ def plan_of(reader: CacheReader) -> ViewPlan:
         pad=-1 if plan.pad is None else plan.pad,
         scale=plan.scale,
         ratio=plan.ratio,
+        granule=plan.granule,
+        window=plan.window,
     )
 
 
@@ -347,7 +351,8 @@ def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
                 f"teachers[{name}].model: {info.model!r} would import code that a cache names; "
                 "give --recipe with this model in it"
             )
-        taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in info.taps.values())
+        maps = (tap for tap in info.taps.values() if tap.name != names.LOGITS)
+        taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in maps)
         spec = Teacher(
             name=name,
             model=info.model,

@@ -26,7 +26,7 @@ def open_val(data: recipes.Data, train: Dataset) -> Dataset | None:
         return None
     val = open_dataset(data.val, check=data.check)
     if not val.classes or not (val.labels >= 0).any():
-        raise RequestError(f"data.val: expected labelled images (class sub-folders), found none in {val.source}")
+        raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")
     if not train.classes:
         return val
     if len(val.classes) > len(train.classes):

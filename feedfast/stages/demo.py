@@ -89,7 +89,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     written = run_cache(recipe)
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
-    print_table(f"digits: 30 labelled images a class, student {STUDENT_MODEL}, three {TEACHER_MODEL} teachers", rows)
+    print_table(f"digits: 30 labeled images a class, student {STUDENT_MODEL}, three {TEACHER_MODEL} teachers", rows)
     report = write_comparison(
         out / "report.html",
         "feedfast demo: handwritten digits",

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from feedfast import recipe as recipes
 from feedfast.errors import RequestError
-from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, taps_needed
+from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
+from feedfast.methods.base import tap_groups
 from feedfast.models.build import build_model, weights_sha256
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
+from feedfast.tasks import Classify
 
 LOGITS = "logits"
 MARGIN_SUFFIX = "+margin"
@@ -89,7 +91,7 @@ class FrozenTeacher:
 
     def __init__(self, spec: recipes.Teacher, recipe: recipes.Recipe, num_classes: int, device: torch.device) -> None:
         where = f"teachers[{spec.name}]"
-        # Unlabelled images say nothing of classes: the model's own number, unless the recipe has one.
+        # Unlabeled images say nothing of classes: the model's own number, unless the recipe has one.
         classes = spec.classes or (num_classes if spec.weights else 0) or None
         try:
             model = build_model(spec.model, num_classes=classes, weights=spec.weights, seed=recipe.seed)
@@ -108,10 +110,12 @@ class FrozenTeacher:
         # Two samples: batch statistics of a single 1x1 map are undefined.
         size = recipe.data.size
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
-        specs = spec.taps or taps_needed(recipe.method.name)
+        needs = [need for entry in recipe.method for need in method_named(entry.name).needs]
+        specs = spec.taps or tuple(dict.fromkeys(tap_groups(needs)))
         self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
-        self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: class_logits(self.tapped, where)}
+        Classify().check(self.tapped.outputs, where)
+        self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: self.tapped.outputs or ()}
         self.margins: dict[str, Tensor] = {}
         for tap in self.tapped.taps:  # resolved: a hand-written place has been given the norm in front of it
             parameters = bn_parameters(model, tap)
@@ -154,21 +158,6 @@ class FrozenTeacher:
 def is_signed(tap: Tap) -> bool:
     """Whether a map has not been through its activation, so that its sign tells something (OFD's partial distance)."""
     return tap.position == "pre" or tap.bn is not None
-
-
-def class_logits(tapped: Tapped, where: str, classes: int = 0) -> tuple[int]:
-    """Shape (class,) of the network's logits.
-
-    Raises:
-        RequestError: it is no classifier, or not one of ``classes`` classes; ``where`` begins the message.
-    """
-    if tapped.outputs is None or len(tapped.outputs) != 1:
-        found = "no tensor" if tapped.outputs is None else f"{list(tapped.outputs)} a sample"
-        raise RequestError(f"{where}: expected a classifier that returns logits [batch, class], found {found}")
-    (found_classes,) = tapped.outputs
-    if classes and found_classes != classes:
-        raise RequestError(f"{where}: expected logits of {classes} classes, found {found_classes}")
-    return (found_classes,)
 
 
 def load_teachers(recipe: recipes.Recipe, num_classes: int, device: torch.device) -> dict[str, FrozenTeacher]:

@@ -137,7 +137,8 @@ class Stream(_Sharded):
     def rows(self) -> np.ndarray:
         """int64 [n], the rows of the view that this rank gets, in order."""
         rank, world = self._place.resolved()
-        order = pass_order(self.source.reader.manifest.num_rows, self.source.plan.seed, self.view, self.pass_index)
+        plan, count = self.source.plan, self.source.reader.manifest.num_rows
+        order = pass_order(count, plan.seed, self.view, self.pass_index, plan.granule, plan.window)
         batch = self.batch_size * world
         whole = rank_rows(order, batch, rank, world)
         rest = order[len(order) // batch * batch :]

@@ -95,4 +95,8 @@ def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, An
         for name in sorted(there.keys() | here.keys()):
             found += differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
         return found
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return [
+            item for n, pair in enumerate(zip(there, here, strict=True)) for item in differences(*pair, f"{key}.{n}")
+        ]
     return [] if there == here else [(key, there, here)]

@@ -1,6 +1,6 @@
-"""`feedfast inspect` and `feedfast taps`: what a cache holds, and what a model could give.
+"""`feedfast inspect`, `taps` and `methods`: what a cache holds, what a model could give, what a student can learn by.
 
-Both print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the
+All print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the
 maps: a few images as the teachers saw them, and for every tap the mean over channels of the decoded map.
 """
 
@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.files import write_text
+from feedfast.methods import METHODS, method_named
+from feedfast.methods.base import expected_words
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
@@ -51,8 +54,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         commits = [commit for view in range(spec.num_views) for commit in reader.committed(array, view).values()]
         stored = sum(commit.bytes for commit in commits)
         count = sum(commit.rows[1] - commit.rows[0] for commit in commits)
-        _, *names = array.split("/")
-        info = manifest.teachers[names[0]].taps.get(names[1]) if len(names) == 3 else None
+        target = names.parse(array)
+        info = manifest.teachers[target.teacher].taps[target.tap] if target else None
         entry: dict[str, Any] = {
             "dtype": str(spec.dtype),
             "row_shape": list(spec.row_shape),
@@ -106,12 +109,14 @@ def _pictures(reader: CacheReader) -> str:
     complete = [
         array
         for array, spec in reader.specs.items()
-        if spec.sharded and array.startswith("targets/") and not reader.missing([array], [0])
+        if spec.sharded and names.parse(array) and not reader.missing([array], [0])
     ]
     maps = []
     rows = np.arange(min(SHOWN, reader.manifest.num_rows))
     for array in complete:
-        _, teacher, tap, _ = array.split("/")
+        target = names.parse(array)
+        assert target is not None
+        teacher, tap = target.teacher, target.tap
         values = stored_values(reader, teacher, tap, 0, rows)
         if values.dim() == 4:
             maps.append((f"{teacher}/{tap}", values.mean(1).numpy()))
@@ -164,3 +169,39 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     for hazard, number in notes.items():
         log.info("hazard %d: %s", number, hazard)
     return {"model": model, "size": size, "taps": rows}
+
+
+def run_methods(name: str | None = None) -> dict[str, Any]:
+    """Describe the methods, or one of them, from their classes.
+
+    Returns:
+        The JSON of `feedfast methods`: ``methods`` (name → paper, needs, options' names); of one: ``name``, ``paper``,
+        ``needs``, ``options`` (each with name, expected, default and meaning).
+
+    Raises:
+        RequestError: there is no such method.
+    """
+    if name is None:
+        document: dict[str, Any] = {
+            key: {"paper": kind.paper, "needs": list(kind.needs), "options": list(kind.Options.model_fields)}
+            for key, kind in METHODS.items()
+        }
+        shown = [
+            {"method": key, "needs": " ".join(row["needs"]), "options": " ".join(row["options"]), "paper": row["paper"]}
+            for key, row in document.items()
+        ]
+        print_table("methods", shown)
+        return {"methods": document}
+    kind = method_named(name)
+    options = [
+        {
+            "name": key,
+            "expected": expected_words(field),
+            "default": field.default,
+            "meaning": field.description,
+        }
+        for key, field in kind.Options.model_fields.items()
+    ]
+    log.info("%s: %s; needs %s", name, kind.paper, ", ".join(kind.needs) or "no teacher")
+    print_table(f"options of {name}", options)
+    return {"name": name, "paper": kind.paper, "needs": list(kind.needs), "options": options}

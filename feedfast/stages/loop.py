@@ -38,7 +38,7 @@ class Trainer:
     Attributes:
         trainee: images, targets and annotations → losses; wrapped for several ranks.
         student: the bare network that is saved.
-        method: adapters, in the checkpoint and not in the saved student.
+        methods: adapters, in the checkpoint and not in the saved student.
         optimizer: of both.
         schedule: learning rate by step.
         device: where all of them are.
@@ -49,7 +49,7 @@ class Trainer:
 
     trainee: nn.Module
     student: nn.Module
-    method: nn.Module
+    methods: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     device: torch.device
@@ -62,10 +62,11 @@ class Trainer:
         self.trainee.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(index)
+        progress = index / max(self.schedule.total, 1)
         # Dropout draws from torch's generator: seeded by the step, a live, a cached and a resumed run draw the same.
         seed_step(self.device, self.seed, index, self.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            losses: dict[str, Tensor] = self.trainee(batch.images, batch.targets, batch.annotations)
+            losses: dict[str, Tensor] = self.trainee(batch.images, batch.targets, batch.annotations, progress)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -123,7 +124,7 @@ class Loop:
         """This rank's part of each batch from ``step`` to the end of its epoch."""
         epoch, start = divmod(step, self.steps_per_epoch)
         view, pass_index = view_and_pass(epoch, self.source.views)
-        order = pass_order(self.count, self.plan.seed, view, pass_index)
+        order = pass_order(self.count, self.plan.seed, view, pass_index, self.plan.granule, self.plan.window)
         rows = rank_rows(order, self.train.batch, self.worker.rank, self.worker.world)
         return self.source.batches(view, rows, self.train.batch // self.worker.world, start)
 
@@ -157,7 +158,7 @@ class Loop:
     def checkpoint(self, step: int) -> None:
         """Write ``checkpoint.pt``; the first rank's suffices, all have the same."""
         if self.worker.first:
-            save_checkpoint(self.out, self.trainer.student, self.trainer.method, self.trainer.optimizer, step)
+            save_checkpoint(self.out, self.trainer.student, self.trainer.methods, self.trainer.optimizer, step)
         self.kept = step
         self.timing.checkpointed()
 

@@ -29,13 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feedfast.cache import names
 from feedfast.cache.codec import crc32c
 from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
 from feedfast.cache.manifest import ROOT, read_manifest
 from feedfast.cache.pending import Pending
-from feedfast.cache.schema import CodecName, Manifest, TapInfo, TeacherInfo, auto_block_rows
+from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
@@ -51,8 +52,6 @@ from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.worker import Worker, pick_device
 
 log = logging.getLogger(__name__)
-
-PIXELS = "pixels/codes"
 
 
 def run_cache(recipe: Recipe) -> dict[str, Any]:
@@ -98,10 +97,8 @@ class OfflineRun:
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
-            arrays = {
-                f"targets/{name}/{tap}/codes" for name, teacher in self.teachers.items() for tap in teacher.shapes
-            }
-            work = writer.pending(arrays | ({PIXELS} & writer.specs.keys()))
+            arrays = {names.codes(name, tap) for name, teacher in self.teachers.items() for tap in teacher.shapes}
+            work = writer.pending(arrays | ({names.PIXELS} & writer.specs.keys()))
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             resumed = manifest.num_rows * manifest.views - total
             there = f", {resumed:,} rows already there" if resumed else ""
@@ -134,12 +131,15 @@ class OfflineRun:
         with CacheWriter(self.path, manifest, part=self.part, workers=1) as writer:
             for name, array in array_specs(manifest).items():
                 # A kill may have left a teacher in the manifest that this recipe does not name: not ours to finish.
-                ours = not name.startswith("targets/") or tuple(name.split("/")[1:3]) in fitted
+                target = names.parse(name)
+                ours = (
+                    target is None or target[:2] in fitted or (target.tap == LOGITS and target.teacher in self.teachers)
+                )
                 if ours and not array.sharded and writer.missing(name):
                     writer.put(name, self._small(name, array, fitted))
             for name, teacher in manifest.teachers.items():
                 for tap, info in teacher.taps.items():
-                    scale = writer.stored(f"targets/{name}/{tap}/scale") if info.codec in ("u8", "u4") else None
+                    scale = writer.stored(names.scale(name, tap)) if info.codec in ("u8", "u4") else None
                     if scale is not None:
                         offset, step = torch.from_numpy(scale.copy()).to(self.device)
                         self.scales[name, tap] = offset, step
@@ -153,6 +153,14 @@ class OfflineRun:
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
             taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
             taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
+            # float16, except with float32 maps: a cache made for exact comparison must be exact throughout.
+            taps[LOGITS] = TapInfo(
+                name=LOGITS,
+                path="",
+                position="post",
+                shape=teacher.shapes[LOGITS],
+                codec="f32" if recipe.cache.codec == "f32" else "f16",
+            )
             teachers[name] = TeacherInfo(
                 name=name,
                 model=teacher.spec.model,
@@ -161,10 +169,7 @@ class OfflineRun:
                 precision=teacher.spec.precision,
                 mean=teacher.mean,
                 std=teacher.std,
-                num_classes=teacher.shapes[LOGITS][0],
                 taps=taps,
-                # float16, except beside float32 maps: a cache made for exact comparison must be exact throughout.
-                logits_codec="f32" if recipe.cache.codec == "f32" else "f16",
             )
         own_block_rows = auto_block_rows(widest_row(self.teachers.values(), recipe.cache.codec))
         return Manifest(
@@ -196,7 +201,7 @@ class OfflineRun:
             for tap, request in teacher.requests.items():
                 if tap in known:
                     self._refuse_other_tap(name, tap, request.margin, known[tap])
-                if tap not in known or f"targets/{name}/{tap}/scale" not in durable:
+                if tap not in known or names.scale(name, tap) not in durable:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
             return {}
@@ -228,23 +233,23 @@ class OfflineRun:
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
         """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""
-        if name == "labels":
+        if name == names.LABEL:
             labels = np.full(spec.shape, -1, np.int32)
             labels[self.data.ids] = self.data.labels
             return labels
-        if name.startswith("targets/"):
-            _, teacher, tap, _ = name.split("/")
-            scale = fitted[teacher, tap].scale
-            if scale is not None:
-                return scale
+        target = names.parse(name)
+        if target is not None:
+            fit = fitted.get((target.teacher, target.tap))
+            if fit is not None and fit.scale is not None:
+                return fit.scale
             channels = spec.shape[1]  # a float map: offset 0, step 1
             return np.stack([np.zeros(channels, np.float32), np.ones(channels, np.float32)])
         columns: list[np.ndarray] = []
         for view in range(spec.views):
             order = self.plan.order(view, self.data.ids)
-            if name == "views/order":
+            if name == names.ORDER:
                 columns.append(order)
-            elif name == "views/flip":
+            elif name == names.FLIP:
                 columns.append(self.plan.flips(view, order))
             else:
                 positions = np.searchsorted(self.data.ids, order)
@@ -261,9 +266,9 @@ class OfflineRun:
             pixels = batch.images.cpu().numpy()
             sums = checksums.add(start, pixels)
             if manifest.images == "stored":
-                writer.append(PIXELS, view, start, pixels)
+                writer.append(names.PIXELS, view, start, pixels)
             for name, teacher in self.teachers.items():
-                arrays = {tap: f"targets/{name}/{tap}/codes" for tap in teacher.shapes}
+                arrays = {tap: names.codes(name, tap) for tap in teacher.shapes}
                 if not any(work.lacks(array, view, start, stop) for array in arrays.values()):
                     continue
                 maps = teacher(batch.images)
@@ -276,17 +281,13 @@ class OfflineRun:
 
     def _codes(self, teacher: TeacherInfo, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
         """A batch's map as the rows that are stored, and how many of its values saturated."""
-        codec: CodecName = teacher.logits_codec
+        info = teacher.taps[tap]
         margin = None
-        offset = step = torch.empty(0)
-        if tap != LOGITS:
-            info = teacher.taps[tap]
-            codec = info.codec
-            offset, step = self.scales.get((teacher.name, tap), (offset, step))
-            if info.transform == "margin" and info.margin is not None:
-                margin = torch.tensor(info.margin, device=values.device)
+        offset, step = self.scales.get((teacher.name, tap), (torch.empty(0), torch.empty(0)))
+        if info.transform == "margin" and info.margin is not None:
+            margin = torch.tensor(info.margin, device=values.device)
         try:
-            codes, saturated = store(values, codec, offset, step, margin)
+            codes, saturated = store(values, info.codec, offset, step, margin)
         except ValueError as error:
             raise FeedfastError(
                 f"teacher {teacher.name!r}, tap {tap!r}, view {view}, rows from {start}: {error}"
@@ -300,7 +301,9 @@ class OfflineRun:
         taps: dict[str, Any] = {}
         for name, teacher in manifest.teachers.items():
             for tap, info in teacher.taps.items():
-                array = f"targets/{name}/{tap}/codes"
+                if tap == LOGITS:
+                    continue
+                array = names.codes(name, tap)
                 commits = log.of(array)
                 count = sum(commit.rows[1] - commit.rows[0] for commit in commits)
                 values = count * int(np.prod(info.shape))

@@ -2,7 +2,7 @@
 
 The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels
 through the real teachers, maps encoded and compressed as they will be, a student step beside them. Estimates are
-labelled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
+labeled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
 batch of real codes reached.
 
 Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every
@@ -37,7 +37,7 @@ from feedfast.stages.progress import format_bytes
 from feedfast.stages.worker import pick_device
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
-VIEW_ROW = 21  # bytes a row of views/order, views/crop and views/flip
+VIEW_ROW = 21  # bytes a row of views/order, views/window and views/flip
 
 
 def run_plan(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,6 @@ are decoded again and compared with the checksums taken when the teachers saw th
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -23,14 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
+from feedfast.data.geometry import view_geometry
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo
+from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
 from feedfast.stages.audit import check_views, replay_pixels
 from feedfast.stages.data import pixel_loader
@@ -39,7 +41,6 @@ from feedfast.stages.identity import refuse_other_recipe
 from feedfast.stages.pilot import pilot_pixels
 from feedfast_kernels import Codes, Target
 
-STORED = "pixels/codes"
 Rows = NDArray[np.int64]
 Taps = Mapping[str, Mapping[str, TapInfo]]
 """Teacher → tap → what a method needs to know of it."""
@@ -154,12 +155,12 @@ class Cached(Plain):
         self.reader, self.taps = reader, taps
         self.classes = next((teacher.num_classes for teacher in reader.manifest.teachers.values()), 0)
         self.stored_images = reader.manifest.images == "stored"
-        self.arrays = [STORED] if self.stored_images else []
+        self.arrays = [names.PIXELS] if self.stored_images else []
         self._entries: list[tuple[str, str, str, str, Tensor, Tensor]] = []
         for teacher, infos in taps.items():
             for tap in infos:
-                array = f"targets/{teacher}/{tap}/codes"
-                codec = "float" if tap == LOGITS else reader.manifest.teachers[teacher].taps[tap].codec
+                array = names.codes(teacher, tap)
+                codec = reader.manifest.teachers[teacher].taps[tap].codec
                 offset = step = torch.empty(0)
                 if codec in ("u8", "u4"):
                     scale = reader.scale(teacher, tap)
@@ -187,12 +188,22 @@ class Cached(Plain):
         self, items: Iterator[dict[str, np.ndarray]], view: int, rows: Rows, batch_size: int, start: int
     ) -> Iterator[Batch]:
         order = self.plan.order(view, self.data.ids)
+        everywhere = np.searchsorted(self.data.ids, order)
+        geometry = view_geometry(self.plan, view, order, self.data.sizes[everywhere])
         for number, item in enumerate(items, start):
             here = rows[number * batch_size : (number + 1) * batch_size]
             ids = order[here]
-            positions = np.searchsorted(self.data.ids, ids)
-            labels = torch.from_numpy(self.data.labels[positions].astype(np.int64)).to(self.device)
-            yield Batch(self._moved(item[STORED]), labels, ids, here, view, self._targets(item))
+            positions = everywhere[here]
+            moved = geometry.rows(here)
+            batch = Batch(
+                images=self._moved(item[names.PIXELS]),
+                annotations=self.data.annotations.at(positions, moved, self.plan.size),
+                ids=ids,
+                rows=here,
+                view=view,
+                targets=self._targets(item),
+            )
+            yield batch if self.device.type == "cpu" else replace(batch, annotations=batch.annotations.to(self.device))
 
     def _moved(self, array: np.ndarray) -> Tensor:
         data = torch.from_numpy(array)
@@ -210,13 +221,14 @@ class Cached(Plain):
             if codec in ("u8", "u4"):
                 value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
-                value = data.float() if tap == LOGITS else data
-                value = value.permute(0, 3, 1, 2) if value.dim() == 4 else value
+                value = data.permute(0, 3, 1, 2) if data.dim() == 4 else data.float()
             out.setdefault(teacher, {})[tap] = value
         return out
 
 
-def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str]) -> Source:
+def open_source(
+    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
+) -> Source:
     """The source that ``train.source`` names.
 
     Args:
@@ -224,7 +236,8 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.dev
         data: the training images.
         plan: their views.
         device: where batches are put.
-        needs: selectors of the taps that the method reads: ``final``, ``ofd*``, ``logits``.
+        needs: selectors of the taps that the methods read: ``final``, ``ofd*``, ``logits``.
+        method: what the methods are called, for messages.
 
     Raises:
         RequestError, CacheMismatchError, CacheDamageError: see `run_train`.
@@ -232,9 +245,7 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.dev
     kind, views, threads = recipe.train.source, recipe.cache.views, recipe.data.threads
     if kind == "none":
         if needs:
-            raise RequestError(
-                f"train.source: method {recipe.method.name!r} needs targets, expected cache or live, found 'none'"
-            )
+            raise RequestError(f"train.source: method {method!r} needs targets, expected cache or live, found 'none'")
         return Plain(data, plan, device, views=views, threads=threads)
     if kind == "live":
         teachers = load_teachers(recipe, len(data.classes), device)
@@ -247,10 +258,12 @@ def open_source(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.dev
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
         return Live(data, plan, device, teachers, taps if needs else {}, views=views, threads=threads)
-    return _open_cached(recipe, data, plan, device, needs)
+    return _open_cached(recipe, data, plan, device, needs, method)
 
 
-def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str]) -> Source:
+def _open_cached(
+    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
+) -> Source:
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
@@ -261,18 +274,18 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.de
             f"cache.views: expected at most the {reader.manifest.views} views of {reader.path}, found {views}; "
             "run `feedfast cache` to add them"
         )
-    names = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
+    chosen = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
     cached = manifest_taps(reader.manifest)
-    taps = {name: _matching(cached[name], needs) for name in names} if needs else {}
+    taps = {name: _matching(cached[name], needs) for name in chosen} if needs else {}
     for name in taps:
         for need in needs:
-            if not fnmatch.filter(taps[name], need):
+            if not matching((need,), taps[name]):
                 raise CacheMismatchError(
-                    f"{reader.path}: method {recipe.method.name!r} needs the {need!r} taps of teacher {name!r}, "
+                    f"{reader.path}: method {method!r} needs the {need!r} taps of teacher {name!r}, "
                     f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
                 )
     source = Cached(reader, data, plan, device, taps, views=views, threads=recipe.data.threads)
-    reader.require([*source.arrays, "views/order", "views/crop", "views/flip", "labels"], range(views))
+    reader.require([*source.arrays, *names.VIEWS, names.LABEL], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:
         replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
@@ -281,17 +294,16 @@ def _open_cached(recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.de
 
 def _matching(infos: Mapping[str, TapInfo], needs: Sequence[str]) -> dict[str, TapInfo]:
     """The taps that any of the selectors names."""
-    return {tap: info for tap, info in infos.items() if any(fnmatch.fnmatchcase(tap, need) for need in needs)}
+    wanted = matching(needs, infos)
+    return {tap: info for tap, info in infos.items() if tap in wanted}
 
 
 def manifest_taps(manifest: Manifest) -> dict[str, dict[str, TapInfo]]:
     """What the cache of ``manifest`` can serve, in the methods' words."""
     out: dict[str, dict[str, TapInfo]] = {}
     for name, teacher in manifest.teachers.items():
-        taps = {
+        out[name] = {
             tap: TapInfo(tuple(entry.shape), None if entry.margin is None else torch.tensor(entry.margin))
             for tap, entry in teacher.taps.items()
         }
-        taps[LOGITS] = TapInfo((teacher.num_classes,), None)
-        out[name] = taps
     return out

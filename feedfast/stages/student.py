@@ -15,52 +15,34 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.files import replace_file, write_json
-from feedfast.methods import StudentOutput, TapInfo, build_method, needs_of, taps_needed
 from feedfast.models.build import build_model
-from feedfast.models.presets import preset_taps
-from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, Normalize, class_logits
+from feedfast.stages.ensemble import Normalize
 from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import check_run_dir, start_run_dir
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule
 from feedfast.stages.source import Source, open_source
+from feedfast.stages.trainee import Trainee, build_methods, method_entries, names_of, needs_of, tap_student
 from feedfast.stages.worker import Worker, pick_device
+from feedfast.tasks import Classify, Task
 
 log = logging.getLogger(__name__)
-
-
-class Trainee(nn.Module):
-    """Student, adapters and loss as one module: what is wrapped by DDP and stepped by the optimizer."""
-
-    def __init__(self, normalize: Normalize, tapped: nn.Module, method: nn.Module) -> None:
-        super().__init__()
-        self.normalize, self.tapped, self.method = normalize, tapped, method
-
-    def forward(
-        self, images: Tensor, targets: Mapping[str, Mapping[str, Any]], annotations: Tensor
-    ) -> dict[str, Tensor]:
-        """uint8 pixels [batch, height, width, 3] → the method's losses."""
-        logits, taps = self.tapped(self.normalize(images))
-        losses: dict[str, Tensor] = self.method(StudentOutput(logits, taps), targets, annotations)
-        return losses
 
 
 def run_train(recipe: Recipe) -> dict[str, Any]:
@@ -93,7 +75,8 @@ class StudentRun:
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
-        needs = needs_of(recipe.method.name)
+        self.entries = method_entries(recipe.method)
+        self.needs = needs_of(self.entries)
         self.resumed = check_run_dir(self.out, recipe)
         self.data = open_train(recipe.data)
         if len(self.data) < train.batch:
@@ -105,32 +88,33 @@ class StudentRun:
         self.val: Loader | None = None
         if val is not None:
             self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
-        self.source: Source = open_source(recipe, self.data, plan, self.device, needs)
+        self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
         self.normalize = Normalize(*recipe.data.normalization).to(self.device)
-        self.trainer = self._trainer(self._num_classes(), len(self.data) // train.batch * train.epochs)
+        self.task: Task = Classify(self._num_classes())
+        self.trainer = self._trainer(len(self.data) // train.batch * train.epochs)
         self.loop = Loop(self.trainer, self.source, plan, len(self.data), train, me, self.out)
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
         if not found:
             raise RequestError(
-                f"data.train: expected labelled images (class sub-folders), found none in {self.data.source}"
+                f"data.train: expected labeled images (class sub-folders), found none in {self.data.source}"
             )
         return found
 
-    def _trainer(self, num_classes: int, total: int) -> Trainer:
+    def _trainer(self, total: int) -> Trainer:
         recipe, train, seed, size = self.recipe, self.recipe.train, self.recipe.train_seed, self.recipe.data.size
-        student = build_model(recipe.student.model, num_classes=num_classes, weights=recipe.student.weights, seed=seed)
+        student = build_model(
+            recipe.student.model, num_classes=self._num_classes(), weights=recipe.student.weights, seed=seed
+        )
         memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         student = student.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
-        taps = tuple(tap for group in taps_needed(recipe.method.name) for tap in preset_taps(student, group, example))
-        tapped = Tapped(student, taps, example)
-        class_logits(tapped, f"student {recipe.student.model}", num_classes)
-        method = self._method(tapped.shapes, self.source.taps, num_classes, seed)
-        method = method.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
+        tapped = tap_student(student, self.needs, example, self.task, f"student {recipe.student.model}")
+        methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed)
+        methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
-        trainee: nn.Module = Trainee(self.normalize, stepped, method)
+        trainee: nn.Module = Trainee(self.normalize, stepped, self.task, methods, self.entries)
         if self.me.world > 1:
             trainee = nn.parallel.DistributedDataParallel(
                 trainee, device_ids=None if self.device.type == "cpu" else [self.device.index]
@@ -146,7 +130,7 @@ class StudentRun:
         return Trainer(
             trainee=trainee,
             student=student,
-            method=method,
+            methods=methods,
             optimizer=optimizer,
             schedule=Schedule(train, total),
             device=self.device,
@@ -154,26 +138,6 @@ class StudentRun:
             seed=seed,
             rank=self.me.rank,
         )
-
-    def _method(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        teachers: Mapping[str, Mapping[str, TapInfo]],
-        num_classes: int,
-        seed: int,
-    ) -> nn.Module:
-        name = self.recipe.method.name
-        # Adapters start from the seed and nothing else, so that live and cached runs start equal.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            method = build_method(name, self.recipe.method.parameters, student_taps=shapes, teachers=teachers)
-        for teacher, infos in teachers.items():
-            if LOGITS in method.teacher_taps and infos[LOGITS].shape != (num_classes,):
-                raise RequestError(
-                    f"method.name: {name!r} compares classes one by one, "
-                    f"expected {num_classes} in every teacher, found {infos[LOGITS].shape[0]} in {teacher!r}"
-                )
-        return method
 
     @property
     def parameters(self) -> int:
@@ -187,13 +151,13 @@ class StudentRun:
         if self.me.first and not self.resumed:
             start_run_dir(self.out, self.recipe)
         if self.resumed:
-            step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.method, trainer.optimizer)
+            step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer)
         stop = min(loop.total, train.max_steps) if train.max_steps else loop.total
         log.info(
             "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
             self.recipe.student.model,
             f"{self.parameters:,}",
-            self.recipe.method.name,
+            names_of(self.entries),
             train.source,
             f"{len(self.data):,}",
             f"{loop.total:,}",
@@ -228,7 +192,10 @@ class StudentRun:
         """Top-1 accuracy of the bare student on ``data.val``, the same on every rank; None without it."""
         if self.val is None:
             return None
-        return evaluate(self.trainer.student, self.normalize, self.val, self.me, autocast=self.trainer.autocast)
+        found = evaluate(
+            self.trainer.student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast
+        )
+        return found["accuracy"]
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> float | None:
         epoch = math.ceil(step / self.loop.steps_per_epoch)
@@ -255,7 +222,7 @@ class StudentRun:
             "step_ms": timing.step_ms(),
             "seconds": timing.seconds(),
             "source": self.recipe.train.source,
-            "method": self.recipe.method.name,
+            "method": names_of(self.entries),
             "model": self.recipe.student.model,
             "parameters": self.parameters,
             "out": str(self.out),

@@ -11,6 +11,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 
 
+@pytest.mark.slow
 def test_the_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Digits and small networks: every ratio is there, positive and finite; nothing is appended to the results."""
     spec = importlib.util.spec_from_file_location("bench_end_to_end", BENCH / "bench_end_to_end.py")

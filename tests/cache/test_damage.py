@@ -121,7 +121,9 @@ def test_no_flipped_bit_reads_silently_wrong(cache: Cache, array: str) -> None:
     assert harmless == 0 if spec.compression == "none" else harmless <= 1
 
 
-@pytest.mark.parametrize("array", [RAW, ZSTD, "targets/a/half/codes", "labels", "views/order", "targets/a/dense/scale"])
+@pytest.mark.parametrize(
+    "array", [RAW, ZSTD, "targets/a/half/codes", "samples/label", "views/order", "targets/a/dense/scale"]
+)
 def test_full_verification_finds_every_flipped_bit(cache: Cache, array: str) -> None:
     path, _ = cache
     spec = array_specs(small_manifest())[array]

@@ -138,7 +138,7 @@ def test_a_mixed_pass_reads_every_block_once(cache: Cache, monkeypatch: pytest.M
     original = Segment.read
 
     def counted(self, source, files, buffer, first, last):
-        read.extend(self.blocks[first:last])
+        read.extend(self.blocks(source.spec.block_rows)[0][first:last])
         original(self, source, files, buffer, first, last)
 
     monkeypatch.setattr(Segment, "read", counted)
@@ -188,7 +188,7 @@ def test_memory_stays_flat(cache: Cache, order: str) -> None:
     path, _ = cache
     reader = CacheReader(path)
     rows = np.tile(ORDERS[order], 4) if order == "stored" else ORDERS[order]
-    options = {"prefetch": 2, "max_buffer_bytes": 1 << 15}  # 256 rows of 128 bytes, half of them in a segment
+    options = {"prefetch": 2, "max_buffer_bytes": 1 << 15}  # 256 rows of 128 bytes, a quarter of them in a segment
     for _ in reader.stream(TAPS[:1], 0, rows, 16, **options):
         pass
     wait_for_no_threads()
@@ -310,7 +310,7 @@ def test_a_cache_of_our_own_writer_reads_back(tmp_path: Path) -> None:
         (lambda r: r.stream(TAPS, 0, None, 0), "batch_size: expected at least 1"),
         (lambda r: r.stream([], 0), "at least one"),
         (lambda r: r.stream([TAPS[0], TAPS[0]], 0), "different names"),
-        (lambda r: r.stream(["labels"], 0), "read_array"),
+        (lambda r: r.stream(["samples/label"], 0), "read_array"),
         (lambda r: r.read_array(TAPS[0]), "too large"),
         (lambda r: r.read_rows(TAPS[0], 0, [[1]]), "shape"),
         (lambda r: r.missing(["nothing"]), "no array"),

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from feedfast.cache.layout import array_specs, shard_rows_for, unit_rows
 from feedfast.cache.log import Commit, cache_digest, check_commit, collect, log_name, object_path, parse_log, read_log
+from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, auto_block_rows, describe_differences, differences, merge
-from feedfast.errors import CacheDamageError
+from feedfast.errors import CacheDamageError, CacheMismatchError
 
 FINAL = "targets/a/final/codes"
 
@@ -45,7 +46,8 @@ def test_attributes_round_trip() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", 2),
+        ("format", "2"),
+        ("format", True),
         ("format", None),
         ("views", 10**9),
         ("views", 0),
@@ -59,7 +61,7 @@ def test_attributes_round_trip() -> None:
         ("unheard_of", 1),
         ("teachers__a__name", "../../etc"),
         ("teachers__a__weights_sha256", "0"),
-        ("teachers__a__num_classes", 1 << 40),
+        ("teachers__a__taps__logits__shape", [1 << 40]),
         ("teachers__a__bn", "none"),
         ("teachers__a__taps__final__shape", [1 << 20, 1 << 16, 1 << 16]),
         ("teachers__a__taps__final__shape", [512, 1024, 1024]),
@@ -133,6 +135,18 @@ DECISIVE = {
 }
 
 
+@pytest.mark.parametrize(("found", "cure"), [(1, "run `feedfast cache` again"), (3, "use a newer feedfast")])
+def test_another_format_is_refused_in_one_sentence(found: int, cure: str, tmp_path: Path) -> None:
+    attributes = {"feedfast": {**standard().to_attrs()["feedfast"], "format": found}}
+    (tmp_path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
+    with pytest.raises(CacheMismatchError) as caught:
+        CacheReader(tmp_path)
+    said = str(caught.value)
+    assert said == f"{tmp_path}/zarr.json: manifest: expected cache format 2, found {found}; {said.split('; ')[1]}"
+    assert cure in said
+    assert caught.value.exit_code == 2
+
+
 @pytest.mark.parametrize("key", INDIFFERENT)
 def test_digest_ignores(key: str) -> None:
     manifest = standard()
@@ -148,7 +162,7 @@ def test_digest_depends_on(key: str) -> None:
     assert other.digest_for(FINAL) != manifest.digest_for(FINAL)
     moved = {name for name in array_specs(manifest) if other.digest_for(name) != manifest.digest_for(name)}
     if key.startswith("teachers__a"):
-        assert not any(name.startswith(("targets/b", "views", "labels", "pixels")) for name in moved)
+        assert not any(name.startswith(("targets/b", "views", "samples/label", "pixels")) for name in moved)
     if key.startswith("teachers__a__taps"):
         assert moved == {FINAL, "targets/a/final/scale"}
 
@@ -156,12 +170,12 @@ def test_digest_depends_on(key: str) -> None:
 def test_digests_are_part_of_the_format() -> None:
     """Pinned: another value here means that existing caches are no longer recognized."""
     manifest = standard()
-    assert {name: manifest.digest_for(name)[:12] for name in ("labels", "views/order", FINAL)} == PINNED
+    assert {name: manifest.digest_for(name)[:12] for name in ("samples/label", "views/order", FINAL)} == PINNED
     with pytest.raises(KeyError):
         manifest.digest_for("targets/nobody/final/codes")
 
 
-PINNED = {"labels": "855df48a8243", "views/order": "3283688f969a", FINAL: "d287e99d74d1"}
+PINNED = {"samples/label": "84c4d6d07d46", "views/order": "9bd6130ab2a3", FINAL: "0e547d11edfe"}
 
 
 def test_every_array_has_its_own_digest() -> None:
@@ -206,7 +220,8 @@ def test_found_out_fields_are_no_differences_and_the_existing_ones_stay() -> Non
     )
     assert differences(asked, existing) == []
     merged = merge(existing, asked)
-    assert merged.teachers["a"].taps == {"m": old, "n": make_tap("n")}
+    logits = existing.teachers["a"].taps["logits"]
+    assert merged.teachers["a"].taps == {"m": old, "n": make_tap("n"), "logits": logits}
     assert set(merged.teachers) == {"a", "b"}
     assert (merged.views, merged.images, merged.shard_bytes, merged.block_rows) == (2, "stored", 1000, 8)
     for name in array_specs(existing):
@@ -233,15 +248,15 @@ def test_layout_by_hand() -> None:
     assert specs["targets/a/t/scale"].shape == (2, 65)
     assert specs["pixels/codes"].row_shape == (4, 4, 3)
     assert not specs["pixels/codes"].sentinel
-    assert specs["views/crop"].key(2, 0) == "c/2/0/0"
-    assert specs["labels"].key(0, 0) == "c/0"
+    assert specs["views/window"].key(2, 0) == "c/2/0/0"
+    assert specs["samples/label"].key(0, 0) == "c/0"
     assert codes.key(1, 15) == "c/1/15/0/0/0"
     assert unit_rows(specs) == 1024
 
 
 def test_labels_reach_the_largest_id() -> None:
     manifest = make_manifest(rows=10)
-    assert array_specs(changed(manifest, dataset__id_space=500))["labels"].shape == (500,)
+    assert array_specs(changed(manifest, dataset__id_space=500))["samples/label"].shape == (500,)
 
 
 @pytest.mark.parametrize(

@@ -284,12 +284,12 @@ def test_rows_must_fit_and_follow(tmp_path: Path) -> None:
             lambda: give(0, 8, np.zeros((8, 3, 2, 4), np.uint8)),
             lambda: give(0, 8, np.zeros((8, 3, 2, 5), np.int8)),
             lambda: give(0, 8, array="targets/a/other/codes"),
-            lambda: give(0, 8, array="labels"),
+            lambda: give(0, 8, array="samples/label"),
             lambda: give(0, 8, pixel_crc32c=["a", "b"]),
             lambda: writer.put(FINAL, np.zeros(3)),
-            lambda: writer.put("labels", np.zeros(70, np.int64)),
-            lambda: writer.put("labels", np.zeros(69, np.int32)),
-            lambda: writer.put("labels", np.zeros(70, np.int32), view=0),
+            lambda: writer.put("samples/label", np.zeros(70, np.int64)),
+            lambda: writer.put("samples/label", np.zeros(69, np.int32)),
+            lambda: writer.put("samples/label", np.zeros(70, np.int32), view=0),
         ):
             with pytest.raises(FeedfastError):
                 wrong()
@@ -327,11 +327,11 @@ def test_small_arrays_are_written_once_and_compared(tmp_path: Path) -> None:
             with pytest.raises(FeedfastError, match="missing"):
                 two.put("targets/a/final/scale", np.full((2, 5), bad, np.float32))
         with pytest.raises(FeedfastError, match="missing"):
-            two.put("labels", np.full(70, -(2**31), np.int32))
+            two.put("samples/label", np.full(70, -(2**31), np.int32))
     with CacheWriter(tmp_path / "c", manifest) as writer:
         np.testing.assert_array_equal(writer.stored("views/flip"), flips)
         np.testing.assert_array_equal(writer.stored("targets/a/final/scale"), scale)
-        assert writer.stored("labels") is None
+        assert writer.stored("samples/label") is None
         path = object_path(tmp_path / "c", "targets/a/final/scale", "c/0/0")
         path.write_bytes(path.read_bytes()[:-1] + b"\0")
         with pytest.raises(CacheDamageError, match="scale"):

@@ -279,7 +279,7 @@ def test_other_write_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     manifest = open_for_writing(tmp_path / "c", tiny())
     refuse_after(monkeypatch, 0, errno.EIO)
     with (
-        pytest.raises(FeedfastError, match=r"labels/c/0: cannot be written: Input/output error"),
+        pytest.raises(FeedfastError, match=r"samples/label/c/0: cannot be written: Input/output error"),
         CacheWriter(tmp_path / "c", manifest) as writer,
     ):
-        writer.put("labels", small_values(writer.specs["labels"]))
+        writer.put("samples/label", small_values(writer.specs["samples/label"]))

@@ -343,6 +343,21 @@ def test_plan_says_when_it_cannot_fit(recipe: Path, tmp_path: Path, monkeypatch:
 # ---- real processes
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "cache", "train"])
+def test_a_cache_of_format_1_is_refused(recipe: Path, tmp_path: Path, command: str) -> None:
+    """Nobody's first cache is guessed at: one sentence, whichever command meets it, and nothing of it is touched."""
+    old = tmp_path / "old.zarr"
+    (old / "commits").mkdir(parents=True)
+    root = old / "zarr.json"
+    root.write_text('{"zarr_format": 3, "node_type": "group", "attributes": {"feedfast": {"format": 1, "views": 4}}}')
+    given = (old,) if command in ("inspect", "verify") else (recipe, f"cache.path={old}", f"train.out={tmp_path / 'o'}")
+    outcome = feedfast(command, *given)
+    assert outcome.code == 2
+    assert "expected cache format 2, found 1; run `feedfast cache` again with another cache.path" in outcome.error
+    assert [path.name for path in old.rglob("*") if path.is_file() and not path.name.startswith(".")] == ["zarr.json"]
+
+
+@pytest.mark.slow
 def test_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
     """The module as a command: exit codes, and stdout for the document alone."""
     good = in_a_process("cache", recipe)

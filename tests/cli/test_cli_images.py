@@ -140,7 +140,7 @@ def test_validation_images_of_other_classes(recipe: Path, zoo: Path, tmp_path: P
         ({"images": np.zeros((9, 8, 8, 3), np.uint8), "labels": np.zeros(4, int)}, ["labels", "9", "[4]"]),
         ({"pictures": np.zeros((9, 8, 8, 3), np.uint8)}, ["'images'", "pictures"]),
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, ["at least one image"]),
-        ({"images": np.zeros((9, 8, 8, 3), np.uint8)}, ["expected labelled images"]),
+        ({"images": np.zeros((9, 8, 8, 3), np.uint8)}, ["expected labeled images"]),
         ({"images": np.array([{}], dtype=object)}, ["plain arrays"]),
         (None, ["expected an .npz"]),
     ],

@@ -44,7 +44,7 @@ def test_reads_the_documented_keys(tmp_path: Path) -> None:
     assert recipe.data.train == ("a.bin", "b.bin")
     assert recipe.data.val == ("d.bin",)
     assert [teacher.weights for teacher in recipe.teachers] == ["a.pt", "b.pt"]
-    assert recipe.method.parameters == {"beta": 100.0}
+    assert [entry.parameters for entry in recipe.method] == [{"beta": 100.0}]
     assert (recipe.seed, recipe.train.epochs, recipe.train.compile) == (3, 7, True)
 
 
@@ -77,6 +77,24 @@ def test_lists_are_addressed_by_number() -> None:
         parse_recipe(tree, ["teachers.1.name=b"])
     with pytest.raises(RequestError, match="more than once"):
         parse_recipe({**MINIMAL, "teachers": [{"name": "a", "model": "m"}] * 2})
+
+
+def test_one_method_or_several() -> None:
+    teachers = {"teachers": [{"name": "a", "model": "m"}]}
+    one = parse_recipe({**MINIMAL, **teachers, "method": {"name": "kd"}}, ["method.alpha=0.5", "method.name=ofd"])
+    assert [(entry.name, entry.weight, entry.parameters) for entry in one.method] == [("ofd", 1.0, {"alpha": 0.5})]
+    two = {**MINIMAL, **teachers, "method": [{"name": "kd", "tau": 2.0}, {"name": "ofd", "weight": 0.5}]}
+    assert [entry.name for entry in parse_recipe(two, ["method.0.tau=3.0"]).method] == ["kd", "ofd"]
+    assert parse_recipe(two, ["method.0.tau=3.0"]).method[0].parameters == {"tau": 3.0}
+    with pytest.raises(RequestError, match=r"override 'method.tau'.*below 2"):
+        parse_recipe(two, ["method.tau=3.0"])
+    with pytest.raises(RequestError, match=r"method\.1\.weight: .*greater than or equal to 0"):
+        parse_recipe(two, ["method.1.weight=-1.0"])
+    with pytest.raises(RequestError, match="method: "):
+        parse_recipe({**MINIMAL, "method": []})
+    assert differences(comparable(parse_recipe(two)), comparable(parse_recipe(two, ["method.0.tau=3.0"]))) == [
+        ("method.0.tau", 2.0, 3.0)
+    ]
 
 
 @pytest.mark.parametrize("text", [None, "= 3", "seed = 'x'"])

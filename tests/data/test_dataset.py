@@ -121,7 +121,7 @@ def test_limit_keeps_ids(tmp_path: Path) -> None:
         open_dataset(tmp_path / "x.bin", limit=-1)
 
 
-def test_limit_of_unlabelled(tmp_path: Path) -> None:
+def test_limit_of_unlabeled(tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(encoded(kind="PNG"))
     (tmp_path / "4.png").write_bytes(b"broken, but beyond the limit")

@@ -32,9 +32,10 @@ def small_manifest(
         tap("packed", (5, 3, 2), "u4", "zstd"),
         tap("half", (6, 2, 2), "f16", "zstd"),
         tap("exact", (7,), "f32"),
+        tap("logits", (10,), "f16"),
     ]
     teacher = TeacherInfo(
-        name="a", model="zoo/x", weights_sha256=weights, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), num_classes=10,
+        name="a", model="zoo/x", weights_sha256=weights, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
         taps={t.name: t for t in taps},
     )  # fmt: skip
     fields: dict[str, Any] = {

@@ -36,16 +36,16 @@ def make_tap(name: str, shape: tuple[int, ...] = (5, 3, 2), codec: str = "u8", *
     return TapInfo(name=name, path=f"layers.{name}", position="pre", shape=shape, codec=codec, **fields)
 
 
-def make_teacher(name: str, *taps: TapInfo, **fields: Any) -> TeacherInfo:
+def make_teacher(name: str, *taps: TapInfo, logits_codec: str = "f16", **fields: Any) -> TeacherInfo:
     given: dict[str, Any] = {
         "model": "zoo/wrn-16-2",
         "weights_sha256": f"{zlib.crc32(name.encode()):064x}",
         "mean": (0.5, 0.5, 0.5),
         "std": (0.2, 0.2, 0.2),
-        "num_classes": 7,
         **fields,
     }
-    return TeacherInfo(name=name, taps={tap.name: tap for tap in taps}, **given)
+    logits = TapInfo(name="logits", path="", position="post", shape=(7,), codec=logits_codec)
+    return TeacherInfo(name=name, taps={tap.name: tap for tap in (*taps, logits)}, **given)
 
 
 def make_manifest(*teachers: TeacherInfo, rows: int = 150, views: int = 2, **fields: Any) -> Manifest:

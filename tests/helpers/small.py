@@ -74,10 +74,13 @@ def as_toml(recipe: Recipe, path: Path) -> Path:
     """The recipe as a file, for a process of its own."""
     lines = [f"seed = {recipe.seed}"]
     tree = recipe.model_dump(mode="json", exclude_none=True)
-    for section in ("data", "cache", "student", "method", "train"):
+    for section in ("data", "cache", "student", "train"):
         lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in tree[section].items())]
-    for teacher in tree["teachers"]:
-        lines += ["[[teachers]]", *(f"{key} = {_toml(value)}" for key, value in teacher.items())]
+    for section in ("teachers", "method"):
+        # one method as the table that most recipes have, so that method.name=... overrides it
+        head = f"[{section}]" if section == "method" and len(tree[section]) == 1 else f"[[{section}]]"
+        for entry in tree[section]:
+            lines += [head, *(f"{key} = {_toml(value)}" for key, value in entry.items())]
     path.write_text("\n".join(lines))
     return path
 

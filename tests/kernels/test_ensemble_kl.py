@@ -144,7 +144,7 @@ def test_compiles_in_one_graph() -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_labels_add_the_cross_entropy_of_the_labelled_rows(direction: Direction) -> None:
+def test_labels_add_the_cross_entropy_of_the_labeled_rows(direction: Direction) -> None:
     student, teachers = make(5, 7, 2)
     labels = torch.tensor([3, -1, 6, 0, -1])
     rows = log_softmax(student.double().numpy(), axis=1)

@@ -54,7 +54,7 @@ def close(actual: tuple[Tensor, Sequence[Tensor]], expected: tuple[Tensor, Tenso
     torch.testing.assert_close(actual[1][0].double(), expected[1], rtol=3e-6, atol=2e-6 * scale)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize(("batch", "classes", "count"), SHAPES)
@@ -65,11 +65,11 @@ def test_equals_float64(
     count: int,
     average: Average,
     direction: Direction,
-    labelled: bool,
+    labeled: bool,
 ) -> None:
     student, teachers, labels = make(batch, classes, count, kernel_device)
     options: dict[str, Any] = {"tau": 4.0, "average": average, "direction": direction, "weight": 0.7}
-    if labelled:
+    if labeled:
         options |= {"labels": labels, "label_weight": 0.3}
     expected = exact(student, teachers, -1.7, **options)
     given = student if classes > 200 else orders(student)["sliced"]

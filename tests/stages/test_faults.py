@@ -132,7 +132,7 @@ def test_a_damaged_shard_reaches_no_student(world: World, array: str, damage: st
 
 
 @pytest.mark.parametrize("damage", ["removed", "zero-length", "flipped"])
-@pytest.mark.parametrize("array", ["views/order", "views/crop", "views/flip", "targets/a/ofd3/scale"])
+@pytest.mark.parametrize("array", ["views/order", "views/window", "views/flip", "targets/a/ofd3/scale"])
 def test_a_damaged_small_array_reaches_no_student(world: World, array: str, damage: str) -> None:
     (path,) = (file for file in (world.cache / array / "c").rglob("*") if file.is_file() and "/c/0" in str(file))
     DAMAGES[damage](path)
@@ -145,20 +145,20 @@ def test_a_damaged_small_array_reaches_no_student(world: World, array: str, dama
 
 
 def test_damaged_labels_are_reported(world: World) -> None:
-    flip(world.cache / "labels" / "c" / "0", 40)
-    assert "labels" in world.train().error
-    assert "labels" in stopped_stream(world)
-    assert {entry["array"] for entry in verified(world, "--full")} == {"labels"}
+    flip(world.cache / "samples" / "label" / "c" / "0", 40)
+    assert "samples/label" in world.train().error
+    assert "samples/label" in stopped_stream(world)
+    assert {entry["array"] for entry in verified(world, "--full")} == {"samples/label"}
 
 
-@pytest.mark.parametrize("array", ["views/order", "views/crop", "views/flip", "labels"])
+@pytest.mark.parametrize("array", ["views/order", "views/window", "views/flip", "samples/label"])
 def test_changed_plan_arrays_with_a_right_checksum(world: World, array: str) -> None:
     """An array rewritten by somebody, checksum and all, is not what the plan and the data say."""
-    file = world.cache / array / "c" / {"views/crop": "1/0/0", "labels": "0"}.get(array, "1/0")
+    file = world.cache / array / "c" / {"views/window": "1/0/0", "samples/label": "0"}.get(array, "1/0")
     content = bytearray(file.read_bytes()[:-4])
     dtype = CacheReader(world.cache).specs[array].dtype
     values = np.frombuffer(content, dtype)
-    values[-1 if array != "labels" else 0] += 1
+    values[-1 if array != "samples/label" else 0] += 1
     if array == "views/order":
         values[[3, 4]] = values[[4, 3]]
         values[-1] -= 1
@@ -209,8 +209,8 @@ def test_a_torn_log_is_an_incomplete_cache_and_is_repaired(world: World) -> None
 
 REPAIRED = [
     *((array, SECOND[array], damage) for array in (FINAL, LOGITS) for damage in BY_LENGTH),
-    ("views/crop", "c/1/0/0", "removed"),
-    ("labels", "c/0", "truncated"),
+    ("views/window", "c/1/0/0", "removed"),
+    ("samples/label", "c/0", "truncated"),
     ("targets/a/ofd3/scale", "c/0/0", "removed"),
     ("targets/a/final/scale", "c/0/0", "zero-length"),
 ]
@@ -388,6 +388,7 @@ print(json.dumps([first.code, first.error, second.code, second.document["digest"
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(whole: World, tmp_path: Path) -> None:
     namespace = ["unshare", "--map-root-user", "--mount"]
     disk = tmp_path / "disk"

@@ -247,6 +247,7 @@ def test_dataloader_workers_share_the_batches_of_a_pass(cache: OpenedCache) -> N
         assert torch.equal(ours.targets["a"]["final"].data, theirs.targets["a"]["final"].data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_dataloader_workers_walk_the_epochs_or_say_so(cache: OpenedCache, persistent: bool) -> None:
     epochs = cache.epochs(BATCH, taps=LOGITS)
@@ -265,6 +266,7 @@ def test_a_forked_worker_says_so(cache: OpenedCache) -> None:
         list(forked)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_ddp_loop_get_rows_of_their_own(cache: OpenedCache, recipe: Recipe, tmp_path: Path) -> None:
     done = run_ranks([HELPERS / "ddp_loop.py", recipe.cache.path, tmp_path])
     assert [job.returncode for job in done] == [0, 0], done[0].stderr + done[1].stderr

@@ -58,6 +58,7 @@ def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -
                     assert torch.equal(values, stored), (spec.name, tap)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_digest(tmp_path: Path) -> None:
     """SIGKILL at ten random moments, each time the same command again: digest and bytes equal an uninterrupted run."""
     whole = digits_recipe(
@@ -116,6 +117,7 @@ def test_a_second_teacher_tap_and_view_leave_what_is_there_untouched(tmp_path: P
     assert (again["rows_written"], again["rows_resumed"], again["bytes_written"]) == (0, 400, 0)
 
 
+@pytest.mark.slow
 def test_two_parts_at_once_make_the_cache_of_one(tmp_path: Path) -> None:
     whole = digits_recipe(tmp_path, cache={"path": str(tmp_path / "whole.zarr")}, train={"threads": 1})
     expected = run_cache(whole)["digest"]
@@ -214,6 +216,7 @@ def test_a_diverged_teacher_is_found_before_anything_is_stored(tmp_path: Path) -
     assert not list(Path(recipe.cache.path).rglob("c/*"))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
     """The peak of a job of twelve views stays close to that of one of two."""
     script = (

@@ -46,14 +46,15 @@ def losses(recipe: Recipe) -> list[float]:
     return [row["loss"] for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl") if "loss" in row]
 
 
+@pytest.mark.parametrize("steps", [20, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
-def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method: str, tmp_path: Path) -> None:
+def test_f32_losses_are_those_of_live_teachers(world: Path, method: str, steps: int, tmp_path: Path) -> None:
     """Six rows a view and two views: the later epochs read mixed, permuted blocks, the first two the stored order."""
     epochs = 17  # 6 steps each
-    train = {"epochs": epochs, "max_steps": 100, "eval_every": 0}
+    train = {"epochs": epochs, "max_steps": steps, "eval_every": 0}
     cached = losses(recipe_for(world, "f32", method, source="cache", out=str(tmp_path / "c"), **train))
     live = losses(recipe_for(world, "f32", method, source="live", out=str(tmp_path / "l"), **train))
-    assert len(live) == 100
+    assert len(live) == steps
     # The stored order (two epochs of 6 steps) has the batches the teachers saw: every bit is the same.
     assert cached[:12] == live[:12]
     # In later passes a live teacher sees samples in other batches than the cache's; a convolution may then differ in
@@ -64,7 +65,7 @@ def test_f32_losses_are_those_of_live_teachers_for_100_steps(world: Path, method
 def _first_step(recipe: Recipe) -> tuple[float, list[torch.Tensor]]:
     run = StudentRun(recipe, Worker.from_env())
     batch = next(iter(run.loop.batches(0)))
-    loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations)["loss"]
+    loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations, 0.0)["loss"]
     loss.backward()
     run.close()
     gradients = [parameter.grad for parameter in run.trainer.trainee.parameters() if parameter.grad is not None]
@@ -96,6 +97,9 @@ def test_u8_error_is_small_and_reported(world: Path) -> None:
             found = coded.read_rows(array, 1, rows).astype(np.float64) * step + offset
             error = np.sqrt(((found - want) ** 2).sum() / (want**2).sum())
             assert error <= 0.01, (tap, error)
+            if tap == "logits":  # stored as they are, in half precision; nothing is fitted
+                assert 0 < error < 2**-11
+                continue
             assert entry.error["relative_rms_error"] == pytest.approx(error, rel=0.2)
             if entry.position == "pre":
                 assert entry.transform == "margin"

@@ -31,6 +31,8 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.pilot import PILOT_VIEWS, pilot_batches
 from feedfast.stages.student import run_train
 
+pytestmark = pytest.mark.slow  # the shared cache of photographs takes twelve seconds
+
 MEAN, STD = (
     torch.tensor([0.485, 0.456, 0.406]),
     torch.tensor([0.229, 0.224, 0.225]),
@@ -123,7 +125,7 @@ def test_the_cache_is_complete_small_and_exact_enough(world: tuple[Path, dict[st
         assert entry.get("mask_flip_rate", 0.0) <= 0.01, name
         assert ("mask_flip_rate" in entry) == ("ofd" in name)
     reader = CacheReader(folder / "photos.zarr")
-    assert (reader.read_array("labels") == -1).all(), "a flat folder has no labels"
+    assert (reader.read_array("samples/label") == -1).all(), "a flat folder has no labels"
     info = reader.manifest.teachers["r18"].taps
     assert {name: (tap.path, tap.position, tap.transform) for name, tap in info.items()} == {
         **{f"ofd{stage}": (f"layer{stage}", "pre", "margin") for stage in range(1, 5)},
@@ -144,7 +146,7 @@ def test_stored_maps_are_those_of_pil_torchvision_and_a_plain_forward(
     stored: dict[str, list[torch.Tensor]] = {}
     for view in range(2):
         rows = np.arange(view, 61, 9)
-        order, crops, flips = (reader.read_array(f"views/{name}", view)[rows] for name in ("order", "crop", "flip"))
+        order, crops, flips = (reader.read_array(f"views/{name}", view)[rows] for name in ("order", "window", "flip"))
         pixels = [
             load(files[sample], tuple(map(int, crop)), flip=bool(flip), size=224)
             for sample, crop, flip in zip(order, crops, flips, strict=True)
@@ -210,7 +212,7 @@ def test_verify_finds_another_photograph_and_other_weights(
 
 
 @pytest.mark.parametrize("method", [{"name": "ofd", "alpha": 1e-4}, {"name": "pfeed"}, {"name": "kd"}])
-def test_a_student_learns_from_unlabelled_photographs(
+def test_a_student_learns_from_unlabeled_photographs(
     world: tuple[Path, dict[str, Any]], photos: Path, tmp_path: Path, method: dict[str, Any]
 ) -> None:
     """Three steps at 224 from u8 codes: no label, so no cross-entropy; the teacher alone moves the weights."""
@@ -286,7 +288,7 @@ def test_a_student_with_dropout_resumes_exactly(
         assert torch.equal(states[0][name], states[1][name]), name
 
 
-def test_unlabelled_photographs_need_the_teachers_classes(world: tuple[Path, dict[str, Any]], photos: Path) -> None:
+def test_unlabeled_photographs_need_the_teachers_classes(world: tuple[Path, dict[str, Any]], photos: Path) -> None:
     """Nothing says how many outputs the file's network has: the message names the key."""
     teachers = [{"name": "r18", "model": "torchvision/resnet18", "weights": str(world[0] / "r18.pt")}]
     with pytest.raises(

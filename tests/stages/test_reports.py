@@ -33,7 +33,7 @@ def test_plan_promises_what_the_cache_takes(tmp_path: Path, overrides: list[str]
     assert not (tmp_path / "digits.zarr").exists(), "planning makes nothing"
     made = feedfast("cache", recipe, *overrides).document
     plan, cache = planned.document, tmp_path / "digits.zarr"
-    assert made["bytes"] == sum(bytes_of(cache / part) for part in ("views", "labels", "targets", "pixels"))
+    assert made["bytes"] == sum(bytes_of(cache / part) for part in ("views", "samples", "targets", "pixels"))
     assert plan["bytes"] == pytest.approx(made["bytes"], rel=tolerance)
     assert plan["bytes_per_sample"] == pytest.approx(made["bytes_per_sample"], rel=tolerance)
     assert plan["bytes_present"] == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from small import digits_recipe
 from torch import Tensor
 
 from feedfast.errors import RequestError
+from feedfast.methods import METHODS as ALL
 from feedfast.methods import PFEED, StudentOutput, Targets
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
@@ -20,7 +21,8 @@ from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
 from feedfast_kernels import as_float, ensemble_kl
 
-METHODS = ("kd", "ofd", "pfeed")
+READS = {"kd": ("logits",), "ofd": ("ofd1", "ofd2", "ofd3"), "pfeed": ("final",)}
+METHODS = tuple(READS)
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +43,25 @@ def recipe_for(world: Path, source: str, out: Path, method: str) -> Recipe:
 
 
 class MapsAndLogits(PFEED):
-    """A second method that reads logits, and maps too; no name says so, only ``teacher_taps``."""
+    """A second method that reads logits, and maps too; nothing but ``needs`` says so."""
 
-    teacher_taps = ("final", "logits")
+    needs: ClassVar[tuple[str, ...]] = ("final", "logits")
 
-    def forward(self, student: StudentOutput, targets: Targets, labels: Tensor) -> dict[str, Tensor]:
-        losses = super().forward(student, targets, labels)
+    def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         logits = [as_float(taps["logits"]) for taps in targets.values()]
-        return {**losses, "loss": losses["loss"] + ensemble_kl(student.logits, logits, tau=4.0)}
+        return {
+            **super().forward(student, targets, annotations),
+            "kl": ensemble_kl(student.output, logits, tau=4.0),
+        }
+
+    def weights(self, progress: float) -> dict[str, float]:
+        return {**super().weights(progress), "kl": 1.0}
 
 
 @pytest.fixture
 def second_logits_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe's ``pfeed`` is built as `MapsAndLogits`."""
-
-    def build(name: str, params: dict[str, Any], **built_for: Any) -> MapsAndLogits:
-        assert name == "pfeed"
-        return MapsAndLogits(**built_for)
-
-    monkeypatch.setattr("feedfast.stages.student.build_method", build)
-    monkeypatch.setattr("feedfast.stages.student.needs_of", lambda name: MapsAndLogits.teacher_taps)
+    """The recipe's ``pfeed`` is `MapsAndLogits`."""
+    monkeypatch.setitem(ALL, "pfeed", MapsAndLogits)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,7 +69,7 @@ def test_a_cache_is_read_for_what_the_method_says_it_reads(world: Path, tmp_path
     run = StudentRun(recipe_for(world, "cache", tmp_path, method), Worker.from_env())
     batch = next(iter(run.loop.batches(0)))
     run.close()
-    reads = run.trainer.method.teacher_taps
+    reads = READS[method]
     assert {name: tuple(taps) for name, taps in batch.targets.items()} == dict.fromkeys("ab", reads)
     assert isinstance(run.source, Cached)
     assert len(run.source.arrays) == 2 * len(reads), "nothing is read in vain"

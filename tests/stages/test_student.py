@@ -63,6 +63,7 @@ def test_resume_is_exact_at_any_batch(world: Path, tmp_path: Path, stop: int) ->
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_weights(world: Path, tmp_path: Path) -> None:
     whole = digits_recipe(world, train={"epochs": 10, "out": str(tmp_path / "whole"), "threads": 1})
     run_train(whole)
@@ -239,6 +240,7 @@ def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypat
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_walk_the_same_global_batches(world: Path, tmp_path: Path) -> None:
     """As torchrun starts them, on the CPU: one set of files, loss near that of one process, one accuracy for both."""
     recipe = digits_recipe(world, train={"out": str(tmp_path / "ranks"), "max_steps": 4, "threads": 1})

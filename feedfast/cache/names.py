@@ -1,0 +1,44 @@
+"""What the arrays of a cache are called; nobody else puts such a name together or takes it apart.
+
+views/order · views/window · views/flip     what each row of a view shows
+samples/label · samples/content             what is known of each sample
+targets/TEACHER/TAP/codes · .../scale       stored maps, and what turns them into values; logits are a tap
+pixels/codes                                decoded images, where they are stored
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+ORDER: Final = "views/order"
+WINDOW: Final = "views/window"
+FLIP: Final = "views/flip"
+VIEWS: Final = (ORDER, WINDOW, FLIP)
+LABEL: Final = "samples/label"
+CONTENT: Final = "samples/content"
+PIXELS: Final = "pixels/codes"
+LOGITS: Final = "logits"
+
+
+class TargetName(NamedTuple):
+    """``targets/TEACHER/TAP/PART``; ``part`` is ``codes`` or ``scale``."""
+
+    teacher: str
+    tap: str
+    part: str
+
+
+def codes(teacher: str, tap: str) -> str:
+    """The stored rows of a tap."""
+    return f"targets/{teacher}/{tap}/codes"
+
+
+def scale(teacher: str, tap: str) -> str:
+    """Offset and step per channel of a tap."""
+    return f"targets/{teacher}/{tap}/scale"
+
+
+def parse(array: str) -> TargetName | None:
+    """Teacher, tap and part of a target's array; None for any other array."""
+    words = array.split("/")
+    return TargetName(*words[1:]) if len(words) == 4 and words[0] == "targets" else None

@@ -1,0 +1,177 @@
+"""What samples are labeled with, and how it follows their pixels: class numbers, boxes, masks.
+
+The geometry of a view (`feedfast.data.geometry`) moves pixels in four steps: cut a box out of the image, resize it, cut
+a window, mirror. Boxes and masks go the same way, so that they fit the pixels of that view: boxes as one affine
+function, masks pixel by pixel, nearest neighbor, since a mean of two class numbers is a third class. Class numbers
+stay where they are.
+
+Units are pixels; positions count samples of the dataset. Nothing here reads files or knows of DALI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from feedfast.data.geometry import Geometry
+
+__all__ = ["IGNORE", "Boxes", "ClassLabels", "Masks", "move_boxes", "move_mask"]
+
+IGNORE = 255
+"""The class number of mask pixels that count in no loss: unknown, or outside the image."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassLabels:
+    """One class per sample.
+
+    Attributes:
+        labels: int32 [n], -1 where there is none.
+        classes: names by number; empty where there are none.
+    """
+
+    labels: NDArray[np.int32]
+    classes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over the class numbers in order."""
+        return hashlib.sha256(self.labels.astype("<i4").tobytes()).hexdigest()
+
+    def at(self, positions: NDArray[np.integer[Any]], geometry: Geometry, size: int) -> Tensor:
+        """int64 [b] of some samples, however they are moved."""
+        return torch.from_numpy(self.labels[positions].astype(np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """Any number of boxes per sample.
+
+    Attributes:
+        xyxy: float32 [boxes, 4], left, top, right, bottom in pixels of the source image, sample after sample.
+        labels: int64 [boxes], class numbers.
+        starts: int64 [n + 1]; the boxes of sample i are ``starts[i]`` to ``starts[i + 1]``.
+        classes: names by number.
+        least_visible: share of its area that a box must keep within the view; those below are left out.
+    """
+
+    xyxy: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    classes: tuple[str, ...] = ()
+    least_visible: float = 0.25
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over boxes, class numbers and which sample each belongs to."""
+        digest = hashlib.sha256(self.xyxy.astype("<f4").tobytes())
+        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(self.starts.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def at(self, positions: NDArray[np.integer[Any]], geometry: Geometry, size: int) -> list[dict[str, Tensor]]:
+        """What torchvision's detectors learn from: per sample ``boxes`` float32 [k, 4] (xyxy) and ``labels`` int64 [k].
+
+        Args:
+            positions: samples [b].
+            geometry: how each of them is moved, b rows.
+            size: side of the square output in pixels.
+        """
+        out = []
+        for row, position in enumerate(positions.tolist()):
+            own = slice(int(self.starts[position]), int(self.starts[position + 1]))
+            moved, visible = move_boxes(self.xyxy[own], geometry, row, size)
+            kept = visible >= self.least_visible
+            out.append({"boxes": torch.from_numpy(moved[kept]), "labels": torch.from_numpy(self.labels[own][kept])})
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """One class per pixel.
+
+    Attributes:
+        read: position → uint8 [H, W], class numbers of the source image's pixels, `IGNORE` where there is none.
+        digest: sha256 (hex) of all masks, by whoever opened them.
+        classes: names by number.
+    """
+
+    read: Callable[[int], NDArray[np.uint8]]
+    digest: str
+    classes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """``digest``."""
+        return self.digest
+
+    def at(self, positions: NDArray[np.integer[Any]], geometry: Geometry, size: int) -> Tensor:
+        """int64 [b, size, size], as cross-entropy takes them; parameters as of `Boxes.at`."""
+        moved = [move_mask(self.read(at), geometry, row, size) for row, at in enumerate(positions.tolist())]
+        return torch.from_numpy(np.stack(moved).astype(np.int64))
+
+
+def move_boxes(
+    xyxy: NDArray[np.float32], geometry: Geometry, row: int, size: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Boxes of one sample in the coordinates of its view, clipped to it.
+
+    Args:
+        xyxy: float32 [k, 4] in pixels of the source image.
+        geometry: of a batch.
+        row: the sample's row in it.
+        size: side of the square output in pixels.
+
+    Returns:
+        float32 [k, 4] within 0..size, and float64 [k], the share of each box's area that is within; a box without
+        area counts as visible where it lies inside.
+    """
+    top, left, height, width = (int(value) for value in geometry.box[row])
+    scale = np.array([geometry.resized[row][1] / width, geometry.resized[row][0] / height])  # x, y
+    window = geometry.window[row][::-1].astype(np.float64)  # left, top
+    corners = (xyxy.astype(np.float64).reshape(-1, 2, 2) - (left, top)) * scale - window
+    if geometry.flip[row]:
+        corners[:, :, 0] = size - corners[:, ::-1, 0]
+    clipped = corners.clip(0, size)
+    whole, seen = (np.prod(boxes[:, 1] - boxes[:, 0], axis=1) for boxes in (corners, clipped))
+    inside = ((corners >= 0) & (corners <= size)).all(axis=(1, 2)).astype(np.float64)
+    visible = np.where(whole > 0, seen / np.where(whole > 0, whole, 1.0), inside)
+    return clipped.reshape(-1, 4).astype(np.float32), visible
+
+
+def move_mask(mask: NDArray[np.uint8], geometry: Geometry, row: int, size: int) -> NDArray[np.uint8]:
+    """A mask in the pixels of its sample's view; what lies outside the image is `IGNORE`.
+
+    Args:
+        mask: uint8 [H, W], class numbers of the source image's pixels.
+        geometry: of a batch.
+        row: the sample's row in it.
+        size: side of the square output in pixels.
+
+    Returns:
+        uint8 [size, size]: of each pixel the source pixel that its center lies in (torch calls it nearest-exact).
+    """
+    box, resized, window = geometry.box[row], geometry.resized[row], geometry.window[row]
+    at = [_sources(int(box[axis]), int(box[axis + 2]), int(resized[axis]), int(window[axis]), size) for axis in (0, 1)]
+    columns = at[1][::-1] if geometry.flip[row] else at[1]
+    rows_in, columns_in = (_within(index, extent) for index, extent in zip((at[0], columns), mask.shape, strict=True))
+    out: NDArray[np.uint8] = mask[np.ix_(at[0].clip(0, mask.shape[0] - 1), columns.clip(0, mask.shape[1] - 1))]
+    out[~rows_in] = IGNORE
+    out[:, ~columns_in] = IGNORE
+    return out
+
+
+def _sources(start: int, extent: int, resized: int, window: int, size: int) -> NDArray[np.int64]:
+    """Source index of each output pixel along one axis; may lie outside the image."""
+    # center (i + 1/2) * extent / resized in whole numbers: floats would round where it lies on an edge
+    index: NDArray[np.int64] = start + (2 * (np.arange(size) + window) + 1) * extent // (2 * resized)
+    return index
+
+
+def _within(index: NDArray[np.int64], extent: int) -> NDArray[np.bool_]:
+    inside: NDArray[np.bool_] = (index >= 0) & (index < extent)
+    return inside

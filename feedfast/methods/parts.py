@@ -1,0 +1,154 @@
+"""What several methods are built of: connectors, transformation layers, margins, and the check of paired maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from feedfast.errors import RequestError
+from feedfast.methods.base import Shapes, TapInfo, Teachers
+from feedfast_kernels import Target, connector_partial_l2, partial_l2
+
+Found = TypeVar("Found")
+
+RARELY_NEGATIVE = 0.001  # the authors' threshold on the probability of a negative response
+LEAST_DEVIATION = 1e-12  # a channel with gamma = 0 is a constant; the formula divides by |gamma|
+
+
+def margin_from_bn(gamma: Tensor, beta: Tensor) -> Tensor:
+    """Mean negative response of a batch norm's channels, modelled as X ~ N(beta, gamma^2): E[X | X < 0].
+
+    m = beta - s * phi(beta/s) / Phi(-beta/s) with s = |gamma|; where fewer than one response in a thousand is negative,
+    -3 * s instead (OFD, section 3.1 and the authors' code). gamma = 0 gives min(beta, 0) to within 1e-11.
+
+    Args:
+        gamma: [C], scale of the batch norm.
+        beta: [C], shift of the batch norm.
+
+    Returns:
+        fp32 [C], every value < 0.
+    """
+    deviation = gamma.detach().double().abs().clamp(min=LEAST_DEVIATION)
+    mean = beta.detach().double()
+    z = mean / deviation
+    negative_share = torch.special.ndtr(-z)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    margin = mean - deviation * density / negative_share
+    return torch.where(negative_share > RARELY_NEGATIVE, margin, -3 * deviation).float()
+
+
+class RunningMargin:
+    """Margin of a tap without a batch norm: the mean negative response, batch by batch.
+
+    The authors' recipe: per batch and channel sum(x where x < 0) / (count(x < 0) + 1e-10), then averaged over batches.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._sum_C = torch.zeros(channels, dtype=torch.float64)
+        self._batches = 0
+
+    def update(self, x_NCHW: Tensor) -> None:
+        """Take one batch of teacher maps, float [B, C, H, W] or [B, C], into account."""
+        x = x_NCHW.detach().double()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        mean_C = x.clamp(max=0).sum(axes) / ((x < 0).sum(axes) + 1e-10)
+        self._sum_C = self._sum_C.to(mean_C.device) + mean_C
+        self._batches += 1
+
+    def value(self) -> Tensor:
+        """The margin so far, fp32 [C]; 0 for a channel that was never negative.
+
+        Raises:
+            RequestError: before the first `update`.
+        """
+        if self._batches == 0:
+            raise RequestError("margin: expected at least one batch of teacher maps, found none")
+        return (self._sum_C / self._batches).float()
+
+
+class Connector(nn.Sequential):
+    """The student's transform r: 1x1 convolution without bias, then batch norm; initialized as by OFD's authors."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        convolution = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
+        nn.init.normal_(convolution.weight, 0.0, math.sqrt(2 / teacher_channels))
+        super().__init__(convolution, ConnectorBatchNorm(teacher_channels))
+
+    def distance(self, student_NCHW: Tensor, target: Target, margin_C: Tensor, weight: float) -> Tensor:
+        """`partial_l2` of the transformed map."""
+        convolution, batch_norm = self
+        assert isinstance(batch_norm, ConnectorBatchNorm)
+        return batch_norm.distance(convolution(student_NCHW), target, margin_C, weight)
+
+
+class ConnectorBatchNorm(nn.BatchNorm2d):
+    """A batch norm whose normalized map only a partial distance needs: in training it is never written."""
+
+    def distance(self, x_NCHW: Tensor, target: Target, margin_C: Tensor, weight: float) -> Tensor:
+        """`partial_l2` of the normalized map; keeps the running statistics as `forward` does."""
+        if not self.training:
+            return partial_l2(self(x_NCHW), target, margin_C=margin_C, weight=weight)
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return connector_partial_l2(
+            x_NCHW,
+            target,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            margin_C=margin_C,
+            momentum=self.momentum,
+            eps=self.eps,
+            weight=weight,
+        )
+
+
+class NTL(nn.Sequential):
+    """Non-linear transformation layers of one teacher: the student's map -> a map of the teacher's shape.
+
+    Three 3x3 convolutions, C_S -> C_S -> C_T -> C_T, with a bias and a LeakyReLU(0.1) after each: the translator of
+    Factor Transfer, FEED's parent, whose published code is the nearest source. Batch norm is off there.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, bn: bool = False) -> None:
+        widths = (student_channels, student_channels, teacher_channels, teacher_channels)
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers.append(nn.Conv2d(width_in, width_out, kernel_size=3, padding=1))
+            if bn:
+                layers.append(nn.BatchNorm2d(width_out))
+            layers.append(nn.LeakyReLU(0.1))
+        super().__init__(*layers)
+
+
+def paired_maps(
+    student: Shapes, teachers: Teachers, taps: Sequence[str]
+) -> Iterator[tuple[str, str, tuple[int, ...], TapInfo]]:
+    """(teacher, tap, the student's shape, the teacher's tap), teacher by teacher, for maps of equal height and width.
+
+    Raises:
+        RequestError: a tap is missing on either side, or its spatial sizes differ.
+    """
+    for name, infos in teachers.items():
+        for tap in taps:
+            ours = _tap(student, tap, "student")
+            theirs = _tap(infos, tap, f"teacher {name!r}")
+            if len(ours) != 3 or len(theirs.shape) != 3 or ours[1:] != theirs.shape[1:]:
+                raise RequestError(
+                    f"tap {tap!r}: expected maps of equal height and width, "
+                    f"found (C, H, W) = {ours} of the student and {theirs.shape} of teacher {name!r}"
+                )
+            yield name, tap, ours, theirs
+
+
+def _tap(taps: Mapping[str, Found], tap: str, owner: str) -> Found:
+    if tap not in taps:
+        raise RequestError(f"{owner}: expected a tap named {tap!r}, found {sorted(taps) or 'none'}")
+    return taps[tap]

@@ -1,0 +1,181 @@
+"""What is trained: student, task and methods as one module, and how it is built from a recipe's words.
+
+The module is what DDP wraps and the optimizer steps. Its loss is
+
+    task weight * task loss + sum over methods, sum over terms of  entry weight * weight * term
+
+where weights are pure functions of the run's progress. A method that fuses the task's loss with its own (`kd` with
+cross-entropy) is asked for both at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from feedfast.errors import RequestError
+from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options
+from feedfast.methods.base import LOGITS, Shapes, Teachers, tap_groups
+from feedfast.models.presets import preset_taps
+from feedfast.models.taps import Tapped
+from feedfast.recipe import MethodEntry
+from feedfast.stages.ensemble import Normalize
+from feedfast.tasks import Task
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ``[[method]]`` of a recipe: its class with validated options, and its weight.
+
+    Attributes:
+        kind: the method's class.
+        options: of ``kind.Options``.
+        weight: of all its terms.
+        label: what its terms are called among several methods.
+    """
+
+    kind: type[Method]
+    options: Any
+    weight: float
+    label: str
+
+
+def method_entries(methods: Sequence[MethodEntry]) -> tuple[Entry, ...]:
+    """The recipe's methods, validated.
+
+    Raises:
+        RequestError: an unknown method, or an option that is unknown, ill-typed or out of range.
+    """
+    entries = []
+    names = [entry.name for entry in methods]
+    for number, entry in enumerate(methods):
+        where = "method" if len(methods) == 1 else f"method.{number}"
+        kind = method_named(entry.name, where)
+        label = entry.name if names.count(entry.name) == 1 else f"{entry.name}{number}"
+        entries.append(Entry(kind, parse_options(kind, entry.parameters, where), entry.weight, label))
+    return tuple(entries)
+
+
+def needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Selectors of the taps that any of the methods reads."""
+    return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needs))
+
+
+def names_of(entries: Sequence[Entry]) -> str:
+    """``kd``, or ``kd + ofd``."""
+    return " + ".join(entry.kind.name for entry in entries)
+
+
+class Trainee(nn.Module):
+    """Student, task and methods: images and targets in, losses out."""
+
+    def __init__(
+        self, normalize: Normalize, tapped: nn.Module, task: Task, methods: nn.ModuleList, entries: Sequence[Entry]
+    ) -> None:
+        super().__init__()
+        self.normalize, self.tapped, self.task = normalize, tapped, task
+        self.methods, self.entries = methods, entries
+
+    def forward(
+        self, images: Tensor, targets: Mapping[str, Mapping[str, Any]], annotations: Any, progress: float
+    ) -> dict[str, Tensor]:
+        """uint8 pixels [batch, height, width, 3] → ``loss``, and the task's loss and every term before their weights.
+
+        Args:
+            images: pixels of a batch.
+            targets: teacher → tap → target.
+            annotations: what the batch is annotated with.
+            progress: share of the run that is done, 0..1.
+        """
+        output, taps = self.tapped(self.normalize(images))
+        methods = cast("list[Method]", list(self.methods))
+        return losses_of(self.task, self.entries, methods, StudentOutput(output, taps), targets, annotations, progress)
+
+
+def losses_of(
+    task: Task,
+    entries: Sequence[Entry],
+    methods: Sequence[Method],
+    student: StudentOutput,
+    targets: Targets,
+    annotations: Any,
+    progress: float,
+) -> dict[str, Tensor]:
+    """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached."""
+    task_weight = math.prod(method.task_weight(progress) for method in methods)
+    fusing = next((n for n, method in enumerate(methods) if method.fuses and isinstance(task, method.fuses)), None)
+    terms: dict[str, Tensor] = {}
+    if fusing is None:
+        own = task.loss(student.output, annotations)
+        total = task_weight * own
+    else:
+        method, entry = methods[fusing], entries[fusing]
+        total, own, found = method.fused(student, targets, annotations, entry.weight, task_weight, progress)
+        terms.update(_labeled(entry, found, len(entries)))
+    for number, (method, entry) in enumerate(zip(methods, entries, strict=True)):
+        if number != fusing:
+            found = method(student, targets, annotations)
+            weights = method.weights(progress)
+            for name, term in found.items():
+                total = total + entry.weight * weights[name] * term
+            terms.update(_labeled(entry, found, len(entries)))
+    return {"loss": total, task.term: own.detach(), **terms}
+
+
+def _labeled(entry: Entry, terms: Mapping[str, Tensor], entries: int) -> dict[str, Tensor]:
+    prefix = "" if entries == 1 else f"{entry.label}."
+    return {f"{prefix}{name}": term.detach() for name, term in terms.items()}
+
+
+def tap_student(student: nn.Module, needs: Sequence[str], example: Tensor, task: Task, where: str) -> Tapped:
+    """The student with its taps, checked against the task.
+
+    Args:
+        student: the bare network.
+        needs: selectors of the methods.
+        example: normalized images [2, 3, H, W].
+        task: what it is to learn.
+        where: begins the message.
+
+    Raises:
+        RequestError: the network has no such maps, or cannot learn the task.
+    """
+    taps = tuple(tap for group in tap_groups(needs) for tap in preset_taps(student, group, example))
+    tapped = Tapped(student, taps, example)
+    task.check(tapped.outputs, where)
+    return tapped
+
+
+def build_methods(
+    entries: Sequence[Entry], student: Shapes, teachers: Teachers, outputs: Any, seed: int
+) -> nn.ModuleList:
+    """Every method with its adapters.
+
+    Args:
+        entries: the recipe's methods.
+        student: tap name → shape.
+        teachers: teacher → tap → shape and margin.
+        outputs: shape of the student's output, which the teachers' logits must have where they are compared.
+        seed: adapters start from it and nothing else, so that live and cached runs start equal.
+
+    Raises:
+        RequestError: taps or classes do not fit.
+    """
+    methods = nn.ModuleList()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for entry in entries:
+            methods.append(entry.kind(entry.options, student, teachers))
+    for entry in entries:
+        for name, infos in teachers.items() if LOGITS in entry.kind.needs else ():
+            if infos[LOGITS].shape != tuple(outputs):
+                raise RequestError(
+                    f"method.name: {entry.kind.name!r} compares classes one by one, "
+                    f"expected {outputs[0]} in every teacher, found {infos[LOGITS].shape[0]} in {name!r}"
+                )
+    return methods

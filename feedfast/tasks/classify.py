@@ -1,0 +1,90 @@
+"""Classification: logits [B, K], cross-entropy with class numbers, top-1 accuracy.
+
+Class number -1 is an image without a label: it counts in no loss and no metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from feedfast.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Classify:
+    """One of ``classes`` classes per image; 0 = as many as the network has outputs."""
+
+    classes: int = 0
+    name: str = "classify"
+    term: str = "ce"
+
+    def check(self, outputs: tuple[int, ...] | None, where: str) -> None:
+        """Raise unless a network returns one tensor of logits [B, K] with K = ``classes``.
+
+        Args:
+            outputs: shape of one sample's output; None where it is no tensor.
+            where: begins the message.
+
+        Raises:
+            RequestError: it is no classifier, or one of other classes.
+        """
+        if outputs is None or len(outputs) != 1:
+            found = "no tensor" if outputs is None else f"{list(outputs)} per sample"
+            raise RequestError(f"{where}: expected a classifier that returns logits [batch, class], found {found}")
+        if self.classes and outputs[0] != self.classes:
+            raise RequestError(f"{where}: expected logits of {self.classes} classes, found {outputs[0]}")
+
+    def loss(self, output: Tensor, annotations: Tensor) -> Tensor:
+        """`label_loss`."""
+        return label_loss(output, annotations)
+
+    def metric(self) -> Top1:
+        """Top-1 accuracy, called ``accuracy``."""
+        return Top1()
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with the hard labels, averaged over the labeled samples of the batch.
+
+    Args:
+        logits: [B, K], any float dtype; computed in fp32 (float64 stays).
+        labels: int64 [B]; -1 is unlabeled.
+
+    Returns:
+        Scalar; 0 (with a zero gradient) if no sample is labeled.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(wide, labels, ignore_index=-1, reduction="sum")
+    return total / (labels != -1).sum().clamp(min=1)
+
+
+class Top1:
+    """Share of the labeled samples whose largest logit is that of their class."""
+
+    def __init__(self) -> None:
+        self._right = self._labeled = torch.zeros((), dtype=torch.int64)
+
+    def update(self, output: Tensor, annotations: Tensor) -> None:
+        """Logits [B, K] and labels int64 [B], -1 is unlabeled; nothing waits for a GPU here."""
+        labeled = annotations >= 0
+        self._right = self._right + ((output.argmax(1) == annotations) & labeled).sum()
+        self._labeled = self._labeled + labeled.sum()
+
+    def state(self) -> dict[str, Tensor]:
+        """Counts, int64 scalars."""
+        return {"right": self._right.cpu(), "labeled": self._labeled.cpu()}
+
+    def merge(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Add all ranks' counts."""
+        self._right = torch.stack([state["right"] for state in states]).sum()
+        self._labeled = torch.stack([state["labeled"] for state in states]).sum()
+
+    def compute(self) -> dict[str, float | None]:
+        """``accuracy``, 0..1."""
+        total = int(self._labeled)
+        return {"accuracy": int(self._right) / total if total else None}

@@ -1,0 +1,330 @@
+"""Later passes, at the sizes of ImageNet: each block is read once, and what is held stays within the bound."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from cache_files import small_manifest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feedfast.cache.codec import index_length
+from feedfast.cache.layout import ArraySpec, array_specs
+from feedfast.cache.schema import Manifest, differences, merge
+from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
+from feedfast.cache.shards import ArrayView
+from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
+from feedfast.data.views import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes
+from feedfast.errors import CacheDamageError
+
+MIB = 1 << 20
+RESNET50 = (56 * 56 * 256, 28 * 28 * 512, 14 * 14 * 1024, 7 * 7 * 2048, 2 * 1000)  # OFD's taps as u8, logits as f16
+DEEPLAB = (129 * 129 * 256, 2 * 1000)
+
+
+def block_rows_for(row_bytes: int, most_rows: int, most_bytes: int = 8 * MIB) -> int:
+    """Rows per block: the largest power of two within both limits."""
+    rows = most_rows
+    while rows > 1 and rows * row_bytes > most_bytes:
+        rows //= 2
+    return rows
+
+
+def spec_of(name: str, row_bytes: int, block_rows: int, rows: int, shard_rows: int = 64) -> ArraySpec:
+    padded = -(-rows // shard_rows) * shard_rows
+    return ArraySpec(
+        name=name, shape=(1, padded, row_bytes), dtype=np.dtype("u1"), fill=0xFF, chunk=(1, shard_rows, row_bytes),
+        block=(1, block_rows, row_bytes), compression="none", dims=("view", "row", "channel"), views=1, rows=rows,
+    )  # fmt: skip
+
+
+def store(folder: Path, spec: ArraySpec, values: Array) -> ArrayView:
+    """Write one view through zarr-python."""
+    array: Any = zarr.create_array(
+        store=str(folder), shape=spec.shape, dtype="u1", chunks=spec.block, shards=spec.chunk, fill_value=spec.fill,
+        compressors=[zarr.codecs.Crc32cCodec()],
+    )  # fmt: skip
+    array[0, : spec.rows] = values
+    keys = [spec.key(0, shard) for shard in range(spec.num_shards)]
+    return ArrayView(spec, folder, 0, {shard: (folder / key).stat().st_size for shard, key in enumerate(keys)})
+
+
+class CountedPool(BufferPool):
+    """Counts the bytes that are lent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent: dict[int, int] = {}
+        self.most = 0
+
+    def lease(self, nbytes: int) -> Bytes:
+        buffer = super().lease(nbytes)
+        self.lent[buffer.ctypes.data] = nbytes
+        self.most = max(self.most, sum(list(self.lent.values())))
+        return buffer
+
+    def _give_back(self, buffer: Bytes) -> None:
+        del self.lent[buffer.ctypes.data]
+        super()._give_back(buffer)
+
+
+def times_read(sources: list[ArrayView], reads: dict[int, list[tuple[int, int]]]) -> Array:
+    """How often each byte of each block was read, of all shards one after another."""
+    counts = []
+    for source in sources:
+        for shard, size in source.sizes.items():
+            edges = np.zeros(size + 1, np.int64)
+            for offset, length in reads[os.stat(source.path(shard)).st_ino]:
+                edges[offset] += 1
+                edges[offset + length] -= 1
+            counts.append(np.cumsum(edges)[: size - index_length(source.spec.blocks_per_shard)])
+    return np.concatenate(counts)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[tuple[int, int]]]:
+    """What is read of each file (by inode), as (offset, bytes): seen at the system call, whatever was planned."""
+    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    real = os.preadv
+
+    def counted(fd: int, targets: Any, offset: int, *flags: int) -> int:
+        done = real(fd, targets, offset, *flags)
+        found[os.fstat(fd).st_ino].append((offset, done))
+        return done
+
+    monkeypatch.setattr(os, "preadv", counted)
+    return found
+
+
+SCALE = 784  # sizes of the real thing divided by this: rows, blocks and bound
+
+
+@pytest.mark.parametrize("batch_size", [32, 256])
+@pytest.mark.parametrize("teachers", [1, 3])
+def test_a_later_pass_reads_each_byte_of_each_block_once(
+    teachers: int, batch_size: int, tmp_path: Path, reads: dict[int, list[tuple[int, int]]]
+) -> None:
+    rows = 1400  # not a multiple of 64: the short granule lies somewhere in the middle
+    bound = MAX_BUFFER_BYTES // SCALE
+    row_bytes = [size // SCALE for size in RESNET50] * teachers
+    granule, window = pass_sizes(sum(row_bytes), 1, bound)
+    rng = np.random.default_rng(0)
+    sources, values = [], {}
+    for number, size in enumerate(row_bytes):
+        name = f"a{number}"
+        spec = spec_of(name, size, block_rows_for(size, granule, 8 * MIB // SCALE), rows)
+        values[name] = rng.integers(0, 255, (rows, size)).astype(np.uint8)
+        sources.append(store(tmp_path / name, spec, values[name]))
+    assert len({source.spec.block_rows for source in sources}) >= (2 if teachers == 1 else 1)
+
+    order = pass_order(rows, 0, 0, 1, granule, window)
+    pool = CountedPool()
+    for k, batch in enumerate(Stream(sources, order, batch_size, pool=pool, max_buffer_bytes=bound)):
+        for name, written in values.items():
+            np.testing.assert_array_equal(batch[name], written[order[k * batch_size : (k + 1) * batch_size]])
+    assert (times_read(sources, reads) == 1).all()
+
+    row = sum(row_bytes)
+    needed = 2 * batch_size + 2 * granule * window
+    held_by_us = 2 * batch_size * row  # `batch`, and the one handed out in its place
+    assert pool.most <= max(bound, needed * row) + held_by_us
+
+    # What the count says of 16 granules of 64 rows, whatever the size of a row: it can be other than 1.
+    reads.clear()
+    for _ in Stream(sources, pass_order(rows, 0, 0, 1), batch_size, max_buffer_bytes=bound):
+        pass
+    assert times_read(sources, reads).mean() > 2
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path) -> None:
+    """One array's blocks of 4 rows, another's of 16, of 64: what is damaged is named, whatever the others' sizes."""
+    rng = np.random.default_rng(1)
+    sizes, rows = [(300, 4), (100, 16), (20, 64)], 256
+    values = {f"a{k}": rng.integers(0, 255, (rows, size)).astype(np.uint8) for k, (size, _) in enumerate(sizes)}
+    sources = [
+        store(tmp_path / name, spec_of(name, *size, rows, shard_rows=rows), values[name])
+        for name, size in zip(values, sizes, strict=True)
+    ]
+    spec = sources[damaged].spec
+    block = 130 // spec.block_rows
+    file = sources[damaged].path(0)
+    content = bytearray(file.read_bytes())
+    content[content.find(values[spec.name][130].tobytes())] ^= 1
+    file.write_bytes(content)
+    order = pass_order(rows, 0, 0, 1, 64, 1)
+    unsound = np.flatnonzero(order // spec.block_rows == block)
+    stream = Stream(sources, order, 8)
+    for k in range(unsound[0] // 8):
+        batch = next(stream)
+        for name, written in values.items():
+            np.testing.assert_array_equal(batch[name], written[order[8 * k : 8 * k + 8]])
+    with pytest.raises(CacheDamageError, match=f"checksum: array {spec.name}.*block {block} "):
+        next(stream)
+
+
+class Dry:
+    """In the place of a stream's threads: nothing is allocated or read, what would be is added up.
+
+    Memory is counted as it can be freed at the earliest: segments by the last batch they serve, copies when handed out.
+    """
+
+    def __init__(self, sources: list[ArrayView], batch_size: int, num_rows: int) -> None:
+        self.sources, self.batch_size, self.num_rows = sources, batch_size, num_rows
+        self.threads = [None]  # the stream takes it for started
+        self.blocks: dict[str, list[int]] = {source.spec.name: [] for source in sources}
+        self.segments: list[Segment] = []
+        self.copied: list[int] = []
+        self.handed_out = 0
+        self.most_rows = 0
+
+    def schedule(self, segment: Segment) -> None:
+        self.segments.append(segment)
+        for source in self.sources:
+            self.blocks[source.spec.name] += np.unique(segment.rows // source.spec.block_rows).tolist()
+        self.count()
+
+    def request(self, batch: Any) -> None:
+        first = len(self.copied) * self.batch_size
+        stretches = [(start, stop) for _, start, stop in batch.parts]
+        stop = min(first + self.batch_size, self.num_rows)
+        assert [first, *(b for _, b in stretches[:-1])] == [a for a, _ in stretches]  # all of the batch, in order
+        assert stretches[-1][1] == stop
+        self.copied.append(batch.copied)
+        self.count()
+
+    def wait(self, batch: Any) -> dict[str, Array]:
+        self.handed_out += 1
+        return {}
+
+    def count(self) -> None:
+        position = self.handed_out * self.batch_size
+        rows = sum(len(segment.rows) for segment in self.segments if segment.stop > position)
+        self.most_rows = max(self.most_rows, rows + sum(self.copied[self.handed_out :]))
+
+    def join(self) -> None:
+        pass
+
+
+def dry_pass(
+    arrays: Sequence[tuple[int, int]], order: Array, batch_size: int, bound: int, **options: int
+) -> tuple[list[float], int]:
+    """Times each block is read, on average per array, and the most bytes held. Arrays: (bytes per row, rows per block).
+
+    Fails unless every block that is wanted is read at all.
+    """
+    specs = [spec_of(f"a{k}", size, block, len(order)) for k, (size, block) in enumerate(arrays)]
+    sources = [ArrayView(spec, Path(), 0, {}) for spec in specs]
+    stream = Stream(sources, order, batch_size, max_buffer_bytes=bound, **options)
+    wanted = order[options.get("start_batch", 0) * batch_size :]
+    dry = Dry(sources, batch_size, len(wanted))
+    stream._engine = dry  # type: ignore[assignment]
+    assert sum(1 for _ in stream) == -(-len(wanted) // batch_size)
+    factors = []
+    for source in sources:
+        read = dry.blocks[source.spec.name]
+        blocks = set((wanted // source.spec.block_rows).tolist())
+        assert set(read) == blocks
+        factors.append(len(read) / max(len(blocks), 1))
+    return factors, dry.most_rows * sum(size for size, _ in arrays)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_mix_of_arrays_is_read_once_within_the_bound(data: st.DataObject) -> None:
+    blocks = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
+    arrays = data.draw(st.lists(st.tuples(st.integers(1, 16 * MIB), blocks), min_size=1, max_size=5))
+    bound = data.draw(st.sampled_from([1, 64 * MIB, 1024 * MIB, MAX_BUFFER_BYTES]))
+    batch_size = data.draw(st.integers(1, 300))
+    count = data.draw(st.integers(1, 3000))
+    row, largest = sum(size for size, _ in arrays), max(block for _, block in arrays)
+    granule, window = pass_sizes(row, largest, bound)
+    assert granule % largest == 0
+    assert window * granule <= max(largest, min(PASS_GRANULE * PASS_WINDOW, bound // 4 // row))
+    pass_index = data.draw(st.integers(0, 2))
+    order = pass_order(count, data.draw(st.integers(0, 99)), 0, pass_index, granule, window)
+    options = {"prefetch": data.draw(st.integers(0, 5)), "start_batch": data.draw(st.integers(0, 3))}
+    factors, most = dry_pass(arrays, order, batch_size, bound, **options)
+    assert set(factors) <= ({1.0} if count > options["start_batch"] * batch_size else {0.0})
+    # The next batch is always allowed: its copy, the rows it consists of, and what its first and last segments have
+    # besides those; a segment is one window, or one block where that is more than a window may be.
+    assert most <= max(bound, (2 * batch_size + 2 * max(largest, bound // 4 // row)) * row)
+
+
+TRUE_SIZES = {  # bytes per row of each array, batch
+    "ResNet-50, 1 teacher": (RESNET50, 256),
+    "ResNet-50, 1 teacher, small batches": (RESNET50, 32),
+    "ResNet-50, 3 teachers": (3 * RESNET50, 256),
+    "ResNet-50, 3 teachers, small batches": (3 * RESNET50, 32),
+    "129 x 129 map": (DEEPLAB, 16),
+    "129 x 129 map, 3 teachers": (3 * DEEPLAB, 16),
+}
+
+
+@pytest.mark.parametrize(("row_bytes", "batch_size"), TRUE_SIZES.values(), ids=TRUE_SIZES.keys())
+def test_at_true_sizes_a_block_is_read_once(row_bytes: tuple[int, ...], batch_size: int) -> None:
+    row, rows = sum(row_bytes), 8200
+    # before: one size of block for the whole cache, at least 8 rows, and windows of 1,024 rows
+    before = [(size, max(8, block_rows_for(max(row_bytes), 64))) for size in row_bytes]
+    factors, _ = dry_pass(before, pass_order(rows, 0, 0, 1), batch_size, MAX_BUFFER_BYTES)
+    assert min(factors) > 2.5
+    # after
+    granule, window = pass_sizes(row, 1, MAX_BUFFER_BYTES)
+    after = [(size, block_rows_for(size, granule)) for size in row_bytes]
+    order = pass_order(rows, 0, 0, 1, granule, window)
+    factors, most = dry_pass(after, order, batch_size, MAX_BUFFER_BYTES)
+    assert set(factors) == {1.0}
+    assert most <= max(MAX_BUFFER_BYTES, 2 * batch_size * row + MAX_BUFFER_BYTES // 2)
+    assert window >= 16
+    # also where a cache has blocks of 64 rows
+    granule, window = pass_sizes(row, 64, MAX_BUFFER_BYTES)
+    blocks = [(size, block_rows_for(size, 64)) for size in row_bytes]
+    factors, _ = dry_pass(blocks, pass_order(rows, 0, 0, 1, granule, window), batch_size, MAX_BUFFER_BYTES)
+    assert set(factors) == {1.0}
+
+
+@given(
+    row_bytes=st.integers(1, 1 << 36),
+    bound=st.integers(0, 1 << 36),
+    block_rows=st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
+)
+def test_a_cache_made_with_the_derived_granule_derives_it_again(row_bytes: int, bound: int, block_rows: int) -> None:
+    """From its recipe (no blocks known) and from its blocks: a live run and a cached run read in one order."""
+    granule, window = pass_sizes(row_bytes, 1, bound)
+    if block_rows <= granule:
+        assert pass_sizes(row_bytes, block_rows, bound) == (granule, window)
+    else:
+        assert pass_sizes(row_bytes, block_rows, bound)[0] == block_rows
+
+
+def test_small_rows_keep_the_full_window() -> None:
+    assert pass_sizes(115_000, 64, MAX_BUFFER_BYTES) == (PASS_GRANULE, PASS_WINDOW)  # CIFAR, three taps
+    assert pass_sizes(MAX_BUFFER_BYTES // 4 // 1024, 1, MAX_BUFFER_BYTES) == (64, 16)
+    assert pass_sizes(MAX_BUFFER_BYTES // 4 // 1024 + 1, 1, MAX_BUFFER_BYTES) == (32, 31)
+    assert pass_sizes(1 << 40, 1, MAX_BUFFER_BYTES) == (1, 1)
+    assert pass_sizes(1 << 40, 8, MAX_BUFFER_BYTES) == (8, 1)
+    for wrong in ((0, 1), (1, 3), (1, 128)):
+        with pytest.raises(ValueError, match="row_bytes"):
+            pass_sizes(*wrong, MAX_BUFFER_BYTES)
+
+
+def test_how_rows_are_mixed_is_no_part_of_a_caches_identity() -> None:
+    """A recipe with other teachers derives other sizes; it still extends the cache, which keeps its own."""
+    held = small_manifest()
+    asked = held.model_copy(update={"plan": held.plan.model_copy(update={"granule": 8, "window": 44}), "views": 5})
+    assert differences(asked, held) == []
+    assert [asked.digest_for(name) for name in array_specs(held)] == [
+        held.digest_for(name) for name in array_specs(held)
+    ]
+    merged = merge(held, asked)
+    assert (merged.views, merged.plan.granule, merged.plan.window) == (5, 64, 16)
+    assert Manifest.from_attrs(asked.to_attrs()) == asked
+    seed = held.model_copy(update={"plan": held.plan.model_copy(update={"seed": 1})})
+    assert [key for key, _, _ in differences(seed, held)] == ["plan.seed"]
