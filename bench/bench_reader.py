@@ -251,7 +251,7 @@ def _measure_all(
     stored = sum(size for source in sources for size in source.sizes.values())
     decoded = sum(codes.nbytes for codes in values.values())
     row_bytes = sum(source.spec.row_bytes for source in sources)
-    place, results = sources[0].folder, []
+    place, results = Path(sources[0].store.where(sources[0].spec.name)), []
     kinds = passes(len(next(iter(values.values()))), row_bytes, joint=len(sources) > 1)
     for name, (slices, order) in kinds.items():
         candidates: dict[str, Callable[[], Callable[[Slices], Iterator[Batch]]]] = {

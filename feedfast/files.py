@@ -40,7 +40,10 @@ def replace_file(path: Path, parts: Parts, *, temporary: Path | None = None) -> 
     flags = os.O_TRUNC if temporary is None else os.O_EXCL
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+    except OSError as error:
+        raise write_error(error, path, sum(len(part) for part in parts)) from error
+    try:
         try:
             write_all(fd, parts)
             os.fsync(fd)
@@ -48,7 +51,7 @@ def replace_file(path: Path, parts: Parts, *, temporary: Path | None = None) -> 
             os.close(fd)
         os.rename(temporary, path)
         fsync_dir(path.parent)
-    except BaseException as error:
+    except BaseException as error:  # an interrupt, too, leaves nothing behind
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):

@@ -138,6 +138,9 @@ class Store:
         self.root = Path(place)
         self._prefix = os.path.join(place, "")  # the hot path opens by string
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
     def where(self, key: str = "") -> str:
         """What a message calls an object, or the whole store."""
         return str(self.root / key)
