@@ -29,7 +29,7 @@ DATA = st.lists(st.binary(max_size=9), max_size=4)
 
 
 class Contract(RuleBasedStateMachine):
-    """Two processes' worth of stores at one place, against dictionaries. Override `make_stores` and `tear` to test another."""
+    """Two stores at one place against dictionaries. Override `make_stores` and `tear` to test another kind."""
 
     def make_stores(self) -> list[Store]:
         self.folder = tempfile.TemporaryDirectory(dir=in_memory())
