@@ -15,8 +15,8 @@ the same pixels.
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -377,6 +377,7 @@ def _log_fitted(teacher: str, info: TapInfo) -> None:
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Serialize the preparation of jobs that start together on one cache: the first fits, the others find it done."""
     ensure_dir(path / COMMITS, "cache.path")
-    with open(path / COMMITS / ".lock-prepare", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = Store(path).lock(f"{COMMITS}/.lock-prepare", patience_s=math.inf)
+    assert lock is not None
+    with lock:
         yield
