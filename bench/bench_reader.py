@@ -50,6 +50,7 @@ import zarr
 from feedfast.cache.layout import ArraySpec, shard_rows_for
 from feedfast.cache.segments import BufferPool
 from feedfast.cache.shards import ArrayView, ShardFiles
+from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.data.views import pass_order, pass_sizes
 
@@ -102,7 +103,7 @@ def write(folder: Path, values: Array, compression: Any, most_rows: int = GRANUL
         start, stop = spec.shard_span(shard)
         array[0, start:stop] = values[start:stop]
     sizes = {shard: (folder / spec.key(0, shard)).stat().st_size for shard in range(spec.num_shards)}
-    return ArrayView(spec, folder, 0, sizes)
+    return ArrayView(spec, Store(folder.parent), 0, sizes)
 
 
 def ahead(pool: ThreadPoolExecutor, read: Callable[[list[tuple[int, int]]], Array], slices: Slices) -> Iterator[Array]:
@@ -250,7 +251,7 @@ def _measure_all(
     stored = sum(size for source in sources for size in source.sizes.values())
     decoded = sum(codes.nbytes for codes in values.values())
     row_bytes = sum(source.spec.row_bytes for source in sources)
-    place, results = sources[0].folder, []
+    place, results = Path(sources[0].store.where(sources[0].spec.name)), []
     kinds = passes(len(next(iter(values.values()))), row_bytes, joint=len(sources) > 1)
     for name, (slices, order) in kinds.items():
         candidates: dict[str, Callable[[], Callable[[Slices], Iterator[Batch]]]] = {

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
-class Shard:
+class ShardBuffer:
     """A shard being gathered: ``rows`` [shard_rows, ...] is filled up to ``filled``."""
 
     spec: ArraySpec
@@ -33,13 +33,13 @@ class Shard:
     pixel_crc32c: list[str] = field(default_factory=list)
 
 
-def block_ends(spec: ArraySpec, start: int, stop: int) -> int:
-    """Blocks whose last real row lies in [start, stop)."""
+def block_ends(spec: ArraySpec, start: int, stop: int) -> range:
+    """Numbers of the blocks of a view whose last real row lies in [start, stop)."""
 
     def before(row: int) -> int:
         return -(-row // spec.block_rows) if row == spec.rows else row // spec.block_rows
 
-    return before(stop) - before(start)
+    return range(before(start), before(stop))
 
 
 def holds_fill(spec: ArraySpec, values: Array) -> bool:
@@ -61,7 +61,7 @@ def block_sums(spec: ArraySpec, parts: list[Any]) -> tuple[str, ...]:
     return tuple(bytes(end).hex() for end in ends)
 
 
-def encode_shard(shard: Shard) -> list[Any]:
+def encode_shard(shard: ShardBuffer) -> list[Any]:
     """The buffers of a shard's object, laid end to end: stored blocks, then the index.
 
     Raises:

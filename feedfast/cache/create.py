@@ -7,64 +7,95 @@ finished by the next call. Every call brings the files into line with the manife
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
 
 from feedfast.cache.layout import array_specs, group_metadata
-from feedfast.cache.log import COMMITS
+from feedfast.cache.manifest import ROOT, read_manifest
 from feedfast.cache.schema import Manifest, describe_differences, differences, merge
-from feedfast.cache.store import ROOT, make_dirs, manifest_lock, publish_json, read_manifest, remove_stale
-from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.cache.store import COMMITS, Store, open_store
+from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
+
+_LOCK: Final = ".lock-manifest"
+_LOCK_PATIENCE_S: Final = 60.0
 
 
-def open_for_writing(path: str | Path, manifest: Manifest) -> Manifest:
-    """Make a cache for ``manifest``, or extend the one that is there; the manifest the cache then has.
+def open_for_writing(place: str | Path | Store, manifest: Manifest) -> Manifest:
+    """Create or extend a cache; returns the stored manifest.
 
-    Found-out fields and the grouping of rows into blocks and shards of an existing cache are kept, so use what is
-    returned. Safe against other processes doing the same. No object is touched.
+    Measured fields, and the grouping of rows into blocks and shards, are those of an existing cache: use what is
+    returned. Safe against other processes doing the same.
 
     Raises:
         CacheMismatchError: the existing cache was made from something else; the message is a two-column table.
-        RequestError: ``path`` holds something that is not a cache.
+        RequestError: ``place`` holds something that is not a cache.
         CacheDamageError: the existing manifest cannot be read.
         FeedfastError: the disk is full.
     """
-    root = Path(path)
-    refuse_foreign(root)
-    try:
-        make_dirs(root.absolute() / COMMITS)
-    except OSError as error:
-        raise RequestError(f"{root}: cannot be made: {error.strerror}") from error
-    with manifest_lock(root):
-        remove_stale(root, part=None)
-        existing = read_manifest(root) if (root / ROOT).exists() else None
+    store = open_store(place)
+    refuse_foreign(store)
+    store.make()
+    with manifest_lock(store):
+        store.sweep(lambda owner: owner == "manifest")
+        existing = read_manifest(store) if ROOT in store.names() else None
         if existing is not None:
             found = differences(manifest, existing)
             if found:
                 table = describe_differences(found)
-                raise CacheMismatchError(f"{root}: this cache was made from something else\n{table}")
+                raise CacheMismatchError(f"{store.where()}: this cache was made from something else\n{table}")
         merged = merge(existing, manifest) if existing else manifest
         merged = Manifest.model_validate(merged.model_dump())  # together they must be sound, too
-        publish_json(root, root / ROOT, group_metadata(merged.to_attrs()), "manifest")
+        _put_metadata(store, "", group_metadata(merged.to_attrs()))
         groups: set[str] = set()
         for name, spec in array_specs(merged).items():
-            parents = [parent for parent in map(str, Path(name).parents) if parent != "." and parent not in groups]
+            parents = [str(parent) for parent in PurePosixPath(name).parents if parent.name]
             for parent in reversed(parents):
-                publish_json(root, root / parent / ROOT, group_metadata(), "manifest")
+                if parent not in groups:
+                    _put_metadata(store, parent, group_metadata())
             groups.update(parents)
-            publish_json(root, root / name / ROOT, spec.zarr_metadata(), "manifest")
+            _put_metadata(store, name, spec.zarr_metadata())
     return merged
 
 
-def refuse_foreign(root: Path) -> None:
-    """Raise unless ``root`` is a cache, an empty directory or nothing yet.
+def refuse_foreign(place: str | Path | Store) -> None:
+    """Raise unless ``place`` is a cache, an empty directory or nothing yet.
 
     Raises:
         RequestError: something else is there.
     """
-    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-    if not place.is_dir():
-        raise RequestError(f"{root}: expected a directory or nothing, found a file at {place}")
-    if root.is_dir() and not (root / ROOT).exists() and not (root / COMMITS / ".lock-manifest").exists():
-        found = sorted(entry.name for entry in root.iterdir() if entry.name != COMMITS)
+    store = open_store(place)
+    names = store.names()
+    if ROOT not in names and _LOCK not in store.names(COMMITS):
+        found = [name for name in names if name != COMMITS]
         if found:
-            raise RequestError(f"{root}: expected a feedfast cache or an empty directory, found {found[:5]}")
+            raise RequestError(f"{store.where()}: expected a feedfast cache or an empty directory, found {found[:5]}")
+
+
+@contextlib.contextmanager
+def manifest_lock(store: Store) -> Iterator[None]:
+    """Held while the manifest, array metadata or small arrays are changed: moments, so waiting for it is fine.
+
+    Raises:
+        FeedfastError: another process held it for a minute.
+    """
+    key = f"{COMMITS}/{_LOCK}"
+    lock = store.lock(key, patience_s=_LOCK_PATIENCE_S)
+    if lock is None:
+        raise FeedfastError(
+            f"{store.where(key)}: another process has been changing this cache for {_LOCK_PATIENCE_S:.0f} s"
+        )
+    with lock:
+        yield
+
+
+def _put_metadata(store: Store, group: str, content: dict[str, Any]) -> None:
+    """Put a group's or array's `zarr.json` unless it already holds exactly this."""
+    key = f"{group}/{ROOT}" if group else ROOT
+    data = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+    with contextlib.suppress(OSError):
+        if store.read(key) == data:
+            return
+    store.put(key, [data], "manifest")

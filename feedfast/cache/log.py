@@ -4,20 +4,8 @@
 key, the rows it holds, its length and checksums, and the digest of what the array depends on. An object without a
 line does not exist; a line without its object is damage.
 
-A crash may leave the last line of a log torn. `read_log` reports it (kind ``log-torn``) and ignores it, and the log's
-next writer cuts it off. Anything unreadable before the last line is ``log-damaged``: logs never lose a middle.
-
-An object that has gone missing or short is computed again and logged with a higher ``attempt``, which replaces the
-older line. Two different lines of the same attempt are ``log-duplicate``; two equal ones are harmless.
-
-Data followed by their own crc32c always have the same crc32c, so the object's is one constant for all objects of raw
-blocks and one shape. It finds every change within an object, but only the sha256 tells two objects apart, and hashing
-whole objects is too slow for training. So a line also repeats the checksum that ends each block (``block_sums``): a
-reader compares eight digits a block, and a sound object of the same length from another view, another cache or other
-weights is found when its first block is read.
-
 The digest of a cache is taken over the lines in canonical order and depends on neither the writers nor the history.
-This module only reads; `feedfast.cache.writer` appends.
+This module reads and checks; `feedfast.cache.ledger` appends.
 """
 
 from __future__ import annotations
@@ -25,21 +13,33 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Final
+from typing import Annotated, ClassVar, Final
+
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt, StringConstraints, TypeAdapter, ValidationError
 
 from feedfast.cache.layout import ArraySpec
+from feedfast.cache.schema import Manifest
+from feedfast.cache.store import COMMITS, Store, open_store
 from feedfast.errors import CacheDamageError
 
-COMMITS: Final = "commits"
 MAX_LINE_BYTES: Final = 1 << 20  # 1 MiB; a line is about 300 bytes
 Problem = dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+def _ordered(rows: tuple[int, int]) -> tuple[int, int]:
+    if rows[0] >= rows[1]:
+        raise ValueError("expected start < stop")
+    return rows
+
+
+Rows = Annotated[tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ordered)]
+BlockSum = Annotated[str, StringConstraints(pattern="^[0-9a-f]{8}$")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """One durable object.
 
@@ -48,20 +48,30 @@ class Commit:
     ``saturated`` counts values the codec clipped. ``pixel_crc32c`` holds, where the writer was given them, one
     checksum per block of rows over the decoded pixels the teachers saw. ``block_sums`` holds the last four bytes of
     each stored block as they lie in the object (raw: its crc32c; zstd: the frame's checksum), 8 hex digits each.
+
+    An object that has gone missing or short is computed again and logged with a higher ``attempt``, which replaces the
+    older line.
     """
+
+    # Types are checked where a line is read, by pydantic and without conversions; the constructor is plain.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     array: str
     shard: str
-    view: int
-    rows: tuple[int, int]
-    bytes: int
+    view: NonNegativeInt
+    rows: Rows
+    bytes: NonNegativeInt
     crc32c: str
     sha256: str
     manifest: str
-    saturated: int = 0
+    saturated: NonNegativeInt = 0
     pixel_crc32c: tuple[str, ...] = ()
-    block_sums: tuple[str, ...] = ()
-    attempt: int = 0
+    # Data followed by their own crc32c always have the same crc32c, so the object's is one constant for all objects of
+    # raw blocks and one shape. It finds every change within an object, but only the sha256 tells two objects apart, and
+    # hashing whole objects is too slow for training. With these a reader compares eight digits per block, and a sound
+    # object of the same length from another view, another cache or other weights is found when its first block is read.
+    block_sums: tuple[BlockSum, ...] = ()
+    attempt: NonNegativeInt = 0
 
     def to_line(self) -> str:
         """The JSON line, newline included; empty optional fields are left out."""
@@ -77,32 +87,16 @@ class Commit:
         """
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"{len(line)} bytes long")
-        found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected an object, found {type(found).__name__}")  # noqa: TRY004 -- callers catch one type
-        unknown, missing = sorted(found.keys() - _TYPES.keys()), sorted(_TYPES.keys() - _OPTIONAL - found.keys())
-        if unknown or missing:
-            raise ValueError(f"unknown fields {unknown}, missing fields {missing}")
-        for key, value in found.items():
-            if type(value) is not _TYPES[key] or (type(value) is int and value < 0):
-                raise ValueError(f"{key}: expected {_TYPES[key].__name__}, found {value!r}")
-        rows, pixels, sums = found["rows"], found.get("pixel_crc32c", []), found.get("block_sums", [])
-        if len(rows) != 2 or any(type(row) is not int for row in rows) or not 0 <= rows[0] < rows[1]:
-            raise ValueError(f"rows: expected [start, stop], found {rows!r}")
-        if any(type(value) is not str for value in pixels):
-            raise ValueError("pixel_crc32c: expected strings")
-        if any(type(value) is not str or not _SUM.fullmatch(value) for value in sums):
-            raise ValueError("block_sums: expected strings of 8 hexadecimal digits")
-        own = {"rows": (rows[0], rows[1]), "pixel_crc32c": tuple(pixels), "block_sums": tuple(sums)}
-        return cls(**{**found, **own})
+        try:
+            return _LINE.validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"])) or "line"
+            raise ValueError(f"{where}: {first['msg']}, found {str(first['input'])[:80]!r}") from None
 
 
-_SUM: Final = re.compile("[0-9a-f]{8}")
-_OPTIONAL: Final = {"saturated", "pixel_crc32c", "block_sums", "attempt"}
-_TYPES: Final[dict[str, type]] = {
-    "array": str, "shard": str, "view": int, "rows": list, "bytes": int, "crc32c": str, "sha256": str, "manifest": str,
-    "saturated": int, "pixel_crc32c": list, "block_sums": list, "attempt": int,
-}  # fmt: skip
+_LINE: Final = TypeAdapter(Commit)
+_OPTIONAL: Final = {entry.name for entry in fields(Commit) if entry.default is not MISSING}
 
 
 @dataclass(slots=True)
@@ -130,8 +124,9 @@ def log_name(part: tuple[int, int]) -> str:
 def parse_log(data: bytes, name: str) -> tuple[list[Commit], int, list[Problem]]:
     """The commits in one log file, the length of its sound part in bytes, and problems.
 
-    The last line is torn when it lacks its newline or cannot be parsed; the sound part ends before it. An unreadable
-    line further up is reported as ``log-damaged`` and skipped.
+    The last line is torn (``log-torn``) when it lacks its newline or cannot be parsed; the sound part ends before it.
+    An unreadable line further up is reported as ``log-damaged`` and skipped: only the tail of an append-only log can
+    be torn.
     """
     commits: list[Commit] = []
     problems: list[Problem] = []
@@ -155,7 +150,10 @@ def parse_log(data: bytes, name: str) -> tuple[list[Commit], int, list[Problem]]
 
 
 def collect(commits: Iterable[Commit], problems: Iterable[Problem] = ()) -> Log:
-    """Commits of several files as one log: the highest attempt of a shard counts."""
+    """Commits of several files as one log: the highest attempt of a shard counts.
+
+    Two different lines of the same attempt are ``log-duplicate``; two equal ones are harmless.
+    """
     log = Log(problems=list(problems))
     for commit in commits:
         key = (commit.array, commit.shard)
@@ -170,15 +168,36 @@ def collect(commits: Iterable[Commit], problems: Iterable[Problem] = ()) -> Log:
     return log
 
 
-def read_log(path: str | Path) -> Log:
-    """All ``commits/*.jsonl`` of a cache; problems are returned, not raised. Without logs: an empty log."""
+def read_log(place: str | Path | Store) -> Log:
+    """All logs of a cache as one; problems are returned, not raised. Without logs: an empty log."""
+    store = open_store(place)
     commits: list[Commit] = []
     problems: list[Problem] = []
-    for file in sorted((Path(path) / COMMITS).glob("*.jsonl")):
-        found, _, wrong = parse_log(file.read_bytes(), f"{COMMITS}/{file.name}")
-        commits += found
-        problems += wrong
+    for name in store.names(COMMITS):
+        if name.endswith(".jsonl"):
+            key = f"{COMMITS}/{name}"
+            found, _, wrong = parse_log(store.read(key), key)
+            commits += found
+            problems += wrong
     return collect(commits, problems)
+
+
+def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> list[Problem]:
+    """What is wrong with a log: kinds ``log-torn``, ``log-damaged``, ``log-duplicate``, ``manifest-digest``.
+
+    A torn last line is what a killed writer leaves; its shard was never committed.
+    """
+    problems = list(log.problems)
+    digests = {name: manifest.digest_for(name) for name in specs}
+    for commit in log.commits.values():
+        wrong = check_commit(commit, specs)
+        if wrong is None and commit.manifest != digests[commit.array]:
+            expected = digests[commit.array]
+            detail = f"written for a manifest part {commit.manifest[:12]}…, this cache's is {expected[:12]}…"
+            wrong = problem(commit.array, commit.shard, "manifest-digest", detail)
+        if wrong is not None:
+            problems.append(wrong)
+    return problems
 
 
 def check_commit(commit: Commit, specs: Mapping[str, ArraySpec]) -> Problem | None:
@@ -203,9 +222,28 @@ def check_commit(commit: Commit, specs: Mapping[str, ArraySpec]) -> Problem | No
     return None
 
 
-def object_path(root: str | Path, array: str, shard: str) -> Path:
-    """Where an object lies. ``shard`` must have been checked (`check_commit`) or made by `ArraySpec.key`."""
-    return Path(root, array, shard)
+def object_key(array: str, shard: str) -> str:
+    """Key of an object. ``shard`` must have been checked (`check_commit`) or made by `ArraySpec.key`."""
+    return f"{array}/{shard}"
+
+
+def check_length(expected: int, find: Callable[[], int]) -> tuple[str, str] | None:
+    """Whether a committed object has its length; if not, the problem's kind and detail.
+
+    Args:
+        expected: bytes that were committed.
+        find: finds the object's bytes or raises `OSError`.
+
+    Returns:
+        None, or kind ``missing``, ``io`` or ``length`` and what was found.
+    """
+    try:
+        found = find()
+    except FileNotFoundError:
+        return "missing", f"committed with {expected} bytes, but there is no file"
+    except OSError as error:
+        return "io", f"committed with {expected} bytes, but it cannot be opened: {error.strerror}"
+    return None if found == expected else ("length", f"committed with {expected} bytes, the file has {found}")
 
 
 def digest_of(commits: Iterable[Commit]) -> str:
@@ -214,14 +252,15 @@ def digest_of(commits: Iterable[Commit]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def cache_digest(path: str | Path) -> str:
+def cache_digest(place: str | Path | Store) -> str:
     """The digest of everything committed in a cache.
 
     Raises:
         CacheDamageError: the log is damaged other than by a torn last line.
     """
-    log = read_log(path)
+    store = open_store(place)
+    log = read_log(store)
     damage = [entry for entry in log.problems if entry["kind"] != "log-torn"]
     if damage:
-        raise CacheDamageError(f"{path}: {damage[0]['shard']}: {damage[0]['detail']}", damage)
+        raise CacheDamageError(f"{store.where()}: {damage[0]['shard']}: {damage[0]['detail']}", damage)
     return digest_of(log.commits.values())

@@ -4,7 +4,7 @@ Opening reads two things and trusts neither: the manifest (bounds checked before
 log, every line of which must name an object of this manifest and carry the digest of what that array depends on.
 A manifest from another recipe or other weights under the same name therefore end here. Before anything is streamed, all
 files it will need are looked up and their lengths compared with the log, so that a gap is known before the first step
-and not in the middle of a night; checksums follow while reading (`feedfast.cache.shards`).
+and not hours into the run; checksums follow while reading (`feedfast.cache.shards`).
 
 Arrays go by the names of the format, ``targets/TEACHER/TAP/codes``. Values are stored codes, channels last; `scale`
 gives what turns them into values. This module never writes and knows neither models nor images.
@@ -12,77 +12,47 @@ gives what turns them into values. This module never writes and knows neither mo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from feedfast.cache import names, store
+from feedfast.cache import names
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import Commit, Log, Problem, check_commit, digest_of, problem, read_log
-from feedfast.cache.schema import Manifest
+from feedfast.cache.log import Commit, Problem, check_length, check_log, digest_of, problem, read_log
+from feedfast.cache.manifest import read_manifest
 from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
 from feedfast.cache.shards import ArrayView, ShardFiles, read_small
+from feedfast.cache.store import Store, open_store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.errors import CacheDamageError, RequestError
 
-_SHOWN: Final = 5  # problems spelt out in a message; all of them are in the error's list
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a cache.
-
-    Raises:
-        RequestError: there is no cache at ``path``.
-        CacheDamageError: what is there is no sound manifest (kind ``manifest``).
-    """
-    try:
-        return store.read_manifest(path)
-    except CacheDamageError as error:
-        raise CacheDamageError(str(error), [problem("", store.ROOT, "manifest", str(error))]) from error
-
-
-def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> list[Problem]:
-    """What is wrong with a log: kinds ``log-torn``, ``log-damaged``, ``log-duplicate``, ``manifest-digest``.
-
-    A torn last line is what a killed writer leaves; its shard was never committed.
-    """
-    problems = list(log.problems)
-    digests: dict[str, str] = {}
-    for commit in log.commits.values():
-        wrong = check_commit(commit, specs)
-        if wrong is None:
-            expected = digests.setdefault(commit.array, manifest.digest_for(commit.array))
-            if commit.manifest != expected:
-                detail = f"written for a manifest part {commit.manifest[:12]}…, this cache's is {expected[:12]}…"
-                wrong = problem(commit.array, commit.shard, "manifest-digest", detail)
-        if wrong is not None:
-            problems.append(wrong)
-    return problems
+_SHOWN: Final = 5  # problems spelled out in a message; all of them are in the error's list
 
 
 class CacheReader:
     """Reads a cache. Safe to use from several threads; after `close` still usable, just without its open files."""
 
-    def __init__(self, path: str | Path, *, threads: int = 2) -> None:
+    def __init__(self, place: str | Path | Store, *, threads: int = 2) -> None:
         """Open a cache.
 
         Args:
-            path: the cache's folder.
+            place: the cache's folder.
             threads: threads of each stream that read, check and decode; 2 saturate a step of most students.
 
         Raises:
-            RequestError: there is no cache at ``path``.
+            RequestError: there is no cache at ``place``.
             CacheDamageError: the manifest or the commit log is damaged, or they do not belong together.
         """
-        self.path = Path(path)
-        self.manifest = read_manifest(path)
+        self._store = open_store(place)
+        self.path = self._store.root
+        self.manifest = read_manifest(self._store)
         self.specs: dict[str, ArraySpec] = array_specs(self.manifest)
-        self.log = read_log(path)
+        self.log = read_log(self._store)
         self.threads = threads
         problems = [entry for entry in check_log(self.manifest, self.specs, self.log) if entry["kind"] != "log-torn"]
         if problems:
@@ -142,7 +112,7 @@ class CacheReader:
 
         Raises:
             RequestError: no such array or view.
-            CacheDamageError: kinds ``incomplete``, ``missing`` and ``length``, all of them in ``problems``.
+            CacheDamageError: kinds ``incomplete``, ``missing``, ``length`` and ``io``, all of them in ``problems``.
         """
         views = list(views)
         problems: list[Problem] = []
@@ -280,7 +250,7 @@ class CacheReader:
         commits = self.committed(array, view)
         sizes = {shard: commit.bytes for shard, commit in commits.items()}
         sums = {shard: commit.block_sums for shard, commit in commits.items()}
-        return ArrayView(self.specs[array], self.path / array, view, sizes, sums)
+        return ArrayView(self.specs[array], self._store, view, sizes, sums)
 
     def _absent(self, source: ArrayView, shards: Iterable[int]) -> list[Problem]:
         problems: list[Problem] = []
@@ -289,14 +259,9 @@ class CacheReader:
             if expected is None:
                 problems.append(problem(source.spec.name, key, "incomplete", "not committed"))
                 continue
-            try:
-                found = os.stat(source.path(shard)).st_size
-            except OSError as error:
-                problems.append(problem(source.spec.name, key, "missing", f"committed, but: {error.strerror}"))
-                continue
-            if found != expected:
-                detail = f"committed with {expected} bytes, the file has {found}"
-                problems.append(problem(source.spec.name, key, "length", detail))
+            wrong = check_length(expected, partial(self._store.size, source.object_key(shard)))
+            if wrong is not None:
+                problems.append(problem(source.spec.name, key, *wrong))
         return problems
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feedfast.cache.layout import ArraySpec
-from feedfast.cache.shards import ArrayView, Bytes, ShardFiles, scratch
+from feedfast.cache.shards import ArrayView, Bytes, ShardFiles, thread_buffer
 
 Rows = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -199,7 +199,7 @@ class Segment:
         if out.nbytes == len(blocks) * spec.block_bytes:
             shard.read(blocks, out)
             return
-        block = scratch("block", spec.block_bytes)
+        block = thread_buffer("block", spec.block_bytes)
         shard.read(blocks, block)
         wanted = self.rows[start:stop] - blocks[0] * spec.block_rows
         take_rows(block, wanted, out, spec.row_bytes)

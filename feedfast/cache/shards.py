@@ -1,38 +1,23 @@
-"""Reading blocks out of shard files, and believing nothing on the way.
+"""Reading blocks out of shards, and believing nothing on the way.
 
 A shard is an ordinary Zarr v3 `sharding_indexed` object: blocks one after another, then an index of
 (offset, length) pairs as little-endian uint64, then the index's crc32c. A block is `block_rows` rows of one view,
 C-order, either one zstd frame with its content checksum or the raw bytes followed by their crc32c.
 
 Stock Zarr readers turn a missing file, a zero-length file and an absent block into fill values without a word, and
-some skip checksums on partial reads. This module reads the files itself, because then every one of these is an error
-and because it is the fastest way measured here (`bench/bench_reader.py`): raw blocks go by `preadv` straight into
-the caller's memory, and `preadv`, zstd and the fill check all run without the GIL. `google_crc32c` keeps the GIL, but
-at about 30 GB/s a block holds it for tens of microseconds.
-
-Checked, in this order: the file's length against the commit log before a byte is read; the index's checksum; offset
-and length of each block against the file; for zstd the frame header (content size as expected, checksum flag set: a
-flipped flag would otherwise switch the check off, and a forged content size would choose how much memory the decoder
-takes); the block's own checksum, and that it is the one in the commit log; the fill value inside rows that hold
-data. A flipped bit that zstd itself ignores (there is an unused one in its header) changes no value and is left to
-``verify --full``.
-
-Announcing blocks to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed nothing:
-the threads' own reads keep a local disk busy.
+some skip checksums on partial reads. Here every one of these is an error. Checked, in this order: the object's length
+against the commit log before a byte is read; the index's checksum; offset and length of each block; the block's own
+checksum, and that it is the one in the commit log; the fill value inside rows that hold data.
 
 It does not decide which shards exist (the log does), does not turn codes into values and never writes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +26,8 @@ import numpy.typing as npt
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.codec import crc32c, decompress, index_length, parse_index
 from feedfast.cache.layout import NO_CHUNK, ArraySpec
+from feedfast.cache.log import check_length, object_key, problem
+from feedfast.cache.store import Object, Store
 from feedfast.errors import CacheDamageError
 
 Bytes = npt.NDArray[np.uint8]
@@ -48,20 +35,20 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ArrayView:
-    """One view of one array: how it is stored (``spec``), where (``folder``), its committed bytes by shard number.
+    """One view of one array: how it is stored (``spec``), where (``store``), its committed bytes by shard number.
 
     ``sums`` are the logged ends of each shard's blocks, where there are any (`feedfast.cache.log`).
     """
 
     spec: ArraySpec
-    folder: Path
+    store: Store
     view: int
     sizes: Mapping[int, int] = field(repr=False)
     sums: Mapping[int, Sequence[str]] = field(default_factory=dict, repr=False)
 
-    def path(self, shard: int) -> Path:
-        """The shard's file."""
-        return self.folder / self.spec.key(self.view, shard)
+    def object_key(self, shard: int) -> str:
+        """Key of the shard's object."""
+        return object_key(self.spec.name, self.spec.key(self.view, shard))
 
     def check_block_identity(self, shard: int, block: int, end: Bytes) -> None:
         """Raise unless a sound block, whose last four bytes are ``end``, is the one that was committed.
@@ -81,23 +68,23 @@ class ArrayView:
 
     def damage(self, kind: str, shard: int, detail: str, block: int | None = None) -> CacheDamageError:
         """The error for a bad shard; ``block`` counts from the start of the view."""
-        spec, path, key = self.spec, self.path(shard), self.spec.key(self.view, shard)
+        spec, path, key = self.spec, self.store.where(self.object_key(shard)), self.spec.key(self.view, shard)
         where = f"array {spec.name}, shard {key}"
-        problem = {"array": spec.name, "shard": key, "kind": kind, "detail": detail, "path": str(path)}
+        entry = {**problem(spec.name, key, kind, detail), "path": path}
         if block is not None:
             first = block * spec.block_rows
             where += f", block {block} (rows {first} to {min(first + spec.block_rows, spec.rows) - 1})"
-            problem["block"] = str(block)
+            entry["block"] = str(block)
         cure = (
             ""
             if kind in ("incomplete", "missing", "length")
             else "; delete the file to have feedfast cache write it again"
         )
-        return CacheDamageError(f"{path}: {detail} [{kind}: {where}]{cure}", [problem])
+        return CacheDamageError(f"{path}: {detail} [{kind}: {where}]{cure}", [entry])
 
 
-class CommittedFile:
-    """One open object whose length is the committed one; the file closes with the object."""
+class CommittedObject:
+    """One open object whose length is the committed one; it closes when nothing refers to it any more."""
 
     def __init__(self, source: ArrayView, number: int) -> None:
         """Open object ``number`` of the view.
@@ -107,67 +94,48 @@ class CommittedFile:
         """
         self.source = source
         self.number = number
-        self.fd = -1
         committed = source.sizes.get(number)
         if committed is None:
             raise source.damage("incomplete", number, "no commit line names this shard; run feedfast cache")
         self.size = committed
-        try:
-            # without O_NONBLOCK a pipe in the place of a shard would block for ever
-            self.fd = os.open(source.path(number), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            status = os.fstat(self.fd)
-        except FileNotFoundError:
-            raise source.damage("missing", number, f"committed with {committed} bytes, but there is no file") from None
-        except OSError as error:
-            raise source.damage("io", number, f"cannot be opened: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise source.damage("io", number, "not an ordinary file")
-        if status.st_size != committed:
-            raise source.damage("length", number, f"committed with {committed} bytes, the file has {status.st_size}")
+        wrong = check_length(committed, self._open)
+        if wrong is not None:
+            raise source.damage(wrong[0], number, wrong[1])
 
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self.fd)
+    def _open(self) -> int:
+        self._object: Object = self.source.store.open(self.source.object_key(self.number))
+        return self._object.size
 
     def read(self, targets: Sequence[Any], offset: int) -> None:
         """Fill uint8 arrays, one after another, with the bytes from ``offset`` on.
 
         Raises:
-            CacheDamageError: kind ``length`` (the file became shorter) or ``io``.
+            CacheDamageError: kind ``length`` (the object became shorter) or ``io``.
         """
         try:
-            if os.preadv(self.fd, targets, offset) == sum(target.nbytes for target in targets):
-                return
-            # a signal, or the kernel's limit of 2 GiB a call: rare, so one buffer at a time is good enough
-            for target in targets:
-                done = 0
-                while done < target.nbytes:
-                    got = os.preadv(self.fd, [target[done:]], offset + done)
-                    if got == 0:
-                        detail = f"the file ends at byte {offset + done}, it was longer when it was opened"
-                        raise self.source.damage("length", self.number, detail)
-                    done += got
-                offset += target.nbytes
+            got = self._object.read(targets, offset)
         except OSError as error:
             raise self.source.damage("io", self.number, f"cannot be read: {error.strerror}") from error
+        if got < sum(target.nbytes for target in targets):
+            detail = f"the file ends at byte {offset + got}, it was longer when it was opened"
+            raise self.source.damage("length", self.number, detail)
 
 
-class Shard:
+class OpenShard:
     """One open shard whose index has been read and checked."""
 
     def __init__(self, source: ArrayView, number: int) -> None:
         """Open shard ``number`` of the view.
 
         Raises:
-            CacheDamageError: what `CommittedFile` raises, or kind ``index``.
+            CacheDamageError: what `CommittedObject` raises, or kind ``index``.
         """
         self.source = source
         self.number = number
-        self._file = CommittedFile(source, number)
-        size, n_blocks = self._file.size, source.spec.blocks_per_shard
+        self._object = CommittedObject(source, number)
+        size, n_blocks = self._object.size, source.spec.blocks_per_shard
         tail = np.empty(min(size, index_length(n_blocks)), np.uint8)
-        self._file.read([tail], size - len(tail))
+        self._object.read([tail], size - len(tail))
         try:
             self._index: list[list[int]] = parse_index(tail, n_blocks, size).tolist()
         except CacheDamageError as error:
@@ -210,10 +178,12 @@ class Shard:
         return offset, length
 
     def _read_raw(self, blocks: Sequence[int], ranges: list[tuple[int, int]], parts: list[Bytes]) -> None:
+        # Straight into the caller's memory: the fastest way measured (`bench/bench_reader.py`), because reading and the
+        # fill check run without the GIL. crc32c keeps it, but at about 30 GB/s only for tens of microseconds per block.
         sums = np.empty((len(parts), 4), np.uint8)
         for first, last in _adjacent(ranges):
             targets = [piece for i in range(first, last) for piece in (parts[i], sums[i])]
-            self._file.read(targets, ranges[first][0])
+            self._object.read(targets, ranges[first][0])
         for block, part, stored in zip(blocks, parts, sums.view("<u4")[:, 0].tolist(), strict=True):
             if crc32c(part) != stored:
                 raise self.source.damage("checksum", self.number, "the block does not match its crc32c", block)
@@ -223,10 +193,13 @@ class Shard:
     def _read_zstd(self, blocks: Sequence[int], ranges: list[tuple[int, int]], parts: list[Bytes]) -> None:
         for first, last in _adjacent(ranges):
             start = ranges[first][0]
-            frames = scratch("frames", ranges[last - 1][0] + ranges[last - 1][1] - start)
-            self._file.read([frames], start)
+            frames = thread_buffer("frames", ranges[last - 1][0] + ranges[last - 1][1] - start)
+            self._object.read([frames], start)
             for i in range(first, last):
                 frame = frames[ranges[i][0] - start :][: ranges[i][1]]
+                # The decoder checks the frame's header, too: a flipped flag would switch its checksum off, and a forged
+                # content size would choose how much memory it takes. The one bit of it that zstd ignores changes no
+                # value and is left to ``verify --full``.
                 try:
                     decompress(frame, "zstd", parts[i])
                 except CacheDamageError as error:
@@ -240,18 +213,18 @@ class ShardFiles:
     def __init__(self, limit: int = 256) -> None:
         """Keep at most ``limit`` files open (the usual limit of a process is 1024)."""
         self._limit = limit
-        self._open: OrderedDict[tuple[str, int, int], Shard] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, source: ArrayView, number: int) -> Shard:
-        """The open shard; raises what `Shard` raises."""
+    def get(self, source: ArrayView, number: int) -> OpenShard:
+        """The open shard; raises what `OpenShard` raises."""
         key = (source.spec.name, source.view, number)
         with self._lock:
             shard = self._open.get(key)
             if shard is not None:
                 self._open.move_to_end(key)
                 return shard
-        shard = Shard(source, number)
+        shard = OpenShard(source, number)
         with self._lock:
             self._open[key] = shard
             evicted = [self._open.popitem(last=False)[1] for _ in range(len(self._open) - self._limit)]
@@ -267,8 +240,8 @@ class ShardFiles:
 _local = threading.local()
 
 
-def scratch(use: str, nbytes: int) -> Bytes:
-    """Memory of the calling thread, one piece for each ``use``, overwritten by its next call."""
+def thread_buffer(use: str, nbytes: int) -> Bytes:
+    """Memory of the calling thread, one piece per ``use``, overwritten by its next call."""
     buffer: Bytes | None = getattr(_local, use, None)
     if buffer is None or buffer.nbytes < nbytes:
         buffer = np.empty(max(nbytes, 1 << 20), np.uint8)
@@ -289,9 +262,9 @@ def read_small(source: ArrayView, number: int = 0) -> Bytes:
     """The checked content of an object that is not sharded: plain bytes with their crc32c at the end.
 
     Raises:
-        CacheDamageError: what `CommittedFile` raises, or kind ``checksum``.
+        CacheDamageError: what `CommittedObject` raises, or kind ``checksum``.
     """
-    file, expected = CommittedFile(source, number), source.spec.block_bytes + 4
+    file, expected = CommittedObject(source, number), source.spec.block_bytes + 4
     if file.size != expected:
         raise source.damage("length", number, f"the array takes {expected} bytes, committed are {file.size}")
     data, stored = np.empty(expected - 4, np.uint8), np.empty(4, np.uint8)

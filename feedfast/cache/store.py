@@ -1,14 +1,13 @@
-"""Durable files: nothing is visible before it is whole, and nothing is believed before it is on the disk.
+"""All bytes of a cache, and the promises its other modules rely on. Nothing else in `feedfast.cache` touches a file.
 
-Every object and every `zarr.json` is published the same way: written under a temporary name, fsynced, renamed, and
-the directory fsynced; a directory that had to be made is fsynced into its parent first. A reader therefore sees the
-old file, the new file or none, also after a power cut.
+A `Store` holds *objects* by key (``targets/a/final/codes/c/0/1/0/0/0``), append-only *logs* of lines, and *locks*.
+An object is visible whole or not at all, and durable when `Store.put` returns. A line is durable when `Log.append`
+returns; a crash tears the last line at most. A lock, and the right to append to a log, have one owner at a time and
+end with it, however it ends. Reads take buffers to fill, so that blocks go straight to where they are wanted.
 
-Temporary files all lie in ``commits/``, under a name that says whose they are, and are moved from there. So what a
-killed writer left behind is found by listing one directory, and removed by the next owner of the same name.
-
-Locks are ``flock``: the kernel releases them when a writer dies, however it dies. Some network file systems emulate
-them only between processes of one machine; then nothing guards against two machines that are given the same part.
+This is the local one: files below a folder. The verbs are those that an object store has, too: objects are never
+changed in place or renamed, lists are of one folder, and a log is only appended to and read whole, so there it can be
+one small object per line. What has no counterpart there (temporary names, the shape of a lock) stays in here.
 """
 
 from __future__ import annotations
@@ -17,155 +16,288 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import json
 import os
-import shutil
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
-from feedfast.cache.log import COMMITS
-from feedfast.cache.schema import Manifest
-from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
+from feedfast.errors import RequestError
+from feedfast.files import Parts, fsync_dir, make_dirs, replace_file, write_all, write_error
 
-ROOT: Final = "zarr.json"
-MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
-_IOV_MAX: Final = 1024  # buffers one writev takes on Linux and macOS
-_LOCK_PATIENCE_S: Final = 60.0
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+COMMITS: Final = "commits"  # the folder of logs and locks
 _temporary = itertools.count()
 
-Parts = Sequence[bytes | memoryview]
+
+class Object:
+    """An object open for reading; it closes when nothing refers to it any more. Safe to read from several threads."""
+
+    def __init__(self, path: str) -> None:
+        """Open it.
+
+        Raises:
+            OSError: there is none, it cannot be opened, or it is no ordinary file.
+        """
+        self._fd = -1
+        # without O_NONBLOCK a pipe in the place of a file would block forever
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file")
+        self.size = status.st_size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+
+    def read(self, targets: Sequence[Any], offset: int) -> int:
+        """Fill buffers, one after another, with the bytes from ``offset`` on.
+
+        Args:
+            targets: writable buffers of bytes that have ``nbytes``, such as uint8 arrays.
+            offset: of the first byte.
+
+        Returns:
+            Bytes read; fewer than the buffers hold only where the object ends.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        # Announcing ranges to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed
+        # nothing: the threads' own reads keep a local disk busy.
+        wanted: int = sum(target.nbytes for target in targets)
+        if os.preadv(self._fd, targets, offset) == wanted:
+            return wanted
+        # a signal, or the kernel's limit of 2 GiB per call: rare, so one buffer at a time is good enough
+        total = 0
+        for target in targets:
+            done = 0
+            while done < target.nbytes:
+                got = os.preadv(self._fd, [target[done:]], offset + total)
+                if got == 0:
+                    return total
+                done += got
+                total += got
+        return total
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a cache.
+class Lock:
+    """A lock that is held until it is closed, or this process ends. A context manager."""
 
-    Raises:
-        RequestError: there is no cache at ``path``.
-        CacheMismatchError: it is of another format.
-        CacheDamageError: its root `zarr.json` cannot be read as one, or is implausibly large.
-    """
-    file = Path(path) / ROOT
-    try:
-        size = file.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise CacheDamageError(f"{file}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
-        content = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise RequestError(f"{path}: expected a feedfast cache, found no {ROOT} in it") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FeedfastError):
-            raise
-        raise CacheDamageError(f"{file}: not readable as JSON: {error}") from error
-    attributes = content.get("attributes") if isinstance(content, dict) else None
-    try:
-        return Manifest.from_attrs(attributes if isinstance(attributes, dict) else {})
-    except (CacheDamageError, CacheMismatchError) as error:
-        raise type(error)(f"{file}: {error}") from error
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
 
-
-def fsync_dir(path: Path) -> None:
-    """Make the entries of a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def make_dirs(path: Path) -> None:
-    """Make a directory and its missing parents, each durably in its own parent. Safe against others doing the same."""
-    if path.is_dir():
-        return
-    make_dirs(path.parent)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-    fsync_dir(path.parent)
-
-
-def publish(root: Path, target: Path, parts: Parts, owner: str) -> None:
-    """Write a file whole and durably, in place of any older one. ``owner`` names the temporary file's writer.
-
-    Raises:
-        FeedfastError: the disk or quota is full; the temporary file has been removed.
-    """
-    size = sum(len(part) for part in parts)
-    temporary = root / COMMITS / f".tmp-{owner}-{os.getpid()}-{next(_temporary)}"
-    try:
-        make_dirs(target.parent)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            write_all(fd, parts)
-            os.fsync(fd)
-        finally:
+    def close(self) -> None:
+        """Give it back."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
             os.close(fd)
-        os.rename(temporary, target)
-        fsync_dir(target.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise write_error(error, target, size) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def write_all(fd: int, parts: Parts) -> None:
-    """Write buffers one after another, however many calls that takes."""
-    waiting = [memoryview(part) for part in parts if len(part)]
-    at = 0
-    while at < len(waiting):
-        done = os.writev(fd, waiting[at : at + _IOV_MAX])
-        while done:
-            taken = min(done, len(waiting[at]))
-            waiting[at] = waiting[at][taken:]
-            done -= taken
-            at += not len(waiting[at])
+class Log(Lock):
+    """A log this process alone may append to, until it is closed."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        super().__init__(fd)
+        self._path = path
+
+    def append(self, line: bytes) -> None:
+        """Add a line, newline included. Durable on return. Not for two threads at once.
+
+        Raises:
+            FeedfastError: it cannot be written; it is not in the log.
+        """
+        end = os.fstat(self._fd).st_size
+        try:
+            write_all(self._fd, [line])
+            os.fsync(self._fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, end)  # else whoever opens the log next cuts it
+            raise write_error(error, self._path, len(line)) from error
 
 
-def write_error(error: OSError, target: Path, size: int) -> FeedfastError:
-    """The one sentence for a write that failed."""
-    if error.errno not in _FULL:
-        return FeedfastError(f"{target}: cannot be written: {error.strerror}")
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
-        return FeedfastError(
-            f"{target}: no room for {size} bytes ({error.strerror}; {free} bytes free on its file system). "
-            "What is committed stays valid: make room and run the same command again"
-        )
-    return FeedfastError(f"{target}: no room for {size} bytes ({error.strerror})")
+class Store:
+    """The objects, logs and locks of one cache: files below a folder, which need not exist before `make`.
 
-
-def publish_json(root: Path, target: Path, content: dict[str, Any], owner: str) -> bool:
-    """Publish a JSON file unless it already holds exactly this; whether it was written."""
-    data = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
-    with contextlib.suppress(OSError):
-        if target.stat().st_size == len(data) and target.read_bytes() == data:
-            return False
-    publish(root, target, [data], owner)
-    return True
-
-
-def remove_stale(root: Path, *, part: tuple[int, int] | None) -> int:
-    """Remove temporary files of dead writers; how many there were.
-
-    The caller holds the lock that makes them dead: of ``part`` (then also those of any other division into parts,
-    which cannot be at work), or, for None, of the manifest.
+    Keys are relative paths with ``/``, made by this program: a key read from a file must be checked first.
     """
-    removed = 0
-    for file in (root / COMMITS).glob(".tmp-*"):
-        words = file.name.split("-")  # .tmp-part-I-of-N-PID-COUNT or .tmp-manifest-PID-COUNT
-        if part is None:
-            dead = words[1] == "manifest"
-        else:
-            dead = words[1] == "part" and (words[4] != str(part[1]) or words[2] == str(part[0]))
-        if dead:
-            file.unlink(missing_ok=True)
-            removed += 1
-    return removed
+
+    def __init__(self, place: str | Path) -> None:
+        self.root = Path(place)
+        self._prefix = os.path.join(place, "")  # the hot path opens by string
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    def where(self, key: str = "") -> str:
+        """What a message calls an object, or the whole store."""
+        return str(self.root / key)
+
+    # ---- reading
+
+    def open(self, key: str) -> Object:
+        """Open an object.
+
+        Raises:
+            OSError: there is none, or it cannot be opened.
+        """
+        return Object(self._prefix + key)
+
+    def read(self, key: str) -> bytes:
+        """The whole of an object or log.
+
+        Raises:
+            OSError: there is none, or it cannot be read.
+        """
+        found = self.open(key)
+        data = bytearray(found.size)
+        return bytes(data[: found.read([memoryview(data)], 0)])
+
+    def size(self, key: str) -> int:
+        """Bytes of an object, without opening it.
+
+        Raises:
+            OSError: there is none.
+        """
+        return os.stat(self._prefix + key).st_size
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names directly in a folder, of objects and of folders, sorted; none if there is no such folder.
+
+        Raises:
+            RequestError: the place is no folder, or cannot be looked into.
+        """
+        path = self.root / folder
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            file = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+            raise RequestError(f"{path}: expected a directory or nothing, found a file at {file}") from None
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be listed: {error.strerror}") from error
+
+    # ---- writing
+
+    def make(self) -> None:
+        """Make the place itself, so that objects can be put there.
+
+        Raises:
+            RequestError: it cannot be made.
+        """
+        try:
+            make_dirs(self.root.absolute() / COMMITS)
+        except OSError as error:
+            raise RequestError(f"{self.root}: cannot be made: {error.strerror}") from error
+
+    def put(self, key: str, parts: Parts, owner: str) -> None:
+        """Write an object whole and durably, in place of any older one.
+
+        Args:
+            key: its key.
+            parts: its content as buffers of bytes, written one after another.
+            owner: who writes it, for `sweep`.
+
+        Raises:
+            FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.
+        """
+        target = self.root / key
+        # All temporary files lie in one folder, so that what a killed writer left is found by listing it.
+        temporary = self.root / COMMITS / f".tmp-{owner}-{os.getpid()}-{next(_temporary)}"
+        try:
+            make_dirs(target.parent)
+        except OSError as error:
+            raise write_error(error, target, sum(len(part) for part in parts)) from error
+        replace_file(target, parts, temporary=temporary)
+
+    def sweep(self, dead: Callable[[str], bool]) -> None:
+        """Remove what unfinished `put` calls left behind, of all owners of whom ``dead`` is true."""
+        for name in self.names(COMMITS):
+            if name.startswith(".tmp-") and dead(name.removeprefix(".tmp-").rsplit("-", 2)[0]):
+                (self.root / COMMITS / name).unlink(missing_ok=True)
+
+    def open_log(self, key: str, sound_bytes: Callable[[bytes], int]) -> Log | None:
+        """Open a log for appending, or make it; None while another process has it open.
+
+        Args:
+            key: its key.
+            sound_bytes: given what the log holds, the length of its sound part; the torn line after that is cut off.
+        """
+        file = self.root / key
+        new = not file.exists()
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, fd)
+            if not _flock(fd, fcntl.LOCK_EX):
+                return None
+            if new:
+                os.fsync(fd)
+                fsync_dir(file.parent)
+            data = file.read_bytes()
+            sound = sound_bytes(data)
+            if sound < len(data):
+                os.ftruncate(fd, sound)
+                os.fsync(fd)
+            undo.pop_all()
+        return Log(fd, file)
+
+    # ---- locks
+
+    # `flock`: the kernel releases it when a writer dies, however it dies. Some network file systems emulate it only
+    # between processes of one machine; then nothing guards against two machines that are given the same part.
+
+    def lock(self, key: str, *, patience_s: float = 0.0) -> Lock | None:
+        """Take a lock, waiting for it up to ``patience_s`` seconds; None if another holds it for that long."""
+        fd = os.open(self.root / key, os.O_RDWR | os.O_CREAT, 0o644)
+        if _flock(fd, fcntl.LOCK_EX, patience_s=patience_s):
+            return Lock(fd)
+        os.close(fd)
+        return None
+
+    def join(self, key: str, value: str) -> Lock | str:
+        """Share a lock with all who mean the same ``value`` by it; the first of them writes it down.
+
+        Returns:
+            The shared lock, or, while others hold it who mean something else, the value they mean.
+        """
+        fd = os.open(self.root / key, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + 1.0
+        while True:
+            if _flock(fd, fcntl.LOCK_EX):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, value.encode(), 0)
+            # An exclusive lock is released for a moment where it becomes a shared one: what counts is read after that.
+            shared = _flock(fd, fcntl.LOCK_SH, patience_s=0.2)
+            found = os.pread(fd, 32, 0).decode(errors="replace")
+            if shared and found == value:
+                return Lock(fd)
+            if time.monotonic() > deadline:
+                os.close(fd)
+                return found
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            time.sleep(0.02)
 
 
-def take_lock(fd: int, operation: int, *, patience_s: float = 0.0) -> bool:
-    """Try to ``flock`` an open file, for up to ``patience_s`` seconds; whether it succeeded."""
+def open_store(place: str | Path | Store) -> Store:
+    """The store at a place; a store is returned as it is."""
+    return place if isinstance(place, Store) else Store(place)
+
+
+def _flock(fd: int, operation: int, *, patience_s: float = 0.0) -> bool:
+    """Try to lock an open file, for up to ``patience_s`` seconds; whether it succeeded."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -176,49 +308,3 @@ def take_lock(fd: int, operation: int, *, patience_s: float = 0.0) -> bool:
             time.sleep(0.02)
         else:
             return True
-
-
-@contextlib.contextmanager
-def manifest_lock(root: Path) -> Iterator[None]:
-    """Held while the manifest, array metadata or small arrays are changed: moments, so waiting for it is fine.
-
-    Raises:
-        FeedfastError: another process held it for a minute.
-    """
-    file = root / COMMITS / ".lock-manifest"
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not take_lock(fd, fcntl.LOCK_EX, patience_s=_LOCK_PATIENCE_S):
-            raise FeedfastError(f"{file}: another process has been changing this cache for {_LOCK_PATIENCE_S:.0f} s")
-        yield
-    finally:
-        os.close(fd)
-
-
-def lock_split(root: Path, parts: int) -> int:
-    """Join the writers that divide a cache into ``parts``; the descriptor that holds the place.
-
-    Parts are told apart by number, so all writers at work must mean the same division. The first of them writes it
-    down.
-
-    Raises:
-        RequestError: writers of another division are at work.
-    """
-    fd = os.open(root / COMMITS / ".lock-split", os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + 1.0
-    while True:
-        if take_lock(fd, fcntl.LOCK_EX):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, str(parts).encode(), 0)
-        # Turning an exclusive lock into a shared one lets go for a moment: what counts is read under the latter.
-        shared = take_lock(fd, fcntl.LOCK_SH, patience_s=0.2)
-        found = os.pread(fd, 32, 0).decode(errors="replace")
-        if shared and found == str(parts):
-            return fd
-        if time.monotonic() > deadline:
-            os.close(fd)
-            raise RequestError(
-                f"{root}: expected a division into {parts} part(s), found writers at work on one of {found}"
-            )
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        time.sleep(0.02)

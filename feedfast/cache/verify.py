@@ -25,9 +25,10 @@ import numpy as np
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.codec import crc32c
 from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import Commit, Problem, problem, read_log
-from feedfast.cache.reader import check_log, read_manifest
-from feedfast.cache.shards import ArrayView, CommittedFile, Shard, read_small, scratch
+from feedfast.cache.log import Commit, Problem, check_log, object_key, problem, read_log
+from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.shards import ArrayView, CommittedObject, OpenShard, read_small, thread_buffer
+from feedfast.cache.store import Store, open_store
 from feedfast.errors import CacheDamageError
 
 _PIECE_BYTES = 4 << 20  # 4 MiB: what is hashed at a time
@@ -35,12 +36,12 @@ _THREADS = 2
 
 
 def verify_cache(
-    path: str | Path, *, full: bool = False, progress: Callable[[int, int], None] | None = None
+    place: str | Path | Store, *, full: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
     """All problems of a cache; an empty list means that it is complete and sound.
 
     Args:
-        path: the cache's folder.
+        place: the cache's folder.
         full: read and check every byte, not just lengths.
         progress: called with (bytes checked, bytes in all) of the full check, from the calling thread.
 
@@ -49,20 +50,20 @@ def verify_cache(
         ``path`` and ``block`` where known. Sorted as the arrays are written, then by shard.
 
     Raises:
-        RequestError: there is no cache at ``path``.
+        RequestError: there is no cache at ``place``.
     """
-    root = Path(path)
+    store = open_store(place)
     try:
-        manifest = read_manifest(root)
+        manifest = read_manifest(store)
     except CacheDamageError as error:
         return error.problems
     specs = array_specs(manifest)
-    log = read_log(root)
+    log = read_log(store)
     problems = check_log(manifest, specs, log)
     broken = {(entry["array"], entry["shard"]) for entry in problems}
     tasks: list[tuple[ArrayView, int, Commit]] = []
     for spec in specs.values():
-        problems += _check_metadata(root, spec)
+        problems += _check_metadata(store, spec)
         known = {}
         for commit in log.of(spec.name):
             if (commit.array, commit.shard) not in broken:
@@ -70,7 +71,7 @@ def verify_cache(
         for view in range(spec.num_views):
             sizes = {shard: known[view, shard].bytes for shard in range(spec.num_shards) if (view, shard) in known}
             sums = {shard: known[view, shard].block_sums for shard in sizes}
-            source = ArrayView(spec, root / spec.name, view, sizes, sums)
+            source = ArrayView(spec, store, view, sizes, sums)
             for shard in range(spec.num_shards):
                 commit_of = known.get((view, shard))
                 key = spec.key(view, shard)
@@ -89,27 +90,26 @@ def verify_cache(
     return problems
 
 
-def _check_metadata(root: Path, spec: ArraySpec) -> Iterator[Problem]:
+def _check_metadata(store: Store, spec: ArraySpec) -> Iterator[Problem]:
     """Another Zarr reader believes the array's own `zarr.json`: it must say what the manifest says."""
-    file = root / spec.name / "zarr.json"
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(store.read(object_key(spec.name, ROOT)))
     except (OSError, ValueError, RecursionError) as error:
-        yield problem(spec.name, "zarr.json", "metadata", f"cannot be read: {error}")
+        yield problem(spec.name, ROOT, "metadata", f"cannot be read: {error}")
         return
     expected = spec.zarr_metadata()
     if not isinstance(found, dict):
-        yield problem(spec.name, "zarr.json", "metadata", f"expected an object, found {type(found).__name__}")
+        yield problem(spec.name, ROOT, "metadata", f"expected an object, found {type(found).__name__}")
         return
     for key in expected.keys() - {"attributes"}:
         if found.get(key) != expected[key]:
             detail = f"{key}: expected {json.dumps(expected[key])}, found {json.dumps(found.get(key))[:200]}"
-            yield problem(spec.name, "zarr.json", "metadata", detail)
+            yield problem(spec.name, ROOT, "metadata", detail)
 
 
 def _check_object(source: ArrayView, number: int, commit: Commit, *, full: bool) -> Iterator[Problem]:
     try:
-        file = CommittedFile(source, number)
+        file = CommittedObject(source, number)
         if not full:
             return
         found = list(_check_blocks(source, number))
@@ -128,9 +128,9 @@ def _check_blocks(source: ArrayView, number: int) -> Iterator[Problem]:
         if holds_fill(spec, data.view(spec.dtype)):
             yield from source.damage("fill", number, "a committed value is the fill value").problems
         return
-    shard = Shard(source, number)
+    shard = OpenShard(source, number)
     first = number * spec.blocks_per_shard
-    buffer = scratch("block", spec.block_bytes)
+    buffer = thread_buffer("block", spec.block_bytes)
     for block in range(first, first + spec.real_blocks(number)):
         try:
             shard.read([block], buffer)
@@ -138,7 +138,7 @@ def _check_blocks(source: ArrayView, number: int) -> Iterator[Problem]:
             yield from error.problems
 
 
-def _hash_differences(file: CommittedFile, commit: Commit) -> str:
+def _hash_differences(file: CommittedObject, commit: Commit) -> str:
     piece = np.empty(min(_PIECE_BYTES, max(1, file.size)), np.uint8)
     crc, sha = 0, hashlib.sha256()
     for offset in range(0, file.size, len(piece)):

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from feedfast.report.run import figure_html, page, read_metrics, show, table_html, write_page
+from feedfast.files import write_text
+from feedfast.report.run import figure_html, page, read_metrics, show, table_html
 
 log = logging.getLogger(__name__)
 
@@ -62,5 +63,5 @@ def write_comparison(
     body = table_html(rows) + figure_html(figure)
     for name, value in details.items():
         body += f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=2))}</pre>"
-    write_page(path, page(title, body))
+    write_text(path, page(title, body))
     return path

@@ -1,6 +1,6 @@
 """What a run leaves for people: metrics.jsonl, TensorBoard events and one self-contained report.html.
 
-``metrics.jsonl`` is the source: one JSON object a row, always with ``step``. On resume, rows from after the
+``metrics.jsonl`` is the source: one JSON object per row, always with ``step``. On resume, rows from after the
 checkpoint are dropped, so the file reads like that of an uninterrupted run. The report is drawn from that file
 alone and can be drawn again at any time.
 """
@@ -12,11 +12,11 @@ import contextlib
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from feedfast.errors import FeedfastError
+from feedfast.files import wrap_write_errors, write_text
 
 STYLE = """\
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
@@ -36,11 +36,11 @@ class EventLog:
 
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_page(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = kept
-        with written(self.path):
+        with wrap_write_errors(self.path):
             self._file = self.path.open("a")
-        with written(out / "tensorboard"):
+        with wrap_write_errors(out / "tensorboard"):
             self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -51,10 +51,10 @@ class EventLog:
         """
         row = {"step": step, **values}
         self._rows.append(row)
-        with written(self.path):
+        with wrap_write_errors(self.path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        with written(self.path.parent / "tensorboard"):
+        with wrap_write_errors(self.path.parent / "tensorboard"):
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
@@ -67,33 +67,6 @@ class EventLog:
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):
                 file.close()
-
-
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turns a failure to write ``path`` into the one sentence that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise FeedfastError(
-            f"{path}: cannot be written: {error.strerror or error}; the same command continues when it can"
-        ) from error
-
-
-def write_page(path: Path, text: str) -> None:
-    """Replace a text file; on a full disk the old one stays.
-
-    Raises:
-        FeedfastError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with written(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -177,5 +150,5 @@ def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any]
     body = table_html([{"figure": key, "value": value} for key, value in result.items()])
     body += figure_html(curves(rows)) + "<h2>Recipe</h2><pre>" + html.escape(json.dumps(recipe, indent=2)) + "</pre>"
     path = out / "report.html"
-    write_page(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
+    write_text(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
     return path

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from feedfast.errors import FeedfastError
-from feedfast.stages.common import write_durably
+from feedfast.files import replace_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -32,7 +32,7 @@ def save_checkpoint(
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_durably(out / CHECKPOINT, buffer.getvalue())
+    replace_file(out / CHECKPOINT, [buffer.getbuffer()])
 
 
 def load_checkpoint(out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer) -> int:

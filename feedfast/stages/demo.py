@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from feedfast.files import write_json
 from feedfast.recipe import parse_recipe
 from feedfast.report.compare import print_table, write_comparison
 from feedfast.stages.audit import run_verify
-from feedfast.stages.common import write_json
 from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
 from feedfast.stages.progress import format_bytes

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from feedfast.errors import FeedfastError, RequestError
+from feedfast.files import write_json
 from feedfast.recipe import Recipe
 from feedfast.stages.checkpoint import CHECKPOINT
-from feedfast.stages.common import write_json
 
 RECIPE = "recipe.json"
 RESULTS = (CHECKPOINT, "student.pt", "metrics.jsonl", "result.json", "report.html")

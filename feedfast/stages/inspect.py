@@ -21,12 +21,13 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
+from feedfast.files import write_text
 from feedfast.methods import METHODS, method_named
 from feedfast.methods.base import expected_words
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
-from feedfast.report.run import figure_html, page, table_html, write_page
+from feedfast.report.run import figure_html, page, table_html
 from feedfast.stages.audit import plan_of, recipe_of, stored_values
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
@@ -96,7 +97,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
         body = f"{table_html(rows)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
-        write_page(report, page(f"Cache {cache}", body))
+        write_text(report, page(f"Cache {cache}", body))
         document["report"] = str(report)
     return document
 

@@ -15,12 +15,13 @@ the same pixels.
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from torch import Tensor
 from feedfast.cache import names
 from feedfast.cache.codec import crc32c
 from feedfast.cache.create import open_for_writing, refuse_foreign
-from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
-from feedfast.cache.log import COMMITS, Commit, cache_digest, object_path, read_log
+from feedfast.cache.layout import ArraySpec, array_specs
+from feedfast.cache.log import cache_digest, check_length, object_key, read_log
+from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.pending import Pending
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
-from feedfast.cache.store import ROOT, read_manifest
+from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -95,7 +98,7 @@ class OfflineRun:
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
             arrays = {names.codes(name, tap) for name, teacher in self.teachers.items() for tap in teacher.shapes}
-            work = _Work(manifest, writer, arrays | {names.PIXELS})
+            work = writer.pending(arrays | ({names.PIXELS} & writer.specs.keys()))
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             resumed = manifest.num_rows * manifest.views - total
             there = f", {resumed:,} rows already there" if resumed else ""
@@ -186,7 +189,12 @@ class OfflineRun:
 
     def _fit(self, held: Manifest | None, block_rows: int) -> dict[tuple[str, str], Fitted]:
         """Pilot for the taps the cache does not have yet, and for those whose scale is lost or was never written."""
-        durable = {commit.array for commit in read_log(self.path).commits.values() if self._is_there(commit)}
+        cache = Store(self.path)
+        durable = {
+            commit.array
+            for commit in read_log(cache).commits.values()
+            if check_length(commit.bytes, partial(cache.size, object_key(commit.array, commit.shard))) is None
+        }
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
@@ -205,13 +213,6 @@ class OfflineRun:
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
         return out
-
-    def _is_there(self, commit: Commit) -> bool:
-        """Whether a committed object still has its length."""
-        try:
-            return object_path(self.path, commit.array, commit.shard).stat().st_size == commit.bytes
-        except OSError:
-            return False
 
     def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
         request = self.teachers[name].requests[tap].tap
@@ -256,7 +257,7 @@ class OfflineRun:
         return np.stack(columns)
 
     def _view(
-        self, manifest: Manifest, writer: CacheWriter, work: _Work, view: int, rows: np.ndarray, meter: Meter
+        self, manifest: Manifest, writer: CacheWriter, work: Pending, view: int, rows: np.ndarray, meter: Meter
     ) -> None:
         """Run the batches of one view."""
         checksums = _PixelChecksums(manifest.block_rows, manifest.num_rows)
@@ -265,7 +266,7 @@ class OfflineRun:
             pixels = batch.images.cpu().numpy()
             sums = checksums.add(start, pixels)
             if manifest.images == "stored":
-                work.append(names.PIXELS, view, start, pixels, 0, None)
+                writer.append(names.PIXELS, view, start, pixels)
             for name, teacher in self.teachers.items():
                 arrays = {tap: names.codes(name, tap) for tap in teacher.shapes}
                 if not any(work.lacks(array, view, start, stop) for array in arrays.values()):
@@ -274,7 +275,8 @@ class OfflineRun:
                 for tap, array in arrays.items():
                     if work.lacks(array, view, start, stop):
                         codes, saturated = self._codes(manifest.teachers[name], tap, maps[tap], view, start)
-                        work.append(array, view, start, codes, saturated, sums if tap == LOGITS else None)
+                        of_pixels = sums if tap == LOGITS else None
+                        writer.append(array, view, start, codes, saturated=saturated, pixel_crc32c=of_pixels)
             meter.advance(len(batch.rows), f"{format_bytes(writer.bytes_written)} written")
 
     def _codes(self, teacher: TeacherInfo, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
@@ -330,62 +332,6 @@ class OfflineRun:
         }
 
 
-class _Work:
-    """What a job still has to write: the missing shards of its part and of its ``arrays``, as rows."""
-
-    def __init__(self, manifest: Manifest, writer: CacheWriter, arrays: set[str]) -> None:
-        self.manifest, self.writer = manifest, writer
-        specs = array_specs(manifest)
-        self.specs = {name: spec for name, spec in specs.items() if name in arrays}
-        unit = unit_rows(specs)
-        units = -(-manifest.num_rows // unit)
-        index, parts = writer.part
-        self.missing = {
-            name: {
-                (view, shard)
-                for view, shard in writer.missing(name)
-                if (view * units + spec.shard_span(shard)[0] // unit) % parts == index
-            }
-            for name, spec in self.specs.items()
-        }
-
-    def batches(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(view, rows) with whole batches, cut at multiples of ``size``, that touch a missing shard."""
-        count = self.manifest.num_rows
-        for view in range(self.manifest.views):
-            needed = np.zeros(-(-count // size), dtype=bool)
-            for name, spec in self.specs.items():
-                for owner, shard in self.missing[name]:
-                    if owner == view:
-                        start, stop = spec.shard_span(shard)
-                        needed[start // size : -(-stop // size)] = True
-            if needed.any():
-                yield view, np.flatnonzero(np.repeat(needed, size)[:count])
-
-    def lacks(self, array: str, view: int, start: int, stop: int) -> bool:
-        """Whether rows [start, stop) touch a missing shard of ``array``."""
-        return any(True for _ in self._spans(array, view, start, stop))
-
-    def append(
-        self, array: str, view: int, start: int, rows: np.ndarray, saturated: int, sums: dict[int, str] | None
-    ) -> None:
-        """Hand over what belongs to missing shards of ``array``; the saturated count goes with the first piece."""
-        blocks_per_shard = self.specs[array].blocks_per_shard
-        for shard, first, last in self._spans(array, view, start, start + len(rows)):
-            ours = None if sums is None else [crc for block, crc in sums.items() if block // blocks_per_shard == shard]
-            self.writer.append(
-                array, view, first, rows[first - start : last - start], saturated=saturated, pixel_crc32c=ours
-            )
-            saturated = 0
-
-    def _spans(self, array: str, view: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        spec = self.specs[array]
-        for shard in range(start // spec.shard_rows, (stop - 1) // spec.shard_rows + 1):
-            if (view, shard) in self.missing[array]:
-                low, high = spec.shard_span(shard)
-                yield shard, max(low, start), min(high, stop)
-
-
 class _PixelChecksums:
     """crc32c of every block of rows, over the decoded pixels, as batches of any size come by."""
 
@@ -431,6 +377,7 @@ def _log_fitted(teacher: str, info: TapInfo) -> None:
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Serialize the preparation of jobs that start together on one cache: the first fits, the others find it done."""
     ensure_dir(path / COMMITS, "cache.path")
-    with open(path / COMMITS / ".lock-prepare", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = Store(path).lock(f"{COMMITS}/.lock-prepare", patience_s=math.inf)
+    assert lock is not None
+    with lock:
         yield

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from feedfast.cache.codec import compress_block, fit_affine
 from feedfast.cache.create import refuse_foreign
-from feedfast.cache.log import COMMITS, read_log
+from feedfast.cache.log import read_log
 from feedfast.cache.schema import CodecName, auto_block_rows
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
@@ -94,7 +94,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     teachers_ms = _median_ms(lambda: [teacher(images) for teacher in teachers.values()])
     student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
     path = Path(recipe.cache.path)
-    present = sum(commit.bytes for commit in read_log(path).commits.values()) if (path / COMMITS).is_dir() else 0
+    present = sum(commit.bytes for commit in read_log(path).commits.values())
     total = sum(entry["bytes"] for entry in targets.values()) + VIEW_ROW * rows + 4 * len(data)  # labels: int32
     standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(standing).free

@@ -25,11 +25,11 @@ from torch import nn
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
+from feedfast.files import replace_file, write_json
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint
-from feedfast.stages.common import write_durably, write_json
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.ensemble import Normalize
 from feedfast.stages.evaluate import BATCH, evaluate
@@ -232,7 +232,7 @@ class StudentRun:
         if self.me.first:
             buffer = io.BytesIO()
             torch.save({name: value.cpu() for name, value in self.trainer.student.state_dict().items()}, buffer)
-            write_durably(self.out / "student.pt", buffer.getvalue())
+            replace_file(self.out / "student.pt", [buffer.getbuffer()])
             write_json(held, result)
             write_report(self.out, result, self.recipe.model_dump(mode="json"))
         return result

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from feedfast.cache.assemble import Shard, encode_shard
+from feedfast.cache.assemble import ShardBuffer, encode_shard
 from feedfast.cache.codec import (
     TOP_CODE,
     choose_compression,
@@ -305,7 +305,7 @@ def test_a_shard_is_what_zarr_packs(compression: Compression) -> None:
     )
     array[0, :40] = rows[:40]
     (theirs,) = (data.to_bytes() for key, data in store._store_dict.items() if key.startswith("c/"))
-    assert b"".join(encode_shard(Shard(spec, 0, 0, rows, filled=40))) == theirs
+    assert b"".join(encode_shard(ShardBuffer(spec, 0, 0, rows, filled=40))) == theirs
 
 
 @pytest.mark.parametrize(

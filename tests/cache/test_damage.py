@@ -310,11 +310,11 @@ def test_the_error_comes_with_its_batch_and_stops_the_threads(cache: Cache) -> N
 
 
 def test_an_error_that_is_not_damage_reaches_the_consumer_too(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    from feedfast.cache.shards import Shard
+    from feedfast.cache.shards import OpenShard
 
     def broken(*_: object) -> None:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(Shard, "read", broken)
+    monkeypatch.setattr(OpenShard, "read", broken)
     with pytest.raises(MemoryError, match="none left"):
         list(CacheReader(cache[0]).stream([RAW], 0))

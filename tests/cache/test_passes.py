@@ -20,6 +20,7 @@ from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.schema import Manifest, differences, merge
 from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
 from feedfast.cache.shards import ArrayView
+from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.data.views import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes
 from feedfast.errors import CacheDamageError
@@ -53,7 +54,9 @@ def store(folder: Path, spec: ArraySpec, values: Array) -> ArrayView:
     )  # fmt: skip
     array[0, : spec.rows] = values
     keys = [spec.key(0, shard) for shard in range(spec.num_shards)]
-    return ArrayView(spec, folder, 0, {shard: (folder / key).stat().st_size for shard, key in enumerate(keys)})
+    return ArrayView(
+        spec, Store(folder.parent), 0, {shard: (folder / key).stat().st_size for shard, key in enumerate(keys)}
+    )
 
 
 class CountedPool(BufferPool):
@@ -81,7 +84,7 @@ def times_read(sources: list[ArrayView], reads: dict[int, list[tuple[int, int]]]
     for source in sources:
         for shard, size in source.sizes.items():
             edges = np.zeros(size + 1, np.int64)
-            for offset, length in reads[os.stat(source.path(shard)).st_ino]:
+            for offset, length in reads[os.stat(source.store.where(source.object_key(shard))).st_ino]:
                 edges[offset] += 1
                 edges[offset + length] -= 1
             counts.append(np.cumsum(edges)[: size - index_length(source.spec.blocks_per_shard)])
@@ -155,7 +158,7 @@ def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path
     ]
     spec = sources[damaged].spec
     block = 130 // spec.block_rows
-    file = sources[damaged].path(0)
+    file = Path(sources[damaged].store.where(sources[damaged].object_key(0)))
     content = bytearray(file.read_bytes())
     content[content.find(values[spec.name][130].tobytes())] ^= 1
     file.write_bytes(content)
@@ -221,7 +224,7 @@ def dry_pass(
     Fails unless every block that is wanted is read at all.
     """
     specs = [spec_of(f"a{k}", size, block, len(order)) for k, (size, block) in enumerate(arrays)]
-    sources = [ArrayView(spec, Path(), 0, {}) for spec in specs]
+    sources = [ArrayView(spec, Store("."), 0, {}) for spec in specs]
     stream = Stream(sources, order, batch_size, max_buffer_bytes=bound, **options)
     wanted = order[options.get("start_batch", 0) * batch_size :]
     dry = Dry(sources, batch_size, len(wanted))

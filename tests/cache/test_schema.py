@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from feedfast.cache.layout import array_specs, shard_rows_for, unit_rows
-from feedfast.cache.log import Commit, cache_digest, check_commit, collect, log_name, object_path, parse_log, read_log
+from feedfast.cache.log import Commit, cache_digest, check_commit, collect, log_name, object_key, parse_log, read_log
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, auto_block_rows, describe_differences, differences, merge
 from feedfast.errors import CacheDamageError, CacheMismatchError
@@ -442,7 +442,7 @@ def test_digest_depends_on_objects_alone(tmp_path: Path) -> None:
     with (folder / log_name((0, 2))).open("a") as file:
         file.write(make_commit(5, rows=(160, 170)).to_line())
     assert cache_digest(tmp_path / "two") not in digests
-    assert object_path(tmp_path, FINAL, "c/0/1/0/0/0") == tmp_path / FINAL / "c/0/1/0/0/0"
+    assert object_key(FINAL, "c/0/1/0/0/0") == f"{FINAL}/c/0/1/0/0/0"
 
 
 def _fields(commit: Commit) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cache_samples import (
     make_tap,
     make_teacher,
     memory_path,
+    object_path,
     rows_of,
     small_values,
     stamps,
@@ -37,11 +38,11 @@ from cache_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feedfast.cache import writer as writer_module
 from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import cache_digest, object_path, read_log
+from feedfast.cache.log import cache_digest, read_log
+from feedfast.cache.manifest import read_manifest
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import read_manifest
+from feedfast.cache.store import Store
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
 
@@ -209,7 +210,7 @@ def test_pixel_checksums_and_saturation_reach_the_log(tmp_path: Path) -> None:
             stop = min(start + 20, 70)
             ends = [block for block in range(9) if start < min(8 * block + 8, 70) <= stop]
             writer.append(
-                FINAL, 0, start, rows_of(spec, 0, start, stop), saturated=1, pixel_crc32c=[f"{b:08x}" for b in ends]
+                FINAL, 0, start, rows_of(spec, 0, start, stop), saturated=1, pixel_crc32c={b: f"{b:08x}" for b in ends}
             )
     commits = sorted(read_log(tmp_path / "c").of(FINAL), key=lambda commit: commit.rows)
     assert [commit.rows for commit in commits] == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 70)]
@@ -285,7 +286,7 @@ def test_rows_must_fit_and_follow(tmp_path: Path) -> None:
             lambda: give(0, 8, np.zeros((8, 3, 2, 5), np.int8)),
             lambda: give(0, 8, array="targets/a/other/codes"),
             lambda: give(0, 8, array="samples/label"),
-            lambda: give(0, 8, pixel_crc32c=["a", "b"]),
+            lambda: give(0, 8, pixel_crc32c={0: "a", 1: "b"}),
             lambda: writer.put(FINAL, np.zeros(3)),
             lambda: writer.put("samples/label", np.zeros(70, np.int64)),
             lambda: writer.put("samples/label", np.zeros(69, np.int32)),
@@ -350,13 +351,13 @@ def test_memory_stays_flat_when_the_disk_is_slow(tmp_path: Path, monkeypatch: py
             make_teacher("a", make_tap("final", (64, 8, 8))), rows=6_016, views=1, block_rows=64, shard_bytes=shard
         ),
     )
-    real = writer_module.publish
+    real = Store.put
 
     def slow(*args: Any) -> None:
         time.sleep(0.004)
         real(*args)
 
-    monkeypatch.setattr(writer_module, "publish", slow)
+    monkeypatch.setattr(Store, "put", slow)
     batch = np.ones((64, 8, 8, 64), np.uint8)
     tracemalloc.start()
     try:

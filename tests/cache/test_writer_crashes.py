@@ -23,6 +23,7 @@ from cache_samples import (
     make_tap,
     make_teacher,
     memory_path,
+    object_path,
     objects,
     rows_of,
     small_values,
@@ -31,9 +32,10 @@ from cache_samples import (
     tiny,
 )
 
+from feedfast.cache.create import manifest_lock
 from feedfast.cache.layout import array_specs
-from feedfast.cache.log import COMMITS, cache_digest, object_path, read_log
-from feedfast.cache.store import manifest_lock, take_lock
+from feedfast.cache.log import cache_digest, read_log
+from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, FeedfastError, RequestError
 
@@ -204,14 +206,15 @@ def test_the_same_part_twice_and_mixed_divisions_are_refused(tmp_path: Path) -> 
 
 def test_the_manifest_lock_excludes_and_is_waited_for(tmp_path: Path) -> None:
     open_for_writing(tmp_path / "c", tiny())
-    fd = os.open(tmp_path / "c" / COMMITS / ".lock-manifest", os.O_RDWR)
-    with manifest_lock(tmp_path / "c"):
-        assert not take_lock(fd, 2)
+    other, key = Store(tmp_path / "c"), f"{COMMITS}/.lock-manifest"
+    with manifest_lock(Store(tmp_path / "c")):
+        assert other.lock(key) is None
         start = time.monotonic()
-        assert not take_lock(fd, 2, patience_s=0.1)
+        assert other.lock(key, patience_s=0.1) is None
         assert time.monotonic() - start >= 0.1
-    assert take_lock(fd, 2)
-    os.close(fd)
+    taken = other.lock(key)
+    assert taken is not None
+    taken.close()
 
 
 # ---- out of space

@@ -32,6 +32,11 @@ def memory_path() -> Iterator[Path]:
         yield Path(folder)
 
 
+def object_path(root: Path, array: str, shard: str) -> Path:
+    """The file of an object, put together here and not by the code under test."""
+    return Path(root, array, shard)
+
+
 def make_tap(name: str, shape: tuple[int, ...] = (5, 3, 2), codec: str = "u8", **fields: Any) -> TapInfo:
     return TapInfo(name=name, path=f"layers.{name}", position="pre", shape=shape, codec=codec, **fields)
 
@@ -116,9 +121,10 @@ def small_values(spec: ArraySpec) -> np.ndarray:
 def append_missing(writer: CacheWriter, part: tuple[int, int] = (0, 1), batch: int = 20) -> None:
     specs = {name: spec for name, spec in writer.specs.items() if spec.sharded}
     unit = unit_rows(writer.specs)
+    units = -(-writer.manifest.num_rows // unit)
     todo = sorted({(v, s * spec.shard_rows // unit) for name, spec in specs.items() for v, s in writer.missing(name)})
     for view, number in todo:
-        if number % part[1] != part[0]:
+        if (view * units + number) % part[1] != part[0]:
             continue
         stop = min((number + 1) * unit, writer.manifest.num_rows)
         for start in range(number * unit, stop, batch):

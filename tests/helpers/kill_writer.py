@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache_samples import fill_cache, make_manifest, make_tap, make_teacher, objects
+from cache_samples import fill_cache, make_manifest, make_tap, make_teacher, object_path, objects
 
-from feedfast.cache.log import cache_digest, object_path, read_log
+from feedfast.cache.log import cache_digest, read_log
 
 MANIFEST = make_manifest(make_teacher("a", make_tap("final"), make_tap("zip", compression="zstd")), rows=70)
 

@@ -1,0 +1,55 @@
+"""The manifest as it lies in a cache: in the attributes of the root group's `zarr.json`, read with suspicion.
+
+Its size is checked before it is read, and everything in it by `feedfast.cache.schema`. `feedfast.cache.create` writes
+it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+from feedfast.cache.log import problem
+from feedfast.cache.schema import Manifest
+from feedfast.cache.store import Store, open_store
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+
+ROOT: Final = "zarr.json"
+MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
+
+
+def read_manifest(place: str | Path | Store) -> Manifest:
+    """The manifest of a cache.
+
+    Raises:
+        RequestError: there is no cache at ``place``.
+        CacheMismatchError: it is of another format.
+        CacheDamageError: what is there is no sound manifest, or an implausibly large one (kind ``manifest``).
+    """
+    store = open_store(place)
+    file = store.where(ROOT)
+    try:
+        size = store.size(ROOT)
+        if size > MAX_MANIFEST_BYTES:
+            raise _damage(f"{file}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
+        data = store.read(ROOT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RequestError(f"{store.where()}: expected a feedfast cache, found no {ROOT} in it") from None
+    except OSError as error:
+        raise _damage(f"{file}: cannot be read: {error.strerror}") from error
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _damage(f"{file}: not readable as JSON: {error}") from error
+    attributes = content.get("attributes") if isinstance(content, dict) else None
+    try:
+        return Manifest.from_attrs(attributes if isinstance(attributes, dict) else {})
+    except CacheMismatchError as error:
+        raise CacheMismatchError(f"{file}: {error}") from error
+    except CacheDamageError as error:
+        raise _damage(f"{file}: {error}") from error
+
+
+def _damage(message: str) -> CacheDamageError:
+    return CacheDamageError(message, [problem("", ROOT, "manifest", message)])
