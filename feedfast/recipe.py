@@ -94,7 +94,7 @@ class Teacher(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     taps: tuple[str, ...] = Field(
         (),
-        description='groups ("final", "ofd", "ofd+margin", "stage") or "name=module.path:pre"; () = what the method needs',
+        description='groups ("final", "ofd", "ofd+margin", "stage") or "name=module.path:pre"; () = what methods need',
     )
     mean: Triple | None = None
     std: Positives | None = None
