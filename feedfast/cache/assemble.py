@@ -7,7 +7,7 @@ copied: their buffers are views of the gathered rows, with four bytes of crc32c 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,6 @@ class ShardBuffer:
     rows: Array
     filled: int = 0
     saturated: int = 0
-    pixel_crc32c: list[str] = field(default_factory=list)
-
-
-def block_ends(spec: ArraySpec, start: int, stop: int) -> range:
-    """Numbers of the blocks of a view whose last real row lies in [start, stop)."""
-
-    def before(row: int) -> int:
-        return -(-row // spec.block_rows) if row == spec.rows else row // spec.block_rows
-
-    return range(before(start), before(stop))
 
 
 def holds_fill(spec: ArraySpec, values: Array) -> bool:

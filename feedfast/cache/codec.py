@@ -226,6 +226,12 @@ def crc32c(data: Buffer, start: int = 0) -> int:
     return int(google_crc32c.extend(start, data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)))
 
 
+def row_sums(rows: Array) -> npt.NDArray[np.uint32]:
+    """crc32c of each row of ``rows`` [n, ...], uint32 [n]; 0xFFFFFFFF, which would read as missing, is one less."""
+    found = np.array([crc32c(np.ascontiguousarray(row)) for row in rows], np.uint32)
+    return np.minimum(found, np.uint32(0xFFFFFFFE))
+
+
 def crc_bytes(value: int) -> bytes:
     """A checksum as Zarr stores it: four bytes, little-endian."""
     return value.to_bytes(4, "little")

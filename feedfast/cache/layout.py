@@ -208,10 +208,10 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         name: str, row: tuple[int, ...], dtype: str, compression: Compression, *, sentinel: bool = True
     ) -> None:
         kind = np.dtype(dtype)
-        fill = math.nan if kind.kind == "f" else 0xFF
+        fill = math.nan if kind.kind == "f" else 2 ** (8 * kind.itemsize) - 1
         per_shard = shard_rows_for(math.prod(row) * kind.itemsize, manifest.block_rows, manifest.shard_bytes)
         padded = -(-rows // per_shard) * per_shard
-        dims = ("view", "row", "height", "width", "channel") if len(row) == 3 else ("view", "row", "channel")
+        dims = ("view", "row", *{3: ("height", "width", "channel"), 1: ("channel",), 0: ()}[len(row)])
         specs[name] = ArraySpec(
             name, (views, padded, *row), kind, fill, (1, per_shard, *row), (1, manifest.block_rows, *row),
             compression, dims, views, rows, sentinel,
@@ -221,6 +221,9 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     small(names.WINDOW, (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
     small(names.FLIP, (views, rows), "<u1", 0xFF, ("view", "row"), per_view=True)
     small(names.LABEL, (manifest.dataset.num_labels,), "<i4", -(2**31), ("sample",), per_view=False)
+    samples = (manifest.dataset.num_labels,)
+    small(names.CONTENT, samples, "<u8", 2**64 - 1, ("sample",), per_view=False)
+    sharded(names.SUMS, (), "<u4", "none")
     for teacher in manifest.teachers.values():
         for tap in teacher.taps.values():
             channels = (tap.channels + 1) // 2 if tap.codec == "u4" else tap.channels

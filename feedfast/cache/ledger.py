@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from feedfast.cache.log import (
     Problem,
     check_length,
     check_log,
+    fit_of,
     log_name,
     object_key,
     parse_log,
@@ -58,6 +58,7 @@ class Ledger:
         self.store, self.manifest, self.part = store, manifest, part
         self.specs = array_specs(manifest)
         self.commits: dict[tuple[str, str], Commit] = {}
+        self._stale: dict[tuple[str, str], Commit] = {}  # codes of another scale: their attempts count on
         self.done: dict[str, set[tuple[int, int]]] = {name: set() for name in self.specs}
         self.damaged: list[Problem] = []
         self.bytes_written = self.shards_written = 0
@@ -126,7 +127,7 @@ class Ledger:
                 f"{first['detail']}. A line that is removed from the log makes its shard be computed again",
                 problems,
             )
-        self.commits = log.commits
+        self.commits, self._stale = log.commits, log.stale
         for key, commit in log.commits.items():
             wrong = check_length(commit.bytes, partial(self.store.size, object_key(*key)))
             if wrong is not None:
@@ -161,9 +162,7 @@ class Ledger:
 
     # ---- committing
 
-    def commit(
-        self, spec: ArraySpec, view: int, shard: int, parts: list[Any], saturated: int = 0, pixels: Sequence[str] = ()
-    ) -> None:
+    def commit(self, spec: ArraySpec, view: int, shard: int, parts: list[Any], saturated: int = 0) -> None:
         """Put an object, then log it. Durable on return; safe from several threads.
 
         Args:
@@ -172,7 +171,6 @@ class Ledger:
             shard: its number.
             parts: its content, as `feedfast.cache.assemble.encode_shard` returns it.
             saturated: see `Commit`.
-            pixels: see `Commit`.
 
         Raises:
             FeedfastError: it cannot be written.
@@ -184,7 +182,7 @@ class Ledger:
             sha.update(part)
         content = [memoryview(part).cast("B") for part in parts]
         self.store.put(object_key(spec.name, key), content, self._owner)
-        earlier = self.commits.get((spec.name, key))
+        earlier = self.commits.get((spec.name, key)) or self._stale.get((spec.name, key))
         commit = Commit(
             array=spec.name,
             shard=key,
@@ -195,7 +193,7 @@ class Ledger:
             sha256=sha.hexdigest(),
             manifest=self._digests[spec.name],
             saturated=saturated,
-            pixel_crc32c=tuple(pixels),
+            fit=fit_of(spec.name, self.commits),
             block_sums=block_sums(spec, parts),
             attempt=earlier.attempt + 1 if earlier else 0,
         )

@@ -20,6 +20,7 @@ from typing import Annotated, ClassVar, Final
 
 from pydantic import AfterValidator, ConfigDict, NonNegativeInt, StringConstraints, TypeAdapter, ValidationError
 
+from feedfast.cache import names
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.schema import Manifest
 from feedfast.cache.store import COMMITS, Store, open_store
@@ -45,9 +46,9 @@ class Commit:
 
     ``rows`` are its real rows [start, stop); ``crc32c`` (8 hex digits) and ``sha256`` cover the whole object.
 
-    ``saturated`` counts values the codec clipped. ``pixel_crc32c`` holds, where the writer was given them, one
-    checksum per block of rows over the decoded pixels the teachers saw. ``block_sums`` holds the last four bytes of
-    each stored block as they lie in the object (raw: its crc32c; zstd: the frame's checksum), 8 hex digits each.
+    ``saturated`` counts values the codec clipped. ``fit`` is of codes: the first 16 digits of the sha256 of the scale
+    they were made with. ``block_sums`` holds the last four bytes of each stored block as they lie in the object (raw:
+    its crc32c; zstd: the frame's checksum), 8 hex digits each.
 
     An object that has gone missing or short is computed again and logged with a higher ``attempt``, which replaces the
     older line.
@@ -65,7 +66,7 @@ class Commit:
     sha256: str
     manifest: str
     saturated: NonNegativeInt = 0
-    pixel_crc32c: tuple[str, ...] = ()
+    fit: str = ""
     # Data followed by their own crc32c always have the same crc32c, so the object's is one constant for all objects of
     # raw blocks and one shape. It finds every change within an object, but only the sha256 tells two objects apart, and
     # hashing whole objects is too slow for training. With these a reader compares eight digits per block, and a sound
@@ -95,15 +96,23 @@ class Commit:
             raise ValueError(f"{where}: {first['msg']}, found {str(first['input'])[:80]!r}") from None
 
 
+_SCALE_KEY: Final = "c/0/0"  # the one object of [2, channel]
 _LINE: Final = TypeAdapter(Commit)
 _OPTIONAL: Final = {entry.name for entry in fields(Commit) if entry.default is not MISSING}
 
 
 @dataclass(slots=True)
 class Log:
-    """All commit lines of a cache: the valid line per (array, shard key), and what is wrong with the log itself."""
+    """All commit lines of a cache: the valid line per (array, shard key), and what is wrong with the log itself.
+
+    Attributes:
+        commits: what is committed.
+        stale: codes made with another scale than the one that is committed: absent, to be written again.
+        problems: what is wrong.
+    """
 
     commits: dict[tuple[str, str], Commit] = field(default_factory=dict)
+    stale: dict[tuple[str, str], Commit] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def of(self, array: str) -> list[Commit]:
@@ -165,7 +174,18 @@ def collect(commits: Iterable[Commit], problems: Iterable[Problem] = ()) -> Log:
             log.problems.append(problem(commit.array, commit.shard, "log-duplicate", detail))
         if known is None or commit.attempt > known.attempt:
             log.commits[key] = commit
+    for key in [key for key, commit in log.commits.items() if commit.fit != fit_of(commit.array, log.commits)]:
+        log.stale[key] = log.commits.pop(key)
     return log
+
+
+def fit_of(array: str, commits: Mapping[tuple[str, str], Commit]) -> str:
+    """What names the scale that codes of ``array`` were to be made with; "" for other arrays, or without a scale."""
+    target = names.parse(array)
+    if target is None or target.part != "codes":
+        return ""
+    scale = commits.get((names.scale(target.teacher, target.tap), _SCALE_KEY))
+    return "" if scale is None else scale.sha256[:16]
 
 
 def read_log(place: str | Path | Store) -> Log:
@@ -216,7 +236,7 @@ def check_commit(commit: Commit, specs: Mapping[str, ArraySpec]) -> Problem | No
         expected = f"view {view}, rows {list(spec.shard_span(shard))}"
         found = f"view {commit.view}, rows {list(commit.rows)}"
         return problem(commit.array, commit.shard, "log-damaged", f"expected {expected}, found {found}")
-    if commit.block_sums and len(commit.block_sums) != spec.real_blocks(shard):
+    if len(commit.block_sums) != spec.real_blocks(shard):
         detail = f"expected {spec.real_blocks(shard)} block_sums, found {len(commit.block_sums)}"
         return problem(commit.array, commit.shard, "log-damaged", detail)
     return None

@@ -3,7 +3,8 @@
 views/order · views/window · views/flip     what each row of a view shows
 samples/label · samples/content             what is known of each sample
 targets/TEACHER/TAP/codes · .../scale       stored maps, and what turns them into values; logits are a tap
-pixels/codes                                decoded images, where they are stored
+pixels/sums                                 a checksum of each row's decoded image, as the teachers saw it
+pixels/codes                                the decoded images themselves, where they are stored
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ VIEWS: Final = (ORDER, WINDOW, FLIP)
 LABEL: Final = "samples/label"
 CONTENT: Final = "samples/content"
 PIXELS: Final = "pixels/codes"
+SUMS: Final = "pixels/sums"
 LOGITS: Final = "logits"
 
 

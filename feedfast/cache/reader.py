@@ -78,7 +78,7 @@ class CacheReader:
         self._files.clear()
 
     def committed(self, array: str, view: int = 0) -> Mapping[int, Commit]:
-        """Commit lines of one view of an array by shard number; pixel checksums and saturation counts are in them.
+        """Commit lines of one view of an array by shard number; saturation counts are in them.
 
         Raises:
             RequestError: no such array or view.

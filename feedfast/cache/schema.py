@@ -286,9 +286,10 @@ class Manifest(_Part):
             return basis
         basis["decoder"] = self.decoder.model_dump(mode="json", include={"backend", "flags"})
         target = names.parse(array)
-        if array == names.PIXELS or (target is not None and target.part == "codes"):
+        pixels = array in (names.PIXELS, names.SUMS)
+        if pixels or (target is not None and target.part == "codes"):
             basis["layout"] = [self.block_rows, self.shard_bytes]
-        if array == names.PIXELS:
+        if pixels:
             return basis
         if target is None:
             raise KeyError(array)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from feedfast.cache.assemble import ShardBuffer, block_ends, encode_shard
+from feedfast.cache.assemble import ShardBuffer, encode_shard
 from feedfast.cache.create import open_for_writing
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.ledger import Ledger
@@ -152,7 +152,6 @@ class CacheWriter:
         rows: Array,
         *,
         saturated: int = 0,
-        pixel_crc32c: Mapping[int, str] | None = None,
     ) -> None:
         """Take rows [start_row, start_row + n) of a view; they are copied before this returns.
 
@@ -166,8 +165,6 @@ class CacheWriter:
             start_row: row of ``rows[0]``.
             rows: [n, ...] in the array's dtype and row shape, channels last.
             saturated: values the codec clipped in these rows; counted on the first shard they reach.
-            pixel_crc32c: checksums of the teachers' pixels by block of the view, for blocks that *end* within these
-                rows (the last block ends with the view); for every block of a shard that is kept, or for none.
 
         Raises:
             FeedfastError: an earlier shard could not be written, rows do not follow, or they hold a fill value.
@@ -181,12 +178,6 @@ class CacheWriter:
                 f"{array}: expected rows {list(spec.row_shape)} {spec.dtype} within 0..{spec.rows} of views below "
                 f"{spec.num_views}, found rows {list(rows.shape[1:])} {rows.dtype}, {start_row}..{stop} of view {view}"
             )
-        ends = block_ends(spec, start_row, stop)
-        if pixel_crc32c and not pixel_crc32c.keys() <= set(ends):
-            raise FeedfastError(
-                f"{array}: expected pixel checksums of blocks {ends.start} to {ends.stop - 1}, "
-                f"found {sorted(pixel_crc32c)}"
-            )
         at = start_row
         while at < stop:
             shard = at // spec.shard_rows
@@ -197,9 +188,6 @@ class CacheWriter:
                 gathering.rows[gathering.filled : gathering.filled + end - at] = rows[at - start_row : end - start_row]
                 gathering.filled += end - at
                 gathering.saturated, saturated = gathering.saturated + saturated, 0
-                if pixel_crc32c:
-                    ended = block_ends(spec, at, end)
-                    gathering.pixel_crc32c += [pixel_crc32c[block] for block in ended if block in pixel_crc32c]
                 if end == spec.shard_span(shard)[1]:
                     del self._open[array, view]
                     self._submit(gathering)
@@ -235,13 +223,7 @@ class CacheWriter:
         spec = shard.spec
         try:
             if self._error is None:
-                expected, found = spec.real_blocks(shard.shard), len(shard.pixel_crc32c)
-                if found not in (0, expected):
-                    self._error = FeedfastError(f"{spec.name}: expected {expected} pixel checksums, found {found}")
-                else:
-                    self._ledger.commit(
-                        spec, shard.view, shard.shard, encode_shard(shard), shard.saturated, shard.pixel_crc32c
-                    )
+                self._ledger.commit(spec, shard.view, shard.shard, encode_shard(shard), shard.saturated)
         except BaseException as error:  # whatever it is: the caller's thread raises it
             self._error = self._error or error
         finally:

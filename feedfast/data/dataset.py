@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from feedfast.errors import RequestError
 __all__ = ["Dataset", "open_dataset"]
 
 _SHOWN = 20  # unreadable paths printed; the count covers the rest
+_HASHING_THREADS = 4
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
 _EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, or an .npz"
 
@@ -113,6 +115,24 @@ class Dataset:
                 f"{self.source}: {len(problems)} images have changed since the dataset was opened:{''.join(problems)}"
             )
         return contents
+
+    def content(self, positions: Sequence[int] | NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
+        """A hash of each sample's stored bytes (the encoded file, or RGB pixels), to find one that has changed.
+
+        Args:
+            positions: which samples; None = all. Their bytes are all read, by a few threads.
+
+        Returns:
+            uint64 [n]: the first eight bytes of BLAKE2b, little-endian; 2^64 - 1, which no cache can hold, is one less.
+        """
+        wanted = np.arange(len(self)) if positions is None else np.asarray(positions, dtype=np.int64)
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            hashed = list(pool.map(self._hashed, wanted.tolist(), chunksize=64))
+        return np.minimum(np.array(hashed, dtype=np.uint64), np.uint64(2**64 - 2))
+
+    def _hashed(self, position: int) -> int:
+        data = self.path(position).read_bytes() if self.pixels_store is None else self.pixels([position])[0].tobytes()
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies this selection of samples: JSON-able, the same on every machine and wherever the files lie.

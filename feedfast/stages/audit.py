@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.codec import crc32c, dequantize, quantize, unpack_u4
+from feedfast.cache.codec import dequantize, quantize, row_sums, unpack_u4
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
@@ -32,12 +32,14 @@ from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe, Teacher, parse_recipe
 from feedfast.stages.ensemble import FrozenTeacher
-from feedfast.stages.identity import decoder_info, library_versions, refuse_other_recipe
+from feedfast.stages.identity import refuse_other_recipe
 from feedfast.stages.progress import Meter
+from feedfast.stages.record import committed_sums, other_pixels
 
 log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
+BLOCK_ROWS = 64  # rows decoded again together
 
 
 def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) -> None:
@@ -76,18 +78,6 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
                 )
 
 
-def pixel_checksums(reader: CacheReader, view: int) -> dict[int, str]:
-    """Block number → crc32c of its pixels, as the teachers saw them, from the log."""
-    specs = array_specs(reader.manifest)
-    out: dict[int, str] = {}
-    for teacher in reader.manifest.teachers:
-        name = names.codes(teacher, names.LOGITS)
-        for shard, commit in reader.committed(name, view).items():
-            first = shard * specs[name].blocks_per_shard
-            out.update({first + number: crc for number, crc in enumerate(commit.pixel_crc32c)})
-    return out
-
-
 def replay_pixels(
     reader: CacheReader,
     data: Dataset,
@@ -106,7 +96,8 @@ def replay_pixels(
         How many blocks were compared; 0 where the manifest names a GPU and there is none.
 
     Raises:
-        CacheMismatchError: pixels differ; the message holds both sides' library versions.
+        CacheMismatchError: a sample's stored bytes or pixels differ; the message names it, or holds both sides' library
+            versions.
     """
     if not blocks:
         return 0
@@ -116,37 +107,36 @@ def replay_pixels(
     if device == "cuda" and not torch.cuda.is_available():
         log.warning("replay: %s was decoded on a GPU and none is here; pixels not compared", reader.path)
         return 0
-    loader = Loader(data, plan, batch_size=manifest.block_rows, device=device, threads=threads)
+    loader = Loader(data, plan, batch_size=BLOCK_ROWS, device=device, threads=threads)
     compared = 0
     try:
         for view in sorted(rng.choice(views, size=min(views, blocks), replace=False).tolist()):
-            sums = pixel_checksums(reader, view)
-            if not sums:
-                continue
+            sums, known = committed_sums(reader, view)
+            starts = np.arange(0, manifest.num_rows, BLOCK_ROWS)
+            starts = starts[np.logical_and.reduceat(known, starts)]
             share = -(-blocks // min(views, blocks))
-            picked = rng.choice(sorted(sums), size=min(share, len(sums)), replace=False)
-            for block in sorted(picked.tolist()):
-                rows = np.arange(block * manifest.block_rows, min((block + 1) * manifest.block_rows, manifest.num_rows))
-                images = np.concatenate([batch.images.cpu().numpy() for batch in loader.stream(view, rows)])
-                found = f"{crc32c(np.ascontiguousarray(images)):08x}"
-                if found != sums[block]:
-                    raise CacheMismatchError(
-                        f"{reader.path}: view {view}, rows {rows[0]}..{rows[-1]}: the pixels are not those the "
-                        f"teachers saw (expected crc32c {sums[block]}, found {found}). "
-                        f"Versions that differ (there, here): {_changed_versions(reader, loader) or 'none'}"
-                    )
+            picked = rng.choice(starts, size=min(share, len(starts)), replace=False) if len(starts) else starts
+            for start in sorted(picked.tolist()):
+                rows = np.arange(start, min(start + BLOCK_ROWS, manifest.num_rows))
+                _refuse_other_content(reader, data, plan.order(view, data.ids)[rows])
+                found = np.concatenate([row_sums(batch.images.cpu().numpy()) for batch in loader.stream(view, rows)])
+                if (found != sums[rows]).any():
+                    raise other_pixels(reader, view, rows[found != sums[rows]], loader.describe())
                 compared += 1
     finally:
         loader.close()
     return compared
 
 
-def _changed_versions(reader: CacheReader, loader: Loader) -> dict[str, tuple[object, object]]:
-    """Library → its version when the cache was made and its version here, where they differ."""
-    there = {**reader.manifest.versions, **reader.manifest.decoder.versions}
-    here = {**library_versions(), **decoder_info(loader.describe()).versions}
-    both = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys())}
-    return {key: (old, new) for key, (old, new) in both.items() if old != new}
+def _refuse_other_content(reader: CacheReader, data: Dataset, ids: np.ndarray) -> None:
+    """Raise unless the stored bytes of some samples are those the cache was made from."""
+    positions = np.searchsorted(data.ids, ids)
+    expected, found = reader.read_array(names.CONTENT)[ids], data.content(positions)
+    for position in positions[found != expected].tolist():
+        raise CacheMismatchError(
+            f"{reader.path}: {data.name(position)} (sample {data.ids[position]}): the image has changed since "
+            "the cache was made; put the old one back, or cache again"
+        )
 
 
 def recompute_teachers(
@@ -315,6 +305,8 @@ def run_verify(
             refuse_other_recipe(reader, recipe.model_copy(update={"teachers": ()}), data, plan)
             check_views(reader, data, plan, reader.manifest.views)
             replayed = replay_pixels(reader, data, plan, blocks=replay, views=reader.manifest.views, seed=0)
+            if replay and not replayed:
+                problems.append(problem(names.SUMS, "", "pixels", "--replay: there was nothing to compare with"))
         except CacheDamageError as error:
             problems += error.problems
         except CacheMismatchError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,23 @@ def plan_info(plan: ViewPlan) -> PlanInfo:
     return PlanInfo(**plan.to_dict())
 
 
-def decoder_info(description: dict[str, Any]) -> DecoderInfo:
+def decoder_info(description: Mapping[str, Any]) -> DecoderInfo:
     """The loader's description as a manifest names it."""
     versions = {key: description[key] for key in ("dali", "nvimgcodec")}
     return DecoderInfo(backend=description["backend"], flags=description["flags"], versions=versions)
+
+
+def changed_versions(manifest: Manifest, decoder: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
+    """Library → its version when the cache was made and its version here, where they differ.
+
+    Args:
+        manifest: the cache's.
+        decoder: what this job's loader says of itself.
+    """
+    there = {**manifest.versions, **manifest.decoder.versions}
+    here = {**library_versions(), **decoder_info(decoder).versions}
+    both = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys())}
+    return {key: (old, new) for key, (old, new) in both.items() if old != new}
 
 
 def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan: ViewPlan) -> None:

@@ -27,28 +27,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from feedfast.cache import names
-from feedfast.cache.codec import crc32c
 from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
 from feedfast.cache.manifest import ROOT, read_manifest
-from feedfast.cache.pending import Pending
+from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
-from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
+from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
-from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, store, widest_row
+from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, widest_row
 from feedfast.stages.progress import Meter, format_bytes
+from feedfast.stages.record import Recorder
 from feedfast.stages.worker import Worker, pick_device
 
 log = logging.getLogger(__name__)
@@ -88,7 +87,6 @@ class OfflineRun:
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
-        self.scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def run(self) -> dict[str, Any]:
         """See `run_cache`."""
@@ -97,8 +95,13 @@ class OfflineRun:
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
-            arrays = {names.codes(name, tap) for name, teacher in self.teachers.items() for tap in teacher.shapes}
-            work = writer.pending(arrays | ({names.PIXELS} & writer.specs.keys()))
+            recorder = Recorder(
+                writer,
+                CacheReader(self.path),
+                self.loader.describe(),
+                {name: teacher.shapes for name, teacher in self.teachers.items()},
+            )
+            work = recorder.pending
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             resumed = manifest.num_rows * manifest.views - total
             there = f", {resumed:,} rows already there" if resumed else ""
@@ -114,7 +117,7 @@ class OfflineRun:
             computing = time.perf_counter()
             with Meter("cache", total) as meter:
                 for view, rows in work.batches(self.recipe.cache.batch):
-                    self._view(manifest, writer, work, view, rows, meter)
+                    self._view(recorder, view, rows, meter)
                 writer.close()  # waits until everything is durable
         self.loader.close()
         now = time.perf_counter()
@@ -137,12 +140,6 @@ class OfflineRun:
                 )
                 if ours and not array.sharded and writer.missing(name):
                     writer.put(name, self._small(name, array, fitted))
-            for name, teacher in manifest.teachers.items():
-                for tap, info in teacher.taps.items():
-                    scale = writer.stored(names.scale(name, tap)) if info.codec in ("u8", "u4") else None
-                    if scale is not None:
-                        offset, step = torch.from_numpy(scale.copy()).to(self.device)
-                        self.scales[name, tap] = offset, step
         return manifest
 
     def _manifest(self, held: Manifest | None, fitted: dict[tuple[str, str], Fitted]) -> Manifest:
@@ -237,6 +234,10 @@ class OfflineRun:
             labels = np.full(spec.shape, -1, np.int32)
             labels[self.data.ids] = self.data.labels
             return labels
+        if name == names.CONTENT:
+            content = np.zeros(spec.shape, np.uint64)
+            content[self.data.ids] = self.data.content()
+            return content
         target = names.parse(name)
         if target is not None:
             fit = fitted.get((target.teacher, target.tap))
@@ -256,43 +257,14 @@ class OfflineRun:
                 columns.append(self.plan.crops(view, order, self.data.sizes[positions]))
         return np.stack(columns)
 
-    def _view(
-        self, manifest: Manifest, writer: CacheWriter, work: Pending, view: int, rows: np.ndarray, meter: Meter
-    ) -> None:
+    def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter) -> None:
         """Run the batches of one view."""
-        checksums = _PixelChecksums(manifest.block_rows, manifest.num_rows)
         for batch in self.loader.stream(view, rows):
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
-            pixels = batch.images.cpu().numpy()
-            sums = checksums.add(start, pixels)
-            if manifest.images == "stored":
-                writer.append(names.PIXELS, view, start, pixels)
-            for name, teacher in self.teachers.items():
-                arrays = {tap: names.codes(name, tap) for tap in teacher.shapes}
-                if not any(work.lacks(array, view, start, stop) for array in arrays.values()):
-                    continue
-                maps = teacher(batch.images)
-                for tap, array in arrays.items():
-                    if work.lacks(array, view, start, stop):
-                        codes, saturated = self._codes(manifest.teachers[name], tap, maps[tap], view, start)
-                        of_pixels = sums if tap == LOGITS else None
-                        writer.append(array, view, start, codes, saturated=saturated, pixel_crc32c=of_pixels)
-            meter.advance(len(batch.rows), f"{format_bytes(writer.bytes_written)} written")
-
-    def _codes(self, teacher: TeacherInfo, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
-        """A batch's map as the rows that are stored, and how many of its values saturated."""
-        info = teacher.taps[tap]
-        margin = None
-        offset, step = self.scales.get((teacher.name, tap), (torch.empty(0), torch.empty(0)))
-        if info.transform == "margin" and info.margin is not None:
-            margin = torch.tensor(info.margin, device=values.device)
-        try:
-            codes, saturated = store(values, info.codec, offset, step, margin)
-        except ValueError as error:
-            raise FeedfastError(
-                f"teacher {teacher.name!r}, tap {tap!r}, view {view}, rows from {start}: {error}"
-            ) from error
-        return codes, int(saturated)
+            wanted = recorder.wants(view, start, stop)
+            maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wanted}
+            recorder.record(view, start, batch.images.cpu().numpy(), maps)
+            meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
 
     def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
         log = read_log(self.path)
@@ -330,32 +302,6 @@ class OfflineRun:
             "taps": taps,
             "path": str(self.path),
         }
-
-
-class _PixelChecksums:
-    """crc32c of every block of rows, over the decoded pixels, as batches of any size come by."""
-
-    def __init__(self, block_rows: int, num_rows: int) -> None:
-        self.block_rows, self.num_rows = block_rows, num_rows
-        self._next, self._crc, self._whole = -1, 0, False
-
-    def add(self, start: int, images: np.ndarray) -> dict[int, str]:
-        """Block → checksum for the blocks that end inside these rows (if all their rows were seen)."""
-        done: dict[int, str] = {}
-        if start != self._next:
-            self._whole = False
-        row, stop = start, start + len(images)
-        while row < stop:
-            if row % self.block_rows == 0:
-                self._crc, self._whole = 0, True
-            end = min((row // self.block_rows + 1) * self.block_rows, self.num_rows)
-            upto = min(end, stop)
-            self._crc = crc32c(np.ascontiguousarray(images[row - start : upto - start]), self._crc)
-            if upto == end and self._whole:
-                done[row // self.block_rows] = f"{self._crc:08x}"
-            row = upto
-        self._next = stop
-        return done
 
 
 def _log_fitted(teacher: str, info: TapInfo) -> None:

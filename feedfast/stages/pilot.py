@@ -27,7 +27,7 @@ from feedfast.cache.schema import CodecName, TapInfo
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.stages.ensemble import FrozenTeacher, is_signed
-from feedfast_kernels import encode
+from feedfast.stages.record import encode_rows
 
 WIDTH: dict[CodecName, float] = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}  # bytes a stored value
 PILOT_VIEWS = 3
@@ -106,7 +106,7 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     error = measure(unseen, offset, step, codec, clip, pre_activation=is_signed(request.tap))
     assert sample.first is not None
     floor = None if clip is None else torch.from_numpy(clip)
-    block, _ = store(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), floor)
+    block, _ = encode_rows(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), floor)
     info = TapInfo(
         name=name,
         path=request.tap.path,
@@ -120,35 +120,6 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
         error=error,
     )
     return Fitted(info, np.stack([offset, step]) if codec in ("u8", "u4") else None)
-
-
-def store(values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tensor | None) -> tuple[np.ndarray, Tensor]:
-    """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
-
-    Raises:
-        ValueError: a value is not finite, or too large for float16.
-    """
-    if codec in ("u8", "u4"):
-        if values.is_cuda:  # `encode` does not look there, lest it wait; the copy below waits anyway
-            _require_finite(values, values)
-        codes, saturated = encode(values, offset, step, codec=codec, margin_C=margin)
-        return codes.cpu().numpy(), saturated
-    if margin is not None:
-        values = torch.maximum(values, margin.to(values.device).view(1, -1, *[1] * (values.dim() - 2)))
-    last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
-    stored = last.to(torch.float32 if codec == "f32" else torch.float16)
-    _require_finite(stored, last)
-    return stored.cpu().numpy(), torch.zeros((), dtype=torch.int64)
-
-
-def _require_finite(stored: Tensor, values: Tensor) -> None:
-    if torch.isfinite(stored.float().sum()) or torch.isfinite(stored).all():
-        return
-    if torch.isfinite(values).all():
-        raise ValueError(
-            f"expected values within float16's 65504, found {float(values.abs().max()):.4g}; use codec f32"
-        )
-    raise ValueError("expected finite values, got NaN or infinity")
 
 
 def widest_row(teachers: Iterable[FrozenTeacher], codec: CodecName) -> int:

@@ -32,8 +32,9 @@ from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalize, load_teachers
-from feedfast.stages.pilot import PILOT_VIEWS, store, widest_row
+from feedfast.stages.pilot import PILOT_VIEWS, widest_row
 from feedfast.stages.progress import format_bytes
+from feedfast.stages.record import encode_rows
 from feedfast.stages.worker import pick_device
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
@@ -139,7 +140,7 @@ def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, bl
     flat = values.movedim(1, -1).reshape(-1, values.shape[1])
     thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
     offset, step = fit_affine(thin if margin is None else np.maximum(thin, margin.numpy()), codec)
-    codes, _ = store(values[:block_rows], codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
+    codes, _ = encode_rows(values[:block_rows], codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
     ratio = codes.nbytes / len(compress_block(np.ascontiguousarray(codes), "zstd"))
     return codes.nbytes / len(codes), ratio if ratio >= 1.15 else 1.0
 

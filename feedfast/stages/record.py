@@ -1,0 +1,166 @@
+"""From pixels and maps of a batch to durable rows: encode, check the pixels, append.
+
+The caching pass gives every batch of a view; whoever trains with live teachers may give the same. Rows that are
+committed already, or belong to another part of the job, are dropped by the writer.
+
+A checksum of each row's pixels is stored with the first teacher that runs it. Whoever comes later, with another
+teacher, tap or version of a decoder, is compared with it row by row: targets of one row are all of the same pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feedfast.cache import names
+from feedfast.cache.codec import row_sums
+from feedfast.cache.pending import Pending
+from feedfast.cache.reader import CacheReader
+from feedfast.cache.writer import CacheWriter
+from feedfast.errors import CacheMismatchError, FeedfastError
+from feedfast.stages.identity import changed_versions
+from feedfast_kernels import encode
+
+
+class Recorder:
+    """Rows of one job on their way into a cache.
+
+    Attributes:
+        pending: what the job still had to write when it began.
+    """
+
+    def __init__(
+        self, writer: CacheWriter, held: CacheReader, decoder: Mapping[str, Any], taps: Mapping[str, Iterable[str]]
+    ) -> None:
+        """Ask what is missing.
+
+        Args:
+            writer: of this job's part.
+            held: the same cache, as it is before the job; its pixels are what this job's are compared with.
+            decoder: what this job's loader says of itself, for messages.
+            taps: teacher → the taps that this job records.
+        """
+        self.writer, self.manifest = writer, writer.manifest
+        self._held, self._decoder = held, decoder
+        self._arrays = {name: {tap: names.codes(name, tap) for tap in some} for name, some in taps.items()}
+        targets = {array for arrays in self._arrays.values() for array in arrays.values()}
+        self.pending: Pending = writer.pending({names.SUMS, *targets} | ({names.PIXELS} & writer.specs.keys()))
+        self._scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._sums: tuple[int, np.ndarray, np.ndarray] | None = None  # view, checksums, which of them are committed
+
+    def wants(self, view: int, start: int, stop: int) -> set[str]:
+        """Teachers that still lack any of the rows [start, stop)."""
+        return {
+            name
+            for name, arrays in self._arrays.items()
+            if any(self.pending.lacks(array, view, start, stop) for array in arrays.values())
+        }
+
+    def record(self, view: int, start: int, pixels: np.ndarray, maps: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take a batch.
+
+        Args:
+            view: which view.
+            start: row of the first sample; the others follow it.
+            pixels: uint8 [B, H, W, 3], as the teachers saw them.
+            maps: teacher → tap → float map [B, C, H, W] or [B, C], for the teachers that `wants` named.
+
+        Raises:
+            CacheMismatchError: the pixels are not those that earlier teachers saw.
+            FeedfastError: a map is not finite, or the cache cannot be written.
+        """
+        sums = row_sums(pixels)
+        self._refuse_other_pixels(view, start, sums)
+        self.writer.append(names.SUMS, view, start, sums)
+        if names.PIXELS in self.writer.specs:
+            self.writer.append(names.PIXELS, view, start, pixels)
+        for name, taps in maps.items():
+            for tap, array in self._arrays[name].items():
+                if self.pending.lacks(array, view, start, start + len(pixels)):
+                    codes, saturated = self._encoded(name, tap, taps[tap], view, start)
+                    self.writer.append(array, view, start, codes, saturated=saturated)
+
+    def _encoded(self, teacher: str, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
+        info = self.manifest.teachers[teacher].taps[tap]
+        margin = None
+        offset = step = torch.empty(0)
+        if info.codec in ("u8", "u4"):
+            offset, step = self._scale(teacher, tap, values.device)
+        if info.transform == "margin" and info.margin is not None:
+            margin = torch.tensor(info.margin, device=values.device)
+        try:
+            codes, saturated = encode_rows(values, info.codec, offset, step, margin)
+        except ValueError as error:
+            raise FeedfastError(f"teacher {teacher!r}, tap {tap!r}, view {view}, rows from {start}: {error}") from error
+        return codes, int(saturated)
+
+    def _scale(self, teacher: str, tap: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        if (teacher, tap) not in self._scales:
+            stored = self.writer.stored(names.scale(teacher, tap))
+            assert stored is not None  # written before any row
+            offset, step = torch.from_numpy(stored.copy()).to(device)
+            self._scales[teacher, tap] = offset, step
+        return self._scales[teacher, tap]
+
+    def _refuse_other_pixels(self, view: int, start: int, sums: np.ndarray) -> None:
+        if self._sums is None or self._sums[0] != view:
+            self._sums = (view, *committed_sums(self._held, view))
+        _, stored, known = self._sums
+        here = slice(start, start + len(sums))
+        wrong = np.flatnonzero((stored[here] != sums) & known[here])
+        if wrong.size:
+            raise other_pixels(self._held, view, start + wrong, self._decoder)
+
+
+def committed_sums(reader: CacheReader, view: int) -> tuple[np.ndarray, np.ndarray]:
+    """Checksums of a view's rows, uint32 [row], and which rows have one, bool [row]."""
+    spec = reader.specs[names.SUMS]
+    sums, known = np.zeros(spec.rows, np.uint32), np.zeros(spec.rows, bool)
+    for shard in reader.committed(names.SUMS, view):
+        rows = np.arange(*spec.shard_span(shard))
+        sums[rows], known[rows] = reader.read_rows(names.SUMS, view, rows), True
+    return sums, known
+
+
+def other_pixels(reader: CacheReader, view: int, rows: np.ndarray, decoder: Mapping[str, Any]) -> CacheMismatchError:
+    """The error for rows whose pixels differ from those the cache's teachers saw."""
+    shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    return CacheMismatchError(
+        f"{reader.path}: view {view}, rows {shown}: the pixels are not those the teachers saw. "
+        f"Versions that differ (there, here): {changed_versions(reader.manifest, decoder) or 'none'}"
+    )
+
+
+def encode_rows(
+    values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tensor | None
+) -> tuple[np.ndarray, Tensor]:
+    """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
+
+    Raises:
+        ValueError: a value is not finite, or too large for float16.
+    """
+    if codec in ("u8", "u4"):
+        if values.is_cuda:  # `encode` skips this check on CUDA to avoid a sync; `.cpu()` below syncs anyway
+            _require_finite(values, values)
+        codes, saturated = encode(values, offset, step, codec=codec, margin_C=margin)
+        return codes.cpu().numpy(), saturated
+    if margin is not None:
+        values = torch.maximum(values, margin.to(values.device).view(1, -1, *[1] * (values.dim() - 2)))
+    last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
+    stored = last.to(torch.float32 if codec == "f32" else torch.float16)
+    _require_finite(stored, last)
+    return stored.cpu().numpy(), torch.zeros((), dtype=torch.int64)
+
+
+def _require_finite(stored: Tensor, values: Tensor) -> None:
+    if torch.isfinite(stored.float().sum()) or torch.isfinite(stored).all():
+        return
+    if torch.isfinite(values).all():
+        raise ValueError(
+            f"expected values within float16's 65504, found {float(values.abs().max()):.4g}; use codec f32"
+        )
+    raise ValueError("expected finite values, got NaN or infinity")
