@@ -130,6 +130,7 @@ def test_the_cache_is_complete_small_and_exact_enough(world: tuple[Path, dict[st
     assert {name: (tap.path, tap.position, tap.transform) for name, tap in info.items()} == {
         **{f"ofd{stage}": (f"layer{stage}", "pre", "margin") for stage in range(1, 5)},
         "final": ("layer4", "post", "none"),
+        "logits": ("", "post", "none"),
     }
 
 
