@@ -14,6 +14,7 @@ import threading
 from functools import partial
 from typing import Any
 
+from feedfast.cache import names
 from feedfast.cache.assemble import block_sums
 from feedfast.cache.codec import crc32c
 from feedfast.cache.layout import ArraySpec, array_specs
@@ -200,8 +201,21 @@ class Ledger:
         with self._appending:
             self._log.append(commit.to_line().encode())
             self.commits[spec.name, key] = commit
+            self._forget_codes_of_another(commit)
             self.bytes_written += commit.bytes
             self.shards_written += 1
+
+    def _forget_codes_of_another(self, scale: Commit) -> None:
+        """With a new scale, codes made with another one are absent."""
+        target = names.parse(scale.array)
+        if target is None or target.part != "scale":
+            return
+        array = names.codes(target.teacher, target.tap)
+        expected = fit_of(array, self.commits)
+        for key, commit in list(self.commits.items()):
+            if commit.array == array and commit.fit != expected:
+                self._stale[key] = self.commits.pop(key)
+                self.done[array].discard(self.specs[array].locate(commit.shard))
 
     def close(self) -> None:
         """Give the part back."""

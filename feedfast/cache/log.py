@@ -174,9 +174,16 @@ def collect(commits: Iterable[Commit], problems: Iterable[Problem] = ()) -> Log:
             log.problems.append(problem(commit.array, commit.shard, "log-duplicate", detail))
         if known is None or commit.attempt > known.attempt:
             log.commits[key] = commit
-    for key in [key for key, commit in log.commits.items() if commit.fit != fit_of(commit.array, log.commits)]:
-        log.stale[key] = log.commits.pop(key)
+    for key, commit in list(log.commits.items()):
+        if is_codes(commit.array) and commit.fit != fit_of(commit.array, log.commits):
+            log.stale[key] = log.commits.pop(key)
     return log
+
+
+def is_codes(array: str) -> bool:
+    """Whether an array holds codes, whose lines name their scale."""
+    target = names.parse(array)
+    return target is not None and target.part == "codes"
 
 
 def fit_of(array: str, commits: Mapping[tuple[str, str], Commit]) -> str:

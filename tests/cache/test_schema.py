@@ -342,6 +342,7 @@ def make_commit(number: int = 0, **fields: Any) -> Commit:
         "crc32c": "00c0ffee",
         "sha256": "ab" * 32,
         "manifest": "cd" * 32,
+        "block_sums": ("0" * 8,) * (3 if number == 4 else 4),  # blocks of 8 rows
         **fields,
     }
     return Commit(**given)
@@ -351,11 +352,12 @@ def make_commit(number: int = 0, **fields: Any) -> Commit:
 @given(
     saturated=st.integers(0, 2**60),
     attempt=st.integers(0, 9),
-    pixels=st.lists(st.text("0123456789abcdef", min_size=8, max_size=8)),
+    sums=st.lists(st.text("0123456789abcdef", min_size=8, max_size=8)),
+    fit=st.text("0123456789abcdef", min_size=16, max_size=16),
     text=st.text(),
 )
-def test_commit_lines_round_trip(saturated: int, attempt: int, pixels: list[str], text: str) -> None:
-    commit = make_commit(saturated=saturated, attempt=attempt, pixel_crc32c=tuple(pixels), crc32c=text)
+def test_commit_lines_round_trip(saturated: int, attempt: int, sums: list[str], fit: str, text: str) -> None:
+    commit = make_commit(saturated=saturated, attempt=attempt, block_sums=tuple(sums), fit=fit, crc32c=text)
     line = commit.to_line()
     assert line.index("\n") == len(line) - 1
     assert Commit.from_line(line) == commit
@@ -393,7 +395,8 @@ def test_an_unreadable_last_line_is_torn_and_an_earlier_one_damage(tail: bytes) 
         {"bytes": -1},
         {"bytes": 1.5},
         {"view": None},
-        {"pixel_crc32c": [1]},
+        {"block_sums": [1]},
+        {"fit": 1},
         {"extra": 1},
         {"saturated": "3"},
     ],

@@ -37,11 +37,13 @@ def test_a_reader_and_the_verifier_agree_on_what_is_missing(cache: Path, tmp_pat
     shutil.copytree(cache, path)
     log = path / "commits/part-0-of-1.jsonl"
     lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(line for number, line in enumerate(lines) if number % 3))
+    # scales stay: without one, all codes that name it are missing, too
+    lost = [line for line in lines if "/scale" not in line][::3]
+    log.write_text("".join(line for line in lines if line not in lost))
     specs = array_specs(small_manifest())
     missing = {(array, specs[array].key(view, shard)) for array, view, shard in CacheReader(path).missing()}
     problems = verify_cache(path, full=True)
-    assert len(missing) == len(lines) // 3 + (len(lines) % 3 > 0)
+    assert len(missing) == len(lost) > 20
     assert {(entry["array"], entry["shard"]) for entry in problems} == missing
     assert {entry["kind"] for entry in problems} == {"incomplete"}
 

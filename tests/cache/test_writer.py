@@ -41,8 +41,10 @@ from hypothesis import strategies as st
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, read_log
 from feedfast.cache.manifest import read_manifest
+from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.store import Store
+from feedfast.cache.verify import verify_cache
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
 
@@ -202,22 +204,53 @@ def test_places_that_are_no_cache_are_refused(tmp_path: Path) -> None:
 # ---- rows
 
 
-def test_pixel_checksums_and_saturation_reach_the_log(tmp_path: Path) -> None:
+def test_saturation_and_the_fit_reach_the_log(tmp_path: Path) -> None:
     manifest = open_for_writing(tmp_path / "c", tiny())
     spec = array_specs(manifest)[FINAL]
+    scale = "targets/a/final/scale"
     with CacheWriter(tmp_path / "c", manifest) as writer:
+        writer.put(scale, small_values(writer.specs[scale]))
         for start in range(0, 70, 20):
-            stop = min(start + 20, 70)
-            ends = [block for block in range(9) if start < min(8 * block + 8, 70) <= stop]
-            writer.append(
-                FINAL, 0, start, rows_of(spec, 0, start, stop), saturated=1, pixel_crc32c={b: f"{b:08x}" for b in ends}
-            )
-    commits = sorted(read_log(tmp_path / "c").of(FINAL), key=lambda commit: commit.rows)
+            writer.append(FINAL, 0, start, rows_of(spec, 0, start, min(start + 20, 70)), saturated=1)
+    log = read_log(tmp_path / "c")
+    commits = sorted(log.of(FINAL), key=lambda commit: commit.rows)
     assert [commit.rows for commit in commits] == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 70)]
-    assert [commit.pixel_crc32c for commit in commits] == [
-        tuple(f"{2 * shard + b:08x}" for b in range(2 if shard < 4 else 1)) for shard in range(5)
-    ]
     assert sum(commit.saturated for commit in commits) == 4
+    assert {commit.fit for commit in commits} == {log.of(scale)[0].sha256[:16]}
+
+
+def test_codes_of_another_scale_are_absent_and_written_again(tmp_path: Path) -> None:
+    """A scale that is lost may come back with other values; codes made with the old one are then never read."""
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    spec, scale = array_specs(manifest)[FINAL], "targets/a/final/scale"
+    values = small_values(array_specs(manifest)[scale])
+
+    def write(scale_values: np.ndarray) -> set[tuple[int, int]]:
+        with CacheWriter(tmp_path / "c", manifest) as writer:
+            writer.put(scale, scale_values)
+        with CacheWriter(tmp_path / "c", manifest) as writer:
+            missing = writer.missing(FINAL)
+            writer.append(FINAL, 0, 0, rows_of(spec, 0, 0, 70))
+        return missing
+
+    every = {(0, shard) for shard in range(5)}
+    assert write(values) == every
+    file = tmp_path / "c" / scale / "c" / "0" / "0"
+    file.unlink()
+    assert write(values) == set(), "the same values again: the codes still mean what they meant"
+    file.unlink()
+    assert write(values + 1) == every
+    reader = CacheReader(tmp_path / "c")
+    assert {commit.attempt for commit in reader.committed(FINAL).values()} == {1}
+    assert not reader.missing([FINAL])
+    file.unlink()
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        writer.put(scale, values + 2)
+    stale = CacheReader(tmp_path / "c")
+    assert len(stale.missing([FINAL])) == 5
+    with pytest.raises(CacheDamageError, match="not committed"):
+        stale.stream([FINAL], 0)
+    assert {entry["kind"] for entry in verify_cache(tmp_path / "c") if entry["array"] == FINAL} == {"incomplete"}
 
 
 @settings(deadline=None, max_examples=25)
@@ -286,7 +319,6 @@ def test_rows_must_fit_and_follow(tmp_path: Path) -> None:
             lambda: give(0, 8, np.zeros((8, 3, 2, 5), np.int8)),
             lambda: give(0, 8, array="targets/a/other/codes"),
             lambda: give(0, 8, array="samples/label"),
-            lambda: give(0, 8, pixel_crc32c={0: "a", 1: "b"}),
             lambda: writer.put(FINAL, np.zeros(3)),
             lambda: writer.put("samples/label", np.zeros(70, np.int64)),
             lambda: writer.put("samples/label", np.zeros(69, np.int32)),
