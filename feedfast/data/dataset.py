@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,13 +126,17 @@ class Dataset:
             uint64 [n]: the first eight bytes of BLAKE2b, little-endian; 2^64 - 1, which no cache can hold, is one less.
         """
         wanted = np.arange(len(self)) if positions is None else np.asarray(positions, dtype=np.int64)
+        parts = [wanted[at : at + 256] for at in range(0, len(wanted), 256)]
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            hashed = list(pool.map(self._hashed, wanted.tolist(), chunksize=64))
+            hashed = [value for part in pool.map(self._hashed, parts) for value in part]
         return np.minimum(np.array(hashed, dtype=np.uint64), np.uint64(2**64 - 2))
 
-    def _hashed(self, position: int) -> int:
-        data = self.path(position).read_bytes() if self.pixels_store is None else self.pixels([position])[0].tobytes()
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    def _hashed(self, positions: NDArray[np.int64]) -> list[int]:
+        if self.pixels_store is None:
+            contents: Iterable[Any] = (self.path(position).read_bytes() for position in positions.tolist())
+        else:
+            contents = (image.data for image in self.pixels(positions))
+        return [int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") for data in contents]
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies this selection of samples: JSON-able, the same on every machine and wherever the files lie.

@@ -255,7 +255,7 @@ def open_cache(
     found = open_dataset(data or recipe.data.train, limit=recipe.data.limit)
     expected = reader.manifest.model_copy(update={"dataset": dataset_info(recipe, found)})
     refuse_differences(reader.path, expected, reader.manifest)
-    reader.require([*names.VIEWS, names.LABEL], range(reader.manifest.views))
+    reader.require([*names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))
     cache = OpenedCache(reader, found)
     check_views(reader, found, cache.plan, reader.manifest.views)
     if reader.manifest.images == "replay":

@@ -285,7 +285,7 @@ def _open_cached(
                     f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
                 )
     source = Cached(reader, data, plan, device, taps, views=views, threads=recipe.data.threads)
-    reader.require([*source.arrays, *names.VIEWS, names.LABEL], range(views))
+    reader.require([*source.arrays, *names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:
         replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)

@@ -277,7 +277,7 @@ def test_changed_images_of_the_same_number(world: World) -> None:
 
 
 def test_a_change_outside_the_fingerprint_is_found_by_replay(tmp_path: Path) -> None:
-    """The fingerprint samples 256 images; the pixels of every block are checksummed. One image of 1,437 is changed."""
+    """The fingerprint samples 256 images, the cache hashes all of them. One image of 1,437 is changed, and named."""
     world = World(tmp_path)
     everything = ("data.limit=0", "cache.views=1", "cache.pilot=32", "teachers.0.taps=[]", "method.name=kd")
     assert feedfast("cache", world.file(), *everything).code == 0
@@ -289,10 +289,11 @@ def test_a_change_outside_the_fingerprint_is_found_by_replay(tmp_path: Path) -> 
     np.savez(file, images=images, labels=labels)
     problems = verified(world, "--replay", "999")
     assert [entry["kind"] for entry in problems] == ["pixels"]
-    assert "crc32c" in problems[0]["detail"]
+    named = f"digits-train.npz[{changed}] (sample {changed}): the image has changed"
+    assert named in problems[0]["detail"]
     outcome = feedfast("train", world.file(), *everything, "train.replay=999")
     assert outcome.code == 2
-    assert "not those the teachers saw" in outcome.error
+    assert named in outcome.error
 
 
 def test_other_weights_under_the_same_name(world: World) -> None:
