@@ -44,7 +44,7 @@ from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.data import open_train, view_plan
 from feedfast.stages.demo import write_digits
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun
 from feedfast.stages.worker import Worker
@@ -103,7 +103,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
     of = recipe(tree, method, folder)
     batches = images_in_ram(of)
     classes = len(open_train(of.data).classes)
-    teachers = [FrozenTeacher(spec, of, classes, torch.device("cpu")) for spec in of.teachers]
+    teachers = load_teachers(of, classes, torch.device("cpu")).values()
 
     def forward() -> float:
         begin = time.perf_counter()

@@ -124,7 +124,7 @@ def verify(
     recipe: Annotated[Path | None, typer.Option(help="where to find data and weights when they have moved")] = None,
 ) -> None:
     """Check a cache: log and lengths always; checksums, pixels and maps on request."""
-    from feedfast.stages.audit import run_verify
+    from feedfast.stages.verify import run_verify
 
     document = run_verify(
         cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read(recipe, None) if recipe else None

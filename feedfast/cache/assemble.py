@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from feedfast.cache.codec import compress_block, crc32c, crc_bytes, index_bytes
+from feedfast.cache.blocks import compress_block, crc32c, crc_bytes, index_bytes
 from feedfast.cache.layout import ArraySpec
 from feedfast.errors import FeedfastError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from feedfast.cache import names
 from feedfast.cache.assemble import block_sums
-from feedfast.cache.codec import crc32c
+from feedfast.cache.blocks import crc32c
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import (
     Commit,

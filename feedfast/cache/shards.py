@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feedfast.cache.assemble import holds_fill
-from feedfast.cache.codec import crc32c, decompress, index_length, parse_index
+from feedfast.cache.blocks import crc32c, decompress, index_length, parse_index
 from feedfast.cache.layout import NO_CHUNK, ArraySpec
 from feedfast.cache.log import check_length, object_key, problem
 from feedfast.cache.store import Object, Store

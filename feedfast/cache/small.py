@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from feedfast.cache import names
 from feedfast.cache.assemble import holds_fill
-from feedfast.cache.codec import crc32c, crc_bytes
+from feedfast.cache.blocks import crc32c, crc_bytes
 from feedfast.cache.create import manifest_lock
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.ledger import Ledger

@@ -9,7 +9,7 @@ Kinds: ``manifest``, ``metadata``, ``log-torn``, ``log-damaged``, ``log-duplicat
 ``incomplete``, ``missing``, ``length``, ``io``, and with the full check ``index``, ``checksum`` and ``fill``.
 
 It says whether the cache holds what was written, not whether that was right: recomputing pixels and teachers is
-`feedfast.stages.audit`. It changes nothing.
+`feedfast.stages.proof`. It changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from feedfast.cache.assemble import holds_fill
-from feedfast.cache.codec import crc32c
+from feedfast.cache.blocks import crc32c
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import Commit, Problem, check_log, object_key, problem, read_log
 from feedfast.cache.manifest import ROOT, read_manifest

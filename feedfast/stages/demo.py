@@ -22,11 +22,11 @@ from PIL import Image
 from feedfast.files import write_json
 from feedfast.recipe import parse_recipe
 from feedfast.report.compare import print_table, write_comparison
-from feedfast.stages.audit import run_verify
 from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.student import run_train
+from feedfast.stages.verify import run_verify
 
 log = logging.getLogger(__name__)
 

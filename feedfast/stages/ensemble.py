@@ -14,43 +14,28 @@ is in; they are reproducible only because offline batches are cut at fixed rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
-from feedfast.errors import RequestError
+from feedfast.cache.schema import TeacherInfo
+from feedfast.cache.transform import Transform
+from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
 from feedfast.methods.base import tap_groups
 from feedfast.models.build import build_model, weights_sha256
+from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
 from feedfast.tasks import Classify
 
+Triple = tuple[float, float, float]
+
 LOGITS = "logits"
 MARGIN_SUFFIX = "+margin"
-
-
-class Normalize(nn.Module):
-    """(x/255 - mean) / std: uint8 pixels [batch, height, width, 3] to float32 [batch, 3, height, width].
-
-    The result keeps the channels-last strides of its pixels.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        mean_C, std_C = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self.register_buffer("scale", (1 / (255 * std_C)).float().view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean_C / std_C).float().view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        return torch.addcmul(self.shift, images.permute(0, 3, 1, 2).float(), self.scale)
 
 
 @dataclass(frozen=True)
@@ -83,38 +68,57 @@ class FrozenTeacher:
 
     Attributes:
         name: as in the recipe.
+        source: what it was built from.
         requests: the taps it serves, by name.
         shapes: (channel, height, width) of each tap; (class,) of ``logits``.
         weights_sha256: hex digest of the loaded state_dict.
         margins: OFD's margin per channel for every tap whose last layer is a BatchNorm (float32, CPU).
     """
 
-    def __init__(self, spec: recipes.Teacher, recipe: recipes.Recipe, num_classes: int, device: torch.device) -> None:
-        where = f"teachers[{spec.name}]"
-        # Unlabeled images say nothing of classes: the model's own number, unless the recipe has one.
-        classes = spec.classes or (num_classes if spec.weights else 0) or None
-        try:
-            model = build_model(spec.model, num_classes=classes, weights=spec.weights, seed=recipe.seed)
-        except RequestError as error:
-            hint = "" if spec.classes or num_classes else f"; the images have no labels, so {where}.classes must say it"
-            raise RequestError(f"{where}: {error}{hint}") from error
-        self.name, self.spec, self.device = spec.name, spec, device
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        taps: Callable[[Tensor], Sequence[TapRequest]],
+        *,
+        source: str,
+        bn: str,
+        precision: str,
+        mean: Triple,
+        std: Triple,
+        size: int,
+        device: torch.device,
+    ) -> None:
+        """Freeze a network.
+
+        Args:
+            name: as in the recipe.
+            model: with its weights.
+            taps: normalized example images [2, 3, H, W] → the taps wanted of it.
+            source: what `build_model` made it from.
+            bn: "eval", or "batch" for batch statistics.
+            precision: "fp32" or "bf16".
+            mean: of its input, in 0..1 units.
+            std: of its input.
+            size: side of the input in pixels.
+            device: where it runs.
+
+        Raises:
+            RequestError: a tap is not there, or it is no classifier.
+        """
+        self.name, self.source, self.device = name, source, device
+        self.bn, self.precision, self.mean, self.std = bn, precision, mean, std
         self.weights_sha256 = weights_sha256(model)
         model.eval().requires_grad_(False)
-        if spec.bn == "batch":
+        if bn == "batch":
             _use_batch_statistics(model)
         model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        mean, std = recipe.data.normalization
-        self.mean, self.std = spec.mean or mean, spec.std or std
-        self.normalize = Normalize(self.mean, self.std).to(device)
+        self.normalize = Normalize(mean, std).to(device)
         # Two samples: batch statistics of a single 1x1 map are undefined.
-        size = recipe.data.size
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
-        needs = [need for entry in recipe.method for need in method_named(entry.name).needs]
-        specs = spec.taps or tuple(dict.fromkeys(tap_groups(needs)))
-        self.requests = {request.tap.name: request for request in tap_requests(model, specs, example, where)}
+        self.requests = {request.tap.name: request for request in taps(example)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
-        Classify().check(self.tapped.outputs, where)
+        Classify().check(self.tapped.outputs, f"teachers[{name}]")
         self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: self.tapped.outputs or ()}
         self.margins: dict[str, Tensor] = {}
         for tap in self.tapped.taps:  # resolved: a hand-written place has been given the norm in front of it
@@ -127,7 +131,7 @@ class FrozenTeacher:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class]."""
         pixels = self.normalize(images.to(self.device, non_blocking=True))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits, maps = self.tapped(pixels)
         out = {name: _channels_last(value.float()) for name, value in maps.items()}
         out[LOGITS] = logits.float().contiguous()
@@ -136,6 +140,22 @@ class FrozenTeacher:
     def tap_info(self, name: str) -> TapInfo:
         """What a method needs to know of a tap."""
         return TapInfo(shape=self.shapes[name], margin=self.margins.get(name))
+
+    def transform(self, name: str) -> Transform:
+        """What happens to a tap's map before it is stored.
+
+        Raises:
+            RequestError: a margin is asked for, and the map has none.
+        """
+        request, margin = self.requests[name], self.margins.get(name)
+        if not request.margin:
+            return Transform()
+        if margin is None:
+            raise RequestError(
+                f"teacher {self.name!r}, tap {name!r}: +margin needs a map before its activation, "
+                f"found {request.tap.path} {request.tap.position!r}"
+            )
+        return Transform("margin", tuple(margin.tolist()))
 
     @property
     def needs_pilot(self) -> bool:
@@ -160,9 +180,99 @@ def is_signed(tap: Tap) -> bool:
     return tap.position == "pre" or tap.bn is not None
 
 
-def load_teachers(recipe: recipes.Recipe, num_classes: int, device: torch.device) -> dict[str, FrozenTeacher]:
+def teacher_from_recipe(
+    spec: recipes.Teacher,
+    data: recipes.Data,
+    needs: Sequence[str],
+    *,
+    classes: int,
+    seed: int,
+    device: torch.device,
+) -> FrozenTeacher:
+    """A teacher as a recipe describes it.
+
+    Args:
+        spec: the recipe's entry.
+        data: normalization where the entry has none, and the size of images.
+        needs: selectors of the methods; what is tapped where the entry names no taps.
+        classes: of the images; 0 = they have no labels.
+        seed: of a network without weights.
+        device: where it runs.
+
+    Raises:
+        RequestError: it cannot be built, has no such taps, or is no classifier.
+    """
+    where = f"teachers[{spec.name}]"
+    # Unlabeled images say nothing of classes: the model's own number, unless the recipe has one.
+    outputs = spec.classes or (classes if spec.weights else 0) or None
+    try:
+        model = build_model(spec.model, num_classes=outputs, weights=spec.weights, seed=seed)
+    except RequestError as error:
+        hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
+        raise RequestError(f"{where}: {error}{hint}") from error
+    mean, std = data.normalization
+    specs = spec.taps or tuple(dict.fromkeys(tap_groups(needs)))
+    return FrozenTeacher(
+        spec.name,
+        model,
+        lambda example: tap_requests(model, specs, example, where),
+        source=spec.model,
+        bn=spec.bn,
+        precision=spec.precision,
+        mean=spec.mean or mean,
+        std=spec.std or std,
+        size=data.size,
+        device=device,
+    )
+
+
+def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: torch.device) -> FrozenTeacher:
+    """A teacher of a cache, with exactly the taps that are stored.
+
+    Args:
+        info: the manifest's entry.
+        size: side of its input in pixels.
+        weights: a state_dict file; "" = the model's own pretrained weights.
+        device: where it runs.
+
+    Raises:
+        RequestError: it cannot be built, or has no such taps.
+        CacheMismatchError: its weights are not those of the cache.
+    """
+    where = f"teachers[{info.name}]"
+    try:
+        model = build_model(info.model, num_classes=info.num_classes or None, weights=weights, seed=0)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from error
+    maps = [tap for tap in info.taps.values() if tap.name != LOGITS]
+    specs = [f"{tap.name}={tap.path}:{tap.position}" for tap in maps]
+    teacher = FrozenTeacher(
+        info.name,
+        model,
+        lambda example: tap_requests(model, specs, example, where),
+        source=info.model,
+        bn=info.bn,
+        precision=info.precision,
+        mean=info.mean,
+        std=info.std,
+        size=size,
+        device=device,
+    )
+    if teacher.weights_sha256 != info.weights_sha256:
+        raise CacheMismatchError(
+            f"{where}.weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… "
+            f"in {weights or 'the pretrained weights'}; give --recipe with the right files"
+        )
+    return teacher
+
+
+def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:
     """Every teacher of the recipe, by name, in the recipe's order."""
-    return {spec.name: FrozenTeacher(spec, recipe, num_classes, device) for spec in recipe.teachers}
+    needs = [need for entry in recipe.method for need in method_named(entry.name).needs]
+    return {
+        spec.name: teacher_from_recipe(spec, recipe.data, needs, classes=classes, seed=recipe.seed, device=device)
+        for spec in recipe.teachers
+    }
 
 
 def method_taps(teachers: Mapping[str, FrozenTeacher]) -> dict[str, dict[str, TapInfo]]:

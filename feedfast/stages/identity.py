@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from feedfast import recipe as recipes
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import (
     DatasetInfo,
@@ -29,7 +30,6 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
 from feedfast.models.build import build_model, weights_sha256
-from feedfast.recipe import Recipe
 
 PACKAGES = (
     "feedfast",
@@ -54,15 +54,15 @@ def library_versions() -> dict[str, str | int | float | bool | None]:
     return found
 
 
-def dataset_info(recipe: Recipe, data: Dataset) -> DatasetInfo:
+def dataset_info(train: Sequence[str], limit: int, data: Dataset) -> DatasetInfo:
     """The data as a manifest names them; ``source`` keeps paths and limit: a cache can then be streamed by itself."""
-    paths = [str(Path(path).resolve()) for path in recipe.data.train]
+    paths = [str(Path(path).resolve()) for path in train]
     return DatasetInfo(
         kind=data.kind,
         count=len(data),
         fingerprint=data.fingerprint(),
         classes=data.classes,
-        source=json.dumps({"train": paths, "limit": recipe.data.limit}),
+        source=json.dumps({"train": paths, "limit": limit}),
         id_space=int(data.ids[-1]) + 1,
     )
 
@@ -91,22 +91,31 @@ def changed_versions(manifest: Manifest, decoder: Mapping[str, Any]) -> dict[str
     return {key: (old, new) for key, (old, new) in both.items() if old != new}
 
 
-def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan: ViewPlan) -> None:
-    """Raise unless ``reader``'s cache was made from the recipe's data, plan and teachers.
+def refuse_other_recipe(
+    reader: CacheReader, dataset: DatasetInfo, plan: ViewPlan, data: recipes.Data, specs: Sequence[recipes.Teacher]
+) -> None:
+    """Raise unless ``reader``'s cache was made from these images, this plan and these teachers.
+
+    Args:
+        reader: the cache.
+        dataset: the images, as `dataset_info` describes them.
+        plan: their views.
+        data: normalization of teachers that have none of their own.
+        specs: the recipe's teachers.
 
     Raises:
         CacheMismatchError: with the differing keys in two columns.
     """
     found = reader.manifest
     teachers: dict[str, TeacherInfo] = {}
-    unknown = [spec.name for spec in recipe.teachers if spec.name not in found.teachers]
+    unknown = [spec.name for spec in specs if spec.name not in found.teachers]
     if unknown:
         raise CacheMismatchError(
             f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; "
             "run `feedfast cache` with this recipe to add them"
         )
-    mean, std = recipe.data.normalization
-    for spec in recipe.teachers:
+    mean, std = data.normalization
+    for spec in specs:
         stored = found.teachers[spec.name]
         sha = stored.weights_sha256
         if spec.weights and Path(spec.weights).is_file():
@@ -121,9 +130,9 @@ def refuse_other_recipe(reader: CacheReader, recipe: Recipe, data: Dataset, plan
         }
         teachers[spec.name] = stored.model_copy(update=own)
     asked = {
-        "dataset": dataset_info(recipe, data),
+        "dataset": dataset,
         "plan": plan_info(plan),
-        "num_rows": len(data),
+        "num_rows": dataset.count,
         "teachers": teachers,
     }
     refuse_differences(reader.path, found.model_copy(update=asked), found)

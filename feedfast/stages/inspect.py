@@ -28,9 +28,9 @@ from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
 from feedfast.report.run import figure_html, page, table_html
-from feedfast.stages.audit import plan_of, recipe_of, stored_values
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
+from feedfast.stages.proof import plan_of, source_of, stored_values
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def _pictures(reader: CacheReader) -> str:
             maps.append((f"{teacher}/{tap}", values.mean(1).numpy()))
     images: np.ndarray | None = None
     try:
-        recipe = recipe_of(reader)
-        loader = Loader(open_dataset(recipe.data.train, limit=recipe.data.limit), plan_of(reader), batch_size=len(rows))
+        train, limit = source_of(reader)
+        loader = Loader(open_dataset(train, limit=limit), plan_of(reader), batch_size=len(rows))
         images = next(iter(loader.stream(0, rows))).images.numpy()
         loader.close()
     except FeedfastError as error:

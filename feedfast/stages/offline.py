@@ -160,16 +160,16 @@ class OfflineRun:
             )
             teachers[name] = TeacherInfo(
                 name=name,
-                model=teacher.spec.model,
+                model=teacher.source,
                 weights_sha256=teacher.weights_sha256,
-                bn=teacher.spec.bn,
-                precision=teacher.spec.precision,
+                bn=teacher.bn,
+                precision=teacher.precision,
                 mean=teacher.mean,
                 std=teacher.std,
                 taps=taps,
             )
         return Manifest(
-            dataset=dataset_info(recipe, self.data),
+            dataset=dataset_info(recipe.data.train, recipe.data.limit, self.data),
             plan=plan_info(self._mixing_plan(held)),
             decoder=decoder_info(self.loader.describe()),
             images=recipe.cache.images,

@@ -21,10 +21,10 @@ from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import Dataset, open_dataset
 from feedfast.errors import CacheMismatchError, RequestError
-from feedfast.stages.audit import check_views, plan_of, recipe_of, replay_pixels
-from feedfast.stages.ensemble import Normalize
+from feedfast.models.normalize import Normalize
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
+from feedfast.stages.proof import check_views, plan_of, replay_pixels, source_of
 from feedfast.stages.source import Cached, manifest_taps
 from feedfast.stages.worker import pick_device
 
@@ -251,9 +251,9 @@ def open_cache(
         CacheDamageError: the cache is incomplete or damaged.
     """
     reader = CacheReader(path, threads=threads)
-    recipe = recipe_of(reader)
-    found = open_dataset(data or recipe.data.train, limit=recipe.data.limit)
-    expected = reader.manifest.model_copy(update={"dataset": dataset_info(recipe, found)})
+    train, limit = source_of(reader)
+    found = open_dataset(data or train, limit=limit)
+    expected = reader.manifest.model_copy(update={"dataset": dataset_info(train, limit, found)})
     refuse_differences(reader.path, expected, reader.manifest)
     reader.require([*names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))
     cache = OpenedCache(reader, found)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.codec import choose_compression, fit_affine, measure
+from feedfast.cache.blocks import choose_compression
+from feedfast.cache.fit import fit_affine, measure
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.schema import CodecName, TapInfo
 from feedfast.cache.stream import MAX_BUFFER_BYTES
@@ -96,26 +97,19 @@ def _thin(values: Tensor, batches: int) -> np.ndarray:
 
 def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -> Fitted:
     request = teacher.requests[name]
-    margin = teacher.margins.get(name)
-    clip = margin.numpy() if request.margin and margin is not None else None
-    if request.margin and clip is None:
-        raise FeedfastError(
-            f"teacher {teacher.name!r}, tap {name!r}: +margin needs a map before its activation, "
-            f"found {request.tap.path} {request.tap.position!r}"
-        )
-    values = np.concatenate(sample.fit)
-    offset, step = fit_affine(values if clip is None else np.maximum(values, clip), codec)
-    unseen = np.concatenate(sample.held_out or sample.fit)
-    error = measure(unseen, offset, step, codec, clip, pre_activation=is_signed(request.tap))
+    margin, transform = teacher.margins.get(name), teacher.transform(name)
+    values = transform.teacher(torch.from_numpy(np.concatenate(sample.fit))).numpy()
+    offset, step = fit_affine(values, codec)
+    unseen = transform.teacher(torch.from_numpy(np.concatenate(sample.held_out or sample.fit))).numpy()
+    error = measure(unseen, offset, step, codec, pre_activation=is_signed(request.tap))
     assert sample.first is not None
-    floor = None if clip is None else torch.from_numpy(clip)
-    block, _ = encode_rows(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), floor)
+    block, _ = encode_rows(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), transform)
     info = TapInfo(
         name=name,
         path=request.tap.path,
         position=request.tap.position,
         shape=teacher.shapes[name],
-        transform="margin" if request.margin else "none",
+        transform=transform.kind,
         margin=None if margin is None else tuple(margin.tolist()),
         codec=codec,
         compression=choose_compression([np.ascontiguousarray(block)]),

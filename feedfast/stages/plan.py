@@ -21,18 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.codec import compress_block, fit_affine
+from feedfast.cache.blocks import compress_block
 from feedfast.cache.create import refuse_foreign
+from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.schema import CodecName
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
+from feedfast.models.normalize import Normalize
 from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.data import open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalize, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.record import encode_rows
@@ -142,11 +144,11 @@ def _compression(teacher: FrozenTeacher, tap: str, block: Tensor, codec: CodecNa
     if tap == LOGITS:
         return 1.0
     values = block.cpu()
-    margin = teacher.margins.get(tap) if teacher.requests[tap].margin else None
-    flat = values.movedim(1, -1).reshape(-1, values.shape[1])
+    transform = teacher.transform(tap)
+    flat = transform.teacher(values).movedim(1, -1).reshape(-1, values.shape[1])
     thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
-    offset, step = fit_affine(thin if margin is None else np.maximum(thin, margin.numpy()), codec)
-    codes, _ = encode_rows(values, codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
+    offset, step = fit_affine(thin, codec)
+    codes, _ = encode_rows(values, codec, torch.from_numpy(offset), torch.from_numpy(step), transform)
     ratio = codes.nbytes / len(compress_block(np.ascontiguousarray(codes), "zstd"))
     return ratio if ratio >= 1.15 else 1.0
 

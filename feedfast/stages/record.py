@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from feedfast.cache import names
-from feedfast.cache.codec import row_sums
+from feedfast.cache.blocks import row_sums
 from feedfast.cache.pending import Pending
 from feedfast.cache.reader import CacheReader
+from feedfast.cache.transform import Transform, transform_of
 from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError
 from feedfast.stages.identity import changed_versions
@@ -86,14 +87,11 @@ class Recorder:
 
     def _encoded(self, teacher: str, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
         info = self.manifest.teachers[teacher].taps[tap]
-        margin = None
         offset = step = torch.empty(0)
         if info.codec in ("u8", "u4"):
             offset, step = self._scale(teacher, tap, values.device)
-        if info.transform == "margin" and info.margin is not None:
-            margin = torch.tensor(info.margin, device=values.device)
         try:
-            codes, saturated = encode_rows(values, info.codec, offset, step, margin)
+            codes, saturated = encode_rows(values, info.codec, offset, step, transform_of(info))
         except ValueError as error:
             raise FeedfastError(f"teacher {teacher!r}, tap {tap!r}, view {view}, rows from {start}: {error}") from error
         return codes, int(saturated)
@@ -136,7 +134,7 @@ def other_pixels(reader: CacheReader, view: int, rows: np.ndarray, decoder: Mapp
 
 
 def encode_rows(
-    values: Tensor, codec: str, offset: Tensor, step: Tensor, margin: Tensor | None
+    values: Tensor, codec: str, offset: Tensor, step: Tensor, transform: Transform
 ) -> tuple[np.ndarray, Tensor]:
     """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
 
@@ -146,10 +144,9 @@ def encode_rows(
     if codec in ("u8", "u4"):
         if values.is_cuda:  # `encode` skips this check on CUDA to avoid a sync; `.cpu()` below syncs anyway
             _require_finite(values, values)
-        codes, saturated = encode(values, offset, step, codec=codec, margin_C=margin)
+        codes, saturated = encode(values, offset, step, codec=codec, margin_C=transform.floor(values.device))
         return codes.cpu().numpy(), saturated
-    if margin is not None:
-        values = torch.maximum(values, margin.to(values.device).view(1, -1, *[1] * (values.dim() - 2)))
+    values = transform.teacher(values)
     last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
     stored = last.to(torch.float32 if codec == "f32" else torch.float16)
     _require_finite(stored, last)

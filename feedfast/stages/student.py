@@ -27,11 +27,11 @@ from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.files import replace_file, write_json
 from feedfast.models.build import build_model
+from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
-from feedfast.stages.ensemble import Normalize
 from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import check_run_dir, start_run_dir
 from feedfast.stages.loop import Loop, Trainer

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from feedfast.errors import RequestError
 from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options
 from feedfast.methods.base import LOGITS, Shapes, Teachers, tap_groups
+from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tapped
 from feedfast.recipe import MethodEntry
-from feedfast.stages.ensemble import Normalize
 from feedfast.tasks import Task
 
 

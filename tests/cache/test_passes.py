@@ -15,7 +15,7 @@ from cache_files import small_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feedfast.cache.codec import index_length
+from feedfast.cache.blocks import index_length
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.schema import Manifest, differences, merge
 from feedfast.cache.segments import Array, BufferPool, Bytes, Segment

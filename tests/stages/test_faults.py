@@ -24,7 +24,7 @@ from commands import Outcome, feedfast
 from small import as_toml, digits_recipe, write_teacher
 
 import feedfast as ff
-from feedfast.cache.codec import crc32c
+from feedfast.cache.blocks import crc32c
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
 from feedfast.recipe import Recipe

@@ -21,9 +21,10 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
-from feedfast.stages.audit import plan_of, run_verify, stored_values
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import teacher_from_recipe
 from feedfast.stages.offline import run_cache
+from feedfast.stages.proof import plan_of, stored_values
+from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
 
 KILLS = 10
@@ -47,7 +48,7 @@ def test_stored_maps_are_those_of_the_teachers_on_those_pixels(tmp_path: Path) -
     data = open_dataset(recipe.data.train, limit=recipe.data.limit)
     loader = Loader(data, plan_of(reader), batch_size=32)
     for spec in recipe.teachers:
-        teacher = FrozenTeacher(spec, recipe, 10, torch.device("cpu"))
+        teacher = teacher_from_recipe(spec, recipe.data, (), classes=10, seed=0, device=torch.device("cpu"))
         for view in range(2):
             for batch in loader.stream(view, np.arange(len(data))):
                 assert np.array_equal(batch.ids, reader.read_array("views/order", view)[batch.rows])
@@ -167,7 +168,14 @@ def test_batch_statistics_make_other_maps(tmp_path: Path) -> None:
     spec = digits_recipe(tmp_path, teachers=1)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8))
     plain, batch = (
-        FrozenTeacher(spec.teachers[0].model_copy(update={"bn": bn}), spec, 10, torch.device("cpu"))
+        teacher_from_recipe(
+            spec.teachers[0].model_copy(update={"bn": bn}),
+            spec.data,
+            (),
+            classes=10,
+            seed=0,
+            device=torch.device("cpu"),
+        )
         for bn in ("eval", "batch")
     )
     assert plain.weights_sha256 == batch.weights_sha256

@@ -26,10 +26,11 @@ from feedfast.cache.reader import CacheReader
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.run import read_metrics
-from feedfast.stages.audit import run_verify, stored_values
 from feedfast.stages.offline import run_cache
 from feedfast.stages.pilot import PILOT_VIEWS, pilot_batches
+from feedfast.stages.proof import stored_values
 from feedfast.stages.student import run_train
+from feedfast.stages.verify import run_verify
 
 pytestmark = pytest.mark.slow  # the shared cache of photographs takes twelve seconds
 

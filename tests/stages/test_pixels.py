@@ -74,7 +74,7 @@ def test_training_refuses_a_cache_without_the_checksums(recipe: Recipe, tmp_path
 
 
 def test_a_replay_that_compares_nothing_is_a_failure(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("feedfast.stages.audit.replay_pixels", lambda *_, **__: 0)  # as where a GPU decoded
+    monkeypatch.setattr("feedfast.stages.verify.replay_pixels", lambda *_, **__: 0)  # as where a GPU decoded
     document = feedfast("verify", recipe.cache.path, "--replay", "3").document
     assert document["ok"] is False
     assert [entry["kind"] for entry in document["problems"]] == ["pixels"]

@@ -17,7 +17,7 @@ import feedfast
 from feedfast.data.dataset import open_dataset
 from feedfast.data.views import ViewPlan
 from feedfast.recipe import Recipe
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import teacher_from_recipe
 from feedfast.stages.offline import run_cache
 from feedfast_kernels import Codes, as_float, ensemble_kl, normalized_l1, partial_l2
 
@@ -70,7 +70,10 @@ def test_four_lines_in_a_loop_of_your_own(recipe: Recipe) -> None:
 def test_targets_images_labels_and_ids_are_those_of_a_live_run(
     recipe: Recipe, cache: feedfast.stages.open_cache.Cache, view: int
 ) -> None:
-    teachers = {spec.name: FrozenTeacher(spec, recipe, 10, torch.device("cpu")) for spec in recipe.teachers}
+    teachers = {
+        spec.name: teacher_from_recipe(spec, recipe.data, (), classes=10, seed=0, device=torch.device("cpu"))
+        for spec in recipe.teachers
+    }
     data = open_dataset(recipe.data.train, limit=recipe.data.limit)
     order = ViewPlan(3, 16, "pad-crop-flip").order(view, data.ids)
     labels = dict(zip(data.ids.tolist(), data.labels.tolist(), strict=True))

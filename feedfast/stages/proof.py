@@ -13,28 +13,25 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.codec import dequantize, quantize, row_sums, unpack_u4
+from feedfast.cache.blocks import row_sums
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import TapInfo
-from feedfast.cache.verify import verify_cache
-from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.cache.transform import Transform, transform_of
+from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
-from feedfast.recipe import Recipe, Teacher, parse_recipe
 from feedfast.stages.ensemble import FrozenTeacher
-from feedfast.stages.identity import refuse_other_recipe
 from feedfast.stages.progress import Meter
-from feedfast.stages.record import committed_sums, other_pixels
+from feedfast.stages.record import committed_sums, encode_rows, other_pixels
+from feedfast_kernels import Codes, decode
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +171,7 @@ def recompute_teachers(
                             continue
                         array = names.codes(name, tap)
                         stored = stored_values(reader, name, tap, view, batch.rows)
-                        exact = _floored(values, manifest.teachers[name].taps[tap])
+                        exact = transform_of(manifest.teachers[name].taps[tap]).teacher(values.cpu())
                         smallest[array] = min(smallest.get(array, 1.0), _cosine(exact, stored))
                         cosine = _cosine(_encoded(reader, name, tap, exact), stored)
                         if not cosine >= MIN_COSINE:
@@ -192,31 +189,24 @@ def recompute_teachers(
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
     """Decoded float32 maps [row, channel, height, width] (or [row, channel]) of a cache."""
-    codes = reader.read_rows(names.codes(teacher, tap), view, rows)
-    info = reader.manifest.teachers[teacher].taps[tap]
-    if info.codec in ("u8", "u4"):
-        offset, step = reader.scale(teacher, tap)
-        codes = dequantize(unpack_u4(codes, info.channels) if info.codec == "u4" else codes, offset, step)
-    values = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.float32))
+    return _decoded(reader, teacher, tap, torch.from_numpy(reader.read_rows(names.codes(teacher, tap), view, rows)))
+
+
+def _decoded(reader: CacheReader, teacher: str, tap: str, rows: torch.Tensor) -> torch.Tensor:
+    codec = reader.manifest.teachers[teacher].taps[tap].codec
+    if codec == "u8" or codec == "u4":
+        offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
+        return decode(Codes(rows, offset, step, codec))
+    values = rows.float()
     return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
 
 
-def _floored(values: torch.Tensor, info: TapInfo) -> torch.Tensor:
-    """What the codec is given: the map on the CPU, not below OFD's margin where the cache says so."""
-    values = values.cpu()
-    if info.transform != "margin":
-        return values
-    return torch.maximum(values, torch.tensor(info.margin).view(1, -1, *[1] * (values.dim() - 2)))
-
-
 def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) -> torch.Tensor:
-    """``values`` as the cache would give them back."""
+    """``values`` as the cache would give them back, by the operations that wrote and read it."""
     info = reader.manifest.teachers[teacher].taps[tap]
-    if info.codec not in ("u8", "u4"):
-        return values
-    offset, step = reader.scale(teacher, tap)
-    decoded = dequantize(quantize(values.movedim(1, -1).numpy(), offset, step, info.codec), offset, step)
-    return torch.from_numpy(decoded).movedim(-1, 1)
+    offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
+    rows, _ = encode_rows(values, info.codec, offset, step, Transform())
+    return _decoded(reader, teacher, tap, torch.from_numpy(rows))
 
 
 def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:
@@ -225,24 +215,17 @@ def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:
     return float(live @ stored) / norm if norm else float(torch.equal(live, stored))
 
 
-def recipe_of(reader: CacheReader) -> Recipe:
-    """The recipe a cache can be audited with by itself: its data where they were, its teachers without weights.
+def source_of(reader: CacheReader) -> tuple[list[str], int]:
+    """Where a cache's images were, and how many of each class were taken (0 = all).
 
     Raises:
-        RequestError: the manifest does not say where the data were.
+        RequestError: the manifest does not say.
     """
-    manifest = reader.manifest
     try:
-        source = json.loads(manifest.dataset.source)
-        train, limit = [str(path) for path in source["train"]], int(source["limit"])
+        source = json.loads(reader.manifest.dataset.source)
+        return [str(path) for path in source["train"]], int(source["limit"])
     except (ValueError, KeyError, TypeError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
-    plan = manifest.plan
-    data = {"train": train, "limit": limit, "size": plan.size, "augment": plan.augment, "flip": plan.flip}
-    return parse_recipe(
-        {"seed": plan.seed, "data": data, "cache": {"path": str(reader.path), "views": manifest.views}},
-        where=str(reader.path),
-    )
 
 
 def plan_of(reader: CacheReader) -> ViewPlan:
@@ -259,114 +242,3 @@ def plan_of(reader: CacheReader) -> ViewPlan:
         granule=plan.granule,
         window=plan.window,
     )
-
-
-def run_verify(
-    cache: str,
-    *,
-    full: bool = False,
-    replay: int = 0,
-    teachers_percent: float = 0.0,
-    recipe: Recipe | None = None,
-) -> dict[str, Any]:
-    """Check a cache.
-
-    Args:
-        cache: its folder.
-        full: read every byte and check every checksum.
-        replay: blocks of pixels to decode again.
-        teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files,
-            unless the teachers are pretrained ones.
-        recipe: where data and weights are; the manifest's own paths without it.
-
-    Returns:
-        The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``,
-        ``replayed``, ``cosine`` (per array, smallest).
-    """
-    if not Path(cache).is_dir():
-        found_there = "a file" if Path(cache).exists() else "nothing"
-        raise RequestError(f"cache: expected a folder, found {found_there} at {cache}")
-    problems: list[Problem] = []
-    try:
-        problems += verify_cache(cache, full=full)
-        reader = CacheReader(cache)
-    except CacheDamageError as error:
-        known = problems + (error.problems or [problem("", "", "cache", str(error))])
-        problems = [entry for number, entry in enumerate(known) if entry not in known[:number]]
-        _tell(problems)
-        return {"ok": False, "problems": problems, "objects": 0, "bytes": 0, "replayed": 0, "cosine": {}}
-    replayed = 0
-    cosine: dict[str, float] = {}
-    if (replay or teachers_percent) and not problems:
-        recipe = recipe or recipe_of(reader)
-        data = open_dataset(recipe.data.train, limit=recipe.data.limit)
-        plan = plan_of(reader)
-        try:
-            refuse_other_recipe(reader, recipe.model_copy(update={"teachers": ()}), data, plan)
-            check_views(reader, data, plan, reader.manifest.views)
-            replayed = replay_pixels(reader, data, plan, blocks=replay, views=reader.manifest.views, seed=0)
-            if replay and not replayed:
-                problems.append(problem(names.SUMS, "", "pixels", "--replay: there was nothing to compare with"))
-        except CacheDamageError as error:
-            problems += error.problems
-        except CacheMismatchError as error:
-            problems.append(problem("", "", "pixels", str(error)))
-        if teachers_percent and not problems:
-            loaded = _teachers(reader, recipe)
-            found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent)
-            problems += found
-    commits = reader.log.commits.values()
-    _tell(problems)
-    return {
-        "ok": not problems,
-        "problems": problems,
-        "objects": len(commits),
-        "bytes": sum(commit.bytes for commit in commits),
-        "replayed": replayed,
-        "cosine": cosine,
-    }
-
-
-def _tell(problems: list[Problem]) -> None:
-    for entry in problems:
-        log.error("%s: %s %s: %s", entry["kind"], entry["array"], entry["shard"], entry["detail"])
-
-
-def _teachers(reader: CacheReader, recipe: Recipe) -> dict[str, FrozenTeacher]:
-    """The cache's teachers with exactly the stored taps."""
-    files = {spec.name: spec.weights for spec in recipe.teachers}
-    trusted = {spec.model for spec in recipe.teachers}
-    out = {}
-    for name, info in reader.manifest.teachers.items():
-        if ":" in info.model and info.model not in trusted:
-            raise RequestError(
-                f"teachers[{name}].model: {info.model!r} would import code that a cache names; "
-                "give --recipe with this model in it"
-            )
-        maps = (tap for tap in info.taps.values() if tap.name != names.LOGITS)
-        taps = tuple(f"{tap.name}={tap.path}:{tap.position}" for tap in maps)
-        spec = Teacher(
-            name=name,
-            model=info.model,
-            weights=files.get(name, ""),
-            classes=info.num_classes,
-            bn=info.bn,
-            precision=info.precision,
-            taps=taps,
-            mean=info.mean,
-            std=info.std,
-        )
-        try:
-            teacher = FrozenTeacher(spec, recipe, info.num_classes, torch.device("cpu"))
-        except RequestError as error:
-            if name in files:
-                raise
-            raise RequestError(f"{error}; if its weights are in a file, give --recipe, which names it") from error
-        if teacher.weights_sha256 != info.weights_sha256:
-            origin = files.get(name) or "the pretrained weights"
-            raise CacheMismatchError(
-                f"teachers[{name}].weights: expected sha256 {info.weights_sha256[:16]}…, "
-                f"found {teacher.weights_sha256[:16]}… in {origin}; give --recipe with the right files"
-            )
-        out[name] = teacher
-    return out

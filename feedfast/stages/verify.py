@@ -1,0 +1,121 @@
+"""`feedfast verify`: is this cache whole, and does it still say what its teachers would say?
+
+Log and lengths always; every byte, pixels and maps on request (`feedfast.cache.verify`, `feedfast.stages.proof`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feedfast import recipe as recipes
+from feedfast.cache import names
+from feedfast.cache.log import Problem, problem
+from feedfast.cache.reader import CacheReader
+from feedfast.cache.verify import verify_cache
+from feedfast.data.dataset import open_dataset
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.recipe import Recipe
+from feedfast.stages.ensemble import FrozenTeacher, teacher_from_manifest
+from feedfast.stages.identity import dataset_info, refuse_differences
+from feedfast.stages.proof import check_views, plan_of, recompute_teachers, replay_pixels, source_of
+
+log = logging.getLogger(__name__)
+
+
+def run_verify(
+    cache: str,
+    *,
+    full: bool = False,
+    replay: int = 0,
+    teachers_percent: float = 0.0,
+    recipe: Recipe | None = None,
+) -> dict[str, Any]:
+    """Check a cache.
+
+    Args:
+        cache: its folder.
+        full: read every byte and check every checksum.
+        replay: blocks of pixels to decode again.
+        teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files,
+            unless the teachers are pretrained ones.
+        recipe: where data and weights are; the manifest's own paths without it.
+
+    Returns:
+        The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``,
+        ``replayed``, ``cosine`` (per array, smallest).
+    """
+    if not Path(cache).is_dir():
+        found_there = "a file" if Path(cache).exists() else "nothing"
+        raise RequestError(f"cache: expected a folder, found {found_there} at {cache}")
+    problems: list[Problem] = []
+    try:
+        problems += verify_cache(cache, full=full)
+        reader = CacheReader(cache)
+    except CacheDamageError as error:
+        known = problems + (error.problems or [problem("", "", "cache", str(error))])
+        problems = [entry for number, entry in enumerate(known) if entry not in known[:number]]
+        _tell(problems)
+        return {"ok": False, "problems": problems, "objects": 0, "bytes": 0, "replayed": 0, "cosine": {}}
+    replayed = 0
+    cosine: dict[str, float] = {}
+    if (replay or teachers_percent) and not problems:
+        train, limit = source_of(reader) if recipe is None else (recipe.data.train, recipe.data.limit)
+        data = open_dataset(train, limit=limit)
+        plan = plan_of(reader)
+        expected = {"dataset": dataset_info(train, limit, data), "num_rows": len(data)}
+        try:
+            refuse_differences(reader.path, reader.manifest.model_copy(update=expected), reader.manifest)
+            check_views(reader, data, plan, reader.manifest.views)
+            replayed = replay_pixels(reader, data, plan, blocks=replay, views=reader.manifest.views, seed=0)
+            if replay and not replayed:
+                problems.append(problem(names.SUMS, "", "pixels", "--replay: there was nothing to compare with"))
+        except CacheDamageError as error:
+            problems += error.problems
+        except CacheMismatchError as error:
+            problems.append(problem("", "", "pixels", str(error)))
+        if teachers_percent and not problems:
+            loaded = _teachers(reader, () if recipe is None else recipe.teachers)
+            found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent)
+            problems += found
+    commits = reader.log.commits.values()
+    _tell(problems)
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "objects": len(commits),
+        "bytes": sum(commit.bytes for commit in commits),
+        "replayed": replayed,
+        "cosine": cosine,
+    }
+
+
+def _tell(problems: list[Problem]) -> None:
+    for entry in problems:
+        log.error("%s: %s %s: %s", entry["kind"], entry["array"], entry["shard"], entry["detail"])
+
+
+def _teachers(reader: CacheReader, specs: Sequence[recipes.Teacher]) -> dict[str, FrozenTeacher]:
+    """The cache's teachers; ``specs`` say where weights are, and whose code may be imported."""
+    files = {spec.name: spec.weights for spec in specs}
+    trusted = {spec.model for spec in specs}
+    out = {}
+    for name, info in reader.manifest.teachers.items():
+        if ":" in info.model and info.model not in trusted:
+            raise RequestError(
+                f"teachers[{name}].model: {info.model!r} would import code that a cache names; "
+                "give --recipe with this model in it"
+            )
+        try:
+            out[name] = teacher_from_manifest(info, reader.manifest.plan.size, files.get(name, ""), torch.device("cpu"))
+        except CacheMismatchError:
+            raise
+        except RequestError as error:
+            if name in files:
+                raise
+            raise RequestError(f"{error}; if its weights are in a file, give --recipe, which names it") from error
+    return out
