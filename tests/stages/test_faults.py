@@ -363,8 +363,9 @@ def test_no_room_while_caching(whole: World, tmp_path: Path) -> None:
     world = World(tmp_path)
     for name in ("digits-train.npz", "digits-val.npz", "a.pt"):
         shutil.copy(whole.folder / name, tmp_path / name)
-    with files_up_to(60_000):  # enough for the maps of the last stages, not for those of the first
-        outcome = feedfast("cache", world.file(), "cache.shard_mb=0.0625")
+    # Enough for the maps of the last stages, not for those of the first; one thread, so that those are the first.
+    with files_up_to(60_000):
+        outcome = feedfast("cache", world.file(), "cache.shard_mb=0.0625", "cache.threads=1")
     assert outcome.code == 1
     for word in ("no room for", "targets/a/ofd1/codes", "run the same command again"):
         assert word in outcome.error
