@@ -4,8 +4,8 @@ Each operation plans its launches from meta tensors of the shapes real networks 
 and Triton compiles them for sm_80, sm_90 and sm_100. Numbers come from the machine code, read with the disassembler in
 Triton's wheel:
 
-    regs        registers a thread; with the warps and the shared memory they bound how many programs fit
-    stack       bytes of local memory a thread; 0, or the kernel spills
+    regs        registers per thread; with the warps and the shared memory they bound how many programs fit
+    stack       bytes of local memory per thread; 0, or the kernel spills
     spills      loads and stores of local memory (LDL, STL)
     load, store bits of the widest access to global memory; 128 is the most a thread can ask for
     wide        share of the loaded bytes that 128-bit loads bring
@@ -39,7 +39,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
 
 import torch
 import triton
-from launches import Case, cases  # beside this file
+from launches import Case, cases  # next to this file
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

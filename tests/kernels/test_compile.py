@@ -53,7 +53,7 @@ def others() -> list[dict[str, Any]]:
 
 def test_every_operation_is_there(hopper: list[dict[str, Any]]) -> None:
     kernels = {path.stem for path in (TOOLS.parent / "kernels/feedfast_kernels/gpu").glob("*.py")}
-    assert {row["operation"] for row in hopper} == kernels - {"__init__", "launch", "tile"}
+    assert {row["operation"] for row in hopper} == kernels - {"__init__", "launch", "tile", "unit_length"}
 
 
 @pytest.mark.parametrize("which", ["hopper", "others"])
@@ -88,7 +88,7 @@ def test_enough_warps_fit_to_hide_memory(which: str, request: pytest.FixtureRequ
 
 
 def test_instructions_leave_memory_the_bottleneck(hopper: list[dict[str, Any]]) -> None:
-    """132 multiprocessors issue 33 T lane instructions a second: at 4.3 TB/s and 3 bytes an element, 23 an element."""
+    """132 multiprocessors issue 33 T lane instructions per second: at 4.3 TB/s and 3 bytes per element, 23 of them."""
     large = [
         row
         for row in hopper

@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused() -> None:
         connector_partial_l2(y, y, torch.ones(2), one)
     with pytest.raises(ValueError, match=r"margin expected \[3\], got \[2\]"):
         connector_partial_l2(y, y, one, one, margin_C=torch.ones(2))
-    with pytest.raises(ValueError, match=r"more than one value a channel.*\[1, 3, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"more than one value per channel.*\[1, 3, 1, 1\]"):
         connector_partial_l2(y[:1, :, :1, :1], y[:1, :, :1, :1], one, one)
 
 

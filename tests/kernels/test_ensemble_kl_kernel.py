@@ -41,9 +41,11 @@ def make(
     return student.to(device), many, labels.to(device)
 
 
-def exact(student: Tensor, teachers: Sequence[Tensor], upstream: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
+def exact(
+    student: Tensor, teachers: Sequence[Tensor], grad_output: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64."""
-    loss, (gradient,) = run(lambda s: reference(s, teachers, **options), [student.double()], upstream)
+    loss, (gradient,) = run(lambda s: reference(s, teachers, **options), [student.double()], grad_output)
     return loss, gradient
 
 
