@@ -40,7 +40,7 @@ def run(
 def captured(step: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
     """The CUDA graph of ``step()``, and the results that a replay writes.
 
-    It runs once on a stream beside, so that inside the capture nothing is compiled, loaded or set up.
+    It runs once on another stream, so that inside the capture nothing is compiled, loaded or set up.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from code_samples import TOP, nibbles, some_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,21 +16,6 @@ from feedfast_kernels import Codes, _layout, as_float, decode, encode
 from feedfast_kernels.codes import CODECS, decode_reference
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 32, 8, 8), (2, 17, 1, 31), (5, 10), (1, 129), (0, 4, 3, 3)]
-TOP = {"u8": 254, "u4": 14}
-
-
-def some_map(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A map with outliers, values on exact ties, and per-channel offset, step, margin; channel 0 is constant."""
-    generator = torch.Generator().manual_seed(seed)
-    channels = shape[1]
-    offset = -torch.rand(channels, generator=generator) - 1
-    step = torch.rand(channels, generator=generator) / 64 + 1 / 128
-    margin = offset + torch.linspace(-3.7, 10.3, channels) * step
-    step[0] = 0
-    x = 2 * torch.randn(shape, generator=generator)
-    flat = x.view(-1)
-    flat[: flat.numel() // 3] = (flat[: flat.numel() // 3] * 64).round() / 64
-    return x, offset, step, margin
 
 
 def formula(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor | None, codec: str) -> tuple[np.ndarray, int]:
@@ -41,11 +27,6 @@ def formula(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor | None, code
     codes = np.where(step.numpy() == 0, 0, np.rint((clipped - offset.numpy()) / divisor))
     inside = np.clip(codes, 0, TOP[codec])
     return inside.astype(np.uint8), int((codes != inside).sum())
-
-
-def nibbles(packed: np.ndarray, channels: int) -> np.ndarray:
-    """Codes of packed bytes, one channel at a time."""
-    return np.stack([packed[..., c // 2] >> 4 * (c % 2) & 15 for c in range(channels)], -1)
 
 
 def layouts(x: Tensor) -> list[Tensor]:

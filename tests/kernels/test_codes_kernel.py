@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from code_samples import TOP, nibbles, some_map
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_rounded, captured, orders
-from test_codes import TOP, nibbles, some_map
 from torch import Tensor
 
 from feedfast_kernels import Codes, decode, encode

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from connector_samples import make
 from kernel_checks import assert_rounded, captured, orders, run
-from test_connector_partial_l2 import make
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, connector_partial_l2

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from feedfast_kernels._ops import contiguous, dense, memory_format_of
-from feedfast_kernels.codes import top_code
+from feedfast_kernels.codes import CodecName, top_code
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
 
@@ -166,7 +166,7 @@ def _tiling(rows: int, images: int, width: int, most_channels: int, most_steps: 
 
 
 def plan_encode(
-    x: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, margin_C: Tensor | None, out: Tensor
+    x: Tensor, offset_C: Tensor, step_C: Tensor, codec: CodecName, margin_C: Tensor | None, out: Tensor
 ) -> tuple[Launch, Tensor]:
     """The launch that writes ``out``, and the int32 count of saturated values of each program.
 
@@ -215,7 +215,9 @@ def plan_encode(
     return Launch(_encode, grid, arguments, constants), partial
 
 
-def encode(x: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, margin_C: Tensor | None, out: Tensor) -> Tensor:
+def encode(
+    x: Tensor, offset_C: Tensor, step_C: Tensor, codec: CodecName, margin_C: Tensor | None, out: Tensor
+) -> Tensor:
     """Write the codes of ``x`` into the contiguous ``out``; returns the saturation count, an int64 scalar."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
@@ -225,7 +227,7 @@ def encode(x: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, margin_C: Te
     return partial.sum()
 
 
-def plan_decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, values: Tensor) -> Launch:
+def plan_decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: CodecName, values: Tensor) -> Launch:
     """The launch that writes ``values``.
 
     Args:
@@ -244,7 +246,7 @@ def plan_decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, valu
     return Launch(_decode, grid, arguments, constants)
 
 
-def decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: str, dtype: torch.dtype) -> Tensor:
+def decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: CodecName, dtype: torch.dtype) -> Tensor:
     """offset + step * code in the order of the codes, [B, H, W, C] or [B, C]."""
     values = torch.empty((*data.shape[:-1], offset_C.shape[0]), dtype=dtype, device=data.device)
     if values.numel():

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from feedfast_kernels._ops import contiguous, dense, dense_target, memory_format_of
-from feedfast_kernels.codes import packed_channels
+from feedfast_kernels.codes import StoredAs, packed_channels
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
 
@@ -355,7 +355,7 @@ class Plan:
         target: Tensor,
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,
+        codec: StoredAs,
         margin_C: Tensor | None,
         gamma_C: Tensor,
         beta_C: Tensor,
@@ -443,7 +443,7 @@ def forward(
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     gamma_C: Tensor,
     beta_C: Tensor,
@@ -471,7 +471,7 @@ def backward(
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     gamma_C: Tensor,
     beta_C: Tensor,

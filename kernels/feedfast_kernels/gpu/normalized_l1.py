@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from feedfast_kernels._ops import contiguous, dense, dense_target, memory_format_of
-from feedfast_kernels.codes import packed_channels
+from feedfast_kernels.codes import StoredAs, packed_channels
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, map_offsets
 from feedfast_kernels.gpu.unit_length import (
@@ -245,7 +245,7 @@ def plan(
     targets: Sequence[Tensor],
     offsets: Sequence[Tensor | None],
     steps: Sequence[Tensor | None],
-    codec: str,
+    codec: StoredAs,
     scale: float,
     statistics: Tensor,
     *,
@@ -322,7 +322,7 @@ def _warps(elements: int) -> int:
 
 
 def groups(
-    students: Sequence[Tensor], targets: Sequence[Tensor], codecs: Sequence[str], scales: Sequence[float]
+    students: Sequence[Tensor], targets: Sequence[Tensor], codecs: Sequence[StoredAs], scales: Sequence[float]
 ) -> list[list[int]]:
     """Teachers that can share a launch: same shape, dtypes, codec, memory orders and scale, at most MOST_TEACHERS.
 
@@ -342,7 +342,7 @@ def _parts(
     targets: Sequence[Tensor],
     offsets: Sequence[Tensor | None],
     steps: Sequence[Tensor | None],
-    codecs: Sequence[str],
+    codecs: Sequence[StoredAs],
     scales: Sequence[float],
     statistics: Tensor,
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -370,7 +370,7 @@ def forward(
     targets: Sequence[Tensor],
     offsets: Sequence[Tensor | None],
     steps: Sequence[Tensor | None],
-    codecs: Sequence[str],
+    codecs: Sequence[StoredAs],
     scales: Sequence[float],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
@@ -390,7 +390,7 @@ def backward(
     targets: Sequence[Tensor],
     offsets: Sequence[Tensor | None],
     steps: Sequence[Tensor | None],
-    codecs: Sequence[str],
+    codecs: Sequence[StoredAs],
     scales: Sequence[float],
 ) -> list[Tensor]:
     """The students' gradients, in their dtypes and strides."""

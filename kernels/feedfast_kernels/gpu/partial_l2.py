@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from feedfast_kernels._ops import contiguous, dense, dense_target, memory_format_of
-from feedfast_kernels.codes import packed_channels
+from feedfast_kernels.codes import StoredAs, packed_channels
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
 
@@ -168,7 +168,7 @@ def plan(
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     scale: float,
     grad_output: Tensor | None = None,
@@ -232,7 +232,7 @@ def forward(
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -252,7 +252,7 @@ def backward(
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     scale: float,
 ) -> Tensor:
