@@ -28,13 +28,14 @@ from feedfast.cache import names
 from feedfast.cache.schema import Compression, Manifest
 
 MAX_SHARD_ROWS: Final = 1024
+MAX_BLOCK_BYTES: Final = 8 << 20  # 8 MiB, unless a single row is larger
 ZSTD_LEVEL: Final = 1
 NO_CHUNK: Final = 2**64 - 1
 _CRC: Final[dict[str, Any]] = {"name": "crc32c"}
 _BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
     """One stored array. ``chunk`` is the shape of an object, ``block`` of an inner chunk (None: not sharded).
 
@@ -171,8 +172,19 @@ def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
 
 
+def block_rows_for(row_bytes: int, granule: int) -> int:
+    """Rows per block: the most that keep it within 8 MiB, a power of two and at least 1.
+
+    No more than the plan's ``granule``: later passes move granules, and a block must not lie in two of them.
+    """
+    rows = granule
+    while rows > 1 and rows * row_bytes > MAX_BLOCK_BYTES:
+        rows //= 2
+    return rows
+
+
 def shard_rows_for(row_bytes: int, block_rows: int, shard_bytes: int) -> int:
-    """Rows a shard: the largest power-of-two multiple of ``block_rows`` within ``shard_bytes`` and 1024 rows.
+    """Rows per shard: the largest power-of-two multiple of ``block_rows`` within ``shard_bytes`` and 1024 rows.
 
     At least one block.
     """
@@ -192,16 +204,16 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     ) -> None:
         chunk = (1, *shape[1:]) if per_view else shape
         specs[name] = ArraySpec(
-            name,
-            shape,
-            np.dtype(dtype),
-            fill,
-            chunk,
-            None,
-            "none",
-            dims,
-            views if per_view else 0,
-            shape[1] if per_view else shape[0],
+            name=name,
+            shape=shape,
+            dtype=np.dtype(dtype),
+            fill=fill,
+            chunk=chunk,
+            block=None,
+            compression="none",
+            dims=dims,
+            views=views if per_view else 0,
+            rows=shape[1] if per_view else shape[0],
         )
 
     def sharded(
@@ -209,19 +221,30 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     ) -> None:
         kind = np.dtype(dtype)
         fill = math.nan if kind.kind == "f" else 2 ** (8 * kind.itemsize) - 1
-        per_shard = shard_rows_for(math.prod(row) * kind.itemsize, manifest.block_rows, manifest.shard_bytes)
+        row_bytes = math.prod(row) * kind.itemsize
+        per_block = block_rows_for(row_bytes, manifest.plan.granule)
+        per_shard = shard_rows_for(row_bytes, per_block, manifest.shard_bytes)
         padded = -(-rows // per_shard) * per_shard
         dims = ("view", "row", *{3: ("height", "width", "channel"), 1: ("channel",), 0: ()}[len(row)])
         specs[name] = ArraySpec(
-            name, (views, padded, *row), kind, fill, (1, per_shard, *row), (1, manifest.block_rows, *row),
-            compression, dims, views, rows, sentinel,
-        )  # fmt: skip
+            name=name,
+            shape=(views, padded, *row),
+            dtype=kind,
+            fill=fill,
+            chunk=(1, per_shard, *row),
+            block=(1, per_block, *row),
+            compression=compression,
+            dims=dims,
+            views=views,
+            rows=rows,
+            sentinel=sentinel,
+        )
 
+    samples = (manifest.dataset.num_labels,)
     small(names.ORDER, (views, rows), "<u4", 2**32 - 1, ("view", "row"), per_view=True)
     small(names.WINDOW, (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
     small(names.FLIP, (views, rows), "<u1", 0xFF, ("view", "row"), per_view=True)
-    small(names.LABEL, (manifest.dataset.num_labels,), "<i4", -(2**31), ("sample",), per_view=False)
-    samples = (manifest.dataset.num_labels,)
+    small(names.LABEL, samples, "<i4", -(2**31), ("sample",), per_view=False)
     small(names.CONTENT, samples, "<u8", 2**64 - 1, ("sample",), per_view=False)
     sharded(names.SUMS, (), "<u4", "none")
     for teacher in manifest.teachers.values():
@@ -246,6 +269,6 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
 def unit_rows(specs: dict[str, ArraySpec]) -> int:
     """Rows that hold whole shards of every sharded array: the unit in which rows are divided among writers.
 
-    Every ``shard_rows`` is a power-of-two multiple of the same ``block_rows``, so the largest is a multiple of all.
+    Every ``shard_rows`` is a power of two, so the largest is a multiple of all.
     """
     return max((spec.shard_rows for spec in specs.values() if spec.sharded), default=1)

@@ -13,8 +13,8 @@ It lives in the root group's attributes (``{"feedfast": {...}}``) and answers th
 
 Some fields are requested (the tap's place, its codec, the teacher's weights) and some are found out while caching
 (the margin, whether zstd pays, the fit, the measured errors, the time). When a cache is extended the requested ones
-must agree and the found ones of the existing cache are kept: its codes were made with them. `block_rows` and
-`shard_bytes` are kept likewise.
+must agree and the found ones of the existing cache are kept: its codes were made with them. `shard_bytes` and the
+plan's granule are kept likewise.
 
 Shapes are the network's: (C, H, W), or (C,) for a vector. `feedfast.cache.layout` turns them into stored arrays.
 This module reads and writes no files and knows nothing of recipes or models.
@@ -207,7 +207,6 @@ class Manifest(_Part):
     images: Literal["replay", "stored"] = "replay"
     num_rows: int = Field(ge=1, lt=2**32)
     views: int = Field(ge=1, le=MAX_VIEWS)
-    block_rows: Literal[8, 16, 32, 64] = 64
     shard_bytes: int = Field(32 << 20, ge=1, le=1 << 31)  # 32 MiB
     batch_rows: int = Field(ge=1, le=1 << 20)
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
@@ -226,9 +225,6 @@ class Manifest(_Part):
     def _sound(self) -> Self:
         if self.num_rows > self.dataset.num_labels:
             raise ValueError(f"num_rows {self.num_rows} exceeds the data set's {self.dataset.num_labels} samples")
-        widest = max((teacher.row_bytes for teacher in self.teachers.values()), default=0)
-        if self.block_rows * widest > MAX_BLOCK_BYTES:
-            raise ValueError(f"a block of {self.block_rows} rows of {widest} bytes exceeds {MAX_BLOCK_BYTES} bytes")
         return self
 
     def to_attrs(self) -> dict[str, Any]:
@@ -288,7 +284,7 @@ class Manifest(_Part):
         target = names.parse(array)
         pixels = array in (names.PIXELS, names.SUMS)
         if pixels or (target is not None and target.part == "codes"):
-            basis["layout"] = [self.block_rows, self.shard_bytes]
+            basis["layout"] = [self.plan.granule, self.shard_bytes]
         if pixels:
             return basis
         if target is None:
@@ -298,12 +294,6 @@ class Manifest(_Part):
         basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps"})
         basis["tap"] = teacher.taps[target.tap].model_dump(mode="json", exclude={"fit", "error"})
         return basis
-
-
-def auto_block_rows(row_bytes: int) -> Literal[8, 16, 32, 64]:
-    """Rows a block: the most of 64, 32, 16 and 8 that keep the largest row's block within 8 MiB."""
-    options: tuple[Literal[64, 32, 16], ...] = (64, 32, 16)
-    return next((rows for rows in options if rows * row_bytes <= 8 << 20), 8)
 
 
 def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -> list[Difference]:

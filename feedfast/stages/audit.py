@@ -39,7 +39,7 @@ from feedfast.stages.record import committed_sums, other_pixels
 log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
-BLOCK_ROWS = 64  # rows decoded again together
+BLOCK_ROWS = 32  # rows decoded again together
 
 
 def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) -> None:

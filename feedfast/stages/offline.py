@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
 from feedfast.cache.manifest import ROOT, read_manifest
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo, auto_block_rows
+from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
@@ -45,7 +46,7 @@ from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
-from feedfast.stages.pilot import Fitted, pilot_pixels, run_pilot, widest_row
+from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import Recorder
 from feedfast.stages.worker import Worker, pick_device
@@ -129,7 +130,7 @@ class OfflineRun:
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)
-        fitted = self._fit(held, bare.block_rows)
+        fitted = self._fit(held, bare.plan.granule)
         manifest = open_for_writing(self.path, self._manifest(held, fitted))
         with CacheWriter(self.path, manifest, part=self.part, workers=1) as writer:
             for name, array in array_specs(manifest).items():
@@ -150,13 +151,12 @@ class OfflineRun:
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
             taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
             taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
-            # float16, except with float32 maps: a cache made for exact comparison must be exact throughout.
             taps[LOGITS] = TapInfo(
                 name=LOGITS,
                 path="",
                 position="post",
                 shape=teacher.shapes[LOGITS],
-                codec="f32" if recipe.cache.codec == "f32" else "f16",
+                codec=stored_codec(LOGITS, recipe.cache.codec),
             )
             teachers[name] = TeacherInfo(
                 name=name,
@@ -168,15 +168,13 @@ class OfflineRun:
                 std=teacher.std,
                 taps=taps,
             )
-        own_block_rows = auto_block_rows(widest_row(self.teachers.values(), recipe.cache.codec))
         return Manifest(
             dataset=dataset_info(recipe, self.data),
-            plan=plan_info(self.plan),
+            plan=plan_info(self._mixing_plan(held)),
             decoder=decoder_info(self.loader.describe()),
             images=recipe.cache.images,
             num_rows=len(self.data),
             views=recipe.cache.views,
-            block_rows=held.block_rows if held else own_block_rows,
             shard_bytes=held.shard_bytes if held else int(recipe.cache.shard_mb * 2**20),
             batch_rows=recipe.cache.batch,
             teachers=teachers,
@@ -184,7 +182,14 @@ class OfflineRun:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _fit(self, held: Manifest | None, block_rows: int) -> dict[tuple[str, str], Fitted]:
+    def _mixing_plan(self, held: Manifest | None) -> ViewPlan:
+        """The recipe's plan; how passes mix rows is the existing cache's, whose blocks are made for it."""
+        if held is not None:
+            return replace(self.plan, granule=held.plan.granule, window=held.plan.window)
+        cache = self.recipe.cache
+        return mixing_plan(self.plan, row_bytes(self.teachers.values(), cache.codec, cache.images, self.plan.size))
+
+    def _fit(self, held: Manifest | None, granule: int) -> dict[tuple[str, str], Fitted]:
         """Pilot for the taps the cache does not have yet, and for those whose scale is lost or was never written."""
         cache = Store(self.path)
         durable = {
@@ -205,7 +210,7 @@ class OfflineRun:
         fit, held_out = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
-            entries = run_pilot(self.teachers[name], taps, fit, held_out, self.recipe.cache.codec, block_rows)
+            entries = run_pilot(self.teachers[name], taps, fit, held_out, self.recipe.cache.codec, granule)
             for tap, entry in entries.items():
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)

@@ -16,20 +16,22 @@ WRN-16-2 cost 14 to 27 % more error than 2,048).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from feedfast.cache.codec import choose_compression, fit_affine, measure
+from feedfast.cache.layout import block_rows_for
 from feedfast.cache.schema import CodecName, TapInfo
+from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.data.loader import Loader
+from feedfast.data.views import ViewPlan, pass_sizes
 from feedfast.errors import FeedfastError
-from feedfast.stages.ensemble import FrozenTeacher, is_signed
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed
 from feedfast.stages.record import encode_rows
 
-WIDTH: dict[CodecName, float] = {"f32": 4.0, "f16": 2.0, "u8": 1.0, "u4": 0.5}  # bytes a stored value
 PILOT_VIEWS = 3
 CHANNEL_VALUES = 1 << 18
 TAP_VALUES = 1 << 25
@@ -56,7 +58,7 @@ def run_pilot(
     batches: list[Tensor],
     held_out: list[Tensor],
     codec: CodecName,
-    block_rows: int,
+    granule: int,
 ) -> dict[str, Fitted]:
     """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
 
@@ -79,7 +81,8 @@ def run_pilot(
                     )
                 getattr(sample, kind).append(_thin(values, len(group)))
                 if sample.first is None:
-                    sample.first = values[:block_rows]
+                    block = block_rows_for(tap_row_bytes(name, tuple(values.shape[1:]), codec), granule)
+                    sample.first = values[:block]
     return {name: _fit(teacher, name, sample, codec) for name, sample in samples.items()}
 
 
@@ -122,9 +125,31 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     return Fitted(info, np.stack([offset, step]) if codec in ("u8", "u4") else None)
 
 
-def widest_row(teachers: Iterable[FrozenTeacher], codec: CodecName) -> int:
-    """Bytes of the widest row that a cache of these teachers stores."""
-    return int(max(WIDTH[codec] * np.prod(shape) for teacher in teachers for shape in teacher.shapes.values()))
+def row_bytes(teachers: Iterable[FrozenTeacher], codec: CodecName, images: str, size: int) -> int:
+    """Decoded bytes per row of all that a recipe stores: maps, logits, and pixels where ``images`` is "stored"."""
+    total = size * size * 3 if images == "stored" else 0
+    for teacher in teachers:
+        for tap, shape in teacher.shapes.items():
+            total += tap_row_bytes(tap, shape, codec)
+    return total
+
+
+def tap_row_bytes(tap: str, shape: tuple[int, ...], codec: CodecName) -> int:
+    """Bytes per stored row of one tap."""
+    return TapInfo(name=tap, path="", position="post", shape=shape, codec=stored_codec(tap, codec)).row_bytes
+
+
+def stored_codec(tap: str, codec: CodecName) -> CodecName:
+    """Logits are float16, except with float32 maps: a cache made for exact comparison must be exact throughout."""
+    if tap != LOGITS:
+        return codec
+    return "f32" if codec == "f32" else "f16"
+
+
+def mixing_plan(plan: ViewPlan, row_bytes: int) -> ViewPlan:
+    """The plan with the granule and window that rows of this size get in a new cache, and so in a live run."""
+    granule, window = pass_sizes(row_bytes, 1, MAX_BUFFER_BYTES)
+    return replace(plan, granule=granule, window=window)
 
 
 def pilot_batches(

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from feedfast.cache.codec import compress_block, fit_affine
 from feedfast.cache.create import refuse_foreign
+from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
-from feedfast.cache.schema import CodecName, auto_block_rows
+from feedfast.cache.schema import CodecName
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
 from feedfast.models.taps import Tapped
@@ -32,13 +33,14 @@ from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Normalize, load_teachers
-from feedfast.stages.pilot import PILOT_VIEWS, widest_row
+from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.record import encode_rows
 from feedfast.stages.worker import pick_device
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
-VIEW_ROW = 21  # bytes a row of views/order, views/window and views/flip
+VIEW_ROW = 25  # bytes per row of views/order, views/window, views/flip and pixels/sums
+SAMPLE = 12  # bytes per sample of samples/label and samples/content
 
 
 def run_plan(recipe: Recipe) -> dict[str, Any]:
@@ -67,12 +69,14 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     loader.close()
     rows = len(data) * recipe.cache.views
     targets: dict[str, dict[str, Any]] = {}
-    block = auto_block_rows(widest_row(teachers.values(), recipe.cache.codec))
-    blocks = -(-len(data) // block) * recipe.cache.views
+    plan = mixing_plan(plan, row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, plan.size))
     for name, teacher in teachers.items():
         teacher.fit_margins([images])
         for tap, values in teacher(images).items():
-            raw, ratio = _cost(teacher, tap, values, recipe.cache.codec, block)
+            raw = tap_row_bytes(tap, teacher.shapes[tap], recipe.cache.codec)
+            block = block_rows_for(raw, plan.granule)
+            blocks = -(-len(data) // block) * recipe.cache.views
+            ratio = _compression(teacher, tap, values[:block], recipe.cache.codec)
             # Blocks are whole: what fills up the last one of a view takes room unless zstd squeezes it to nothing.
             stored = raw * rows / ratio if ratio > 1 else raw * blocks * block
             size = int(stored) + BLOCK_EXTRA * blocks
@@ -85,6 +89,8 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
             }
     if recipe.cache.images == "stored":
         pixels = recipe.data.size**2 * 3
+        block = block_rows_for(pixels, plan.granule)
+        blocks = -(-len(data) // block) * recipe.cache.views
         targets["pixels"] = {
             "shape": [3, recipe.data.size, recipe.data.size],
             "raw_bytes": pixels * rows,
@@ -96,7 +102,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
     path = Path(recipe.cache.path)
     present = sum(commit.bytes for commit in read_log(path).commits.values())
-    total = sum(entry["bytes"] for entry in targets.values()) + VIEW_ROW * rows + 4 * len(data)  # labels: int32
+    total = sum(entry["bytes"] for entry in targets.values()) + VIEW_ROW * rows + SAMPLE * len(data)
     standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(standing).free
     # A quarter of the fitting rows measures the fit.
@@ -131,18 +137,18 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _cost(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, block_rows: int) -> tuple[float, float]:
-    """Raw bytes a row, and the compression that a block of real codes reaches (1 where zstd would not be used)."""
+def _compression(teacher: FrozenTeacher, tap: str, block: Tensor, codec: CodecName) -> float:
+    """What zstd makes of a block of real codes; 1 where it would not be used."""
     if tap == LOGITS:
-        return float(np.prod(teacher.shapes[tap])) * (4 if codec == "f32" else 2), 1.0
-    values = values.cpu()
+        return 1.0
+    values = block.cpu()
     margin = teacher.margins.get(tap) if teacher.requests[tap].margin else None
     flat = values.movedim(1, -1).reshape(-1, values.shape[1])
     thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
     offset, step = fit_affine(thin if margin is None else np.maximum(thin, margin.numpy()), codec)
-    codes, _ = encode_rows(values[:block_rows], codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
+    codes, _ = encode_rows(values, codec, torch.from_numpy(offset), torch.from_numpy(step), margin)
     ratio = codes.nbytes / len(compress_block(np.ascontiguousarray(codes), "zstd"))
-    return codes.nbytes / len(codes), ratio if ratio >= 1.15 else 1.0
+    return ratio if ratio >= 1.15 else 1.0
 
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device) -> float:

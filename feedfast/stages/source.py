@@ -34,11 +34,11 @@ from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
-from feedfast.stages.audit import check_views, replay_pixels
+from feedfast.stages.audit import check_views, plan_of, replay_pixels
 from feedfast.stages.data import pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import refuse_other_recipe
-from feedfast.stages.pilot import pilot_pixels
+from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
 from feedfast_kernels import Codes, Target
 
 Rows = NDArray[np.int64]
@@ -53,11 +53,13 @@ class Source(Protocol):
         taps: the targets that batches carry; the recipe's teachers, in the recipe's order.
         views: how many views the epochs run through; 0 = a new one every epoch.
         classes: of the teachers' logits; 0 = unknown.
+        plan: the view plan, with the granule and window in which later passes mix rows.
     """
 
     taps: Taps
     views: int
     classes: int
+    plan: ViewPlan
 
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """Some rows of a view in the order given: batch k is ``rows[k * batch_size : (k + 1) * batch_size]``.
@@ -257,6 +259,7 @@ def open_source(
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
+        plan = mixing_plan(plan, row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, plan.size))
         return Live(data, plan, device, teachers, taps if needs else {}, views=views, threads=threads)
     return _open_cached(recipe, data, plan, device, needs, method)
 
@@ -284,7 +287,7 @@ def _open_cached(
                     f"{reader.path}: method {method!r} needs the {need!r} taps of teacher {name!r}, "
                     f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
                 )
-    source = Cached(reader, data, plan, device, taps, views=views, threads=recipe.data.threads)
+    source = Cached(reader, data, plan_of(reader), device, taps, views=views, threads=recipe.data.threads)
     reader.require([*source.arrays, *names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:

@@ -92,7 +92,7 @@ class StudentRun:
         self.normalize = Normalize(*recipe.data.normalization).to(self.device)
         self.task: Task = Classify(self._num_classes())
         self.trainer = self._trainer(len(self.data) // train.batch * train.epochs)
-        self.loop = Loop(self.trainer, self.source, plan, len(self.data), train, me, self.out)
+        self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes

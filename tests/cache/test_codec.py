@@ -290,7 +290,16 @@ def test_a_shard_is_what_zarr_packs(compression: Compression) -> None:
     """40 rows of 64: the third block of 16 is half full, the fourth absent."""
     rows = rng.integers(0, 200, (64, 6), dtype=np.uint8)
     spec = ArraySpec(
-        "codes", (1, 64, 6), rows.dtype, 255, (1, 64, 6), (1, 16, 6), compression, ("view", "row", "channel"), 1, 40
+        name="codes",
+        shape=(1, 64, 6),
+        dtype=rows.dtype,
+        fill=255,
+        chunk=(1, 64, 6),
+        block=(1, 16, 6),
+        compression=compression,
+        dims=("view", "row", "channel"),
+        views=1,
+        rows=40,
     )
     store = zarr.storage.MemoryStore()
     coded = zarr.codecs.ZstdCodec(level=1, checksum=True) if compression == "zstd" else zarr.codecs.Crc32cCodec()

@@ -157,13 +157,13 @@ def change(manifest: dict, where: str, value: object) -> None:
         ("num_rows", -1),
         ("views", HUGE),
         ("dataset.count", HUGE),
-        ("block_rows", HUGE),
+        ("plan.granule", HUGE),
         ("shard_bytes", HUGE),
         ("plan.size", HUGE),
         ("teachers.a.taps.logits.shape", [HUGE]),
         ("teachers.a.taps.raw.shape", [HUGE, 1, 1]),
         ("teachers.a.taps.raw.shape", [1 << 16, 1 << 15, 1 << 15]),
-        ("teachers.a.taps.raw.shape", [1, 1 << 14, 1 << 14]),  # 256 MiB a row, 4 GiB a block
+        ("teachers.a.taps.raw.shape", [2, 1 << 14, 1 << 14]),  # 512 MiB per row
         ("teachers.a.taps.raw.shape", [-8, 4, 4]),
         ("teachers.a.taps.raw.shape", [1] * 1000),
         ("teachers.a.taps.raw.name", "../../outside"),

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from feedfast.cache.layout import array_specs, shard_rows_for, unit_rows
+from feedfast.cache.layout import array_specs, block_rows_for, shard_rows_for, unit_rows
 from feedfast.cache.log import Commit, cache_digest, check_commit, collect, log_name, object_key, parse_log, read_log
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest, auto_block_rows, describe_differences, differences, merge
+from feedfast.cache.schema import Manifest, describe_differences, differences, merge
 from feedfast.errors import CacheDamageError, CacheMismatchError
 
 FINAL = "targets/a/final/codes"
@@ -54,7 +54,7 @@ def test_attributes_round_trip() -> None:
         ("views", "2"),
         ("num_rows", 151),
         ("num_rows", -1),
-        ("block_rows", 7),
+        ("plan__granule", 7),
         ("shard_bytes", 1 << 40),
         ("plan__size", 1 << 20),
         ("dataset__count", 2**40),
@@ -99,9 +99,11 @@ def test_not_a_manifest(attrs: dict[str, Any]) -> None:
         Manifest.from_attrs(attrs)
 
 
-def test_blocks_are_bounded_together() -> None:
-    with pytest.raises(ValidationError, match="block"):
-        make_manifest(make_teacher("a", make_tap("t", (64, 1024, 1024))), block_rows=64)
+def test_every_array_has_blocks_of_its_own_size() -> None:
+    """A row of 64 MiB is a block by itself and leaves those of other arrays alone; none exceeds the granule."""
+    manifest = make_manifest(make_teacher("a", make_tap("t", (64, 1024, 1024))), granule=32)
+    blocks = {name: spec.block_rows for name, spec in array_specs(manifest).items() if spec.sharded}
+    assert blocks == {"pixels/sums": 32, "targets/a/t/codes": 1, "targets/a/logits/codes": 32}
 
 
 INDIFFERENT = {
@@ -121,7 +123,7 @@ DECISIVE = {
     "decoder__backend": "mixed",
     "decoder__flags": {},
     "batch_rows": 21,
-    "block_rows": 16,
+    "plan__granule": 16,
     "shard_bytes": 2000,
     "teachers__a__weights_sha256": "f" * 64,
     "teachers__a__bn": "batch",
@@ -209,13 +211,13 @@ def test_found_out_fields_are_no_differences_and_the_existing_ones_stay() -> Non
         "m", (1, 2, 2), transform="margin", margin=(-1.0,), compression="zstd", fit={"n": 1}, error={"cosine": 1}
     )
     new = make_tap("m", (1, 2, 2), transform="margin", margin=(-2.0,), compression="none")
-    existing = make_manifest(make_teacher("a", old), views=2, shard_bytes=1000, block_rows=8)
+    existing = make_manifest(make_teacher("a", old), views=2, shard_bytes=1000, granule=8)
     asked = make_manifest(
         make_teacher("a", new, make_tap("n")),
         make_teacher("b"),
         views=1,
         shard_bytes=99,
-        block_rows=64,
+        granule=64,
         images="stored",
     )
     assert differences(asked, existing) == []
@@ -223,7 +225,7 @@ def test_found_out_fields_are_no_differences_and_the_existing_ones_stay() -> Non
     logits = existing.teachers["a"].taps["logits"]
     assert merged.teachers["a"].taps == {"m": old, "n": make_tap("n"), "logits": logits}
     assert set(merged.teachers) == {"a", "b"}
-    assert (merged.views, merged.images, merged.shard_bytes, merged.block_rows) == (2, "stored", 1000, 8)
+    assert (merged.views, merged.images, merged.shard_bytes, merged.plan.granule) == (2, "stored", 1000, 8)
     for name in array_specs(existing):
         assert merged.digest_for(name) == existing.digest_for(name)
 
@@ -234,7 +236,7 @@ def test_found_out_fields_are_no_differences_and_the_existing_ones_stay() -> Non
 def test_layout_by_hand() -> None:
     tap = make_tap("t", (65, 7, 5), "u4")
     manifest = make_manifest(
-        make_teacher("a", tap), rows=1000, views=3, block_rows=16, shard_bytes=64 * 1155, images="stored"
+        make_teacher("a", tap), rows=1000, views=3, granule=16, shard_bytes=64 * 1155, images="stored"
     )
     specs = array_specs(manifest)
     codes = specs["targets/a/t/codes"]
@@ -260,10 +262,20 @@ def test_labels_reach_the_largest_id() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row_bytes", "rows"), [(1, 64), (131072, 64), (131073, 32), (262144, 32), (524288, 16), (1 << 30, 8)]
+    ("row_bytes", "granule", "rows"),
+    [
+        (1, 64, 64),
+        (131072, 64, 64),
+        (131073, 64, 32),
+        (524288, 64, 16),
+        (524288, 8, 8),
+        (5 << 20, 64, 1),
+        (1 << 30, 64, 1),
+        (1, 1, 1),
+    ],
 )
-def test_block_rows(row_bytes: int, rows: int) -> None:
-    assert auto_block_rows(row_bytes) == rows
+def test_a_block_is_at_most_8_mib_and_a_granule(row_bytes: int, granule: int, rows: int) -> None:
+    assert block_rows_for(row_bytes, granule) == rows
 
 
 @settings(deadline=None)
@@ -280,7 +292,7 @@ def test_chunk_arithmetic(
     rows: int, channels: int, side: int, block: int, shard_bytes: int, codec: str, views: int
 ) -> None:
     teacher = make_teacher("a", make_tap("t", (channels, side, side), codec))
-    manifest = make_manifest(teacher, rows=rows, views=views, block_rows=block, shard_bytes=shard_bytes)
+    manifest = make_manifest(teacher, rows=rows, views=views, granule=block, shard_bytes=shard_bytes)
     specs = array_specs(manifest)
     unit = unit_rows(specs)
     for spec in (spec for spec in specs.values() if spec.sharded):

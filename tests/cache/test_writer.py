@@ -116,7 +116,7 @@ def test_teachers_taps_views_and_pixels_are_added_without_touching_what_is_there
     fill_cache(tmp_path / "c", first)
     steps = [
         make_manifest(make_teacher("a", make_tap("final"), make_tap("more", codec="u4")), views=1),
-        make_manifest(make_teacher("b", make_tap("final", (9,), "f16")), views=1, shard_bytes=77, block_rows=64),
+        make_manifest(make_teacher("b", make_tap("final", (9,), "f16")), views=1, shard_bytes=77, granule=64),
         make_manifest(make_teacher("b"), views=3),
         make_manifest(views=2, images="stored"),
     ]
@@ -131,7 +131,7 @@ def test_teachers_taps_views_and_pixels_are_added_without_touching_what_is_there
         assert {name: after[name] for name in before} == before
         merged = read_manifest(tmp_path / "c")
         assert {name: merged.digest_for(name) for name in digests} == digests
-    assert (merged.views, set(merged.teachers), merged.images, merged.block_rows) == (3, {"a", "b"}, "stored", 8)
+    assert (merged.views, set(merged.teachers), merged.images, merged.plan.granule) == (3, {"a", "b"}, "stored", 8)
     fill_cache(tmp_path / "again", merged)
     assert cache_digest(tmp_path / "again") == cache_digest(tmp_path / "c")
     group = zarr.open_group(tmp_path / "c", mode="r")
@@ -380,7 +380,7 @@ def test_memory_stays_flat_when_the_disk_is_slow(tmp_path: Path, monkeypatch: py
     manifest = open_for_writing(
         tmp_path / "c",
         make_manifest(
-            make_teacher("a", make_tap("final", (64, 8, 8))), rows=6_016, views=1, block_rows=64, shard_bytes=shard
+            make_teacher("a", make_tap("final", (64, 8, 8))), rows=6_016, views=1, granule=64, shard_bytes=shard
         ),
     )
     real = Store.put

@@ -40,12 +40,11 @@ def small_manifest(
     )  # fmt: skip
     fields: dict[str, Any] = {
         "dataset": DatasetInfo(kind="pixels", count=rows, fingerprint={"ids": "x"}),
-        "plan": PlanInfo(algorithm="philox-1", seed=seed, size=8, augment="none"),
+        "plan": PlanInfo(algorithm="philox-1", seed=seed, size=8, augment="none", granule=16),
         "decoder": DecoderInfo(backend="pixels"),
         "images": "stored",
         "num_rows": rows,
         "views": views,
-        "block_rows": 16,
         "shard_bytes": 8192,
         "batch_rows": 16,
         "teachers": {"a": teacher},

@@ -53,16 +53,16 @@ def make_teacher(name: str, *taps: TapInfo, logits_codec: str = "f16", **fields:
     return TeacherInfo(name=name, taps={tap.name: tap for tap in (*taps, logits)}, **given)
 
 
-def make_manifest(*teachers: TeacherInfo, rows: int = 150, views: int = 2, **fields: Any) -> Manifest:
+def make_manifest(*teachers: TeacherInfo, rows: int = 150, views: int = 2, granule: int = 8, **fields: Any) -> Manifest:
+    """Blocks of ``granule`` rows: small enough that several make a shard."""
     given: dict[str, Any] = {
         "dataset": DatasetInfo(
             kind="pixels", count=rows, fingerprint={"ids": "1a2b"}, classes=("cat", "dog"), source="x"
         ),
-        "plan": PlanInfo(algorithm="philox-1", seed=3, size=4, augment="pad-crop-flip", pad=4),
+        "plan": PlanInfo(algorithm="philox-1", seed=3, size=4, augment="pad-crop-flip", pad=4, granule=granule),
         "decoder": DecoderInfo(backend="cpu", flags={"fancy": True}, versions={"dali": "2.2"}),
         "num_rows": rows,
         "views": views,
-        "block_rows": 8,
         "shard_bytes": 1000,
         "batch_rows": 20,
         "teachers": {teacher.name: teacher for teacher in teachers},

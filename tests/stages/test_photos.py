@@ -302,12 +302,14 @@ def test_unlabeled_photographs_need_the_teachers_classes(world: tuple[Path, dict
 def test_blocks_shrink_as_rows_grow(world: tuple[Path, dict[str, Any]]) -> None:
     """A row of ofd1 is 196 KiB at 224 pixels: a block stays below 8 MiB, a shard near 32 MiB."""
     manifest = CacheReader(world[0] / "photos.zarr").manifest
-    assert manifest.block_rows == 32
-    for name, spec in array_specs(manifest).items():
-        if spec.sharded:
-            row = math.prod(spec.shape[2:]) * np.dtype(spec.dtype).itemsize
-            assert manifest.block_rows * row <= 8 * 2**20, name
-            assert spec.shard_rows * row <= max(manifest.shard_bytes, manifest.block_rows * row), name
+    specs = {name: spec for name, spec in array_specs(manifest).items() if spec.sharded}
+    maps = {tap: specs[f"targets/r18/{tap}/codes"].block_rows for tap in (*SHAPES, "logits")}
+    assert maps == {"ofd1": 32, "ofd2": 64, "ofd3": 64, "ofd4": 64, "final": 64, "logits": 64}
+    assert (manifest.plan.granule, manifest.plan.window) == (64, 16)
+    for name, spec in specs.items():
+        row = math.prod(spec.shape[2:]) * np.dtype(spec.dtype).itemsize
+        assert spec.block_rows * row <= 8 * 2**20, name
+        assert spec.shard_rows * row <= max(manifest.shard_bytes, spec.block_rows * row), name
 
 
 @given(st.integers(1, 300), st.integers(16, 600), st.integers(1, 64), st.booleans())
