@@ -67,7 +67,7 @@ def meta_target(batch: int, channels: int, side: int, codec: str) -> Tensor:
 
 
 def partial_l2_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory orders of the student."""
+    """Both directions; u8, u4 and float targets; both memory formats of the student."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, grad_output = meta(channels), meta()
         for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
@@ -114,7 +114,7 @@ def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
 
 
 def codes_cases(quick: bool) -> Iterator[Case]:
-    """Encoding from bf16 and fp32 in both memory orders, with and without a margin; decoding to both."""
+    """Encoding from bf16 and fp32 in both memory formats, with and without a margin; decoding to both."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector = meta(channels)
         for codec, dtype in (("u8", torch.bfloat16), ("u8", torch.float32), ("u4", torch.bfloat16)):
@@ -166,7 +166,7 @@ def ensemble_kl_cases(quick: bool) -> Iterator[Case]:
 
 
 def normalized_l1_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory orders of the student; one teacher and several."""
+    """Both directions; u8, u4 and float targets; both memory formats of the student; one teacher and several."""
     for batch, channels, side, teachers in FEED:
         if quick and (channels, teachers) in ((128, 5), (2048, 5)):
             continue

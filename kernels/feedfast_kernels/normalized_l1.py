@@ -28,12 +28,14 @@ from feedfast_kernels._ops import OPS, first_order_only, register
 from feedfast_kernels._tiled import Backend, Source, backend_of, empty_gradient, finished_gradient
 from feedfast_kernels.codes import Codes, StoredAs, Target, decode_reference, stored_parts
 
+Reduction = Literal["sum", "mean"]
+
 
 def normalized_l1(
     student_maps: Sequence[Tensor],
     targets: Sequence[Target],
     *,
-    reduction: Literal["sum", "mean"],
+    reduction: Reduction,
     weight: float = 1.0,
     denominator: float | None = None,
     eps: float = 1e-12,
@@ -62,7 +64,7 @@ def reference(
     student_maps: Sequence[Tensor],
     targets: Sequence[Target],
     *,
-    reduction: Literal["sum", "mean"],
+    reduction: Reduction,
     weight: float = 1.0,
     denominator: float | None = None,
     eps: float = 1e-12,
@@ -74,7 +76,7 @@ def reference(
 def _loss(
     student_maps: Sequence[Tensor],
     targets: Sequence[Target],
-    reduction: str,
+    reduction: Reduction,
     weight: float,
     denominator: float | None,
     eps: float,

@@ -1,4 +1,4 @@
-"""What the tests of every Triton kernel need: memory orders, one backward pass, the tolerance of 16-bit results."""
+"""What the tests of every Triton kernel need: memory formats, one backward pass, the tolerance of 16-bit results."""
 
 from __future__ import annotations
 

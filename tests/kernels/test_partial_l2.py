@@ -94,7 +94,7 @@ def test_gradcheck(kind: str) -> None:
 
 
 def strided(x: Tensor) -> list[Tensor]:
-    """The same values in other memory orders."""
+    """The same values in other memory formats."""
     wider = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
     wider[..., ::2] = x
     return [

@@ -428,7 +428,7 @@ class Plan:
         return Launch(_forward, self.grid, arguments | {"programs": self.programs}, self.constants), partial
 
     def gradient(self, statistics: Tensor, sums: Tensor, grad_output: Tensor, scale: float, gradient: Tensor) -> Launch:
-        """The launch of the backward pass; ``gradient`` has the memory order of ``y``."""
+        """The launch of the backward pass; ``gradient`` has the memory format of ``y``."""
         arguments = self.inputs | {
             "statistics_ptr": statistics,
             "sums_ptr": sums,

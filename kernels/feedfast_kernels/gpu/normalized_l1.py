@@ -265,7 +265,7 @@ def plan(
         statistics: fp32 [N * B, 4], written by forward and read by backward.
         eps: least length a map is divided by; of no use to backward.
         grad_output: fp32 scalar on the device.
-        gradients: to be written, in the students' memory order.
+        gradients: to be written, in the students' memory format.
     """
     first = students[0]
     batch, channels = first.shape[:2]
@@ -274,7 +274,7 @@ def plan(
     target_spatial_first = codec == "float" and memory_format_of(targets[0]) == "contiguous"
     if channels * pixels >= 2**31:
         raise ValueError(f"normalized_l1: expected fewer than 2^31 values per sample, got {list(first.shape)}")
-    turned = student_spatial_first or target_spatial_first
+    transposed = student_spatial_first or target_spatial_first
     arguments: dict[str, Any] = {
         "student_ptrs": tuple(students),
         "target_ptrs": tuple(targets),
@@ -294,7 +294,7 @@ def plan(
     }
     samples = len(students) * batch
     if grad_output is not None and gradients is not None:
-        block_c = channel_block(channels, 32 if turned else MOST_CHANNELS)
+        block_c = channel_block(channels, 32 if transposed else MOST_CHANNELS)
         rows = min(max(THREADS * PER_THREAD // block_c, 1), power_of_two(pixels))
         tiles = ceil_div(pixels, rows)
         chunks = ceil_div(tiles, MOST_STEPS)
@@ -309,7 +309,7 @@ def plan(
         rows = min(max(tile // block_c, 1), power_of_two(pixels))
         constants |= {"ROWS": rows, "BLOCK_C": block_c, "TILES": ceil_div(pixels, rows)}
         return Launch(_forward_on_chip, (samples,), arguments | sizes, constants, _warps(rows * block_c))
-    block_c = channel_block(channels, 64 if turned else MOST_CHANNELS)
+    block_c = channel_block(channels, 64 if transposed else MOST_CHANNELS)
     most = SWEPT_FLOAT_TILES if codec == "float" else SWEPT_TILES
     rows = min(max(SWEPT_ELEMENTS[channels * pixels > LARGE] // block_c, 1), power_of_two(pixels))
     constants |= {"ROWS": rows, "BLOCK_C": block_c, "TILES": min(max(pixels // rows, 1), most)}
@@ -324,7 +324,7 @@ def _warps(elements: int) -> int:
 def groups(
     students: Sequence[Tensor], targets: Sequence[Tensor], codecs: Sequence[StoredAs], scales: Sequence[float]
 ) -> list[list[int]]:
-    """Teachers that can share a launch: same shape, dtypes, codec, memory orders and scale, at most MOST_TEACHERS.
+    """Teachers that can share a launch: same shape, dtypes, codec, memory formats and scale, at most MOST_TEACHERS.
 
     Teachers without values are in none.
     """

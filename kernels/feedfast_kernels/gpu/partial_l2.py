@@ -185,7 +185,7 @@ def plan(
         margin_C: float [C], or None.
         scale: weight over denominator.
         grad_output: fp32 scalar on the device.
-        gradient: to be written, in the student's memory order.
+        gradient: to be written, in the student's memory format.
     """
     batch, channels = student.shape[:2]
     student_spatial_first = memory_format_of(student) == "contiguous"
