@@ -29,7 +29,7 @@ from measure import Call, Setting, Tolerance, Work, main
 from torch import Tensor
 
 from feedfast_kernels import Codes, decode, encode
-from feedfast_kernels.codes import TOP_CODE, decode_reference, encode_reference
+from feedfast_kernels.codes import decode_reference, encode_reference, top_code
 
 EVERYONE = ("feedfast", "copy", "compile default", "reference eager", "composite eager", "compile max-autotune")
 EXACT = Tolerance(gradient=0.0)
@@ -77,7 +77,7 @@ def build_encode(device: torch.device, *, shape: Sequence[int], dtype: torch.dty
     def expected() -> list[Tensor]:
         return list(encode_reference(*arguments, codec=codec, margin_C=margin))
 
-    plain = Call(quantized, (*arguments, margin, TOP_CODE[codec]), expected, HALVES)
+    plain = Call(quantized, (*arguments, margin, top_code(codec)), expected, HALVES)
     calls = {
         "feedfast": Call(lambda: encode(*arguments, codec=codec, margin_C=margin), (), expected),
         "reference eager": Call(lambda: encode_reference(*arguments, codec=codec, margin_C=margin), (), expected),

@@ -4,8 +4,8 @@ Each operation plans its launches from meta tensors of the shapes real networks 
 and Triton compiles them for sm_80, sm_90 and sm_100. Numbers come from the machine code, read with the disassembler in
 Triton's wheel:
 
-    regs        registers a thread; with the warps and the shared memory they bound how many programs fit
-    stack       bytes of local memory a thread; 0, or the kernel spills
+    regs        registers per thread; with the warps and the shared memory they bound how many programs fit
+    stack       bytes of local memory per thread; 0, or the kernel spills
     spills      loads and stores of local memory (LDL, STL)
     load, store bits of the widest access to global memory; 128 is the most a thread can ask for
     wide        share of the loaded bytes that 128-bit loads bring
@@ -14,7 +14,7 @@ Triton's wheel:
                 those of its largest body over the elements whose bytes it loads
     occupancy   warps that fit on a multiprocessor, of the most
 
-    python tools/compile_report.py [--arch 90 ...] [--op partial_l2 ...] [--match REGEX] [--quick]
+    python tools/compile_report.py [--arch 90 ...] [--op partial_l2 ...] [--match REGEX] [--quick] [--jobs 2]
 
 A table goes to stderr; the last line of stdout is one JSON document. What this cannot see: time, races, alignment that
 the caller does not deliver.
@@ -29,8 +29,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import repeat
 from math import prod
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +44,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
 
 import torch
 import triton
-from launches import Case, cases  # beside this file
+from launches import Case, cases  # next to this file
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -190,12 +195,23 @@ def report(case: Case, arch: int) -> Report:
     )
 
 
+def numbered_report(number: int, arch: int, quick: bool) -> Report:
+    """Report of the launch with that number: a launch cannot be sent to another process."""
+    return report(all_cases(quick)[number], arch)
+
+
+@lru_cache(maxsize=1)
+def all_cases(quick: bool) -> list[Case]:
+    return list(cases(quick))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--op", nargs="+", help="only these operations")
     parser.add_argument("--match", default="", help="only launches whose name this regular expression is found in")
     parser.add_argument("--quick", action="store_true", help="the shapes that compile differently, once each")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default 1)")
     options = parser.parse_args()
     rows = []
     line = "{:<58} {:>4} {:>5} {:>6} {:>6} {:>5} {:>5} {:>5} {:>6} {:>7} {:>8} {:>6}"
@@ -203,16 +219,24 @@ def main() -> None:
         "launch", "arch", "regs", "stack", "spills", "load", "store", "wide", "narrow", "shared", "sass/el", "warps"
     )
     print(head, file=sys.stderr)
-    for case in cases(options.quick):
-        if (options.op and case.operation not in options.op) or not re.search(options.match, case.name):
-            continue
-        for arch in options.arch:
-            r = report(case, arch)
+    chosen = [
+        (number, arch)
+        for number, case in enumerate(all_cases(options.quick))
+        if (not options.op or case.operation in options.op) and re.search(options.match, case.name)
+        for arch in options.arch
+    ]
+    numbers, archs = zip(*chosen, strict=True) if chosen else ((), ())
+    # spawned: a fork would take the threads' locks along
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) if options.jobs > 1 else nullcontext() as pool:
+        for number, r in zip(
+            numbers, (pool.map if pool else map)(numbered_report, numbers, archs, repeat(options.quick)), strict=True
+        ):
+            case = all_cases(options.quick)[number]
             rows.append(asdict(r) | {"operation": case.operation, "aligned": case.aligned})
             occupancy = f"{r.occupancy_warps}/{r.most_warps}"
             widths = (r.widest_load_bits, r.widest_store_bits, r.wide_share, r.narrow)
             text = line.format(
-                r.name, arch, r.regs, r.stack_bytes, r.spills, *widths, r.shared_bytes, r.sass_per_element, occupancy
+                r.name, r.arch, r.regs, r.stack_bytes, r.spills, *widths, r.shared_bytes, r.sass_per_element, occupancy
             )
             print(text, file=sys.stderr, flush=True)
     print(json.dumps({"triton": triton.__version__, "reports": rows}))

@@ -2,7 +2,7 @@
 
 Parts, in this order; a part that fails or runs out of its time does not stop the next:
 
-    compile report   registers, spills and access widths for this GPU's architecture (on the processor, beside the next)
+    compile report   registers, spills and access widths for this GPU's architecture (on the processor, during the next)
     kernel tests     the tests of the kernels marked gpu
     drive            every kernel once, checked: tools/sanitize_kernels.py without a sanitizer
     bench <name>     check and time; the seconds that are left are shared out by how much there is to measure
@@ -46,7 +46,7 @@ PIPELINE = (
     "torchvision", "nvidia.dali", "zarr", "numcodecs", "google_crc32c", "numpy", "PIL", "pydantic", "typer", "rich",
     "matplotlib", "tensorboard", "sklearn",
 )  # fmt: skip
-TESTS = ("pytest", "hypothesis", "scipy")  # what the tests of the pipeline import besides
+TESTS = ("pytest", "hypothesis", "scipy")  # what the tests of the pipeline import as well
 START = 15.0  # seconds: importing torch, making a context, and the end of what the time budget cut
 END = 15.0  # seconds: many test processes, each with a context of its own, coming to their end
 RESERVE = 90.0  # seconds kept for what comes after the benches
@@ -324,7 +324,7 @@ def check(work: Path, options: argparse.Namespace, architecture: int, workers: i
     found[report.name] = {}
     for part in parts_before(work, workers):
         found[part.name] = run_part(within(part))
-    found[report.name] = finish_part(report, reporting, begin)  # nothing runs beside the benches
+    found[report.name] = finish_part(report, reporting, begin)  # nothing runs next to the benches
     names = [name for name in BENCHES if (ROOT / "bench" / f"bench_{name}.py").is_file()]
     for index, name in enumerate(names):  # what one leaves over goes to the next
         share = BENCHES[name] / sum(BENCHES[other] for other in names[index:])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under eight minutes: gpu_check.py beside this file, from a bare clone.
+# Everything that needs a GPU, in one command and under eight minutes: gpu_check.py next to this file, from a bare clone.
 #
 #     tools/gpu_check.sh [--json FILE] [--csv FILE] [--seconds 450] [FOLDER OF THE REAL IMAGES]
 #

@@ -16,6 +16,8 @@ from feedfast_kernels.gpu.launch import Launch
 RESNET_50 = [(256, 256, 56), (256, 512, 28), (256, 1024, 14), (256, 2048, 7)]
 CIFAR = [(128, 16, 32), (128, 64, 32), (128, 128, 16), (128, 256, 8), (128, 64, 8)]
 UNEVEN = [(256, 160, 8), (256, 24, 56), (7, 17, 5)]  # a wide ResNet, a MobileNet, and a shape nothing divides
+STORED = {"u8": "u8", "u4": "u4", "float": "bf16"}  # how names of launches call a target
+TARGET_BYTES = {"u8": 1.0, "u4": 0.5, "float": 2.0}  # per element
 QUICK = [(256, 256, 56), (256, 1024, 14), (256, 2048, 7), (128, 64, 8), (128, 16, 32), (256, 24, 56)]
 # (batch, channels, side, teachers): FEED on ResNet-56, the last maps of ResNet-50 and -18, a wide ResNet
 FEED = [(128, 64, 8, 5), (256, 2048, 7, 1), (256, 2048, 7, 5), (256, 512, 7, 1), (128, 128, 8, 5)]
@@ -31,7 +33,7 @@ class Case:
         launch: from meta tensors.
         elements: of the student's maps, over all teachers.
         aligned: whether rows of the maps are made of whole 16-byte pieces, so that no access may be narrow.
-        read_bytes: an element, where the kernel loops over its maps.
+        read_bytes: per element, where the kernel loops over its maps.
     """
 
     operation: str
@@ -58,19 +60,19 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = 
 
 
 def meta_target(batch: int, channels: int, side: int, codec: str) -> Tensor:
-    """Stored codes, or a channels-last bf16 map where ``codec`` is ``""``."""
-    if not codec:
+    """Stored codes, or a channels-last bf16 map where ``codec`` is ``"float"``."""
+    if codec == "float":
         return meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=True)
     return meta(batch, side, side, packed_channels(channels, codec), dtype=torch.uint8)
 
 
 def partial_l2_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory orders of the student."""
+    """Both directions; u8, u4 and float targets; both memory formats of the student."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
-        vector, upstream = meta(channels), meta()
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", ""):
+        vector, grad_output = meta(channels), meta()
+        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
             target = meta_target(batch, channels, side, codec)
-            scale = (vector, vector) if codec else (None, None)
+            scale = (None, None) if codec == "float" else (vector, vector)
             for order in ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
                 student = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
@@ -78,20 +80,20 @@ def partial_l2_cases(quick: bool) -> Iterator[Case]:
                 arguments = (student, target, *scale, codec, vector, 0.5)
                 launches = {
                     "forward": partial_l2.plan(*arguments)[0],
-                    "backward": partial_l2.plan(*arguments, upstream, torch.empty_like(student))[0],
+                    "backward": partial_l2.plan(*arguments, grad_output, torch.empty_like(student))[0],
                 }
                 for direction, launch in launches.items():
-                    name = f"partial_l2 {direction} {channels}x{side}x{side} bf16/{codec or 'bf16'} {order}"
+                    name = f"partial_l2 {direction} {channels}x{side}x{side} bf16/{STORED[codec]} {order}"
                     yield Case("partial_l2", name, launch, student.numel(), aligned)
 
 
 def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
     """All four launches of a call."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
-        vector, statistics, sums, upstream = meta(channels), meta(3, channels), meta(2, channels), meta()
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", ""):
+        vector, statistics, sums, grad_output = meta(channels), meta(3, channels), meta(2, channels), meta()
+        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
             target = meta_target(batch, channels, side, codec)
-            scale = (vector, vector) if codec else (None, None)
+            scale = (None, None) if codec == "float" else (vector, vector)
             for order in ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
                 y = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
@@ -100,19 +102,19 @@ def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
                     "statistics": plan.statistics(1e-5)[0][0],
                     "merge": plan.statistics(1e-5)[0][1],
                     "forward": plan.loss(statistics)[0],
-                    "backward": plan.gradient(statistics, sums, upstream, 0.5, torch.empty_like(y)),
+                    "backward": plan.gradient(statistics, sums, grad_output, 0.5, torch.empty_like(y)),
                 }
                 aligned = channels % 8 == 0 if nhwc else side * side % 4 == 0
                 for part, launch in launches.items():
                     if codec != "u8" and part in ("statistics", "merge"):
                         continue  # they do not read the target
-                    name = f"connector_partial_l2 {part} {channels}x{side}x{side} bf16/{codec or 'bf16'} {order}"
-                    read_bytes = {"merge": 0.0, "statistics": 2.0}.get(part, 2 + {"u8": 1.0, "u4": 0.5, "": 2.0}[codec])
+                    name = f"connector_partial_l2 {part} {channels}x{side}x{side} bf16/{STORED[codec]} {order}"
+                    read_bytes = {"merge": 0.0, "statistics": 2.0}.get(part, 2 + TARGET_BYTES[codec])
                     yield Case("connector_partial_l2", name, launch, y.numel(), aligned, read_bytes)
 
 
 def codes_cases(quick: bool) -> Iterator[Case]:
-    """Encoding from bf16 and fp32 in both memory orders, with and without a margin; decoding to both."""
+    """Encoding from bf16 and fp32 in both memory formats, with and without a margin; decoding to both."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector = meta(channels)
         for codec, dtype in (("u8", torch.bfloat16), ("u8", torch.float32), ("u4", torch.bfloat16)):
@@ -164,13 +166,13 @@ def ensemble_kl_cases(quick: bool) -> Iterator[Case]:
 
 
 def normalized_l1_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory orders of the student; one teacher and several."""
+    """Both directions; u8, u4 and float targets; both memory formats of the student; one teacher and several."""
     for batch, channels, side, teachers in FEED:
         if quick and (channels, teachers) in ((128, 5), (2048, 5)):
             continue
-        for codec in ("u8",) if quick and channels != 64 else ("u8", "u4", ""):
+        for codec in ("u8",) if quick and channels != 64 else ("u8", "u4", "float"):
             target = meta_target(batch, channels, side, codec)
-            vectors = [meta(channels) if codec else None] * teachers
+            vectors = [None if codec == "float" else meta(channels)] * teachers
             statistics = meta(teachers * batch, normalized_l1.STATISTICS)
             for order in ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
@@ -180,11 +182,11 @@ def normalized_l1_cases(quick: bool) -> Iterator[Case]:
                 arguments = (students, [target] * teachers, vectors, vectors, codec, 0.5, statistics)
                 launches = {
                     "forward": normalized_l1.plan(*arguments, eps=1e-12),
-                    "backward": normalized_l1.plan(*arguments, upstream=meta(), gradients=students),
+                    "backward": normalized_l1.plan(*arguments, grad_output=meta(), gradients=students),
                 }
                 for direction, launch in launches.items():
                     shape = f"{teachers}x{channels}x{side}x{side}"
-                    name = f"normalized_l1 {direction} {shape} bf16/{codec or 'bf16'} {order}"
+                    name = f"normalized_l1 {direction} {shape} bf16/{STORED[codec]} {order}"
                     # a forward that loops has two sweeps, counted as if both were the longer one
-                    read_bytes = 2 * (2 + {"u8": 1, "u4": 0.5, "": 2}[codec])
+                    read_bytes = 2 * (2 + TARGET_BYTES[codec])
                     yield Case("normalized_l1", name, launch, teachers * student.numel(), aligned, read_bytes)

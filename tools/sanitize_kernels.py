@@ -25,14 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu_check import BENCHES  # beside this file
+from gpu_check import BENCHES  # next to this file
 
 ROOT = Path(__file__).parents[1]
 
 
 @contextmanager
 def many_tiles(modules: Sequence[Any]) -> Iterator[None]:
-    """Make every kernel take several tiles a program, whatever the size."""
+    """Make every kernel take several tiles per program, whatever the size."""
     had = {module: module.FEW_TILES for module in modules if hasattr(module, "FEW_TILES")}
     for module in had:
         module.FEW_TILES = 2

@@ -5,11 +5,9 @@ Legend: B batch, C channel, H height, W width; a vector batch [B, C] is a map of
 Sums depend on the order of their terms. All operations here walk [B, H, W, C], whatever strides their arguments have,
 so the same values give the same bits whether a map came from a cache, from a live teacher, transposed or sliced.
 
-PyTorch's eager CPU operators each walk their whole argument. Over tiles of 512 Ki elements a thread, a chain of ten of
-them reads the map from memory once instead of ten times. Tiles twice smaller or larger were up to 10 % slower for
-`partial_l2` and `connector_partial_l2`, tiles eight times smaller 60 %: an operator costs some microseconds to start.
-A GPU, and a compiler that fuses, want the opposite: only eager CPU code cuts tiles. What its operators write is in
-scratch memory, which each thread keeps from call to call: three slots of a tile, 48 MiB at most for ordinary samples.
+PyTorch's eager CPU operators each walk their whole argument: over cache-sized tiles a chain of ten of them reads the
+map from memory once instead of ten times. A GPU, and a compiler that fuses, want the opposite: only eager CPU code cuts
+tiles. What its operators write is in scratch memory, which each thread keeps from call to call.
 """
 
 from __future__ import annotations
@@ -21,7 +19,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS_PER_THREAD = 1 << 19  # 2 MiB of fp32
+# 2 MiB of fp32, which stays in the cache; smaller tiles pay for starting operators (kernels/README.md has the figures).
+# Three scratch slots of a tile are 48 MiB at most for ordinary samples.
+TILE_ELEMENTS_PER_THREAD = 1 << 19
 TILE_ELEMENTS_MOST = 1 << 22  # a count kept in fp32 stays exact
 
 Tile = tuple[slice, slice]  # samples, image rows
@@ -33,7 +33,7 @@ def as_BHWC(x: Tensor) -> Tensor:
 
 
 def is_eager_cpu(x: Tensor) -> bool:
-    """Whether operators on ``x`` run here and now: no compiler, no tracing, no fake and no distributed tensor."""
+    """Whether operators on ``x`` execute eagerly on the CPU: no compiler, no tracing, no fake or distributed tensor."""
     ordinary = type(x) in (Tensor, torch.nn.Parameter)
     return ordinary and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -75,8 +75,8 @@ _SCRATCH = _Scratch()
 def scratch(slot: int, shape: Sequence[int]) -> Tensor:
     """fp32, not initialized: the calling thread's memory for ``slot``, kept for the next call.
 
-    Valid until the slot is asked for again. New memory comes from the system page by page, at 0.25 ns an element: more
-    than most operators take.
+    Valid until the slot is asked for again. New memory comes from the system page by page, at 0.25 ns per element:
+    more than most operators take.
     """
     elements = math.prod(shape)
     buffer = _SCRATCH.slots.get(slot)

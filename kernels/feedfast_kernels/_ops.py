@@ -1,9 +1,7 @@
 """Where an operation runs, and how its Triton half is made known to PyTorch.
 
-A launch is registered as an operator of its own, `torch.ops.feedfast_kernels.<name>`, with a shape function beside it.
-Then `torch.compile` sees one node whose outputs it knows and does not look inside; `triton_op`, which would let it,
-refuses to run under Triton's interpreter and so could not be tested without a GPU. `Library.define` rather than
-`custom_op`: eager calls cost a third (6 against 36 microseconds on the host). Gradients are those of the
+A launch is registered as an operator of its own, `torch.ops.feedfast_kernels.<name>`, with a shape function. Then
+`torch.compile` sees one node whose outputs it knows and does not look inside. Gradients are those of the
 `autograd.Function` around the operators.
 
 On a CPU there is no operator in the way: eager mode runs the tiled PyTorch code, and a compiler fuses it.
@@ -14,7 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +44,8 @@ def register(schema: str, launch: str, fake: Callable[..., Any]) -> None:
     def start(*arguments: Any) -> Any:
         return getattr(importlib.import_module(f"feedfast_kernels.gpu.{module}"), function)(*arguments)
 
+    # not `triton_op`, which refuses to run under Triton's interpreter and so could not be tested without a GPU; not
+    # `custom_op`: 36 microseconds on the host per eager call against 6
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, start, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -57,28 +57,31 @@ def first_order_only(name: str, otherwise: str = "for second ones use float64 or
         raise NotImplementedError(f"{name}: expected a first derivative; {otherwise}")
 
 
-def memory_order(x: Tensor) -> str:
-    """How a map lies in memory: ``"channels_last"``, ``"contiguous"`` or ``"other"``; vectors are channels-last."""
+MemoryFormat = Literal["channels_last", "contiguous", "strided"]
+
+
+def memory_format_of(x: Tensor) -> MemoryFormat:
+    """The memory format of a map, ``"strided"`` if it has neither of PyTorch's two; dense vectors are channels-last."""
     if x.ndim == 2:
-        return "channels_last" if x.is_contiguous() else "other"
+        return "channels_last" if x.is_contiguous() else "strided"
     # a map with one channel or one pixel is both; channels-last has the wider tiles
     if x.is_contiguous(memory_format=torch.channels_last):
         return "channels_last"
-    return "contiguous" if x.is_contiguous() else "other"
+    return "contiguous" if x.is_contiguous() else "strided"
 
 
-def ordered(x: Tensor) -> Tensor:
-    """``x``, or a channels-last copy where its memory order is ``"other"``."""
-    if memory_order(x) != "other":
+def dense(x: Tensor) -> Tensor:
+    """``x``, or a channels-last copy of a strided map."""
+    if memory_format_of(x) != "strided":
         return x
     return x.contiguous() if x.ndim == 2 else x.contiguous(memory_format=torch.channels_last)
 
 
-def ordered_target(target: Tensor, codec: str) -> Tensor:
-    """Stored codes one after the other, or a float map (``codec`` is ``""``) as `ordered` gives it."""
-    return target.contiguous() if codec else ordered(target)
+def dense_target(target: Tensor, codec: str) -> Tensor:
+    """Contiguous codes, or a float map (``codec`` is ``"float"``) as `dense` gives it."""
+    return dense(target) if codec == "float" else target.contiguous()
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """A per-channel vector as kernels read it: one value after the other."""
+    """A per-channel vector as kernels read it, or None."""
     return None if x is None else x.contiguous()

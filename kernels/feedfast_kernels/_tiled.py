@@ -1,33 +1,36 @@
-"""What the CPU paths of the losses share: arguments tile by tile in scratch memory, and a gradient that waits.
+"""What the CPU paths of the losses share: arguments tile by tile in scratch memory, and a precomputed gradient.
 
-On a CPU PyTorch's eager operators cost more than memory does. So each loss goes over cache-sized tiles once, makes the
-gradient for an upstream of 1 on the way, and backward scales that in place. The arguments are kept as well, because a
-graph walked twice has given its gradient away by then and makes it again.
+On a CPU PyTorch's eager operators cost more than memory does. So each loss goes over cache-sized tiles once and
+computes the gradient for a grad_output of 1 on the way; backward scales that in place.
 
-A compiler fuses plain formulas better than these steps, and float64 is there for gradient checks, which derive twice:
-both get a loss's formula over whole maps instead.
+A compiler fuses plain formulas better than these steps, and float64 is there for gradient checks, which need double
+backward: both get a loss's formula over whole maps instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from feedfast_kernels._layout import Tile, along_row, as_BHWC, is_eager_cpu, scratch, work_dtype
 from feedfast_kernels._ops import runs_triton
-from feedfast_kernels.codes import unpack
+from feedfast_kernels.codes import StoredAs, unpack
 
 
 def runs_tiled(student: Tensor) -> bool:
-    """Whether the tiled form takes ``student``. float64 is for gradient checks, and may be derived twice."""
+    """Whether the tiled form takes ``student``. float64 is for gradient checks, which need double backward."""
     return is_eager_cpu(student) and student.dtype != torch.float64
 
 
-def how_to_run(students: Sequence[Tensor]) -> str:
-    """``"triton"`` kernels, operators over ``"tiled"`` maps, or the formula over ``"whole"`` ones."""
+Backend = Literal["triton", "tiled", "whole"]
+"""Triton kernels, PyTorch operators over cache-sized tiles, or the formula over whole maps."""
+
+
+def backend_of(students: Sequence[Tensor]) -> Backend:
+    """What computes a loss of these maps."""
     if all(runs_triton(x) for x in students):
         return "triton"
     return "tiled" if all(runs_tiled(x) for x in students) else "whole"
@@ -46,11 +49,11 @@ class Source:
         target: Tensor,
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,
+        codec: StoredAs,
         margin_C: Tensor | None,
     ) -> None:
         stored = target if target.ndim == 4 else target[:, None, None, :]
-        self.student, self.target, self.codec = as_BHWC(student), stored if codec else as_BHWC(target), codec
+        self.student, self.target, self.codec = as_BHWC(student), as_BHWC(target) if codec == "float" else stored, codec
         self.dtype = work_dtype(student)
         width = self.student.shape[2]
 
@@ -91,22 +94,23 @@ class Source:
 
 
 def empty_gradient(student: Tensor) -> Tensor:
-    """Memory for a gradient that waits for its upstream; fp16 would lose small values before a loss scale arrives."""
+    """Memory for a precomputed gradient; fp16 would lose small values before a loss scaler's factor arrives."""
     return torch.empty_like(student, dtype=torch.float32 if student.dtype == torch.float16 else student.dtype)
 
 
 def finished_gradient(
-    ctx: Any, upstream: Tensor, dtype: torch.dtype, make_again: Callable[[], Tensor | None]
+    ctx: Any, grad_output: Tensor, dtype: torch.dtype, recompute: Callable[[], Tensor | None]
 ) -> Tensor:
-    """The gradient for ``upstream``, in the memory of that for 1, which the forward pass left in ``ctx.gradient``.
+    """The gradient for ``grad_output``, in the memory of that for 1, which the forward pass left in ``ctx.gradient``.
 
-    Whoever comes first takes that, also of two threads; everyone else makes it again.
+    The first backward takes the precomputed one (thread-safe); later ones of the same graph recompute it from the saved
+    arguments with ``recompute``.
     """
     gradient: Tensor | None = ctx.__dict__.pop("gradient", None)
     if gradient is None:
-        gradient = make_again()
+        gradient = recompute()
     assert gradient is not None
-    return (gradient if upstream == 1 else gradient.mul_(upstream)).to(dtype)  # 1 is what training has
+    return (gradient if grad_output == 1 else gradient.mul_(grad_output)).to(dtype)  # 1 is what training has
 
 
 def _rows(x_BHWC: Tensor) -> tuple[int, int]:

@@ -3,26 +3,20 @@
 Legend: B batch, C channel, H height, W width. Logical shapes are NCHW (or [B, C] for vectors), as student maps are;
 stored bytes are [B, H, W, C], the order fast students run in and the order the cache keeps.
 
-`u8` uses codes 0..254 and `u4` codes 0..14; the top pattern is a cache's fill value and never a code. `u4` packs two
-codes a byte, low nibble first, along the channels; an odd channel count leaves the last high nibble 0.
+`u4` packs two codes per byte, low nibble first, along the channels; an odd channel count leaves the last high nibble 0.
 
-`encode` runs beside a teacher's forward pass and must not be felt: it works in cache-sized tiles and moves the margin
-clip behind the rounding (rounding is monotone, so round(max(x, m)) == max(round(x), round(m)) to the bit). On two
-AVX-512 cores it takes 0.5 ns an element (0.7 from contiguous NCHW) with the finiteness check and the saturation
-count. Measured beside it and rejected: `torch.quantize_per_channel` 1.5 to 15 ns; plain whole-map operators 0.4 to
-0.8 ns *without* check and count; NumPy in tiles 0.6 to 0.8 ns.
+`encode` runs with a teacher's forward pass and must be negligible next to it: on a CPU it works in cache-sized tiles;
+on CUDA Triton kernels do both directions in one pass (gpu/codes.py), with the bits of the CPU. float64 stays with
+PyTorch's operators. Neither direction has a gradient.
 
-On CUDA Triton kernels do both directions in one pass (gpu/codes.py: 3 bytes an element from bf16 to u8), with the bits
-of the CPU; float64 stays with PyTorch's operators. Neither direction has a gradient.
-
-What it does not do: choose offset and step (see feedfast.cache.codec), or touch float codecs, which need no code.
+What it does not do: choose offset and step (see feedfast.cache.codec), or touch float maps, which need no code.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +24,34 @@ from torch import Tensor
 from feedfast_kernels._layout import along_row, as_BHWC, is_eager_cpu, scratch, tiles
 from feedfast_kernels._ops import OPS, register, runs_triton
 
-TOP_CODE = {"u8": 254, "u4": 14}
+CodecName = Literal["u8", "u4"]
+StoredAs = Literal["u8", "u4", "float"]
+"""What operators and kernels are told about a target: the codec of its codes, or that it is a float map."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How one value of a map is stored.
+
+    Attributes:
+        name: as recipes and manifests write it.
+        bits: per value.
+        top_code: the largest code, None for floats. The pattern above it is a cache's fill value and never a code.
+    """
+
+    name: str
+    bits: int
+    top_code: int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether values are codes with an offset and a step per channel."""
+        return self.top_code is not None
+
+
+CODECS: Final = {
+    codec.name: codec for codec in (Codec("f32", 32), Codec("f16", 16), Codec("u8", 8, 254), Codec("u4", 4, 14))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +61,7 @@ class Codes:
     Attributes:
         data: uint8 [B, H, W, C] or [B, C]; for ``u4`` the last axis is ceil(C / 2) packed bytes. Any strides.
         offset: fp32 [C], the value of code 0.
-        step: fp32 [C], value between neighbouring codes; 0 marks a constant channel.
+        step: fp32 [C], difference of neighboring codes; 0 marks a constant channel.
         codec: ``"u8"`` or ``"u4"``.
 
     Raises:
@@ -50,7 +71,7 @@ class Codes:
     data: Tensor
     offset: Tensor
     step: Tensor
-    codec: Literal["u8", "u4"]
+    codec: CodecName
 
     def __post_init__(self) -> None:
         check_scale(self.offset, self.step, self.codec)
@@ -77,6 +98,16 @@ class Codes:
         data, offset, step = (x.to(device, non_blocking=non_blocking) for x in (self.data, self.offset, self.step))
         return Codes(data, offset, step, self.codec)
 
+    def pin_memory(self) -> Codes:
+        """The same codes in page-locked host memory, from which ``to(..., non_blocking=True)`` does not wait.
+
+        PyTorch's `DataLoader(pin_memory=True)` calls this as well.
+
+        Raises:
+            RuntimeError: as `Tensor.pin_memory`, where there is no accelerator.
+        """
+        return Codes(self.data.pin_memory(), self.offset.pin_memory(), self.step.pin_memory(), self.codec)
+
 
 Target = Tensor | Codes
 """What a loss compares with: codes, or a float map in logical NCHW (channels-last is fastest) or [B, C]."""
@@ -91,7 +122,7 @@ def encode(
     margin_C: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Turn float maps into codes: code = clip(round((max(x, margin) - offset) / step), 0, 254 or 14), ties to even.
+    """Encode float maps: code = clip(round((max(x, margin) - offset) / step), 0, 254 or 14), ties to even.
 
     Args:
         x_NCHW: float [B, C, H, W] or [B, C], fp32 or 16-bit, any strides; channels-last is fastest.
@@ -158,8 +189,8 @@ def _encode(
         into = out if out.is_contiguous() else torch.empty(stored, dtype=torch.uint8, device=x_NCHW.device)
         count: Tensor = OPS.encode(x_NCHW.detach(), offset_C, step_C, codec, margin_C, into)
         return (out if into is out else out.copy_(into)), count
-    # packing and odd strides are rare and cheap (one byte an element): quantize into a plain buffer first
-    scale = (offset_C, torch.where(step_C == 0, torch.inf, step_C), margin_C, TOP_CODE[codec])
+    # packing and odd strides are rare and cheap (one byte per element): quantize into a plain buffer first
+    scale = (offset_C, torch.where(step_C == 0, torch.inf, step_C), margin_C, top_code(codec))
     if is_eager_cpu(x_NCHW):
         direct = codec == "u8" and out.is_contiguous()
         codes = out.view(x_BHWC.shape) if direct else torch.empty(x_BHWC.shape, dtype=torch.uint8)
@@ -186,7 +217,7 @@ def _quantize_tiled(
     x_NCHW: Tensor, offset_C: Tensor, divisor_C: Tensor, margin_C: Tensor | None, top: int, codes_BHWC: Tensor
 ) -> Tensor:
     """Write the codes of ``x_NCHW`` into the contiguous ``codes_BHWC``; returns the saturation count."""
-    # a contiguous NCHW map is quantized in its own order: turning bytes round is cheaper than turning floats round
+    # a contiguous NCHW map is quantized in its own order: transposing bytes is cheaper than transposing floats
     channels_first = x_NCHW.ndim == 4 and x_NCHW.is_contiguous()
     if channels_first:
         source, codes = x_NCHW, codes_BHWC.permute(0, 3, 1, 2)
@@ -197,6 +228,8 @@ def _quantize_tiled(
         return value_C[:, None] if channels_first else along_row(value_C, source.shape[2])
 
     offset, divisor = along_tile(offset_C), along_tile(divisor_C)
+    # the clip at the margin comes after the rounding, where it costs one operator on what is in the cache anyway:
+    # rounding is monotone, so round(max(x, m)) == max(round(x), round(m)) to the bit
     lowest = None if margin_C is None else along_tile(((margin_C - offset_C) / divisor_C).round_())
     saturated = 0
     for tile in tiles(source.shape):
@@ -225,7 +258,7 @@ def _quantize_tiled(
 
 
 def _raise_if_not_finite(tile: Tensor) -> None:
-    """The cheap sum of a tile was not finite: find out whether the values are to blame."""
+    """Raise if a value of the tile is not finite; finite values whose sum overflows are fine."""
     bad = ~tile.isfinite()
     if bad.any():
         raise ValueError(
@@ -287,11 +320,11 @@ register(
 )
 
 
-def stored_parts(target: Target) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
-    """What operators take: data, offset, step and codec of codes; a float map, None, None and ``""``."""
+def stored_parts(target: Target) -> tuple[Tensor, Tensor | None, Tensor | None, StoredAs]:
+    """What operators take: data, offset, step and codec of codes; a float map, None, None and ``"float"``."""
     if isinstance(target, Codes):
         return target.data, target.offset, target.step, target.codec
-    return target.detach(), None, None, ""
+    return target.detach(), None, None, "float"
 
 
 def as_float(target: Target) -> Tensor:
@@ -300,7 +333,7 @@ def as_float(target: Target) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes [..., C] two a byte, low nibble first: [..., ceil(C / 2)]."""
+    """Pack 4-bit codes [..., C] two per byte, low nibble first: [..., ceil(C / 2)]."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
@@ -312,14 +345,26 @@ def unpack(packed: Tensor, channels: int) -> Tensor:
 
 
 def packed_channels(channels: int, codec: str) -> int:
-    """Bytes that ``channels`` codes of one pixel take."""
+    """Length of a stored pixel's last axis: ``channels`` values, or for ``u4`` the bytes that hold their codes."""
     return (channels + 1) // 2 if codec == "u4" else channels
+
+
+def top_code(codec: str) -> int:
+    """The largest code of a quantized codec.
+
+    Raises:
+        ValueError: if there is no such codec, or its values are floats.
+    """
+    known = CODECS.get(codec)
+    if known is None or known.top_code is None:
+        quantized = sorted(name for name, entry in CODECS.items() if entry.quantized)
+        raise ValueError(f"codec: expected one of {quantized}, got {codec!r}")
+    return known.top_code
 
 
 def check_scale(offset: Tensor, step: Tensor, codec: str) -> None:
     """Raise ValueError unless ``codec`` is known and offset and step are fp32 [C]."""
-    if codec not in TOP_CODE:
-        raise ValueError(f"codec: expected one of {sorted(TOP_CODE)}, got {codec!r}")
+    top_code(codec)
     for name, value in (("offset", offset), ("step", step)):
         if value.dtype != torch.float32 or value.ndim != 1 or value.shape != offset.shape:
             channels = offset.shape[0] if offset.ndim else "C"

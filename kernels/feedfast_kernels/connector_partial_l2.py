@@ -2,22 +2,14 @@
 
     mean_c, var_c over all B*H*W pixels of channel c (biased);   rstd = 1 / sqrt(var + eps)
     s = gamma * (y - mean) * rstd + beta
-    loss = `partial_l2`(s, target, margin, weight, denominator)
-
-y is the output of the connector's 1x1 convolution. Heo et al., "A Comprehensive Overhaul of Feature Distillation",
-ICCV 2019, section 3: the student's regressor is a 1x1 convolution and a batch norm. The convolution stays with the
-library that is best at it; everything after it is here, and the normalized map is never stored. With
-g = d(loss)/ds = 2 * weight / denominator * d,
-
+    loss = `partial_l2`(s, target, margin, weight, denominator);   g = d(loss)/ds = 2 * weight / denominator * d
     d(loss)/dbeta = sum(g);   d(loss)/dgamma = sum(g * x),  x = (y - mean) * rstd
     d(loss)/dy    = gamma * rstd * (g - mean(g) - x * mean(g * x))
 
-and both sums are known when the loss is, so what is left is one pass over the map. On CUDA Triton kernels do it in
-three passes (gpu/connector_partial_l2.py: 10 bytes an element for bf16 and u8 codes, where compiled operators move
-about 26). On a CPU PyTorch's operators make the same three passes over cache-sized tiles, all in the forward pass where
-a gradient is wanted: the second leaves d in the gradient's memory, the third turns it into the gradient for an upstream
-of 1 (see `partial_l2`). A compiler gets `reference`, which it fuses better than these formulas; so do float64 and other
-devices.
+y is the output of the connector's 1x1 convolution (Heo et al., ICCV 2019, section 3), which stays with the library that
+is best at it. The normalized map is never stored: both sums are known when the loss is, so what is left of backward is
+one pass over the map (gpu/connector_partial_l2.py). On a CPU the same passes go over cache-sized tiles, in the forward
+pass. A compiler, float64 and other devices get `reference`.
 
 Statistics are those of one process: for a synchronized batch norm, and in evaluation, use a batch norm module and
 `partial_l2`.
@@ -35,7 +27,7 @@ from torch.nn import functional
 from feedfast_kernels._layout import along_row, as_BHWC, scratch, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register, runs_triton
 from feedfast_kernels._tiled import Source, empty_gradient, finished_gradient, runs_tiled
-from feedfast_kernels.codes import Target, stored_parts
+from feedfast_kernels.codes import StoredAs, Target, stored_parts
 from feedfast_kernels.partial_l2 import reference as partial_l2_reference
 from feedfast_kernels.partial_l2 import residual_in, square_sum
 
@@ -74,7 +66,7 @@ def connector_partial_l2(
         if any value is NaN.
 
     Raises:
-        ValueError: if shapes differ, or there is only one value a channel.
+        ValueError: if shapes differ, or there is only one value per channel.
     """
     triton = runs_triton(y_NCHW)
     if not triton and not runs_tiled(y_NCHW):
@@ -140,7 +132,7 @@ def _check(y: Tensor, target: Target, gamma_C: Tensor, beta_C: Tensor, margin_C:
             raise ValueError(f"connector_partial_l2: {name} expected [{channels}], got {list(value.shape)}")
     if y.numel() == channels and channels:
         raise ValueError(
-            f"connector_partial_l2: expected more than one value a channel to take a variance of, got {list(y.shape)}"
+            f"connector_partial_l2: expected more than one value per channel to take a variance of, got {list(y.shape)}"
         )
 
 
@@ -152,7 +144,7 @@ class _ConnectorPartialL2(torch.autograd.Function):
         target: Tensor,  # stored bytes for codes, values in the shape of y otherwise
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,  # "" for values
+        codec: StoredAs,
         margin_C: Tensor | None,
         gamma_C: Tensor,
         beta_C: Tensor,
@@ -174,21 +166,21 @@ class _ConnectorPartialL2(torch.autograd.Function):
         return loss, mean_C, variance_C
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("connector_partial_l2")
         statistics, sums, y, target, offset_C, step_C, margin_C, gamma_C, beta_C = ctx.saved_tensors
         inputs = (y, target, offset_C, step_C, ctx.codec, margin_C)
         gradient: Tensor | None = None
         if ctx.triton:
             gradient = OPS.connector_partial_l2_backward(
-                upstream, *inputs, gamma_C, beta_C, ctx.scale, statistics, sums
+                grad_output, *inputs, gamma_C, beta_C, ctx.scale, statistics, sums
             )
         elif ctx.needs_input_grad[0]:
             gradient = finished_gradient(
-                ctx, upstream, y.dtype,
+                ctx, grad_output, y.dtype,
                 lambda: _tiled(Source(*inputs), y, gamma_C, beta_C, ctx.eps, ctx.scale, True)[-1],
             )  # fmt: skip
-        factor = upstream * (2 * ctx.scale)
+        factor = grad_output * (2 * ctx.scale)
         d_gamma = sums[1] * statistics[2] * factor
         d_beta = sums[0] * factor
         return gradient, *[None] * 5, d_gamma.to(gamma_C.dtype), d_beta.to(beta_C.dtype), *[None] * 4
@@ -197,7 +189,7 @@ class _ConnectorPartialL2(torch.autograd.Function):
 def _tiled(
     source: Source, y: Tensor, gamma_C: Tensor, beta_C: Tensor, eps: float, scale: float, wants_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What the operator returns, and the gradient of y for an upstream of 1; tile by tile.
+    """What the operator returns, and the gradient of y for a grad_output of 1; tile by tile.
 
     Loss; mean, biased variance and 1 / deviation [3, C]; sums of d and d * (y - mean) [2, C]; gradient.
     """
@@ -211,7 +203,9 @@ def _tiled(
     mean_C, variance_C = _statistics(source)
     rstd_C = torch.rsqrt(variance_C + eps)
     a_C = gamma_C.to(source.dtype) * rstd_C
-    shift_C = beta_C.to(source.dtype) - mean_C * a_C  # one operator an element less than with y - mean, as torch has it
+    shift_C = (
+        beta_C.to(source.dtype) - mean_C * a_C
+    )  # one operator per element less than with y - mean, as torch has it
     a, shift = (along_row(value, width) for value in (a_C, shift_C))
     columns = _columns(width, channels)
     column_mean = along_row(mean_C, columns)
@@ -220,6 +214,7 @@ def _tiled(
     if d_BHWC is not None and not (d_BHWC.dtype == source.dtype and d_BHWC.is_contiguous()):
         d_BHWC = torch.empty(shape, dtype=source.dtype)  # d of the whole map does not fit the gradient's own memory
     losses, sums_d, sums_dx = [], [], []
+    # this pass leaves d in the gradient's memory, the one below turns it into the gradient
     for tile in tiles(shape):
         y_rows = source.student_rows(tile)
         s = torch.addcmul(shift, y_rows, a, out=scratch(2, y_rows.shape))
@@ -278,10 +273,10 @@ def _statistics(source: Source) -> tuple[Tensor, Tensor]:
 
 
 def _columns(width: int, channels: int) -> int:
-    """How many neighbouring pixels of a row go into sums of their own.
+    """How many neighboring pixels of a row go into sums of their own.
 
     Batch norm's kernels add up pixel after pixel in fp32: more columns make the sums exact, up to 1024 sums make them
-    fast (0.12 ns an element for the variance; 0.24 for 32 or for 7168 sums).
+    fast (0.12 ns per element for the variance; 0.24 for 32 or for 7168 sums).
     """
     return max(k for k in range(1, width + 1) if width % k == 0 and (k == 1 or k * channels <= 1024))
 
@@ -305,7 +300,8 @@ register(
     _fake,
 )
 register(
-    f"connector_partial_l2_backward(Tensor upstream, {_INPUTS}, float scale, Tensor statistics, Tensor sums) -> Tensor",
+    "connector_partial_l2_backward"
+    f"(Tensor grad_output, {_INPUTS}, float scale, Tensor statistics, Tensor sums) -> Tensor",
     "connector_partial_l2.backward",
-    lambda _upstream, y, *_: torch.empty_like(y),
+    lambda _grad_output, y, *_: torch.empty_like(y),
 )

@@ -5,19 +5,14 @@
     q = softmax(z / tau)
     KL   = mean over batch of  sum_k p (log p - log q)       direction="forward",  KL(teacher || student)
                                sum_k q (log q - log p)       direction="reverse",  KL(student || teacher)
-    CE   = mean over labelled rows of  -log softmax(z)[label]
+    CE   = mean over labeled rows of  -log softmax(z)[label]
     loss = weight * tau^2 * KL + label_weight * CE
 
-Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. Summed over classes and averaged over the batch:
-an element-wise mean would divide by the number of classes as well. tau^2 keeps the gradient's size when tau changes.
-The averages differ and so do the directions (a published two-teacher ImageNet recipe averages logits and, through its
-framework's argument order, minimizes the reverse KL), so both are explicit.
+Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. Both averages and both directions are in published
+recipes, so both are explicit. tau^2 keeps the gradient's size when tau changes.
 
-log p of averaged probabilities is a log-sum-exp, so a class that every teacher finds next to impossible does not become
-log 0. A logit of -inf rules a class out; where p is 0 and its logarithm -inf, 0 log 0 counts as 0.
-
-On CUDA one Triton kernel reads every logit once and writes the gradient beside the loss (gpu/ensemble_kl.py), and
-backward multiplies it by what comes from above; elsewhere, and for float64, ordinary operators and autograd.
+On CUDA one Triton kernel reads every logit once and computes the gradient together with the loss (gpu/ensemble_kl.py);
+elsewhere, and for float64, ordinary operators and autograd.
 """
 
 from __future__ import annotations
@@ -83,13 +78,13 @@ def ensemble_kl(
 
     Args:
         student_logits: float [B, K]; receives the gradient.
-        teacher_logits: one float [B, K] a teacher, of any float dtype; no gradient.
+        teacher_logits: one float [B, K] per teacher, of any float dtype; no gradient.
         tau: temperature, > 0.
         average: what is averaged over the teachers.
         direction: ``"forward"`` is KL(teacher || student), ``"reverse"`` KL(student || teacher).
         weight: factor of tau^2 * KL.
-        labels: int64 [B] to add the cross-entropy with, or None; -1 is unlabelled and ignored. The mean is over the
-            labelled rows, 0 if there is none. A label outside -1..K-1 raises on the CPU as F.cross_entropy does;
+        labels: int64 [B] to add the cross-entropy with, or None; -1 is unlabeled and ignored. The mean is over the
+            labeled rows, 0 if there is none. A label outside -1..K-1 raises on the CPU as F.cross_entropy does;
             on CUDA nobody waits to look, and the loss and its row of the gradient become NaN.
         label_weight: factor of the cross-entropy.
         return_terms: return the two terms as well.
@@ -179,10 +174,12 @@ def _plain(
     label_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss and terms, by autograd."""
+    # summed over classes, averaged over the batch: an element-wise mean would divide by the number of classes as well
     dtype = work_dtype(student_logits)
     # contiguous, so that the order of summation is that of the values and not of the strides
     teachers_NBK = torch.stack([z.detach().to(dtype) for z in teacher_logits]).contiguous() / tau
     if average == "probabilities":
+        # a log-sum-exp, so a class that every teacher finds next to impossible does not become log 0
         teacher_BK = torch.logsumexp(teachers_NBK.log_softmax(2), 0) - math.log(len(teacher_logits))
     else:
         teacher_BK = teachers_NBK.mean(0).log_softmax(1)
@@ -224,11 +221,11 @@ class _EnsembleKL(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("ensemble_kl")
         (gradient,) = ctx.saved_tensors
         # one kernel, which multiplies in fp32 and rounds once
-        scaled = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
+        scaled = torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=ctx.dtype))
         return scaled, *[None] * (len(ctx.needs_input_grad) - 1)
 
 

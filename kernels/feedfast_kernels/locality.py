@@ -1,35 +1,16 @@
-"""LP's distance: samples that are neighbours for the teacher stay close for the student; widths need not agree.
+"""LP's distance: samples that are neighbors for the teacher stay close for the student; widths need not agree.
 
     alpha_ij = exp(-|t_i - t_j|^2 / sigma^2)  where j is one of the k samples nearest to i for the teacher; else 0
     loss     = weight / denominator * sum over i, j of  alpha_ij * |s_i - s_j|^2
+             = scale * trace(S^T M S),   d(loss)/dS = 2 * scale * M S,   M = diag(row + column sums of W) - W - W^T
 
-Chen et al., "Learning Student Networks via Feature Embedding", TNNLS 2021. Features are flattened maps or vectors; a
-sample is no neighbour of its own. Neighbours are of the mini-batch and one-sided: j may be near i without i being near
-j. The loss is least for a student that is constant, so it needs a task loss beside it and a small weight.
+Chen et al., "Learning Student Networks via Feature Embedding", TNNLS 2021. Legend: m samples of the batch, d values per
+sample; W is alpha as [m, m], S and T are [m, d]: flattened maps in channels-last order, or vectors. A sample is no
+neighbor of its own. Neighbors are of the mini-batch and one-sided: j may be near i without i being near j. The loss is
+least for a student that is constant, so it needs a task loss next to it and a small weight.
 
-Legend: m samples of the batch, d values of a sample; W is alpha as [m, m], S and T are [m, d].
-
-Differences of all pairs as they stand would be [m, m, d]. In the teacher's space squared distances come from products,
-|t_i|^2 + |t_j|^2 - 2 t_i t_j. In the student's none is needed: with M = diag(row sums + column sums of W) - W - W^T,
-
-    loss = scale * trace(S^T M S),    d(loss)/dS = 2 * scale * M S
-
-so one product [m, m] x [m, d] gives both. Both forms subtract numbers of the size of |t|^2 and |s|^2. Features are
-therefore taken relative to the batch's mean first, which changes nothing else (M 1 = 0), and a distance is never below
-0. What is left is the rounding of |s|^2: where neighbours are 1,000 times closer than the batch is wide, the gradient
-keeps four digits and the value one or two.
-
-The gradient for an upstream gradient of 1 is kept in fp32 from forward on, 4 bytes a value; backward reads it and
-writes 16 bits, 6 bytes. To compute it again would free those 4 bytes of memory in between, but converting, centring and
-multiplying once more moves about 26 bytes and does 2 m operations a value.
-
-Floor, predicted and not measured: a value of a bf16 student must move 2 + 4 bytes forward; the operators here move
-about 42 (convert 6, mean 4, center 8, product 8, value 16). The product is 2 m operations a value, 512 at m = 256, and
-the teacher's is the same. By its data sheet an H200 does about 15 fp32 operations in the time of a byte, so either
-product takes as long as 34 bytes: operations as much as bytes decide, libraries are the right tool for those, and a
-kernel of our own could save no more than half. Products are in fp32 under autocast too, because neighbours found in
-bf16 would be others; TF32 is used where the user allows it for fp32 products. On a CPU the products take 10 ns a value
-at m = 128 and one thread, and all else 1 to 5, because maps come in pieces that stay in the cache.
+The second form needs no [m, m, d]: one product [m, m] x [m, d] gives loss and gradient. There is no kernel of our own:
+products are what libraries are for (kernels/README.md, "What lost").
 """
 
 from __future__ import annotations
@@ -56,21 +37,21 @@ def locality(
     weight: float = 1.0,
     denominator: float | None = None,
 ) -> Tensor:
-    """Squared distances in the student's space between samples that are neighbours in the teacher's.
+    """Squared distances in the student's space between samples that are neighbors in the teacher's.
 
     Args:
-        student: float [m, ...], flattened a sample; receives the gradient.
+        student: float [m, ...], flattened per sample; receives the gradient.
         teacher: codes or float [m, ...] of any width; no gradient.
-        k: neighbours a sample, >= 1. A batch of k or fewer samples takes all others.
+        k: neighbors per sample, >= 1. A batch of k or fewer samples takes all others.
         sigma_squared: > 0, in squared units of the teacher's features. None is the mean over the batch of the squared
-            distances to the k neighbours, found on the device: a constant that does not fit the features' scale makes
+            distances to the k neighbors, found on the device: a constant that does not fit the features' scale makes
             every alpha 0. `locality_weights` shows alpha.
         weight: factor of the sum.
         denominator: divisor of the sum; None is the batch size m.
 
     Returns:
         fp32 scalar (float64 for a float64 student); 0 for fewer than two samples; NaN if any value is NaN. Of
-        neighbours equally far the one with the lower index counts.
+        neighbors equally far the one with the lower index counts.
 
     Raises:
         ValueError: if batches differ, k is below 1, or sigma_squared is not positive.
@@ -93,11 +74,11 @@ def locality_weights(teacher: Target, *, k: int, sigma_squared: float | None = N
 
     Args:
         teacher: codes or float [m, ...].
-        k: neighbours a sample, >= 1; at most m - 1 are taken.
-        sigma_squared: > 0, or None for the mean of the neighbours' squared distances.
+        k: neighbors per sample, >= 1; at most m - 1 are taken.
+        sigma_squared: > 0, or None for the mean of the neighbors' squared distances.
 
     Returns:
-        [m, m], fp32 (float64 for float64 features), no gradient: row i has alpha_ij at its k neighbours, 0 elsewhere
+        [m, m], fp32 (float64 for float64 features), no gradient: row i has alpha_ij at its k neighbors, 0 elsewhere
         and on the diagonal.
 
     Raises:
@@ -121,24 +102,29 @@ def _check(k: int, sigma_squared: float | None) -> None:
 def _weights(teacher: Target, k: int, sigma_squared: float | None, dtype: torch.dtype) -> Tensor:
     """W [m, m]."""
     samples = teacher.shape[0]
+    # fp32 under autocast too, because neighbors found in bf16 would be others; TF32 where the user allows it
     with torch.autocast(teacher.device.type, enabled=False):
-        product = reduce(torch.add, (features @ features.T for features in _centred(teacher, dtype)))
+        product = reduce(torch.add, (features @ features.T for features in _centered(teacher, dtype)))
+    # this subtracts numbers of the size of |t|^2, which is why features are relative to the batch's mean
     square = product.diagonal()
     distance = (square[:, None] + square[None, :] - 2 * product).clamp(min=0)
-    # NaN sorts behind every number, so a sample is no neighbour of its own; and where all is NaN, NaN is what is found
+    # NaN sorts behind every number, so a sample is no neighbor of its own; and where all is NaN, NaN is what is found
     own = torch.eye(samples, dtype=torch.bool, device=distance.device)
     found = distance.masked_fill(own, float("nan")).sort(dim=1, stable=True)
     near, index = (x[:, : min(k, samples - 1)] for x in found)
     if sigma_squared is None:
-        # neighbours that are all duplicates: 0 / tiny, so alpha is 1
+        # neighbors that are all duplicates: 0 / tiny, so alpha is 1
         alpha = torch.exp(-near / near.mean().clamp(min=torch.finfo(dtype).tiny))
     else:
         alpha = torch.exp(-near / sigma_squared)
     return torch.zeros_like(distance).scatter(1, index, alpha)
 
 
-def _centred(x: Target, dtype: torch.dtype) -> Iterator[Tensor]:
+def _centered(x: Target, dtype: torch.dtype) -> Iterator[Tensor]:
     """Features relative to their mean, new tensors [m, columns]; exactly 0 where all samples agree.
+
+    That changes neither distances nor M S (M 1 = 0), and what is left of rounding is that of |s|^2: where neighbors are
+    1,000 times closer than the batch is wide, the gradient keeps four digits and the value one or two.
 
     Together the columns are [m, d] in channels-last order; maps come in pieces that stay in the cache of a CPU.
     """
@@ -163,22 +149,23 @@ class _Locality(torch.autograd.Function):
         laplacian = torch.diag(weights.sum(0) + weights.sum(1)) - weights - weights.T
         laplacian.mul_(2 * scale)
         gradients, sums = [], []
-        for features in _centred(student, weights.dtype):
+        for features in _centered(student, weights.dtype):
             with torch.autocast(features.device.type, enabled=False):
                 gradients.append(laplacian @ features)
             sums.append((features * gradients[-1]).sum())
         if wants_gradient:
+            # fp32, 4 bytes per value from forward on: to compute it again would move 26 and multiply once more
             ctx.save_for_backward(gradients[0] if len(gradients) == 1 else torch.cat(gradients, 1))
             ctx.shape, ctx.dtype = student.shape, student.dtype
         loss = reduce(torch.add, sums) / 2
         return loss.clamp(min=0) if scale >= 0 else loss.clamp(max=0)  # rounding, where it should be 0
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("locality", "there are no second ones")
         (gradient,) = ctx.saved_tensors
         # one kernel, which multiplies in the gradient's dtype and rounds once
-        scaled = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=ctx.dtype))
+        scaled = torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=ctx.dtype))
         if len(ctx.shape) != 4:
             return scaled.view(ctx.shape), None, None, None
         batch, channels, height, width = ctx.shape

@@ -1,21 +1,17 @@
 """FEED's distance: absolute difference of two maps, each scaled to unit length over all of its C*H*W values.
 
     loss = weight / denominator * sum over teachers n, samples b of  || s_nb / ||s_nb||_2  -  t_nb / ||t_nb||_2 ||_1
+    d(loss)/ds = weight / denominator * (q - n * <n, q>) / ||s||       (q / eps where the length is below eps)
+    with n = s / ||s||, t' = t / ||t||, q = sign(n - t') and sign(0) = 0
 
 Park & Kwak, "FEED: Feature-level Ensemble for Knowledge Distillation", equation 2. The paper writes the norm, a *sum*
 over D = C*H*W values; Factor Transfer's published code, whose beta = 500 everyone quotes, takes the *mean*. Both are
-here: mean = sum / D. Lengths are bounded below by `eps`, as in torch.nn.functional.normalize.
+here: mean = sum / D. Lengths are bounded below by `eps`, as in torch.nn.functional.normalize. Computed in fp32 (float64
+if the student is) in channels-last order, whatever strides the arguments have.
 
-With n = s / ||s||, t' = t / ||t||, q = sign(n - t') and sign(0) = 0:
-
-    d(loss)/ds = weight / denominator * (q - n * <n, q>) / ||s||       (q / eps where the length is below eps)
-
-Computed in fp32 (float64 if the student is) in channels-last order, whatever strides the arguments have.
-
-On CUDA one Triton launch does all teachers whose maps look alike (gpu/normalized_l1.py: 3 bytes an element forward and
-5 backward, with u8 codes and 16-bit students). On a CPU PyTorch's operators go over tiles of whole samples, teacher by
-teacher, and make the gradient beside the loss (_tiled.py). A compiler, float64 and other devices get `reference`.
-Only the last has second derivatives; the others refuse them.
+On CUDA one Triton launch does all teachers whose maps look alike (gpu/normalized_l1.py). On a CPU PyTorch's operators
+go over tiles of whole samples and compute the gradient together with the loss (_tiled.py). A compiler, float64 and
+other devices get `reference`. Only the last has a double backward; the others refuse it.
 """
 
 from __future__ import annotations
@@ -29,15 +25,17 @@ from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, scratch, tiles, work_dtype
 from feedfast_kernels._ops import OPS, first_order_only, register
-from feedfast_kernels._tiled import Source, empty_gradient, finished_gradient, how_to_run
-from feedfast_kernels.codes import Codes, Target, decode_reference, stored_parts
+from feedfast_kernels._tiled import Backend, Source, backend_of, empty_gradient, finished_gradient
+from feedfast_kernels.codes import Codes, StoredAs, Target, decode_reference, stored_parts
+
+Reduction = Literal["sum", "mean"]
 
 
 def normalized_l1(
     student_maps: Sequence[Tensor],
     targets: Sequence[Target],
     *,
-    reduction: Literal["sum", "mean"],
+    reduction: Reduction,
     weight: float = 1.0,
     denominator: float | None = None,
     eps: float = 1e-12,
@@ -45,7 +43,7 @@ def normalized_l1(
     """Sum over teachers of the L1 distance between unit-length maps.
 
     Args:
-        student_maps: one float map [B, C_n, H_n, W_n] (or [B, C_n]) a teacher, any strides; each receives its gradient.
+        student_maps: one float map [B, C_n, H_n, W_n] (or [B, C_n]) per teacher, any strides; receives a gradient.
         targets: codes or float maps of the same logical shapes; no gradient.
         reduction: ``"sum"`` over the values of a sample, or their ``"mean"`` (divides by C_n * H_n * W_n).
         weight: factor of the whole.
@@ -59,37 +57,37 @@ def normalized_l1(
     Raises:
         ValueError: if the counts or shapes differ, or the reduction is unknown.
     """
-    return _loss(student_maps, targets, reduction, weight, denominator, eps, how=how_to_run(student_maps))
+    return _loss(student_maps, targets, reduction, weight, denominator, eps, backend=backend_of(student_maps))
 
 
 def reference(
     student_maps: Sequence[Tensor],
     targets: Sequence[Target],
     *,
-    reduction: Literal["sum", "mean"],
+    reduction: Reduction,
     weight: float = 1.0,
     denominator: float | None = None,
     eps: float = 1e-12,
 ) -> Tensor:
     """`normalized_l1` in PyTorch operators on any device, gradients by autograd: what the kernel is compared with."""
-    return _loss(student_maps, targets, reduction, weight, denominator, eps, how="whole")
+    return _loss(student_maps, targets, reduction, weight, denominator, eps, backend="whole")
 
 
 def _loss(
     student_maps: Sequence[Tensor],
     targets: Sequence[Target],
-    reduction: str,
+    reduction: Reduction,
     weight: float,
     denominator: float | None,
     eps: float,
     *,
-    how: str,  # "triton", "tiled" or "whole"
+    backend: Backend,
 ) -> Tensor:
     if reduction not in ("sum", "mean"):
         raise ValueError(f"normalized_l1: reduction expected 'sum' or 'mean', got {reduction!r}")
     if len(student_maps) != len(targets) or not targets:
         raise ValueError(
-            f"normalized_l1: expected one student map a target (at least one), "
+            f"normalized_l1: expected one student map per target (at least one), "
             f"got {len(student_maps)} maps and {len(targets)} targets"
         )
     scales = []
@@ -102,13 +100,13 @@ def _loss(
         batch, values = student.shape[0], max(student[:1].numel(), 1)
         scale = weight / (max(batch, 1) if denominator is None else denominator)
         scales.append(scale / values if reduction == "mean" else scale)
-    if how == "triton":
+    if backend == "triton":
         data, offsets, steps, codecs = zip(*map(stored_parts, targets), strict=True)
         loss: Tensor = _AllTeachers.apply(list(codecs), scales, eps, *student_maps, *data, *offsets, *steps)
         return loss
     total: Tensor | None = None
     for student, target, scale in zip(student_maps, targets, scales, strict=True):
-        if how == "tiled":
+        if backend == "tiled":
             loss = _OneTeacher.apply(student, *stored_parts(target), scale, eps, torch.is_grad_enabled())
         else:
             loss = _whole(student, target, scale, eps)
@@ -129,10 +127,10 @@ class _AllTeachers(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("normalized_l1")
         statistics, *tensors = ctx.saved_tensors
-        gradients = OPS.normalized_l1_backward(upstream, statistics, *_quarters(tensors), ctx.codecs, ctx.scales)
+        gradients = OPS.normalized_l1_backward(grad_output, statistics, *_quarters(tensors), ctx.codecs, ctx.scales)
         return None, None, None, *gradients, *[None] * (3 * len(gradients))
 
 
@@ -151,9 +149,9 @@ register(
     ),
 )
 register(
-    f"normalized_l1_backward(Tensor upstream, Tensor statistics, {_ARGUMENTS}) -> Tensor[]",
+    f"normalized_l1_backward(Tensor grad_output, Tensor statistics, {_ARGUMENTS}) -> Tensor[]",
     "normalized_l1.backward",
-    lambda _upstream, _statistics, students, *_: [torch.empty_like(x) for x in students],
+    lambda _grad_output, _statistics, students, *_: [torch.empty_like(x) for x in students],
 )
 
 
@@ -167,7 +165,7 @@ class _OneTeacher(torch.autograd.Function):
         target: Tensor,  # stored bytes for codes, values otherwise
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,  # "" for values
+        codec: StoredAs,
         scale: float,
         eps: float,
         grad_enabled: bool,
@@ -179,12 +177,12 @@ class _OneTeacher(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         first_order_only("normalized_l1")
         inputs = (*ctx.saved_tensors, ctx.codec, None)
         student: Tensor = inputs[0]
         gradient = finished_gradient(
-            ctx, upstream, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, ctx.eps, True)[1]
+            ctx, grad_output, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, ctx.eps, True)[1]
         )
         return gradient, *[None] * 7
 
@@ -192,7 +190,7 @@ class _OneTeacher(torch.autograd.Function):
 def _tiled(
     source: Source, student: Tensor, scale: float, eps: float, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss, and its gradient for an upstream of 1, tile by tile."""
+    """Loss, and its gradient for a grad_output of 1, tile by tile."""
     gradient = empty_gradient(student) if wants_gradient else None
     distances_B = []
     for tile in tiles(source.student.shape, whole_samples=True):

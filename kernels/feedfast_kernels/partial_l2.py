@@ -2,29 +2,16 @@
 
     t = max(target, margin_C)
     dead = (s <= t) and (t <= 0)                    the teacher is silent there, and the student at least as much
-    loss = weight / denominator * sum over everything of  0 if dead else (s - t)^2
+    d = 0 if dead else s - t
+    loss = weight / denominator * sum of d^2;       d(loss)/ds = 2 * weight / denominator * d
 
 Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, section 3; the authors' code sums over all
-elements and divides by the batch, so that is the default denominator.
+elements and divides by the batch, so that is the default denominator. Computed in fp32 (float64 if the student is). At
+s == t the distance and its gradient are 0 on both sides, so how ties are broken never shows.
 
-Only a NaN-preserving form will do: "keep where s > t or t > 0" turns a NaN of the student into 0 and hides divergence.
-
-With a = s - t the residual is
-
-    d = a where t > 0, else max(a, 0)   =   max(a, (a where t > 0, else 0))
-
-and d(loss)/ds = 2 * weight / denominator * d. Computed in fp32 (float64 if the student is), result in fp32 (float64).
-At s == t the distance and its gradient are 0 on both sides, so how ties are broken never shows.
-
-Three ways to compute it:
-
-* On CUDA a Triton kernel does each direction in one pass (gpu/partial_l2.py: 3 bytes an element forward, 5 backward).
-  Only the arguments are kept; t and the mask are computed again from the codes.
-* On a CPU PyTorch's operators over cache-sized tiles, the gradient made beside the loss (_tiled.py). A bf16 student's
-  is bf16 before its upstream is known, so one that is no power of two rounds a second time.
-* For a compiler, for float64 and on other devices, operators over whole maps: `reference`.
-
-Only the last has second derivatives; the others refuse them.
+On CUDA a Triton kernel does each direction in one pass (gpu/partial_l2.py); on a CPU PyTorch's operators go over
+cache-sized tiles and compute the gradient together with the loss (_tiled.py); a compiler, float64 and other devices get
+the formula over whole maps, `reference`. Only the last has a double backward; the others refuse it.
 """
 
 from __future__ import annotations
@@ -36,8 +23,8 @@ from torch import Tensor
 
 from feedfast_kernels._layout import as_BHWC, scratch, tiles
 from feedfast_kernels._ops import OPS, first_order_only, register
-from feedfast_kernels._tiled import Source, empty_gradient, finished_gradient, how_to_run
-from feedfast_kernels.codes import Target, stored_parts
+from feedfast_kernels._tiled import Backend, Source, backend_of, empty_gradient, finished_gradient
+from feedfast_kernels.codes import StoredAs, Target, stored_parts
 
 
 def partial_l2(
@@ -63,7 +50,7 @@ def partial_l2(
     Raises:
         ValueError: if shapes differ.
     """
-    return _loss(student_NCHW, target, margin_C, weight, denominator, how=how_to_run([student_NCHW]))
+    return _loss(student_NCHW, target, margin_C, weight, denominator, backend=backend_of([student_NCHW]))
 
 
 def reference(
@@ -75,11 +62,17 @@ def reference(
     denominator: float | None = None,
 ) -> Tensor:
     """`partial_l2` in PyTorch operators on any device: what the kernel is compared with."""
-    return _loss(student_NCHW, target, margin_C, weight, denominator, how="whole")
+    return _loss(student_NCHW, target, margin_C, weight, denominator, backend="whole")
 
 
 def _loss(
-    student: Tensor, target: Target, margin_C: Tensor | None, weight: float, denominator: float | None, *, how: str
+    student: Tensor,
+    target: Target,
+    margin_C: Tensor | None,
+    weight: float,
+    denominator: float | None,
+    *,
+    backend: Backend,
 ) -> Tensor:
     if student.ndim not in (2, 4) or target.shape != student.shape:
         raise ValueError(
@@ -90,7 +83,7 @@ def _loss(
     if margin_C is not None and margin_C.shape != (channels,):
         raise ValueError(f"partial_l2: margin expected [{channels}], got {list(margin_C.shape)}")
     scale = weight / (max(batch, 1) if denominator is None else denominator)
-    loss = _PartialL2.apply(student, *stored_parts(target), margin_C, scale, how, torch.is_grad_enabled())
+    loss = _PartialL2.apply(student, *stored_parts(target), margin_C, scale, backend, torch.is_grad_enabled())
     assert isinstance(loss, Tensor)
     return loss
 
@@ -103,46 +96,48 @@ class _PartialL2(torch.autograd.Function):
         target: Tensor,  # stored bytes for codes, values in the student's shape otherwise
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,  # "" for values
+        codec: StoredAs,
         margin_C: Tensor | None,
         scale: float,
-        how: str,  # "triton", "tiled" or "whole"
+        backend: Backend,
         grad_enabled: bool,
     ) -> Tensor:
-        ctx.codec, ctx.scale, ctx.how = codec, scale, how
+        ctx.codec, ctx.scale, ctx.backend = codec, scale, backend
+        # only the arguments are kept: t and the mask are computed again from the codes
         ctx.save_for_backward(student, target, offset_C, step_C, margin_C)
         inputs = (student, target, offset_C, step_C, codec, margin_C)
-        if how == "tiled":
+        if backend == "tiled":
             loss, ctx.gradient = _tiled(Source(*inputs), student, scale, grad_enabled and ctx.needs_input_grad[0])
             return loss
-        if how == "triton":
+        if backend == "triton":
             of_kernel: Tensor = OPS.partial_l2(*inputs, scale)
             return of_kernel
         d = residual(*Source(*inputs).whole())
         return d.mul_(d).sum() * scale
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.how != "whole":
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.backend != "whole":
             first_order_only("partial_l2")
         student, target, offset_C, step_C, margin_C = ctx.saved_tensors
         inputs = (student, target, offset_C, step_C, ctx.codec, margin_C)
-        if ctx.how == "tiled":
+        if ctx.backend == "tiled":
             gradient = finished_gradient(
-                ctx, upstream, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, True)[1]
+                ctx, grad_output, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, True)[1]
             )
             return gradient, *[None] * 8
-        if ctx.how == "triton":
-            return OPS.partial_l2_backward(upstream, *inputs, ctx.scale), *[None] * 8
+        if ctx.backend == "triton":
+            return OPS.partial_l2_backward(grad_output, *inputs, ctx.scale), *[None] * 8
         d = residual(*Source(*inputs).whole())
         gradient = torch.empty_like(student)
         into = as_BHWC(gradient)
-        into.copy_(d.mul_(upstream * (2 * ctx.scale)).view(into.shape))
+        into.copy_(d.mul_(grad_output * (2 * ctx.scale)).view(into.shape))
         return gradient, *[None] * 8
 
 
 def _tiled(source: Source, student: Tensor, scale: float, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss, and its gradient for an upstream of 1, tile by tile."""
+    """Loss, and its gradient for a grad_output of 1, tile by tile."""
+    # a 16-bit gradient is rounded here, before grad_output is known: one that is no power of two rounds a second time
     gradient = empty_gradient(student) if wants_gradient else None
     sums = []
     for tile in tiles(source.student.shape):
@@ -166,16 +161,17 @@ register(
     lambda student, *_: student.new_empty((), dtype=torch.float32),
 )
 register(
-    f"partial_l2_backward(Tensor upstream, {_ARGUMENTS}) -> Tensor",
+    f"partial_l2_backward(Tensor grad_output, {_ARGUMENTS}) -> Tensor",
     "partial_l2.backward",
-    lambda _upstream, student, *_: torch.empty_like(student),
+    lambda _grad_output, student, *_: torch.empty_like(student),
 )
 
 
 def residual(s: Tensor, t: Tensor) -> Tensor:
     """0 where s <= t <= 0, else s - t; NaN where either is."""
+    # max(a, (a where t > 0, else 0)). "keep where s > t or t > 0" would turn a NaN of the student into 0
     a = s - t
-    # threshold_backward(a, t, 0) is "a where t > 0, else 0" and vectorized on the CPU (0.1 ns an element);
+    # threshold_backward(a, t, 0) is "a where t > 0, else 0" and vectorized on the CPU (0.1 ns per element);
     # torch.where is not (2 ns, torch 2.15)
     return torch.maximum(a, torch.ops.aten.threshold_backward(a, t, 0))
 
@@ -189,5 +185,5 @@ def residual_in(s: Tensor, t: Tensor, slot: int) -> Tensor:
 
 
 def square_sum(d: Tensor) -> Tensor:
-    """Sum of squares; overwrites slot 1. `torch.dot` is 0.05 ns an element faster and loses a digit."""
+    """Sum of squares; overwrites slot 1. `torch.dot` is 0.05 ns per element faster and loses a digit."""
     return torch.mul(d, d, out=scratch(1, d.shape)).sum()

@@ -1,4 +1,4 @@
-"""The bench of the whole pipeline still runs; those of the reader and the loader are tested beside them."""
+"""The bench of the whole pipeline still runs; those of the reader and the loader are tested next to it."""
 
 from __future__ import annotations
 

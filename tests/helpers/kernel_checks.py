@@ -1,4 +1,4 @@
-"""What the tests of every Triton kernel need: memory orders, one backward pass, the tolerance of 16-bit results."""
+"""What the tests of every Triton kernel need: memory formats, one backward pass, the tolerance of 16-bit results."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ def orders(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def run(loss_of: Callable[..., Tensor], leaves: Sequence[Tensor], upstream: float = 1.0) -> tuple[Tensor, list[Tensor]]:
+def run(
+    loss_of: Callable[..., Tensor], leaves: Sequence[Tensor], grad_output: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of ``loss_of(*leaves)`` for an upstream gradient that only the device knows."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     loss = loss_of(*leaves)
-    loss.backward(torch.tensor(upstream, device=loss.device, dtype=loss.dtype))
+    loss.backward(torch.tensor(grad_output, device=loss.device, dtype=loss.dtype))
     gradients = [x.grad for x in leaves]
     assert all(gradient is not None for gradient in gradients)
     return loss.detach(), [gradient for gradient in gradients if gradient is not None]
@@ -38,7 +40,7 @@ def run(loss_of: Callable[..., Tensor], leaves: Sequence[Tensor], upstream: floa
 def captured(step: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
     """The CUDA graph of ``step()``, and the results that a replay writes.
 
-    It runs once on a stream beside, so that inside the capture nothing is compiled, loaded or set up.
+    It runs once on another stream, so that inside the capture nothing is compiled, loaded or set up.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -5,30 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from code_samples import TOP, nibbles, some_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from feedfast_kernels import Codes, _layout, as_float, decode, encode
-from feedfast_kernels.codes import decode_reference
+from feedfast_kernels.codes import CODECS, decode_reference
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 32, 8, 8), (2, 17, 1, 31), (5, 10), (1, 129), (0, 4, 3, 3)]
-TOP = {"u8": 254, "u4": 14}
-
-
-def some_map(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A map with outliers, values on exact ties, and per-channel offset, step, margin; channel 0 is constant."""
-    generator = torch.Generator().manual_seed(seed)
-    channels = shape[1]
-    offset = -torch.rand(channels, generator=generator) - 1
-    step = torch.rand(channels, generator=generator) / 64 + 1 / 128
-    margin = offset + torch.linspace(-3.7, 10.3, channels) * step
-    step[0] = 0
-    x = 2 * torch.randn(shape, generator=generator)
-    flat = x.view(-1)
-    flat[: flat.numel() // 3] = (flat[: flat.numel() // 3] * 64).round() / 64
-    return x, offset, step, margin
 
 
 def formula(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor | None, codec: str) -> tuple[np.ndarray, int]:
@@ -40,11 +27,6 @@ def formula(x: Tensor, offset: Tensor, step: Tensor, margin: Tensor | None, code
     codes = np.where(step.numpy() == 0, 0, np.rint((clipped - offset.numpy()) / divisor))
     inside = np.clip(codes, 0, TOP[codec])
     return inside.astype(np.uint8), int((codes != inside).sum())
-
-
-def nibbles(packed: np.ndarray, channels: int) -> np.ndarray:
-    """Codes of packed bytes, one channel at a time."""
-    return np.stack([packed[..., c // 2] >> 4 * (c % 2) & 15 for c in range(channels)], -1)
 
 
 def layouts(x: Tensor) -> list[Tensor]:
@@ -232,6 +214,55 @@ def test_codes_move_between_devices() -> None:
     assert {moved.data.device.type, moved.offset.device.type, moved.step.device.type} == {"meta"}
     assert moved.device.type == "meta"
     assert moved.shape == codes.shape == (2, 4, 3, 3)
+
+
+def some_codes() -> Codes:
+    x, offset, step, _ = some_map((2, 5, 3, 3))
+    return Codes(encode(x, offset, step, codec="u4")[0], offset, step, "u4")
+
+
+def test_pinning_is_of_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DataLoader(pin_memory=True)` calls the same method; here the memory only says that it was asked for."""
+    asked: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: asked.append(self) or self.clone())
+    codes = some_codes()
+    for pin in (Codes.pin_memory, lambda c: torch_pin_memory([c])[0]):
+        pinned = pin(codes)
+        for part, source in zip(asked, (codes.data, codes.offset, codes.step), strict=True):
+            assert part is source
+        asked.clear()
+        assert pinned.data.data_ptr() != codes.data.data_ptr()
+        assert torch.equal(decode(pinned), decode(codes))
+        assert pinned.codec == "u4"
+
+
+@pytest.mark.gpu
+def test_pinned_codes_reach_a_gpu_without_a_wait() -> None:
+    codes = some_codes().pin_memory()
+    assert all(part.is_pinned() for part in (codes.data, codes.offset, codes.step))
+    moved = codes.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(moved.data.cpu(), codes.data)
+
+
+def test_the_table_of_codecs_is_what_is_stored() -> None:
+    assert {name: (codec.bits, codec.top_code) for name, codec in CODECS.items()} == {
+        "f32": (32, None),
+        "f16": (16, None),
+        "u8": (8, 254),
+        "u4": (4, 14),
+    }
+    x = torch.full((1, 6, 2, 2), 1e6)
+    for name, codec in CODECS.items():
+        assert (codec.name, codec.quantized) == (name, name in TOP)
+        if codec.quantized:
+            data, _ = encode(x, torch.zeros(6), torch.ones(6), codec=name)
+            assert data.numel() * 8 == x.numel() * codec.bits
+            highest = data.numpy() if name == "u8" else nibbles(data.numpy(), 6)
+            assert (highest == codec.top_code).all()
+        else:
+            with pytest.raises(ValueError, match=r"expected one of \['u4', 'u8'\]"):
+                encode(x, torch.zeros(6), torch.ones(6), codec=name)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from code_samples import TOP, nibbles, some_map
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_rounded, captured, orders
-from test_codes import TOP, nibbles, some_map
 from torch import Tensor
 
 from feedfast_kernels import Codes, decode, encode
@@ -86,8 +86,8 @@ def test_several_tiles_a_program(kernel_device: torch.device, monkeypatch: pytes
 # ---- the bits
 
 
-def beside(x: np.ndarray, ulps: np.ndarray) -> np.ndarray:
-    """``x`` moved by so many fp32 neighbours, through 0 where it lies between."""
+def ulps_away(x: np.ndarray, ulps: np.ndarray) -> np.ndarray:
+    """``x`` moved by so many fp32 neighbors, through 0 where it lies between."""
     ordered = x.view(np.int32).astype(np.int64)
     ordered = np.where(ordered < 0, -(ordered & 0x7FFFFFFF), ordered) + ulps
     bits = np.where(ordered < 0, -ordered | 0x80000000, ordered)
@@ -125,7 +125,7 @@ def test_bits_at_ties_and_at_the_ends_of_the_range(
     margin = offset + random.uniform(-3, 20, len(scales)).astype(np.float32) * step
     size = (8, len(scales))
     boundary = random.integers(-2, TOP[codec] + 3, size) + random.choice([0.5, 0.5, 0.0], size)
-    x = beside((offset + boundary * step).astype(np.float32), random.integers(-2, 3, size))
+    x = ulps_away((offset + boundary * step).astype(np.float32), random.integers(-2, 3, size))
     x[4:6] = offset + random.uniform(-9, TOP[codec] + 9, (2, len(scales))) * step
     extremes = [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 3.4028235e38, -3.4028235e38, 1.0, -1.0, 65504.0]
     x[6:] = random.choice(np.array(extremes, np.float32), (2, len(scales)))
@@ -140,9 +140,9 @@ def test_bits_at_ties_and_at_the_ends_of_the_range(
 
 
 def near_midpoints(most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every a, b, up to powers of two, with a / b within most / (2 * b) ulp of a float's midpoint beside a tie.
+    """Every a, b, up to powers of two, with a / b within most / (2 * b) ulp of a float's midpoint next to a tie.
 
-    With mantissas A, B in [2^23, 2^24), the quotient in ulps is A * 2^s / B, s 23 or 24. The midpoints beside the tie
+    With mantissas A, B in [2^23, 2^24), the quotient in ulps is A * 2^s / B, s 23 or 24. The midpoints next to the tie
     k + 1/2 are M / 2 ulps, M odd and known. Then A * 2^(s+1) = M * B + residue has one solution B mod 2^(s+1).
     """
     pairs = []
@@ -180,7 +180,7 @@ def test_the_quotient_needs_no_division() -> None:
     ties = (random.integers(0, 256, 100_000) + np.float32(0.5)).astype(np.float32)
     divisors = random.integers(1 << 23, 1 << 24, 100_000).astype(np.float32)
     exact = (divisors.astype(np.float64) * ties).astype(np.float32)
-    a = np.concatenate([a, *(beside(exact, np.full(len(exact), n)) for n in (-2, -1, 0, 1, 2))])
+    a = np.concatenate([a, *(ulps_away(exact, np.full(len(exact), n)) for n in (-2, -1, 0, 1, 2))])
     b = np.concatenate([b, *[divisors] * 5])
     a, b = np.concatenate([a, -a]), np.concatenate([b, b])
     inverse = np.float32(1) / b
@@ -193,8 +193,8 @@ def test_the_quotient_needs_no_division() -> None:
         return np.clip(codes, -1, 255)
 
     np.testing.assert_array_equal(clip(codes_with(inverse)), clip(np.rint(a / b)))
-    for neighbour in (0, np.inf):  # the test can fail: an inverse one ulp beside gives other codes
-        assert (clip(codes_with(np.nextafter(inverse, np.float32(neighbour)))) != clip(np.rint(a / b))).any()
+    for neighbor in (0, np.inf):  # the test can fail: an inverse off by one ulp gives other codes
+        assert (clip(codes_with(np.nextafter(inverse, np.float32(neighbor)))) != clip(np.rint(a / b))).any()
 
 
 @pytest.mark.parametrize("power", [0, -120, -88, 100])

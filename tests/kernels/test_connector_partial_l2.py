@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pytest
 import torch
+from connector_samples import make
 from kernel_checks import orders, run
 from torch import Tensor, nn
 
-from feedfast_kernels import Codes, Target, as_float, connector_partial_l2, encode, partial_l2
+from feedfast_kernels import Target, as_float, connector_partial_l2, partial_l2
 from feedfast_kernels.connector_partial_l2 import reference
 
 SHAPES = [(2, 3, 5, 7), (4, 32, 8, 8), (3, 17, 1, 31), (2, 1, 1, 1), (50, 10), (2, 129)]
 KINDS = ["f32", "u8", "u4"]
-
-
-def make(
-    shape: tuple[int, ...], kind: str, seed: int = 0, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Target, Tensor, Tensor, Tensor]:
-    """A convolution's output far from zero mean and unit variance, a target, gamma, beta and a margin."""
-    generator = torch.Generator().manual_seed(seed)
-    channels = shape[1]
-    spread = (0.3 + torch.rand(channels, generator=generator)).view(-1, *[1] * (len(shape) - 2))
-    y = torch.randn(shape, generator=generator) * spread + 4 * spread
-    teacher = torch.randn(shape, generator=generator)
-    gamma, beta = (torch.randn(channels, generator=generator) for _ in range(2))
-    margin = -0.2 - torch.rand(channels, generator=generator)
-    target: Target = teacher.to(device)
-    if kind != "f32":
-        codec: Literal["u8", "u4"] = "u8" if kind == "u8" else "u4"
-        offset = -2 - torch.rand(channels, generator=generator)
-        step = torch.full((channels,), 0.02 if kind == "u8" else 0.3)
-        target = Codes(encode(teacher, offset, step, codec=codec)[0], offset, step, codec).to(device)
-    return y.to(device), target, gamma.to(device), beta.to(device), margin.to(device)
 
 
 def in_float64(
@@ -160,7 +139,7 @@ def test_what_does_not_fit_is_refused() -> None:
         connector_partial_l2(y, y, torch.ones(2), one)
     with pytest.raises(ValueError, match=r"margin expected \[3\], got \[2\]"):
         connector_partial_l2(y, y, one, one, margin_C=torch.ones(2))
-    with pytest.raises(ValueError, match=r"more than one value a channel.*\[1, 3, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"more than one value per channel.*\[1, 3, 1, 1\]"):
         connector_partial_l2(y[:1, :, :1, :1], y[:1, :, :1, :1], one, one)
 
 

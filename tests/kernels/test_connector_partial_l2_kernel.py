@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from connector_samples import make
 from kernel_checks import assert_rounded, captured, orders, run
-from test_connector_partial_l2 import make
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, connector_partial_l2
@@ -33,12 +33,12 @@ def everything(
     target: Target,
     gamma: Tensor,
     beta: Tensor,
-    upstream: float = 1.0,
+    grad_output: float = 1.0,
     **options: object,
 ) -> list[Tensor]:
     """Loss, gradients of y, gamma and beta, running mean and variance."""
     running = [torch.zeros_like(gamma), torch.ones_like(gamma)]
-    loss, gradients = run(lambda *p: loss_of(p[0], target, *p[1:], *running, **options), [y, gamma, beta], upstream)
+    loss, gradients = run(lambda *p: loss_of(p[0], target, *p[1:], *running, **options), [y, gamma, beta], grad_output)
     return [loss, *gradients, *running]
 
 
@@ -164,12 +164,12 @@ def test_compiles_in_one_graph(kernel_device: torch.device, kind: str) -> None:
 def test_operators_keep_their_schema(kernel_device: torch.device) -> None:
     y, target, gamma, beta, margin = make((2, 16, 3, 3), "u8", device=kernel_device)
     assert isinstance(target, Codes)
-    upstream = torch.ones((), device=kernel_device)
+    grad_output = torch.ones((), device=kernel_device)
     for given in orders(y).values():
         inputs = (given, target.data, target.offset, target.step, "u8", margin, gamma, beta)
         _, statistics, sums = OPS.connector_partial_l2(*inputs, 1e-5, 0.5)
         torch.library.opcheck(OPS.connector_partial_l2, (*inputs, 1e-5, 0.5))
-        torch.library.opcheck(OPS.connector_partial_l2_backward, (upstream, *inputs, 0.5, statistics, sums))
+        torch.library.opcheck(OPS.connector_partial_l2_backward, (grad_output, *inputs, 0.5, statistics, sums))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,8 +26,22 @@ Average = Literal["probabilities", "logits"]
 Direction = Literal["forward", "reverse"]
 AVERAGES: list[Average] = ["probabilities", "logits"]
 DIRECTIONS: list[Direction] = ["forward", "reverse"]
-# one class, few, prime, exactly a block, one past it, several blocks, rows that are and are not made of 16-byte pieces
-SHAPES = [(2, 1, 2), (5, 10, 1), (3, 101, 3), (2, 1000, 6), (2, 128, 2), (2, 129, 2), (2, 4104, 2), (2, 4097, 3)]
+# prime, few, one past a block, many, exactly a block, one class, several blocks, rows that are and are not made of
+# 16-byte pieces; the first and the third are in the plain tier
+SHAPES = [(3, 101, 3), (5, 10, 1), (2, 129, 2), (2, 1000, 6), (2, 128, 2), (2, 1, 2), (2, 4104, 2), (2, 4097, 3)]
+# Every two values of different arguments meet: a shape has one of four settings and its opposite.
+#   shape, average       the log-sum-exp over teachers in blocks, its last one not full, and where there is one teacher
+#   shape, direction     the third sweep over a row, which only the reverse gradient takes
+#   shape, labels        the second sum of the first sweep; the label's own logit in any block
+#   average, direction   which logarithm is multiplied by which probability, for both kinds of log p
+#   either, labels       what labels add to each form of the gradient
+# The last shape meets all eight settings: several blocks, the last one not full, and three teachers take every branch.
+SETTINGS = list(itertools.product(AVERAGES, DIRECTIONS, (True, False)))
+CASES = [
+    (*shape, *SETTINGS[at])
+    for index, shape in enumerate(SHAPES)
+    for at in (range(8) if shape == SHAPES[-1] else (index % 4, 7 - index % 4))
+]
 
 
 def make(
@@ -41,9 +56,11 @@ def make(
     return student.to(device), many, labels.to(device)
 
 
-def exact(student: Tensor, teachers: Sequence[Tensor], upstream: float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
+def exact(
+    student: Tensor, teachers: Sequence[Tensor], grad_output: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64."""
-    loss, (gradient,) = run(lambda s: reference(s, teachers, **options), [student.double()], upstream)
+    loss, (gradient,) = run(lambda s: reference(s, teachers, **options), [student.double()], grad_output)
     return loss, gradient
 
 
@@ -54,10 +71,14 @@ def close(actual: tuple[Tensor, Sequence[Tensor]], expected: tuple[Tensor, Tenso
     torch.testing.assert_close(actual[1][0].double(), expected[1], rtol=3e-6, atol=2e-6 * scale)
 
 
-@pytest.mark.parametrize("labeled", [True, False])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize(("batch", "classes", "count"), SHAPES)
+def test_every_pair_of_arguments_meets() -> None:
+    values = [set(SHAPES), set(AVERAGES), set(DIRECTIONS), {True, False}]
+    rows = [(case[:3], *case[3:]) for case in CASES]
+    for first, second in itertools.combinations(range(4), 2):
+        assert {(row[first], row[second]) for row in rows} == set(itertools.product(values[first], values[second]))
+
+
+@pytest.mark.parametrize(("batch", "classes", "count", "average", "direction", "labeled"), CASES)
 def test_equals_float64(
     kernel_device: torch.device,
     batch: int,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from feedfast_kernels import Codes, Target, _layout, as_float, encode, locality, locality_weights
 
-# samples, width of the student's features, width of the teacher's, neighbours
+# samples, width of the student's features, width of the teacher's, neighbors
 SHAPES = [
     (7, (5,), (9,), 3),
     (2, (3,), (1,), 1),

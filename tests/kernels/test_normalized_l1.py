@@ -141,13 +141,13 @@ def test_tiles_change_nothing_but_the_rounding_of_the_sum(
 
 def test_a_graph_may_be_walked_twice() -> None:
     student, target = make((2, 3, 4, 4), "u8")
-    for upstream in (1.0, 0.3):
+    for grad_output in (1.0, 0.3):
         leaf = student.detach().requires_grad_()
         loss = normalized_l1([leaf, leaf], [target, target], reduction="sum")
-        first, second = (torch.autograd.grad(loss * upstream, leaf, retain_graph=True)[0] for _ in range(2))
+        first, second = (torch.autograd.grad(loss * grad_output, leaf, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, second)
         first.mul_(2)  # what a caller does to its gradient stays with the caller
-        assert torch.equal(torch.autograd.grad(loss * upstream, leaf)[0], second)
+        assert torch.equal(torch.autograd.grad(loss * grad_output, leaf)[0], second)
 
 
 def test_second_derivatives_only_where_they_are_right() -> None:
@@ -162,7 +162,7 @@ def test_second_derivatives_only_where_they_are_right() -> None:
 
 
 def test_long_sums_keep_their_digits() -> None:
-    student, target = make((2, 64, 64, 63), "f16")  # 258,048 values a sample
+    student, target = make((2, 64, 64, 63), "f16")  # 258,048 values per sample
     expected = formula([student.double().numpy()], [as_numpy(target)], mean=False)
     np.testing.assert_allclose(normalized_l1([student], [target], reduction="sum").item(), expected, rtol=1e-6)
 

@@ -18,7 +18,7 @@ from feedfast_kernels.normalized_l1 import reference
 
 # odd and prime sizes, one past a block of channels and of rows, one element, vectors, widths that are no power of two
 SHAPES = [(2, 16, 5, 7), (3, 17, 4, 4), (2, 160, 3, 3), (1, 257, 1, 9), (1, 1, 1, 1), (2, 24, 7, 7), (5, 10), (3, 130)]
-CODECS = ["u8", "u4", ""]
+CODECS = ["u8", "u4", "float"]
 SUM = partial(normalized_l1, reduction="sum")
 
 
@@ -50,7 +50,7 @@ def without_ties(student: Tensor, target: Target) -> Tensor:
 def check(
     students: Sequence[Tensor],
     targets: Sequence[Target],
-    upstream: float = 1.0,
+    grad_output: float = 1.0,
     scale: float = 0.0,
     many: bool = False,
     **options: Any,
@@ -62,8 +62,8 @@ def check(
     """
     options = {"reduction": "sum", **options}
     wide = [x.double() for x in targets] if all(isinstance(x, Tensor) for x in targets) else targets
-    exact, wanted = run(lambda *s: reference(s, wide, **options), [s.double() for s in students], upstream)
-    loss, gradients = run(lambda *s: normalized_l1(s, targets, **options), students, upstream)
+    exact, wanted = run(lambda *s: reference(s, wide, **options), [s.double() for s in students], grad_output)
+    loss, gradients = run(lambda *s: normalized_l1(s, targets, **options), students, grad_output)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
     for student, target, actual, expected in zip(students, targets, gradients, wanted, strict=True):
@@ -126,7 +126,13 @@ def test_several_teachers_share_a_launch(
 
 
 def test_teachers_that_differ_and_more_than_fit_a_launch(kernel_device: torch.device) -> None:
-    kinds = [((2, 16, 4, 4), "u8"), ((2, 16, 4, 4), "u4"), ((3, 8, 2, 2), "u8"), ((2, 10), ""), ((2, 16, 4, 4), "u8")]
+    kinds = [
+        ((2, 16, 4, 4), "u8"),
+        ((2, 16, 4, 4), "u4"),
+        ((3, 8, 2, 2), "u8"),
+        ((2, 10), "float"),
+        ((2, 16, 4, 4), "u8"),
+    ]
     kinds += [((2, 6), "u8")] * (kernels.MOST_TEACHERS + 1)
     pairs = [make(*kind, kernel_device, seed) for seed, kind in enumerate(kinds)]
     check([s for s, _ in pairs], [t for _, t in pairs], weight=2.0)
@@ -169,7 +175,7 @@ def test_what_is_not_finite_or_overflows_survives(
 ) -> None:
     if sweeps == 2:
         monkeypatch.setattr(kernels, "ON_CHIP", 0)
-    student, target = make((2, 16, 4, 4), "", kernel_device)
+    student, target = make((2, 16, 4, 4), "float", kernel_device)
     assert isinstance(target, Tensor)
     (student if side == "student" else target)[0, 3, 2, 1] = value
     for function in (normalized_l1, reference):
@@ -209,7 +215,7 @@ def test_dead_maps_are_bounded_by_eps(kernel_device: torch.device) -> None:
 
 def test_empty_batch_is_zero_with_a_gradient(kernel_device: torch.device) -> None:
     for shape in ((0, 16, 4, 4), (0, 3), (2, 4, 0, 3)):
-        student, target = make(shape, "", kernel_device)
+        student, target = make(shape, "float", kernel_device)
         other, codes = make((2, 6), "u8", kernel_device)
         loss, (gradient,) = run(lambda s: SUM([s], [target]), [student])
         assert loss == 0
@@ -239,7 +245,7 @@ def test_two_runs_are_bit_equal(kernel_device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-@pytest.mark.parametrize("codec", ["u8", ""])
+@pytest.mark.parametrize("codec", ["u8", "float"])
 def test_compiles_in_one_graph(kernel_device: torch.device, codec: str) -> None:
     pairs = [make((2, 16, 4, 4), codec, kernel_device, seed) for seed in (0, 1)]
     students, targets = [s for s, _ in pairs], [t for _, t in pairs]
@@ -251,16 +257,18 @@ def test_compiles_in_one_graph(kernel_device: torch.device, codec: str) -> None:
 
 
 def test_operators_keep_their_schema(kernel_device: torch.device) -> None:
-    (student, target), (vectors, values) = (make(s, c, kernel_device) for s, c in (((2, 16, 3, 3), "u8"), ((3, 5), "")))
+    (student, target), (vectors, values) = (
+        make(s, c, kernel_device) for s, c in (((2, 16, 3, 3), "u8"), ((3, 5), "float"))
+    )
     assert isinstance(target, Codes)
     for given in (student, orders(student)["sliced"]):
         lists = ([given, vectors], [target.data, values], [target.offset, None], [target.step, None])
-        arguments = (*lists, ["u8", ""], [0.5, 0.25])
+        arguments = (*lists, ["u8", "float"], [0.5, 0.25])
         torch.library.opcheck(OPS.normalized_l1, (*arguments, 1e-12))
         _, statistics = OPS.normalized_l1(*arguments, 1e-12)
         assert statistics.shape == (5, kernels.STATISTICS)
-        upstream = torch.ones((), device=kernel_device)
-        torch.library.opcheck(OPS.normalized_l1_backward, (upstream, statistics, *arguments))
+        grad_output = torch.ones((), device=kernel_device)
+        torch.library.opcheck(OPS.normalized_l1_backward, (grad_output, statistics, *arguments))
 
 
 def test_under_autocast(kernel_device: torch.device) -> None:

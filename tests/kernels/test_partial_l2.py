@@ -94,7 +94,7 @@ def test_gradcheck(kind: str) -> None:
 
 
 def strided(x: Tensor) -> list[Tensor]:
-    """The same values in other memory orders."""
+    """The same values in other memory formats."""
     wider = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
     wider[..., ::2] = x
     return [
@@ -236,13 +236,13 @@ def test_empty_batch_is_zero_with_a_gradient() -> None:
 
 def test_a_graph_may_be_walked_twice() -> None:
     student, target, margin = make((2, 3, 4, 4), "u8")
-    for upstream in (1.0, 0.3):
+    for grad_output in (1.0, 0.3):
         leaf = student.detach().requires_grad_()
         loss = partial_l2(leaf, target, margin_C=margin)
-        first, second = (torch.autograd.grad(loss * upstream, leaf, retain_graph=True)[0] for _ in range(2))
+        first, second = (torch.autograd.grad(loss * grad_output, leaf, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, second)
         first.mul_(2)  # what a caller does to its gradient stays with the caller
-        assert torch.equal(torch.autograd.grad(loss * upstream, leaf)[0], second)
+        assert torch.equal(torch.autograd.grad(loss * grad_output, leaf)[0], second)
 
 
 def test_a_graph_may_be_walked_by_several_threads_at_once() -> None:

@@ -4,20 +4,14 @@
     loss         d from y and the codes; sums of d^2, d and d * (y - mean)           reads y, codes          3 bytes
     backward     dy from y, the codes and those sums                                 reads y, codes; writes  5 bytes
 
-(bytes an element for bf16 and u8: 10 in all.) With a = gamma * rstd and u = upstream * 2 * scale,
+(bytes per element for bf16 and u8.) With a = gamma * rstd, u = grad_output * 2 * scale and R pixels,
 
-    s = a * (y - mean) + beta;   d = 0 where s <= t and t <= 0, else s - t;   R = pixels
+    s = a * (y - mean) + beta;   d = 0 where s <= t and t <= 0, else s - t
     dy     = a * u * (d - sum(d) / R - (y - mean) * rstd^2 * sum(d * (y - mean)) / R)
     dgamma = u * rstd * sum(d * (y - mean));   dbeta = u * sum(d)
 
-The loss pass sums what batch norm's backward needs, so that backward is a single pass. The normalized map never exists.
-
-Legend: R pixels, C channels; a tile is [ROWS, BLOCK_C], 8 elements a thread: six vectors of parameters a channel and
-three accumulators leave no registers for 16. A program walks STEPS tiles with its sums in registers and writes one row
-of partial sums, [P, C]; a second kernel (or torch.sum) adds those rows in a fixed order.
-
-Variance: every program subtracts the mean of its own first tile before it squares, and programs are combined by the
-formula of Chan, Golub and LeVeque (1979). Sums of plain squares lose all digits where |mean| is far above sigma.
+Legend: R pixels, C channels, P programs; a tile is [ROWS, BLOCK_C]. A program walks STEPS tiles with its sums in
+registers and writes one row of partial sums, [P, C]; a second kernel (or torch.sum) adds those rows in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from feedfast_kernels._ops import contiguous, memory_order, ordered, ordered_target
-from feedfast_kernels.codes import packed_channels
+from feedfast_kernels._ops import contiguous, dense, dense_target, memory_format_of
+from feedfast_kernels.codes import StoredAs, packed_channels
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
 
-PER_THREAD = 8
-MOST_CHANNELS = 64  # of a tile: 128 bytes of bf16 a row
+PER_THREAD = 8  # elements: with six parameters per channel and three accumulators, 16 leave no registers
+MOST_CHANNELS = 64  # of a tile: 128 bytes of bf16 per row
 MOST_STEPS, PROGRAMS = 32, 2048  # tiles a program walks at most; fewer where that leaves too few programs
 MERGE_ROWS = 256  # partial sums that the merging kernel takes at a time
 
@@ -68,19 +62,32 @@ def _tile(
 
 @triton.jit
 def _statistics(
-    y, means, squares, counts, rows,
-    C: tl.constexpr, IMAGE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
-    SPATIAL_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Count, mean and sum of squared distances from it, of the pixels of one program."""
+    y_ptr,  # [B, R, C] or [B, C, R]
+    means_ptr,  # [P, C]
+    squares_ptr,  # [P, C]
+    counts_ptr,  # [P]
+    rows,  # pixels of the batch, B * R
+    C: tl.constexpr,  # channels
+    IMAGE_ROWS: tl.constexpr,  # R where tiles stay inside a sample, else 0
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    STEPS: tl.constexpr,  # tiles per program
+    SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+):
+    """Count, mean and sum of squared distances from it, of the pixels of one program.
+
+    Relative to the mean of its first tile: sums of plain squares lose all digits where |mean| is far above sigma.
+    """
     UNROLL: tl.constexpr = min(STEPS, 4)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     ahead = tl.arange(0, ROWS)
     left, first, start, _ = _tile(rows, 0, C, C, IMAGE_ROWS, ROWS, STEPS)
-    x = load_stored(y + start, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, "", SPATIAL_FIRST)
+    x = load_stored(y_ptr + start, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, "float", SPATIAL_FIRST)
     then_left, first, start, _ = _tile(rows, 1, C, C, IMAGE_ROWS, ROWS, STEPS)
-    then_x = load_stored(y + start, first + ahead, ahead < then_left, c0, C, IMAGE_ROWS, BLOCK_C, "", SPATIAL_FIRST)
+    then_x = load_stored(
+        y_ptr + start, first + ahead, ahead < then_left, c0, C, IMAGE_ROWS, BLOCK_C, "float", SPATIAL_FIRST
+    )
     shift_C = tl.sum(x.to(tl.float32), axis=0) / tl.maximum(left, 1)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     square = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -89,7 +96,9 @@ def _statistics(
         for j in tl.static_range(UNROLL):
             ask, first, start, _ = _tile(rows, i + j + 2, C, C, IMAGE_ROWS, ROWS, STEPS)
             ask = tl.where(i + j + 2 < STEPS, ask, 0)
-            asked = load_stored(y + start, first + ahead, ahead < ask, c0, C, IMAGE_ROWS, BLOCK_C, "", SPATIAL_FIRST)
+            asked = load_stored(
+                y_ptr + start, first + ahead, ahead < ask, c0, C, IMAGE_ROWS, BLOCK_C, "float", SPATIAL_FIRST
+            )
             ok = inside(ahead < left, c, C, BLOCK_C)
             distance = tl.where(ok, x.to(tl.float32) - shift_C[None, :], 0.0)
             total += distance
@@ -99,117 +108,168 @@ def _statistics(
     total_C = tl.sum(total, axis=0)
     mean_C = total_C / tl.maximum(count, 1)
     at = tl.program_id(0) * C + c
-    tl.store(means + at, shift_C + mean_C, mask=c < C)
-    tl.store(squares + at, tl.sum(square, axis=0) - total_C * mean_C, mask=c < C)
+    tl.store(means_ptr + at, shift_C + mean_C, mask=c < C)
+    tl.store(squares_ptr + at, tl.sum(square, axis=0) - total_C * mean_C, mask=c < C)
     if tl.program_id(1) == 0:
-        tl.store(counts + tl.program_id(0), count.to(tl.float32))
+        tl.store(counts_ptr + tl.program_id(0), count.to(tl.float32))
 
 
 @triton.jit
 def _merge(
-    means, squares, counts, statistics, rows, programs, eps,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Mean, biased variance and 1 / deviation of every channel, [3, C], from those of the programs."""
+    means_ptr,  # [P, C]
+    squares_ptr,  # [P, C]
+    counts_ptr,  # [P]
+    statistics_ptr,  # [3, C]: mean, variance, 1 / deviation
+    rows,  # pixels of the batch, B * R
+    programs,  # P
+    eps,  # added to the variance
+    C: tl.constexpr,  # channels
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    STEPS: tl.constexpr,  # tiles per program
+):
+    """Mean, biased variance and 1 / deviation of every channel, [3, C], from those of the programs.
+
+    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    shift_C = tl.load(means + c, mask=c < C, other=0.0)
+    shift_C = tl.load(means_ptr + c, mask=c < C, other=0.0)
     moved = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for i in tl.range(0, STEPS):
         p = i * ROWS + tl.arange(0, ROWS)
         ok = inside(p < programs, c, C, BLOCK_C)
-        n = tl.load(counts + p, mask=p < programs, other=0.0)
-        mean = tl.load(means + p[:, None] * C + c[None, :], mask=ok, other=0.0)
+        n = tl.load(counts_ptr + p, mask=p < programs, other=0.0)
+        mean = tl.load(means_ptr + p[:, None] * C + c[None, :], mask=ok, other=0.0)
         moved += tl.where(ok, (mean - shift_C[None, :]) * n[:, None], 0.0)
     mean_C = shift_C + tl.sum(moved, axis=0) / rows
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for i in tl.range(0, STEPS):
         p = i * ROWS + tl.arange(0, ROWS)
         ok = inside(p < programs, c, C, BLOCK_C)
-        n = tl.load(counts + p, mask=p < programs, other=0.0)
-        mean = tl.load(means + p[:, None] * C + c[None, :], mask=ok, other=0.0)
-        square = tl.load(squares + p[:, None] * C + c[None, :], mask=ok, other=0.0)
+        n = tl.load(counts_ptr + p, mask=p < programs, other=0.0)
+        mean = tl.load(means_ptr + p[:, None] * C + c[None, :], mask=ok, other=0.0)
+        square = tl.load(squares_ptr + p[:, None] * C + c[None, :], mask=ok, other=0.0)
         away = mean - mean_C[None, :]
         total += tl.where(ok, square + away * away * n[:, None], 0.0)
     # rounding can leave a constant channel a hair below zero
     variance_C = tl.maximum(tl.sum(total, axis=0) / rows, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(statistics + c, mean_C, mask=c < C)
-    tl.store(statistics + C + c, variance_C, mask=c < C)
-    tl.store(statistics + 2 * C + c, tl.rsqrt(variance_C + eps), mask=c < C)
+    tl.store(statistics_ptr + c, mean_C, mask=c < C)
+    tl.store(statistics_ptr + C + c, variance_C, mask=c < C)
+    tl.store(statistics_ptr + 2 * C + c, tl.rsqrt(variance_C + eps), mask=c < C)
 
 
 @triton.jit
 def _load(
-    y, target, rows, i, c0,
-    C: tl.constexpr, PACKED: tl.constexpr, IMAGE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr, CODEC: tl.constexpr, SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
-):  # fmt: skip
+    y_ptr,  # [B, R, C] or [B, C, R]
+    target_ptr,  # codes [B, R, PACKED], or floats like y
+    rows,  # pixels of the batch, B * R
+    i,
+    c0,
+    C: tl.constexpr,  # channels
+    PACKED: tl.constexpr,  # last axis of stored codes
+    IMAGE_ROWS: tl.constexpr,  # R where tiles stay inside a sample, else 0
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    STEPS: tl.constexpr,  # tiles per program
+    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+    TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+):
     """Tile i as it is stored, y and target, and how many of its rows exist (none past the last tile)."""
     ahead = tl.arange(0, ROWS)
     left, first, start, code_start = _tile(rows, i, PACKED, C, IMAGE_ROWS, ROWS, STEPS)
     left = tl.where(i < STEPS, left, 0)
-    target += code_start if CODEC != "" else start
-    x = load_stored(y + start, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, "", SPATIAL_FIRST)
-    t = load_stored(target, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, CODEC, TARGET_SPATIAL_FIRST)
+    target_ptr += code_start if CODEC != "float" else start
+    x = load_stored(y_ptr + start, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, "float", SPATIAL_FIRST)
+    t = load_stored(target_ptr, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, CODEC, TARGET_SPATIAL_FIRST)
     return x, t, left
 
 
 @triton.jit
 def _residual(
-    x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr, HAS_MARGIN: tl.constexpr,
-):  # fmt: skip
+    x,
+    t,
+    ok,
+    mean_C,
+    a_C,
+    beta_C,
+    offset_C,
+    step_C,
+    margin_C,
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    HAS_MARGIN: tl.constexpr,
+):
     """d, 0 outside the map, and y - mean, anything there."""
     t = values(t, offset_C, step_C, ROWS, BLOCK_C, CODEC)
     if HAS_MARGIN:
         t = tl.maximum(t, margin_C[None, :], propagate_nan=tl.PropagateNan.ALL)
-    centred = x.to(tl.float32) - mean_C[None, :]
-    s = tl.fma(centred, a_C[None, :], beta_C[None, :])
+    centered = x.to(tl.float32) - mean_C[None, :]
+    s = tl.fma(centered, a_C[None, :], beta_C[None, :])
     dead = (s <= t) & (t <= 0)
-    return tl.where(ok & ~dead, s - t, 0.0), centred
+    return tl.where(ok & ~dead, s - t, 0.0), centered
 
 
 @triton.jit
 def _forward(
-    y, target, offset, step, margin, gamma, beta, statistics, partial, rows, programs,
-    C: tl.constexpr, PACKED: tl.constexpr, IMAGE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr, CODEC: tl.constexpr, SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
-):  # fmt: skip
+    y_ptr,  # [B, R, C] or [B, C, R]
+    target_ptr,  # codes [B, R, PACKED], or floats like y
+    offset_ptr,  # [C], None with float targets
+    step_ptr,  # [C], None with float targets
+    margin_ptr,  # [C], or None
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
+    statistics_ptr,  # [3, C]: mean, variance, 1 / deviation
+    partial_ptr,  # [3, P, C]
+    rows,  # pixels of the batch, B * R
+    programs,  # P
+    C: tl.constexpr,  # channels
+    PACKED: tl.constexpr,  # last axis of stored codes
+    IMAGE_ROWS: tl.constexpr,  # R where tiles stay inside a sample, else 0
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    STEPS: tl.constexpr,  # tiles per program
+    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+    TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+):
     """Sums of d, d * (y - mean) and d^2 over the pixels of one program: partial [3, P, C]."""
     UNROLL: tl.constexpr = min(STEPS, 4)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     x, t, left = _load(
-        y, target, rows, 0, c0,
+        y_ptr, target_ptr, rows, 0, c0,
         C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
     )  # fmt: skip
     then_x, then_t, then_left = _load(
-        y, target, rows, 1, c0,
+        y_ptr, target_ptr, rows, 1, c0,
         C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
     )  # fmt: skip
-    mean_C = channel_values(statistics, c, c < C)
-    a_C = channel_values(gamma, c, c < C) * channel_values(statistics + 2 * C, c, c < C)
-    beta_C = channel_values(beta, c, c < C)
-    offset_C = channel_values(offset, c, c < C) if CODEC != "" else 0.0
-    step_C = channel_values(step, c, c < C) if CODEC != "" else 0.0
-    margin_C = channel_values(margin, c, c < C) if margin is not None else 0.0
+    mean_C = channel_values(statistics_ptr, c, c < C)
+    a_C = channel_values(gamma_ptr, c, c < C) * channel_values(statistics_ptr + 2 * C, c, c < C)
+    beta_C = channel_values(beta_ptr, c, c < C)
+    offset_C = channel_values(offset_ptr, c, c < C) if CODEC != "float" else 0.0
+    step_C = channel_values(step_ptr, c, c < C) if CODEC != "float" else 0.0
+    margin_C = channel_values(margin_ptr, c, c < C) if margin_ptr is not None else 0.0
     sum_d = tl.zeros((ROWS, BLOCK_C), tl.float32)
     sum_dx = tl.zeros((ROWS, BLOCK_C), tl.float32)
     sum_dd = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for i in tl.range(0, STEPS, UNROLL):
         for j in tl.static_range(UNROLL):
             asked_x, asked_t, asked = _load(
-                y, target, rows, i + j + 2, c0,
+                y_ptr, target_ptr, rows, i + j + 2, c0,
                 C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
             )  # fmt: skip
             ok = inside(tl.arange(0, ROWS) < left, c, C, BLOCK_C)
-            d, centred = _residual(
-                x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C, ROWS, BLOCK_C, CODEC, margin is not None
+            d, centered = _residual(
+                x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C, ROWS, BLOCK_C, CODEC, margin_ptr is not None
             )
             sum_d += d
-            sum_dx = tl.fma(d, centred, sum_dx)
+            sum_dx = tl.fma(d, centered, sum_dx)
             sum_dd = tl.fma(d, d, sum_dd)
             x, t, left, then_x, then_t, then_left = then_x, then_t, then_left, asked_x, asked_t, asked
-    at = partial + tl.program_id(0) * C + c
+    at = partial_ptr + tl.program_id(0) * C + c
     tl.store(at, tl.sum(sum_d, axis=0), mask=c < C)
     tl.store(at + programs * C, tl.sum(sum_dx, axis=0), mask=c < C)
     tl.store(at + 2 * programs * C, tl.sum(sum_dd, axis=0), mask=c < C)
@@ -217,42 +277,61 @@ def _forward(
 
 @triton.jit
 def _backward(
-    y, target, offset, step, margin, gamma, beta, statistics, sums, upstream, gradient, rows, scale,
-    C: tl.constexpr, PACKED: tl.constexpr, IMAGE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-    STEPS: tl.constexpr, CODEC: tl.constexpr, SPATIAL_FIRST: tl.constexpr, TARGET_SPATIAL_FIRST: tl.constexpr,
-):  # fmt: skip
+    y_ptr,  # [B, R, C] or [B, C, R]
+    target_ptr,  # codes [B, R, PACKED], or floats like y
+    offset_ptr,  # [C], None with float targets
+    step_ptr,  # [C], None with float targets
+    margin_ptr,  # [C], or None
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
+    statistics_ptr,  # [3, C]: mean, variance, 1 / deviation
+    sums_ptr,  # [2, C]: of d and of d * (y - mean)
+    grad_output_ptr,  # scalar
+    gradient_ptr,  # like y
+    rows,  # pixels of the batch, B * R
+    scale,  # weight / denominator
+    C: tl.constexpr,  # channels
+    PACKED: tl.constexpr,  # last axis of stored codes
+    IMAGE_ROWS: tl.constexpr,  # R where tiles stay inside a sample, else 0
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    STEPS: tl.constexpr,  # tiles per program
+    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+    TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+):
     UNROLL: tl.constexpr = min(STEPS, 4)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     ahead = tl.arange(0, ROWS)
     x, t, left = _load(
-        y, target, rows, 0, c0,
+        y_ptr, target_ptr, rows, 0, c0,
         C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
     )  # fmt: skip
-    mean_C = channel_values(statistics, c, c < C)
-    rstd_C = channel_values(statistics + 2 * C, c, c < C)
-    a_C = channel_values(gamma, c, c < C) * rstd_C
-    beta_C = channel_values(beta, c, c < C)
-    offset_C = channel_values(offset, c, c < C) if CODEC != "" else 0.0
-    step_C = channel_values(step, c, c < C) if CODEC != "" else 0.0
-    margin_C = channel_values(margin, c, c < C) if margin is not None else 0.0
-    mean_d_C = channel_values(sums, c, c < C) / rows
-    slope_C = channel_values(sums + C, c, c < C) / rows * (rstd_C * rstd_C)
-    factor_C = a_C * (tl.load(upstream).to(tl.float32) * (2 * scale))
+    mean_C = channel_values(statistics_ptr, c, c < C)
+    rstd_C = channel_values(statistics_ptr + 2 * C, c, c < C)
+    a_C = channel_values(gamma_ptr, c, c < C) * rstd_C
+    beta_C = channel_values(beta_ptr, c, c < C)
+    offset_C = channel_values(offset_ptr, c, c < C) if CODEC != "float" else 0.0
+    step_C = channel_values(step_ptr, c, c < C) if CODEC != "float" else 0.0
+    margin_C = channel_values(margin_ptr, c, c < C) if margin_ptr is not None else 0.0
+    mean_d_C = channel_values(sums_ptr, c, c < C) / rows
+    slope_C = channel_values(sums_ptr + C, c, c < C) / rows * (rstd_C * rstd_C)
+    factor_C = a_C * (tl.load(grad_output_ptr).to(tl.float32) * (2 * scale))
     for i in tl.range(0, STEPS, UNROLL):
         for j in tl.static_range(UNROLL):
             # before the store: the compiler must assume that a store changes what a later load reads
             then_x, then_t, then_left = _load(
-                y, target, rows, i + j + 1, c0,
+                y_ptr, target_ptr, rows, i + j + 1, c0,
                 C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
             )  # fmt: skip
             ok = inside(ahead < left, c, C, BLOCK_C)
-            d, centred = _residual(
-                x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C, ROWS, BLOCK_C, CODEC, margin is not None
+            d, centered = _residual(
+                x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C, ROWS, BLOCK_C, CODEC, margin_ptr is not None
             )
-            dy = tl.fma(centred, -slope_C[None, :], d - mean_d_C[None, :]) * factor_C[None, :]
+            dy = tl.fma(centered, -slope_C[None, :], d - mean_d_C[None, :]) * factor_C[None, :]
             _, first, start, _ = _tile(rows, i + j, PACKED, C, IMAGE_ROWS, ROWS, STEPS)
-            tl.store(gradient + start + map_offsets(first + ahead, c, C, IMAGE_ROWS, SPATIAL_FIRST), dy, mask=ok)
+            tl.store(gradient_ptr + start + map_offsets(first + ahead, c, C, IMAGE_ROWS, SPATIAL_FIRST), dy, mask=ok)
             x, t, left = then_x, then_t, then_left
 
 
@@ -264,7 +343,7 @@ class Plan:
         target: contiguous codes [B, H, W, C] (or [B, C]), or a float map like ``y``, in either order.
         offset_C: fp32 [C], None for float maps.
         step_C: fp32 [C], None for float maps.
-        codec: ``"u8"``, ``"u4"``, or ``""`` for float maps.
+        codec: ``"u8"``, ``"u4"``, or ``"float"`` for a float map.
         margin_C: float [C], or None.
         gamma_C: float [C], batch norm's weight.
         beta_C: float [C], batch norm's bias.
@@ -276,17 +355,17 @@ class Plan:
         target: Tensor,
         offset_C: Tensor | None,
         step_C: Tensor | None,
-        codec: str,
+        codec: StoredAs,
         margin_C: Tensor | None,
         gamma_C: Tensor,
         beta_C: Tensor,
     ) -> None:
         batch, channels = y.shape[:2]
-        spatial_first = memory_order(y) == "contiguous"
-        target_spatial_first = not codec and memory_order(target) == "contiguous"
+        spatial_first = memory_format_of(y) == "contiguous"
+        target_spatial_first = codec == "float" and memory_format_of(target) == "contiguous"
         one_image = not spatial_first and not target_spatial_first
         if not one_image and y[:1].numel() >= 2**31:
-            raise ValueError(f"connector_partial_l2: expected < 2^31 values a sample in NCHW order, got {y.shape}")
+            raise ValueError(f"connector_partial_l2: expected < 2^31 values per sample in NCHW order, got {y.shape}")
         self.y, self.channels = y, channels
         self.rows = y.numel() // channels
         pixels = self.rows // batch
@@ -311,21 +390,27 @@ class Plan:
             "CODEC": codec,
             "TARGET_SPATIAL_FIRST": target_spatial_first,
         }
-        vectors = {"offset": offset_C, "step": step_C, "margin": margin_C, "gamma": gamma_C, "beta": beta_C}
-        self.inputs: dict[str, Any] = {"y": y, "target": target}
+        vectors = {
+            "offset_ptr": offset_C,
+            "step_ptr": step_C,
+            "margin_ptr": margin_C,
+            "gamma_ptr": gamma_C,
+            "beta_ptr": beta_C,
+        }
+        self.inputs: dict[str, Any] = {"y_ptr": y, "target_ptr": target}
         self.inputs |= {name: contiguous(vector) for name, vector in vectors.items()}
 
     def empty(self, *shape: int) -> Tensor:
-        """An fp32 tensor beside ``y``."""
+        """fp32, on the device of ``y``."""
         return torch.empty(shape, dtype=torch.float32, device=self.y.device)
 
     def statistics(self, eps: float) -> tuple[list[Launch], Tensor]:
         """The two launches that compute mean, biased variance and 1 / sqrt(variance + eps), and their fp32 [3, C]."""
         means, squares = self.empty(2, self.programs, self.channels)
         counts, statistics = self.empty(self.programs), self.empty(3, self.channels)
-        parts = {"means": means, "squares": squares, "counts": counts}
+        parts = {"means_ptr": means, "squares_ptr": squares, "counts_ptr": counts}
         steps = {"STEPS": self.steps}
-        first = Launch(_statistics, self.grid, {"y": self.y, **parts, "rows": self.rows}, self.tiling | steps)
+        first = Launch(_statistics, self.grid, {"y_ptr": self.y, **parts, "rows": self.rows}, self.tiling | steps)
         block_c = min(8, power_of_two(self.channels))
         merging = {
             "C": self.channels,
@@ -333,18 +418,23 @@ class Plan:
             "BLOCK_C": block_c,
             "STEPS": power_of_two(ceil_div(self.programs, MERGE_ROWS)),
         }
-        arguments = parts | {"statistics": statistics, "rows": self.rows, "programs": self.programs, "eps": eps}
+        arguments = parts | {"statistics_ptr": statistics, "rows": self.rows, "programs": self.programs, "eps": eps}
         return [first, Launch(_merge, (ceil_div(self.channels, block_c),), arguments, merging)], statistics
 
     def loss(self, statistics: Tensor) -> tuple[Launch, Tensor]:
         """The launch of the loss pass, and its partial sums of d, d * (y - mean) and d^2: fp32 [3, P, C]."""
         partial = self.empty(3, self.programs, self.channels)
-        arguments = self.inputs | {"statistics": statistics, "partial": partial, "rows": self.rows}
+        arguments = self.inputs | {"statistics_ptr": statistics, "partial_ptr": partial, "rows": self.rows}
         return Launch(_forward, self.grid, arguments | {"programs": self.programs}, self.constants), partial
 
-    def gradient(self, statistics: Tensor, sums: Tensor, upstream: Tensor, scale: float, gradient: Tensor) -> Launch:
-        """The launch of the backward pass; ``gradient`` has the memory order of ``y``."""
-        arguments = self.inputs | {"statistics": statistics, "sums": sums, "upstream": upstream, "gradient": gradient}
+    def gradient(self, statistics: Tensor, sums: Tensor, grad_output: Tensor, scale: float, gradient: Tensor) -> Launch:
+        """The launch of the backward pass; ``gradient`` has the memory format of ``y``."""
+        arguments = self.inputs | {
+            "statistics_ptr": statistics,
+            "sums_ptr": sums,
+            "grad_output_ptr": grad_output,
+            "gradient_ptr": gradient,
+        }
         return Launch(_backward, self.grid, arguments | {"rows": self.rows, "scale": scale}, self.constants)
 
 
@@ -353,7 +443,7 @@ def forward(
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     gamma_C: Tensor,
     beta_C: Tensor,
@@ -364,8 +454,8 @@ def forward(
     if y.numel() == 0:
         nothing = torch.zeros(3, y.shape[1], dtype=torch.float32, device=y.device)
         return nothing.sum(), nothing, nothing[:2].clone()
-    target = ordered_target(target, codec)
-    plan = Plan(ordered(y), target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
+    target = dense_target(target, codec)
+    plan = Plan(dense(y), target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
     launches, statistics = plan.statistics(eps)
     for launch in launches:
         launch.run()
@@ -376,12 +466,12 @@ def forward(
 
 
 def backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     y: Tensor,
     target: Tensor,
     offset_C: Tensor | None,
     step_C: Tensor | None,
-    codec: str,
+    codec: StoredAs,
     margin_C: Tensor | None,
     gamma_C: Tensor,
     beta_C: Tensor,
@@ -392,10 +482,10 @@ def backward(
     """Gradient of ``y``, in its dtype and strides."""
     if y.numel() == 0:
         return torch.empty_like(y)
-    plain = ordered(y)
-    target = ordered_target(target, codec)
+    plain = dense(y)
+    target = dense_target(target, codec)
     plan = Plan(plain, target, offset_C, step_C, codec, margin_C, gamma_C, beta_C)
     gradient = torch.empty_like(y)
-    into = gradient if memory_order(gradient) == memory_order(plain) else torch.empty_like(plain)
-    plan.gradient(statistics, sums, upstream, scale, into).run()
+    into = gradient if memory_format_of(gradient) == memory_format_of(plain) else torch.empty_like(plain)
+    plan.gradient(statistics, sums, grad_output, scale, into).run()
     return gradient if into is gradient else gradient.copy_(into)

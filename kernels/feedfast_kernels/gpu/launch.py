@@ -4,11 +4,8 @@ An operation plans its call as a `Launch`: kernel, grid, arguments, compile-time
 tools/compile_report.py and the tests hand the same object, made from meta tensors, to the compiler, so that what is
 checked without a GPU is what runs on one.
 
-Three rules hold for every launch. The configuration is a pure function of shapes and dtypes: an autotuner's winner is
-a timing accident that fixes the order of summation, so two runs would differ. Multiplications and additions are not
-contracted unless the kernel writes `tl.fma`: offset + step * code must have the bits the CPU computes, because the
-sign of a decoded value decides what the partial distance counts. And the launch happens on the tensors' device, not
-on the current one.
+The configuration is a pure function of shapes and dtypes: an autotuner's winner is a timing accident that fixes the
+order of summation, so two runs would differ.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ class Launch:
         grid: programs along up to three axes.
         arguments: run-time arguments by name: tensors, tuples of tensors, ints, floats, or None for an absent tensor.
         constants: ``tl.constexpr`` arguments by name.
-        warps: of 32 threads, a program.
+        warps: of 32 threads, per program.
     """
 
     kernel: Any
@@ -59,6 +56,8 @@ class Launch:
             self._start()
 
     def _start(self) -> None:
+        # multiplications and additions are not contracted unless the kernel writes `tl.fma`: offset + step * code must
+        # have the bits the CPU computes, because the sign of a decoded value decides what the partial distance counts
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, enable_fp_fusion=False)
 
 

@@ -5,7 +5,7 @@ Legend: B batch, R = H * W pixels of a sample, C channels. A tile is [ROWS, BLOC
 Stored codes are [B, R, C]. A float map is either [B, R, C] in memory (channels-last: SPATIAL_FIRST is False) or
 [B, C, R]. When all maps of a call are channels-last the batch is one image of B * R pixels (IMAGE_ROWS is 0, their
 number a run-time argument: the last batch of an epoch compiles nothing new). Otherwise tiles stay inside a sample of
-IMAGE_ROWS pixels, a constant so that the compiler knows how rows are aligned, and one operand's tile is turned round in
+IMAGE_ROWS pixels, a constant so that the compiler knows how rows are aligned, and one operand's tile is transposed in
 shared memory.
 
 Masked lanes read 0, and 0 is not neutral after an affine map (it becomes the offset): callers mask again afterwards.
@@ -58,9 +58,16 @@ def channel_values(ptr, c, c_ok):
 
 @triton.jit
 def load_stored(
-    ptr, row, row_ok, c0,
-    C: tl.constexpr, IMAGE_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr, SPATIAL_FIRST: tl.constexpr,
-):  # fmt: skip
+    ptr,  # [B, R, C], [B, C, R] or codes [B, R, PACKED]
+    row,  # [ROWS]
+    row_ok,  # [ROWS]
+    c0,  # first channel
+    C: tl.constexpr,  # channels
+    IMAGE_ROWS: tl.constexpr,  # R where tiles stay inside a sample, else 0
+    BLOCK_C: tl.constexpr,  # channels per tile
+    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
+):
     """A tile as it is stored: codes [ROWS, BLOCK_C], bytes of two codes [ROWS, BLOCK_C / 2], or values in their dtype.
 
     Loading apart from converting lets a kernel ask for the next tile before it works on this one.
@@ -79,7 +86,7 @@ def load_stored(
 @triton.jit
 def values(stored, offset_C, step_C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CODEC: tl.constexpr):
     """fp32 [ROWS, BLOCK_C] of a stored tile: offset + step * code, or the values themselves."""
-    if CODEC == "":
+    if CODEC == "float":
         value = stored.to(tl.float32)
     elif CODEC == "u4":
         code = tl.reshape(tl.join(stored & 15, stored >> 4), (ROWS, BLOCK_C))
