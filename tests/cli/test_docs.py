@@ -1,0 +1,59 @@
+"""Generated pages are those of today's classes, and they are complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from feedfast.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools" / "make_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["recipe.md", "methods.md"])
+def test_generated_pages_are_those_of_today(name: str) -> None:
+    tool = make_docs()
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == tool.pages()[name], (
+        f"docs/{name} differs from the classes it is made from; run: {tool.COMMAND}"
+    )
+
+
+def test_every_key_and_option_says_what_it_means() -> None:
+    tool = make_docs()
+    silent = [
+        f"{title} {key}"
+        for title, section in tool.SECTIONS.items()
+        for key, field in section.model_fields.items()
+        if not field.description
+    ]
+    silent += [
+        f"{name} {key}"
+        for name, method in METHODS.items()
+        for key, field in method.Options.model_fields.items()
+        if not field.description
+    ]
+    assert silent == []
+
+
+def test_tables_hold_type_range_and_default() -> None:
+    """A few rows, written by hand, as a reader would want them."""
+    data = make_docs().recipe_page().split("## ")[2]
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `(\w+)` .*$", data, re.MULTILINE)}
+    assert "| whole number | ≥ 4, ≤ 2048 | `32` |" in rows["size"]
+    assert '| one of | `"fast"`, `"full"` | `"fast"` |' in rows["check"]
+    assert "| list of: text |  | required |" in rows["train"]
+    assert "| number | ≥ 0, ≤ 1 | `0.5` |" in rows["flip"]
+    assert "| 3 of: number | > 0 | none |" in rows["std"]
