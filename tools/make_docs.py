@@ -24,6 +24,26 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Top level": Recipe, "[data]": Data, "[cache]": Cache, "[[teachers]]": Teacher, "[student]": Student,
     "[method] or [[method]]": MethodEntry, "[train]": Train,
 }  # fmt: skip
+EXAMPLE = """\
+seed = 0
+[data]
+train = "cifar-100-binary/train.bin"     # CIFAR binary file(s), a folder of JPEG/PNG class folders, or an .npz
+val = "cifar-100-binary/test.bin"
+[cache]
+path = "runs/c100.zarr"
+views = 4                                # augmentation seeds, used in turn
+[[teachers]]
+name = "a"
+model = "zoo/wrn-16-2"                   # zoo/… · torchvision/… · timm/… · package.module:factory
+weights = "runs/teacher-1/student.pt"
+taps = ["final", "ofd+margin"]           # default: what the method needs
+[student]
+model = "zoo/wrn-16-1"
+[method]
+name = "pfeed"
+[train]
+epochs = 30
+"""
 TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
 
 
@@ -40,6 +60,7 @@ def recipe_page() -> str:
         "ones. `key=value` arguments override any dotted key: `train.epochs=5`, "
         "`teachers.0.weights=runs/a/student.pt`, `method.name=kd`. "
         "Paths are relative to the current directory. An unknown key is refused.",
+        f"```toml\n{EXAMPLE}```",
     ]
     for title, section in SECTIONS.items():
         parts += [f"## {title}", inspect.cleandoc(section.__doc__ or "").split("\n")[0]]

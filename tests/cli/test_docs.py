@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from feedfast.methods import METHODS
+from feedfast.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +48,12 @@ def test_every_key_and_option_says_what_it_means() -> None:
         if not field.description
     ]
     assert silent == []
+
+
+def test_the_example_is_a_recipe() -> None:
+    recipe = parse_recipe(tomllib.loads(make_docs().EXAMPLE))
+    assert [teacher.name for teacher in recipe.teachers] == ["a"]
+    assert recipe.method[0].name in METHODS
 
 
 def test_tables_hold_type_range_and_default() -> None:
