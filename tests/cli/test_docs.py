@@ -14,6 +14,7 @@ from feedfast.methods import METHODS
 from feedfast.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
+WRITTEN_BY_READERS = {"feedfast/methods/hint.py"}  # CONTRIBUTING's example
 
 
 def make_docs() -> ModuleType:
@@ -65,3 +66,27 @@ def test_tables_hold_type_range_and_default() -> None:
     assert "| list of: text |  | required |" in rows["train"]
     assert "| number | ≥ 0, ≤ 1 | `0.5` |" in rows["flip"]
     assert "| 3 of: number | > 0 | none |" in rows["std"]
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")]
+    dead = [
+        f"{page.relative_to(ROOT)} -> {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert len(pages) >= 8
+    assert dead == []
+
+
+def test_paths_in_documents_exist() -> None:
+    """Signposts name files; one that has moved is a wrong signpost."""
+    gone = []
+    for page in ("README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/results.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        paths = re.findall(
+            r"(?<![\w./-])(?:feedfast|kernels|tests|tools|bench|docs)/[\w./-]+\.(?:py|sh|md|toml|csv)\b", text
+        )
+        gone += [f"{page}: {path}" for path in paths if path not in WRITTEN_BY_READERS and not (ROOT / path).exists()]
+    assert gone == []
