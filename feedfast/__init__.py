@@ -12,36 +12,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
-    from feedfast.recipe import Recipe, load_recipe
-    from feedfast.stages.offline import run_cache
-    from feedfast.stages.open_cache import open_cache
-    from feedfast.stages.student import run_train
-
-__all__ = [
-    "CacheDamageError",
-    "CacheMismatchError",
-    "FeedfastError",
-    "Recipe",
-    "RequestError",
-    "__version__",
-    "load_recipe",
-    "open_cache",
-    "run_cache",
-    "run_train",
-]
+    # type checkers cannot run `__getattr__`; the aliases say that these are exported
+    from feedfast.errors import CacheDamageError as CacheDamageError
+    from feedfast.errors import CacheMismatchError as CacheMismatchError
+    from feedfast.errors import FeedfastError as FeedfastError
+    from feedfast.errors import RequestError as RequestError
+    from feedfast.recipe import Recipe as Recipe
+    from feedfast.recipe import load_recipe as load_recipe
+    from feedfast.stages.offline import run_cache as run_cache
+    from feedfast.stages.open_cache import open_cache as open_cache
+    from feedfast.stages.student import run_train as run_train
 
 _HOMES = {
     "CacheDamageError": "feedfast.errors",
     "CacheMismatchError": "feedfast.errors",
     "FeedfastError": "feedfast.errors",
-    "RequestError": "feedfast.errors",
     "Recipe": "feedfast.recipe",
+    "RequestError": "feedfast.errors",
     "load_recipe": "feedfast.recipe",
-    "run_cache": "feedfast.stages.offline",
     "open_cache": "feedfast.stages.open_cache",
+    "run_cache": "feedfast.stages.offline",
     "run_train": "feedfast.stages.student",
 }
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

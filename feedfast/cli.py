@@ -107,7 +107,7 @@ def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Train a student from the cache, beside live teachers, or plainly (for teachers too); resumes by itself."""
+    """Train a student from the cache, with live teachers, or plainly (for teachers too); resumes by itself."""
     from feedfast.stages.student import run_train
 
     _print(run_train(_read(recipe, overrides)))

@@ -39,19 +39,23 @@ class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
     train: Sources = Field(min_length=1, description="CIFAR binary file(s), an image folder or an .npz")
-    val: Sources = ()
+    val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
-    augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = "pad-crop-flip"
+    augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
+        "pad-crop-flip",
+        description="pad-crop-flip: shifted by up to size // 8 pixels, as on CIFAR; resized-crop-flip: a random part "
+        "of the image, resized, as on ImageNet; none: as for evaluation",
+    )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
     limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
     mean: Triple | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
-    std: Positives | None = None
+    std: Positives | None = Field(None, description="as `mean`")
     check: Literal["fast", "full"] = Field(
         "fast", description="image files: headers and end marks, or a complete decode"
     )
-    threads: int = Field(0, ge=0, description="decoding threads; 0 = one a core")
+    threads: int = Field(0, ge=0, description="decoding threads; 0 = one per core")
 
     @property
     def normalization(self) -> tuple[Triple, Triple]:
@@ -65,15 +69,17 @@ class Data(_Section):
 class Cache(_Section):
     """What the offline stage stores, and how."""
 
-    path: str = ""
+    path: str = Field("", description='folder of the cache; needed by `cache` and by `train.source = "cache"`')
     views: int = Field(
         4,
         ge=0,
         le=65535,
         description="augmentation seeds, used in turn by epoch; 0 = a new one every epoch (live, none)",
     )
-    codec: Literal["f32", "f16", "u8", "u4"] = "u8"
-    images: Literal["replay", "stored"] = "replay"
+    codec: Literal["f32", "f16", "u8", "u4"] = Field("u8", description="the stored form of a map's values")
+    images: Literal["replay", "stored"] = Field(
+        "replay", description="replay: pixels are decoded again; stored: the cache keeps them too, as uint8"
+    )
     batch: int = Field(128, ge=1, description="rows a teacher sees at once; part of the cache's identity")
     pilot: int = Field(2048, ge=16, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
@@ -86,25 +92,29 @@ class Cache(_Section):
 class Teacher(_Section):
     """A frozen network of the ensemble."""
 
-    name: Name
-    model: str
+    name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
+    model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
     weights: str = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
     classes: int = Field(0, ge=0, description="outputs of the model; 0 = the classes of the data set")
-    bn: Literal["eval", "batch"] = "eval"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    bn: Literal["eval", "batch"] = Field(
+        "eval", description="statistics of its batch norms: its own, or those of each batch of `cache.batch` rows"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     taps: tuple[str, ...] = Field(
         (),
-        description='groups ("final", "ofd", "ofd+margin", "stage") or "name=module.path:pre"; () = what methods need',
+        description='groups (final, ofd, ofd+margin, stage) or "name=module.path:pre"; [] = what the methods need',
     )
-    mean: Triple | None = None
-    std: Positives | None = None
+    mean: Triple | None = Field(
+        None, description="what it was trained with, per channel in 0..1; default: its weights' own, else the data's"
+    )
+    std: Positives | None = Field(None, description="as `mean`")
 
 
 class Student(_Section):
     """The network that is trained."""
 
-    model: str = "zoo/wrn-16-1"
-    weights: str | None = Field(None, description="None = random start; a state_dict file to start from")
+    model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
+    weights: str | None = Field(None, description="a state_dict file to start from; none = a random start")
 
 
 class MethodEntry(BaseModel):
@@ -130,28 +140,33 @@ Methods = Annotated[tuple[MethodEntry, ...], BeforeValidator(_one_or_several)]
 class Train(_Section):
     """The student stage."""
 
-    source: Literal["cache", "live", "none"] = "cache"
-    seed: int | None = Field(
-        None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; None = the recipe's seed"
+    source: Literal["cache", "live", "none"] = Field(
+        "cache",
+        description="where targets come from: the cache, teachers that run with the student, or none (plain training)",
     )
-    epochs: int = Field(30, ge=1)
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; none = the recipe's seed"
+    )
+    epochs: int = Field(30, ge=1, description="passes over the data; each uses the next view")
     max_steps: int = Field(0, ge=0, description="stop after this many steps; 0 = by epochs alone")
     batch: int = Field(128, ge=1, description="global batch, over all ranks")
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
-    weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["cosine", "step", "one-cycle", "constant"] = "cosine"
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="for the student and the methods' adapters")
+    lr: float = Field(0.1, gt=0, description="the highest learning rate of the run")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    nesterov: bool = Field(True, description="sgd with momentum only")
+    weight_decay: float = Field(5e-4, ge=0, description="the optimizer's own; of all parameters")
+    schedule: Literal["cosine", "step", "one-cycle", "constant"] = Field(
+        "cosine", description="how the learning rate falls, a function of the step alone"
+    )
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: fractions of the run")
-    gamma: float = Field(0.1, gt=0, le=1)
-    warmup_epochs: float = Field(0.0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    channels_last: bool = True
-    compile: bool = False
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor at every milestone")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate before the schedule begins")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay fp32")
+    channels_last: bool = Field(True, description="memory format of the student and its images")
+    compile: bool = Field(False, description="torch.compile the student")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is some")
     threads: int = Field(0, ge=0, description="torch threads on the CPU; 0 = torch's own choice")
-    out: str = "runs/student"
+    out: str = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
     checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
@@ -159,16 +174,16 @@ class Train(_Section):
 
 
 class Recipe(_Section):
-    """A whole run. See the module docstring; README lists the keys with an example."""
+    """A whole run: two keys of its own, and the sections."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
-    overwrite: bool = False
-    data: Data
-    cache: Cache = Cache()
-    teachers: tuple[Teacher, ...] = ()
-    student: Student = Student()
+    seed: int = Field(0, ge=0, lt=2**63, description="the view plan's: order, windows, flips")
+    overwrite: bool = Field(False, description="start afresh where a result lies, instead of continuing it")
+    data: Data = Field(description="the images")
+    cache: Cache = Field(Cache(), description="what is stored")
+    teachers: tuple[Teacher, ...] = Field((), description="one [[teachers]] per teacher")
+    student: Student = Field(Student(), description="the network that is trained")
     method: Methods = Field((MethodEntry(),), min_length=1, description="one [method], or several [[method]] together")
-    train: Train = Train()
+    train: Train = Field(Train(), description="the student stage")
 
     @property
     def train_seed(self) -> int:

@@ -4,20 +4,9 @@ DALI decodes and resamples; it draws nothing. Box, size, window and flip of ever
 are passed in with the bytes, so the pixels of a row do not depend on the batch it is in, on the thread that made it, or
 on where a run was resumed. Output is uint8 NHWC: teachers normalize differently, so normalizing is not done here.
 
-How close to torchvision (measured on DALI 2.4.0, PIL 13.0, torchvision 0.29; the tests hold it there). CPU decoding of
-JPEG and PNG, whole or by region, with every EXIF orientation, equals PIL bit for bit. Pad, crop and flip are exact.
-Resizing is a triangle filter with antialiasing as in PIL; away from the box's edge the two differ by 1 at most, 0.15 on
-average, from PIL's rounding between its two passes. In the outermost row and column of a *downscaled* box DALI repeats
-the edge pixel where PIL renormalizes the cut-off filter; there the difference reaches about 20 on real photographs. No
-flag removes it. ``subpixel_scale`` only acts where DALI computes the output size; sizes here are explicit: it is off.
-
-Files are looked at before DALI sees them: a batch with one JPEG cut short and one file of no known format made DALI
-2.4.0 crash the process, in most runs, instead of raising.
-
-On the GPU ("mixed" decoding) images are decoded whole and then cut: nvImageCodec's GPU region decoding fails on
-ordinary boxes in some 0.9 builds (nvImageCodec issue 55), and a crash cannot be caught. ``hw_decoder_load=0`` keeps all
-images on one decoder and ``jpeg_fancy_upsampling=True`` makes its chroma upsampling that of the CPU; the two backends
-still differ by rounding, so ``describe`` names the backend and a cache remembers it.
+The tests hold it to PIL and torchvision: CPU decoding of JPEG and PNG, whole or by region, with every EXIF orientation,
+equals PIL bit for bit; pad, crop and flip are exact; resizing is PIL's triangle filter with antialiasing to within 1 of
+255, but for the outermost row and column of a *downscaled* box, where DALI repeats the edge pixel.
 
 This is the only module that imports DALI, and it does so when a pipeline is first built.
 """
@@ -53,6 +42,8 @@ _FLAGS: dict[str, Any] = {
     "use_fast_idct": False,
     "resize": "linear, antialias=True, subpixel_scale=False",
 }
+# All images on one decoder, and chroma upsampled as on the CPU. The two backends still differ by rounding, so
+# `describe` names the backend and a cache remembers it.
 _MIXED_FLAGS: dict[str, Any] = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
@@ -218,6 +209,8 @@ class Loader:
         files = self.dataset.kind == "files"
         store = self.dataset.pixels_store
         planar = store is not None and store.layout == "CHW"
+        # On the GPU images are decoded whole and then cut: nvImageCodec's GPU region decoding fails on ordinary boxes
+        # in some 0.9 builds (nvImageCodec issue 55), and a crash cannot be caught.
         region = files and geometry.boxed and not geometry.padded and not gpu
         decode: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": True, "use_fast_idct": False}
         pipeline = dali.Pipeline(
@@ -267,6 +260,7 @@ class Loader:
                     out_of_bounds_policy="pad" if geometry.padded else "error", fill_values=0,
                 )  # fmt: skip
             if geometry.scaled:
+                # sizes are explicit, and subpixel_scale only acts where DALI computes them
                 x = fn.resize(
                     x, size=given["resized"], interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False
                 )
@@ -303,6 +297,8 @@ class _Feed:
         store = dataset.pixels_store
         self._read: Callable[[NDArray[np.int64]], Any]
         if store is None:
+            # Looks at every file before DALI does: one JPEG cut short and one file of no known format in a batch make
+            # DALI 2.4.0 crash the process, in most runs, instead of raising.
             self._read = dataset.encoded
         elif store.layout == "CHW":
             self._read = lambda at: store.gather(dataset.ids[at].astype(np.int64))

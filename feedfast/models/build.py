@@ -35,7 +35,7 @@ __all__ = ["build_model", "load_weights", "weights_sha256"]
 
 ZOO_CLASSES = 100  # CIFAR-100, what the zoo's networks were published on
 
-# The two torchvision networks that return auxiliary logits beside the real ones while training.
+# The two torchvision networks that return auxiliary logits with the real ones while training.
 _AUXILIARY = ("googlenet", "inception_v3")
 
 

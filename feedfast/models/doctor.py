@@ -1,6 +1,6 @@
 """What `feedfast taps` shows: every place a tap can name, what its map costs, and what to beware of.
 
-One row a module that returns a tensor, in the order in which a forward pass ends them. Hazards are facts about this
+One row per module that returns a tensor, in the order in which a forward pass ends them. Hazards are facts about this
 network on this example, not rules of thumb; `taps.Tapped` deals with all of them except those marked "not available".
 """
 
@@ -94,7 +94,7 @@ def describe_taps(model: nn.Module, example: Tensor) -> list[TapPlace]:
         elif activation is not None:
             hazards.append(f"pre is not available: the last activation inside is a function call ({activation.name})")
         if output.dim() != 4:
-            hazards.append(f"not a map: {output.dim() - 1} axes a sample instead of 3")
+            hazards.append(f"not a map: {output.dim() - 1} axes per sample instead of 3")
         rows.append(
             TapPlace(
                 path=call.path,

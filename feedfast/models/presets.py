@@ -15,10 +15,7 @@ attention maps.
 | VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
 | others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
 
-For a residual sum the norm is that of the convolution branch, so the margin is the authors' approximation. The last
-block of MobileNetV2/V3 is linear: its output (``post``) *is* the map without activation. ``stage`` is ``post`` at the
-places of ``ofd``, but for MobileNetV2/V3: the output of each stage's last block, which no activation follows there.
-Anything else needs taps by hand (``name=module.path:pre``); a guess that trains on the wrong map would go unnoticed.
+``stage`` is ``post`` at the places of ``ofd``, but for MobileNetV2/V3, whose stages end linearly.
 """
 
 from __future__ import annotations
@@ -37,6 +34,7 @@ __all__ = ["GROUPS", "preset_taps"]
 
 GROUPS = ("final", "ofd", "stage")
 _STAGES = 4  # OFD's number of maps for networks with more stages than that
+# Anything else needs taps by hand: a guess that trains on the wrong map would go unnoticed.
 _BY_HAND = "name taps by hand, as in ofd1=module.path:pre or final=module.path (feedfast taps lists the places)"
 
 
@@ -126,6 +124,7 @@ def _children(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _block_norm(model: nn.Module, stage: str) -> str:
+    # of the convolution branch of a residual sum, so that the margin is the authors' approximation
     blocks = _children(model, stage)
     return f"{stage}.{len(blocks) - 1}.{'bn3' if hasattr(blocks[-1], 'bn3') else 'bn2'}"
 
@@ -153,7 +152,7 @@ def _expansions(model: nn.Module) -> tuple[Tap, ...]:
     for path in strided:
         inner = "conv" if hasattr(model.get_submodule(path), "conv") else "block"
         places.append((f"{path}.{inner}.0", f"{path}.{inner}.0.1"))
-    last = paths[-1]
+    last = paths[-1]  # linear: its output is the map without activation
     modules = model.get_submodule(last).named_modules()
     norms = [f"{last}.{name}" for name, module in modules if is_batch_norm(module)]
     return (*_pre(places), Tap(f"ofd{len(places) + 1}", last, "post", norms[-1]))

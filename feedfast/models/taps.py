@@ -7,16 +7,10 @@ things make that harder than a forward hook, and each has cost published code it
 * one ReLU module may run several times in a block (torchvision's Bottleneck: three), so a hook must know which call;
 * a map may be written to after it was captured, by a sum, a dropout, or the next block's first activation.
 
-`Tapped` therefore watches the network once on an example (`trace`) and resolves each tap to one call of one module. An
-in-place activation whose input is tapped is made out of place: the same numbers, and one pass over memory less than a
-copy (WRN-16-2 with its three OFD maps, fp32, one core: 7 % of the forward pass instead of 16 %). Any other map that
-something overwrites later is copied at that call. Everything else is handed on as produced: no detach, no cast, no
-change of memory format, so gradients flow and maps cost nothing. If a later forward pass calls a tapped module another
-number of times, or overwrites a map that the example's pass did not, it raises instead of returning the wrong map.
-
-The network's outputs are the same bit for bit, its state_dict has no further keys, and `Tapped.model` is the object
-that was given. The hooks are there from construction (so that `torch.compile` traces them,
-also with ``fullgraph=True``) and do nothing outside `Tapped.forward`; `Tapped.remove` takes them off.
+`Tapped` therefore watches the network once on an example (`trace`) and resolves each tap to one call of one module.
+What is overwritten later is copied at that call; everything else is handed on as produced: no detach, no cast, no
+change of memory format. A forward pass that goes another way than the example's raises instead of returning a wrong
+map.
 
 Not here: networks already compiled or scripted, several forward passes of one `Tapped` at once (use one each), and
 activations that are called as functions, which no hook sees: asking for such a pre-activation map is refused.
@@ -183,6 +177,10 @@ class _OutputHook(_Hook):
 class Tapped(nn.Module):
     """A network that also returns the maps at its taps.
 
+    The network's outputs are the same bit for bit, its state_dict has no further keys, and `model` is the object that
+    was given. The hooks are there from construction, so that `torch.compile` traces them, also with ``fullgraph=True``,
+    and do nothing outside `forward`; `remove` takes them off.
+
     Args:
         model: the bare network, not compiled; kept, not copied.
         taps: places to keep; names must differ, "logits" is reserved. May be empty.
@@ -238,6 +236,7 @@ class Tapped(nn.Module):
             resolved.append(replace(tap, bn=tap.bn or bn))
             expected.append(len(seen.of(call.module)))
             if tap.position == "pre":
+                # out of place: the same numbers, and one pass over memory less than copying the input
                 if len(seen.of(call.module)) <= _FEW_CALLS and getattr(call.module, "inplace", None) is True:
                     call.module.inplace = False  # type: ignore[assignment]
                 hook = _InputHook(self._recorder, slot, call.index)

@@ -3,10 +3,10 @@
 Three families, each one class: pre-activation wide ResNets (``wrn-16-2``: depth 6n+4 and width; Zagoruyko & Komodakis
 2016), the thin post-activation ResNets for CIFAR (``resnet-20``, ``resnet-56``, ``resnet-110``: depth 6n+2; He et al.
 2015, section 4.2) and MobileNetV1 (``mobilenetv1``; Howard et al. 2017) whose stem keeps its resolution. Input is
-``[B, 3, H, W]``, 8 to 64 pixels a side; the last map is a quarter of the input (ResNets) or a sixteenth of it
+``[B, 3, H, W]``, 8 to 64 pixels per side; the last map is a quarter of the input (ResNets) or a sixteenth of it
 (MobileNet), never less than 1x1.
 
-Why written here: a tap is a *module*, so every batch norm and every activation is one, called once a forward pass.
+Why written here: a tap is a *module*, so every batch norm and every activation is one, called once per forward pass.
 Shortcuts that change shape are a 1x1 convolution with batch norm in the thin ResNets (He's option B, as the feature
 distillation papers train them: 2,752 weights more than option A's padding, at any depth) and a bare 1x1 convolution of
 the activated input in WRN.

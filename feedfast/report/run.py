@@ -27,6 +27,8 @@ img{max-width:100%}
 pre{background:#f6f6f6;padding:1em;overflow:auto}
 """
 
+NO_LOSS = ("step", "epoch", "lr", "images_per_second", "data_wait_fraction")  # of the numbers in a row
+
 
 class EventLog:
     """Appends rows to metrics.jsonl and the same scalars to TensorBoard."""
@@ -118,30 +120,38 @@ def page(title: str, body: str) -> str:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Loss and its parts, accuracy, learning rate and throughput over steps: a 2 x 2 matplotlib figure."""
+    """Loss and its terms, validation, learning rate and throughput over steps: a 2 x 2 matplotlib figure.
+
+    Terms are called as methods and tasks call them, so every number in ``rows`` that is nothing else is one.
+    """
     from matplotlib.figure import Figure
 
+    numbers = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value)))
     figure = Figure(figsize=(10, 6.5))
     axes = figure.subplots(2, 2)
     plots = [
-        (axes[0][0], "loss", [name for name in ("loss", "ce", "kd", "feature") if any(name in row for row in rows)]),
-        (axes[0][1], "validation accuracy", ["val_accuracy"]),
+        (axes[0][0], "loss", [name for name in numbers if name not in NO_LOSS and not name.startswith("val_")]),
+        (axes[0][1], "validation", [name for name in numbers if name.startswith("val_")]),
         (axes[1][0], "learning rate", ["lr"]),
-        (axes[1][1], "images a second", ["images_per_second"]),
+        (axes[1][1], "images per second", ["images_per_second"]),
     ]
     for axis, title, names in plots:
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
             marker = "o" if len(points) < 30 else None
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, linewidth=1.2)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 or (title == "validation" and names):
             axis.legend()
     figure.tight_layout()
     return figure
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:

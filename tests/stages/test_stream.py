@@ -49,7 +49,7 @@ def coded(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_four_lines_in_a_loop_of_your_own(recipe: Recipe) -> None:
-    """README's lines, with an optimizer around them: a plain PyTorch network learns from the teachers' maps."""
+    """Views and passes by hand, and an optimizer: a plain PyTorch network learns from the teachers' maps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 5, stride=4, padding=2), torch.nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -64,6 +64,32 @@ def test_four_lines_in_a_loop_of_your_own(recipe: Recipe) -> None:
             losses.append(loss.item())
     assert len(losses) == 6 * (ROWS // BATCH)
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
+
+
+def test_readmes_loop_runs_as_it_is_written(recipe: Recipe) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = [block.split("```")[0] for block in text.split("```python\n")[1:] if "open_cache" in block]
+    for written, here in (("runs/c100.zarr", recipe.cache.path), ("range(30)", "range(3)"), ("=128", f"={BATCH}")):
+        assert code.count(written) == 1, f"README's loop no longer says {written}"
+        code = code.replace(written, here)
+    torch.manual_seed(0)
+    seen, model = [], torch.nn.Conv2d(3, 64, 5, stride=4, padding=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def my_loss(maps: torch.Tensor, labels: torch.Tensor, target: Target) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = normalized_l1([maps], [target], reduction="sum")
+        loss.backward()
+        optimizer.step()
+        seen.append((loss.item(), labels.tolist()))
+        return loss
+
+    exec(code, {"feedfast": feedfast, "model": model, "my_loss": my_loss})
+    epoch = ROWS // BATCH
+    assert len(seen) == 3 * epoch
+    losses, labels = zip(*seen, strict=True)
+    assert np.mean(losses[-epoch:]) < np.mean(losses[:epoch])
+    assert labels[:epoch] != labels[epoch : 2 * epoch], "every epoch another view, in another order"
 
 
 @pytest.mark.parametrize("view", range(VIEWS))

@@ -1,0 +1,92 @@
+"""Generated pages are those of today's classes, and they are complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from feedfast.methods import METHODS
+from feedfast.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[2]
+WRITTEN_BY_READERS = {"feedfast/methods/hint.py"}  # CONTRIBUTING's example
+
+
+def make_docs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools" / "make_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["recipe.md", "methods.md"])
+def test_generated_pages_are_those_of_today(name: str) -> None:
+    tool = make_docs()
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == tool.pages()[name], (
+        f"docs/{name} differs from the classes it is made from; run: {tool.COMMAND}"
+    )
+
+
+def test_every_key_and_option_says_what_it_means() -> None:
+    tool = make_docs()
+    silent = [
+        f"{title} {key}"
+        for title, section in tool.SECTIONS.items()
+        for key, field in section.model_fields.items()
+        if not field.description
+    ]
+    silent += [
+        f"{name} {key}"
+        for name, method in METHODS.items()
+        for key, field in method.Options.model_fields.items()
+        if not field.description
+    ]
+    assert silent == []
+
+
+def test_the_example_is_a_recipe() -> None:
+    recipe = parse_recipe(tomllib.loads(make_docs().EXAMPLE))
+    assert [teacher.name for teacher in recipe.teachers] == ["a"]
+    assert recipe.method[0].name in METHODS
+
+
+def test_tables_hold_type_range_and_default() -> None:
+    """A few rows, written by hand, as a reader would want them."""
+    data = make_docs().recipe_page().split("## ")[2]
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `(\w+)` .*$", data, re.MULTILINE)}
+    assert "| whole number | ≥ 4, ≤ 2048 | `32` |" in rows["size"]
+    assert '| one of | `"fast"`, `"full"` | `"fast"` |' in rows["check"]
+    assert "| list of: text |  | required |" in rows["train"]
+    assert "| number | ≥ 0, ≤ 1 | `0.5` |" in rows["flip"]
+    assert "| 3 of: number | > 0 | none |" in rows["std"]
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")]
+    dead = [
+        f"{page.relative_to(ROOT)} -> {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert len(pages) >= 8
+    assert dead == []
+
+
+def test_paths_in_documents_exist() -> None:
+    """Signposts name files; one that has moved is a wrong signpost."""
+    gone = []
+    for page in ("README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/results.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        paths = re.findall(
+            r"(?<![\w./-])(?:feedfast|kernels|tests|tools|bench|docs)/[\w./-]+\.(?:py|sh|md|toml|csv)\b", text
+        )
+        gone += [f"{page}: {path}" for path in paths if path not in WRITTEN_BY_READERS and not (ROOT / path).exists()]
+    assert gone == []

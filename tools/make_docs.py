@@ -1,0 +1,151 @@
+"""Write docs/recipe.md and docs/methods.md from the classes that check a recipe: `python tools/make_docs.py`.
+
+The tables hold what pydantic knows (keys, types, ranges, defaults) and each field's own description, so that nothing
+about a key is said twice. tests/cli/test_docs.py compares the files with what this makes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from feedfast.methods import METHODS
+from feedfast.methods.base import expected_words
+from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train
+
+DOCS = Path(__file__).parents[1] / "docs"
+COMMAND = "python tools/make_docs.py"
+SECTIONS: dict[str, type[BaseModel]] = {
+    "Top level": Recipe, "[data]": Data, "[cache]": Cache, "[[teachers]]": Teacher, "[student]": Student,
+    "[method] or [[method]]": MethodEntry, "[train]": Train,
+}  # fmt: skip
+EXAMPLE = """\
+seed = 0
+[data]
+train = "cifar-100-binary/train.bin"     # CIFAR binary file(s), a folder of JPEG/PNG class folders, or an .npz
+val = "cifar-100-binary/test.bin"
+[cache]
+path = "runs/c100.zarr"
+views = 4                                # augmentation seeds, used in turn
+[[teachers]]
+name = "a"
+model = "zoo/wrn-16-2"                   # zoo/… · torchvision/… · timm/… · package.module:factory
+weights = "runs/teacher-1/student.pt"
+taps = ["final", "ofd+margin"]           # default: what the method needs
+[student]
+model = "zoo/wrn-16-1"
+[method]
+name = "pfeed"
+[train]
+epochs = 30
+"""
+TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+
+
+def pages() -> dict[str, str]:
+    """File name in docs/ -> its text."""
+    return {"recipe.md": recipe_page(), "methods.md": methods_page()}
+
+
+def recipe_page() -> str:
+    parts = [
+        "# Recipe",
+        f"Made by `{COMMAND}` from `feedfast/recipe.py`; edit the descriptions there.",
+        "A recipe is one TOML file that `feedfast plan`, `cache` and `train` read; [recipes](recipes) holds complete "
+        "ones. `key=value` arguments override any dotted key: `train.epochs=5`, "
+        "`teachers.0.weights=runs/a/student.pt`, `method.name=kd`. "
+        "Paths are relative to the current directory. An unknown key is refused.",
+        f"```toml\n{EXAMPLE}```",
+    ]
+    for title, section in SECTIONS.items():
+        parts += [f"## {title}", inspect.cleandoc(section.__doc__ or "").split("\n")[0]]
+        if section is MethodEntry:
+            parts.append("Options and their defaults: [methods.md](methods.md).")
+        parts.append(table(("key", "type", "range", "default", "meaning"), recipe_rows(section)))
+    return "\n\n".join(parts) + "\n"
+
+
+def recipe_rows(section: type[BaseModel]) -> Iterator[Sequence[str]]:
+    schema = section.model_json_schema()
+    for key, entry in schema["properties"].items():
+        target = str(entry.get("$ref") or entry.get("items", {}).get("$ref") or entry.get("allOf"))
+        if "$defs" in target or key == "method":
+            kind, limits, default = "section", "", "required" if key in schema.get("required", ()) else "see below"
+        else:
+            kind, limits = describe(entry)
+            default = "required" if key in schema.get("required", ()) else literal(entry["default"])
+        yield f"`{key}`", kind, limits, default, entry.get("description", "")
+
+
+def describe(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Type and range of a JSON schema's entry, in words."""
+    if "anyOf" in entry:
+        (one,) = [option for option in entry["anyOf"] if option.get("type") != "null"]
+        return describe(one)
+    if "enum" in entry:
+        return "one of", ", ".join(literal(value) for value in entry["enum"])
+    if entry["type"] == "array":
+        kinds = entry.get("prefixItems") or [entry["items"]]
+        kind, limits = describe(kinds[0])
+        return f"{len(kinds)} of: {kind}" if "prefixItems" in entry else f"list of: {kind}", limits
+    words = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
+    limits = [text.format(number(entry[key])) for key, text in words.items() if key in entry]
+    if "pattern" in entry:
+        limits.append(f"`{entry['pattern']}`")
+    return TYPES[entry["type"]], ", ".join(limits)
+
+
+def methods_page() -> str:
+    parts = [
+        "# Methods",
+        f"Made by `{COMMAND}` from the classes in `feedfast/methods`, as `feedfast methods [NAME]` prints it.",
+        "A recipe has one `[method]` table, or several `[[method]]` tables that are trained together, each with "
+        "`name`, `weight` (1 by default) and its options. Targets it needs are taps of every teacher and of the "
+        "student ([concepts.md](concepts.md)); a teacher without `taps` in the recipe is tapped for just these.",
+    ]
+    for name, method in METHODS.items():
+        doc = inspect.cleandoc(method.__doc__ or "").split("\n")[0]
+        needs = ", ".join(f"`{need}`" for need in method.needs) or "no teacher"
+        parts += [f"## {name}", doc, f"Paper: {method.paper}.  \nNeeds: {needs}."]
+        rows = [
+            (f"`{key}`", expected_words(field), literal(field.default), field.description or "")
+            for key, field in method.Options.model_fields.items()
+        ]
+        parts.append(table(("option", "expected", "default", "meaning"), rows) if rows else "No options.")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def literal(value: Any) -> str:
+    """A value as TOML writes it; None is a key that is left out."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    return f"`{list(value)}`" if isinstance(value, (list, tuple)) else f"`{value}`"
+
+
+def number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
+
+
+def main() -> int:
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+        print(f"wrote docs/{name}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
