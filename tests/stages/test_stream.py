@@ -19,7 +19,7 @@ from feedfast.data.views import ViewPlan
 from feedfast.recipe import Recipe
 from feedfast.stages.ensemble import teacher_from_recipe
 from feedfast.stages.offline import run_cache
-from feedfast_kernels import Codes, as_float, ensemble_kl, normalized_l1, partial_l2
+from feedfast_kernels import Codes, Target, as_float, ensemble_kl, normalized_l1, partial_l2
 
 ROWS, VIEWS, BATCH = 200, 2, 32
 
