@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--teachers", nargs="*", default=[], help="state_dicts of WRN-16-2; random weights without them"
     )
-    parser.add_argument("--limit", type=int, default=30, help="images a class")
+    parser.add_argument("--limit", type=int, default=30, help="images per class")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of the teachers")
     parser.add_argument("--student-precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
                 "live / cached": spread(step["live_over_cached"]),
                 "of ideal": spread(step["share_of_ideal"]),
                 "caching / forward": spread(caching["ratio"]),
-                "bytes a sample": caching["bytes_per_sample"],
+                "bytes per sample": caching["bytes_per_sample"],
                 "bytes / CHW": caching["bytes_over_chw"],
                 "cached ms": step["cached_ms"],
                 "live ms": step["live_ms"],

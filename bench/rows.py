@@ -113,5 +113,5 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def gbps(size: int, milliseconds: float) -> float:
-    """Bytes in a time as 10^9 bytes a second."""
+    """Bytes in a time as 10^9 bytes per second."""
     return size / milliseconds / 1e6

@@ -80,7 +80,7 @@ class Cache(_Section):
     images: Literal["replay", "stored"] = Field(
         "replay", description="replay: pixels are decoded again; stored: the cache keeps them too, as uint8"
     )
-    batch: int = Field(128, ge=1, description="rows a teacher sees at once; part of the cache's identity")
+    batch: int = Field(128, ge=1, description="teacher batch size in rows; part of the cache's identity")
     pilot: int = Field(2048, ge=16, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
     part: str = Field(

@@ -1,23 +1,15 @@
 """The manifest: what a cache was made from, said once, as frozen and validated data.
 
-It lives in the root group's attributes (``{"feedfast": {...}}``) and answers three questions.
+It lives in the root group's attributes (``{"feedfast": {...}}``). `differences` compares two manifests and leaves out
+what cannot change a stored value; `digest_for` hashes just what one array depends on, so a second teacher, tap or view
+leaves the digests of everything stored as they were. Every extent is bounded before anything is allocated, and names
+are plain path components: a manifest may come from a stranger.
 
-* *May these be mixed?* `differences` compares two manifests key by key and leaves out what cannot change a stored
-  value (the path the data were read from, library versions, measurements, how many views exist, how rows are grouped
-  into objects).
-* *Is this object still the one that was asked for?* `digest_for` hashes just what one array depends on. A second
-  teacher, tap or view therefore leaves the digest of everything already stored as it was, and other weights under the
-  same name change it.
-* *How large is everything?* Every extent is bounded here, before anything is allocated: a manifest may come from a
-  stranger. Names are one plain path component each, so no array can lie outside its cache.
+Some fields are configured (the tap's place, its codec, the teacher's weights) and some measured while caching (margin,
+compression, fit, errors, probe). When a cache is extended the configured ones must agree, and the measured ones of the
+existing cache are kept, like `shard_bytes` and the plan's granule: its codes were made with them.
 
-Some fields are requested (the tap's place, its codec, the teacher's weights) and some are found out while caching
-(the margin, whether zstd pays, the fit, the measured errors, the time). When a cache is extended the requested ones
-must agree and the found ones of the existing cache are kept: its codes were made with them. `shard_bytes` and the
-plan's granule are kept likewise.
-
-Shapes are the network's: (C, H, W), or (C,) for a vector. `feedfast.cache.layout` turns them into stored arrays.
-This module reads and writes no files and knows nothing of recipes or models.
+Shapes are the network's: (C, H, W), or (C,) for a vector. This module knows nothing of files, recipes and models.
 """
 
 from __future__ import annotations
@@ -149,7 +141,7 @@ class TapInfo(_Part):
             )
         if self.row_bytes > MAX_ROW_BYTES:
             raise ValueError(
-                f"shape {list(self.shape)} at {self.codec} is {self.row_bytes} bytes a row, limit {MAX_ROW_BYTES}"
+                f"shape {list(self.shape)} at {self.codec} is {self.row_bytes} bytes per row, limit {MAX_ROW_BYTES}"
             )
         if self.margin is not None and len(self.margin) != self.channels:
             raise ValueError(f"expected {self.channels} margins, found {len(self.margin)}")
@@ -165,7 +157,8 @@ class TapInfo(_Part):
 class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
-    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits".
+    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits". ``probe`` is
+    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured.
     """
 
     name: Name
@@ -176,6 +169,7 @@ class TeacherInfo(_Part):
     mean: Triple
     std: Triple
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
+    probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
 
     @property
     def row_bytes(self) -> int:
@@ -291,7 +285,7 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps"})
+        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "probe"})
         basis["tap"] = teacher.taps[target.tap].model_dump(mode="json", exclude={"fit", "error"})
         return basis
 
@@ -331,7 +325,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
             if missing:
                 rows.append((f"teachers.{name}", teacher.model, None))
             continue
-        compare(f"teachers.{name}", requested(teacher, {"taps"}), requested(other, {"taps"}))
+        compare(f"teachers.{name}", requested(teacher, {"taps", "probe"}), requested(other, {"taps", "probe"}))
         for tap_name, tap in sorted(teacher.taps.items()):
             other_tap = other.taps.get(tap_name)
             key = f"teachers.{name}.taps.{tap_name}"

@@ -156,7 +156,7 @@ class Loader:
         self.close()
 
     def _view(self, view: int) -> _View:
-        # A pass asks for the same view many times (pilot, resume, replay): the latest is kept, 25 bytes a sample.
+        # A pass asks for the same view many times (pilot, resume, replay): the latest is kept, 25 bytes per sample.
         if self._latest_view is None or self._latest_view[0] != view:
             data = self.dataset
             positions = np.searchsorted(data.ids, self.plan.order(view, data.ids))

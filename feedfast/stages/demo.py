@@ -3,7 +3,7 @@
 scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, gray; the test part of the UCI set). They are
 enlarged to 16x16 and stored as .npz. Three teachers of different seeds learn from all 1,437 training images; then
 the student is given only the first 30 a class and four views of them, plainly or with what the cached ensemble says
-about them. Every step is an ordinary stage with an ordinary recipe, kept beside the results, so the demo is also an
+about them. Every step is an ordinary stage with an ordinary recipe, kept with the results, so the demo is also an
 example of how to do it.
 
 Not a benchmark: a data set this small separates methods poorly, and the step times are those of a tiny network.
@@ -89,7 +89,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     written = run_cache(recipe)
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
-    print_table(f"digits: 30 labeled images a class, student {STUDENT_MODEL}, three {TEACHER_MODEL} teachers", rows)
+    print_table(f"digits: 30 labeled images per class, student {STUDENT_MODEL}, three {TEACHER_MODEL} teachers", rows)
     report = write_comparison(
         out / "report.html",
         "feedfast demo: handwritten digits",
@@ -136,8 +136,8 @@ def _student(
         "break-even epochs": None,
     }
     if source == "cache":
-        beside = {"source": "live", "max_steps": LIVE_STEPS, "eval_every": 0, "out": str(out / f"live-{name}")}
-        live = {**tree, "data": {**tree["data"], "val": []}, "train": {**settings, **beside}}
+        timed = {"source": "live", "max_steps": LIVE_STEPS, "eval_every": 0, "out": str(out / f"live-{name}")}
+        live = {**tree, "data": {**tree["data"], "val": []}, "train": {**settings, **timed}}
         live_ms = run_train(parse_recipe(live))["step_ms"]
         steps_an_epoch = result["steps"] / settings["epochs"]
         saved_ms = (live_ms - result["step_ms"]) * steps_an_epoch

@@ -33,9 +33,13 @@ from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
 from feedfast.tasks import Classify
 
 Triple = tuple[float, float, float]
+Probe = Mapping[str, tuple[float, float]]
+"""Tap → mean and root mean square over the probe's rows."""
 
 LOGITS = "logits"
 MARGIN_SUFFIX = "+margin"
+PROBE_ROWS = 8
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the root mean square; other kernels round differently
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,14 @@ class FrozenTeacher:
             )
         return Transform("margin", tuple(margin.tolist()))
 
+    def probe(self, images: Tensor) -> dict[str, tuple[float, float]]:
+        """Per tap, mean and root mean square over the first `PROBE_ROWS` of a batch of pixels: what it computes."""
+        found = {}
+        for tap, values in self(images).items():
+            first = values[:PROBE_ROWS].double()
+            found[tap] = (float(first.mean()), float(first.square().mean().sqrt()))
+        return found
+
     @property
     def needs_pilot(self) -> bool:
         """Whether `fit_margins` has pre-activation taps to fit that no BatchNorm stands behind."""
@@ -264,6 +276,23 @@ def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: to
             f"in {weights or 'the pretrained weights'}; give --recipe with the right files"
         )
     return teacher
+
+
+def refuse_other_probe(name: str, precision: str, stored: Probe, found: Probe) -> None:
+    """Raise unless a teacher computes what it did: the same weights in other code, or on broken hardware, do not.
+
+    Raises:
+        CacheMismatchError: the mean or the root mean square of a tap has moved.
+    """
+    for tap, (mean, rms) in stored.items():
+        if tap in found:
+            moved = max(abs(found[tap][0] - mean), abs(found[tap][1] - rms))
+            if not moved <= PROBE_TOLERANCE[precision] * max(rms, 1e-12):
+                raise CacheMismatchError(
+                    f"teachers[{name}], tap {tap!r}: with the same weights it computes something else than when the "
+                    f"cache was made: mean and root mean square expected {mean:.6g} and {rms:.6g}, found "
+                    f"{found[tap][0]:.6g} and {found[tap][1]:.6g}; is it the same code and input size?"
+                )
 
 
 def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:

@@ -42,7 +42,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
-        (array → codec, shape, bytes a sample, compression, measured errors), ``manifest``, ``report`` (with ``out``).
+        (array → codec, shape, bytes per sample, compression, measured errors), ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
     manifest = reader.manifest
@@ -75,7 +75,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "codec": entry["codec"] or entry["dtype"],
             "rows": count,
             "size": format_bytes(stored),
-            "a sample": format_bytes(entry["bytes_per_sample"] or 0),
+            "per sample": format_bytes(entry["bytes_per_sample"] or 0),
             "ratio": entry["ratio"],
             "rel. RMS error": entry.get("relative_rms_error"),
             "signs flipped": entry.get("mask_flip_rate"),

@@ -43,7 +43,7 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.data import open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
@@ -87,6 +87,7 @@ class OfflineRun:
         self.data: Dataset = open_train(recipe.data)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
+        self.probes: dict[str, dict[str, tuple[float, float]]] = {}
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
     def run(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class OfflineRun:
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)
+        self._probe(held)
         fitted = self._fit(held, bare.plan.granule)
         manifest = open_for_writing(self.path, self._manifest(held, fitted))
         with CacheWriter(self.path, manifest, part=self.part, workers=1) as writer:
@@ -167,6 +169,7 @@ class OfflineRun:
                 mean=teacher.mean,
                 std=teacher.std,
                 taps=taps,
+                probe=self.probes.get(name, {}),
             )
         return Manifest(
             dataset=dataset_info(recipe.data.train, recipe.data.limit, self.data),
@@ -181,6 +184,15 @@ class OfflineRun:
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+    def _probe(self, held: Manifest | None) -> None:
+        """Run each teacher on the first batch: does it compute what it did when the cache was made?"""
+        first = np.arange(min(len(self.data), self.recipe.cache.batch))
+        images = next(iter(self.loader.stream(0, first))).images
+        for name, teacher in self.teachers.items():
+            self.probes[name] = teacher.probe(images)
+            if held is not None and name in held.teachers:
+                refuse_other_probe(name, teacher.precision, held.teachers[name].probe, self.probes[name])
 
     def _mixing_plan(self, held: Manifest | None) -> ViewPlan:
         """The recipe's plan; how passes mix rows is the existing cache's, whose blocks are made for it."""

@@ -8,7 +8,7 @@ Batches are cut exactly as the caching pass will cut them, so a teacher on batch
 have.
 
 Spatial positions are thinned evenly (a map of 56x56 has far more positions than a range needs): at most 2^18 values
-a channel and 2^25 values a tap are kept, so memory does not grow with the map. These limits and the default of 2,048
+per channel and 2^25 per tap are kept, so memory does not grow with the map. These limits and the default of 2,048
 samples are set by rows that the fit has not seen: their extremes lie beyond those of a small pilot (512 samples of a
 WRN-16-2 cost 14 to 27 % more error than 2,048).
 """

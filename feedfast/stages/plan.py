@@ -1,12 +1,12 @@
 """`feedfast plan`: what a caching job will cost, before it costs it.
 
 The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels
-through the real teachers, maps encoded and compressed as they will be, a student step beside them. Estimates are
+through the real teachers, maps encoded and compressed as they will be, and a student step. Estimates are
 labeled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
 batch of real codes reached.
 
 Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every
-epoch, a cached one paid it once a view.
+epoch, a cached one paid it once per view.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         {
             "target": name,
             "shape": "x".join(map(str, entry["shape"])),
-            "a sample": format_bytes(entry["bytes_per_sample"]),
-            "a view": format_bytes(entry["bytes"] / recipe.cache.views),
+            "per sample": format_bytes(entry["bytes_per_sample"]),
+            "per view": format_bytes(entry["bytes"] / recipe.cache.views),
             "in all": format_bytes(entry["bytes"]),
         }
         for name, entry in targets.items()

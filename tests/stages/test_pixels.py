@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from commands import feedfast
 from small import as_toml, digits_recipe, write_teacher
+from torch import Tensor
 
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.recipe import Recipe
+from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.offline import run_cache
 
 
@@ -104,4 +106,30 @@ def test_a_later_teacher_must_see_the_pixels_of_the_first(
     assert {key: after[key] for key in before} == before
     assert not any(key.startswith("targets/z/final/codes") for key in after)
     monkeypatch.setattr(Loader, "stream", stream)
+    assert feedfast("cache", file).document["complete"] is True
+
+
+def test_a_teacher_that_computes_something_else_is_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in changed code: their hash says nothing of it, what they compute does."""
+    info = CacheReader(recipe.cache.path).manifest.teachers["a"]
+    assert set(info.probe) == {"final", "ofd1", "ofd2", "ofd3", "logits"}
+    stored = CacheReader(recipe.cache.path).read_rows("targets/a/logits/codes", 0, np.arange(8)).astype(np.float64)
+    assert info.probe["logits"] == pytest.approx((stored.mean(), np.sqrt((stored**2).mean())), rel=2e-3)
+    file = as_toml(
+        recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"views": 3})}), tmp_path / "r.toml"
+    )
+    call = FrozenTeacher.__call__
+
+    def changed(self: FrozenTeacher, images: Tensor) -> dict[str, Tensor]:
+        maps = call(self, images)
+        return {**maps, "final": maps["final"] * 1.01}
+
+    monkeypatch.setattr(FrozenTeacher, "__call__", changed)
+    outcome = feedfast("cache", file)
+    assert outcome.code == 2
+    assert "teachers[a], tap 'final': with the same weights it computes something else" in outcome.error
+    assert CacheReader(recipe.cache.path).manifest.views == 2
+    monkeypatch.setattr(FrozenTeacher, "__call__", call)
     assert feedfast("cache", file).document["complete"] is True
