@@ -13,11 +13,8 @@ It lives in the root group's attributes (``{"feedfast": {...}}``) and answers th
 
 Some fields are requested (the tap's place, its codec, the teacher's weights) and some are found out while caching
 (the margin, whether zstd pays, the fit, the measured errors, the time). When a cache is extended the requested ones
-must agree and the found ones of the existing cache are kept: its codes were made with them. `shard_bytes` and the
-plan's granule are kept likewise.
-
-Shapes are the network's: (C, H, W), or (C,) for a vector. `feedfast.cache.layout` turns them into stored arrays.
-This module reads and writes no files and knows nothing of recipes or models.
+must agree and the found ones of the existing cache are kept: its codes were made with them. Shapes are the network's,
+(C, H, W) or (C,); `feedfast.cache.layout` turns them into stored arrays.
 """
 
 from __future__ import annotations
