@@ -89,4 +89,10 @@ def test_paths_in_documents_exist() -> None:
             r"(?<![\w./-])(?:feedfast|kernels|tests|tools|bench|docs)/[\w./-]+\.(?:py|sh|md|toml|csv)\b", text
         )
         gone += [f"{page}: {path}" for path in paths if path not in WRITTEN_BY_READERS and not (ROOT / path).exists()]
+        bare = re.findall(r"`([a-z_]+/[\w/]+\.py)`", text)  # within the package
+        gone += [
+            f"{page}: {path}"
+            for path in bare
+            if path not in WRITTEN_BY_READERS and not any((root / path).exists() for root in (ROOT, ROOT / "feedfast"))
+        ]
     assert gone == []
