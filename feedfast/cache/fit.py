@@ -17,11 +17,11 @@ import torch
 from feedfast.cache.schema import CodecName
 from feedfast.errors import FeedfastError
 from feedfast_kernels import Codes, decode, encode
+from feedfast_kernels.codes import CODECS
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
-TOP_CODE: Final = {"u8": 254, "u4": 14}
 F16_MAX: Final = 65504.0
 PILOT_VALUES: Final = 1 << 16  # per channel; more change the range by less than it changes the error
 _ATOM_SHARE: Final = 0.002  # of a channel's values at its minimum, from which on the minimum keeps code 0
@@ -44,9 +44,9 @@ def fit_affine(values: Floats, codec: CodecName) -> tuple[Floats, Floats]:
         raise FeedfastError(f"pilot: expected values [n, channel] with n > 0, found shape {list(values.shape)}")
     channels = values.shape[1]
     offset, step = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-    if codec not in TOP_CODE:
+    top = CODECS[codec].top_code
+    if top is None:
         return offset, step
-    top = TOP_CODE[codec]
     for channel in range(channels):
         column = np.sort(values[:, channel].astype(np.float32, copy=False))
         if not np.isfinite(column[[0, -1]]).all():
@@ -158,8 +158,9 @@ def measure(
     wanted, found = target.astype(np.float64), decoded.astype(np.float64)
     wrong, norm = float(((found - wanted) ** 2).sum()), float((wanted**2).sum())
     cosine = float((wanted * found).sum()) / max(np.sqrt(norm * float((found**2).sum())), np.finfo(np.float64).tiny)
-    if codec in TOP_CODE:
-        outside = (target > offset + (TOP_CODE[codec] + 0.5) * step) | (target < offset - 0.5 * step)
+    top = CODECS[codec].top_code
+    if top is not None:
+        outside = (target > offset + (top + 0.5) * step) | (target < offset - 0.5 * step)
     else:
         outside = np.abs(target) > (F16_MAX if codec == "f16" else np.inf)
     error = 0.0 if wrong == 0 else float(np.sqrt(wrong / norm)) if norm > 0 else 1.0

@@ -26,6 +26,7 @@ import numpy as np
 
 from feedfast.cache import names
 from feedfast.cache.schema import Compression, Manifest
+from feedfast_kernels.codes import CODECS
 
 MAX_SHARD_ROWS: Final = 1024
 MAX_BLOCK_BYTES: Final = 8 << 20  # 8 MiB, unless a single row is larger
@@ -249,8 +250,9 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     sharded(names.SUMS, (), "<u4", "none")
     for teacher in manifest.teachers.values():
         for tap in teacher.taps.values():
-            channels = (tap.channels + 1) // 2 if tap.codec == "u4" else tap.channels
-            dtype = {"f32": "<f4", "f16": "<f2", "u8": "<u1", "u4": "<u1"}[tap.codec]
+            codec = CODECS[tap.codec]
+            channels = -(-tap.channels * codec.bits // 8) if codec.quantized else tap.channels
+            dtype = "<u1" if codec.quantized else f"<f{codec.bits // 8}"
             small(
                 names.scale(teacher.name, tap.name),
                 (2, tap.channels),

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from feedfast.cache import names
 from feedfast.errors import CacheDamageError, CacheMismatchError
+from feedfast_kernels.codes import CODECS
 
 FORMAT: Final = 2
 ATTRIBUTE: Final = "feedfast"
@@ -123,13 +124,8 @@ class TapInfo(_Part):
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        width = {
-            "f32": 4 * self.channels,
-            "f16": 2 * self.channels,
-            "u8": self.channels,
-            "u4": (self.channels + 1) // 2,
-        }
-        return width[self.codec] * math.prod(self.shape[1:])
+        packed = -(-self.channels * CODECS[self.codec].bits // 8)  # u4: two per byte, an odd channel takes its own
+        return packed * math.prod(self.shape[1:])
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

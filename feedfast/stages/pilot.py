@@ -32,6 +32,7 @@ from feedfast.data.views import ViewPlan, pass_sizes
 from feedfast.errors import FeedfastError
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed
 from feedfast.stages.record import encode_rows
+from feedfast_kernels.codes import CODECS
 
 PILOT_VIEWS = 3
 CHANNEL_VALUES = 1 << 18
@@ -116,7 +117,7 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
         fit={"values_per_channel": len(values), "pilot": "first rows of view 0, then of the next views"},
         error=error,
     )
-    return Fitted(info, np.stack([offset, step]) if codec in ("u8", "u4") else None)
+    return Fitted(info, np.stack([offset, step]) if CODECS[codec].quantized else None)
 
 
 def row_bytes(teachers: Iterable[FrozenTeacher], codec: CodecName, images: str, size: int) -> int:

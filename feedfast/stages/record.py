@@ -25,6 +25,7 @@ from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError
 from feedfast.stages.identity import changed_versions
 from feedfast_kernels import encode
+from feedfast_kernels.codes import CODECS
 
 
 class Recorder:
@@ -88,7 +89,7 @@ class Recorder:
     def _encoded(self, teacher: str, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
         info = self.manifest.teachers[teacher].taps[tap]
         offset = step = torch.empty(0)
-        if info.codec in ("u8", "u4"):
+        if CODECS[info.codec].quantized:
             offset, step = self._scale(teacher, tap, values.device)
         try:
             codes, saturated = encode_rows(values, info.codec, offset, step, transform_of(info))
@@ -141,7 +142,7 @@ def encode_rows(
     Raises:
         ValueError: a value is not finite, or too large for float16.
     """
-    if codec in ("u8", "u4"):
+    if CODECS[codec].quantized:
         if values.is_cuda:  # `encode` skips this check on CUDA to avoid a sync; `.cpu()` below syncs anyway
             _require_finite(values, values)
         codes, saturated = encode(values, offset, step, codec=codec, margin_C=transform.floor(values.device))

@@ -40,6 +40,7 @@ from feedfast.stages.identity import dataset_info, refuse_other_recipe
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
 from feedfast.stages.proof import check_views, plan_of, replay_pixels
 from feedfast_kernels import Codes, Target
+from feedfast_kernels.codes import CODECS
 
 Rows = NDArray[np.int64]
 Taps = Mapping[str, Mapping[str, TapInfo]]
@@ -164,7 +165,7 @@ class Cached(Plain):
                 array = names.codes(teacher, tap)
                 codec = reader.manifest.teachers[teacher].taps[tap].codec
                 offset = step = torch.empty(0)
-                if codec in ("u8", "u4"):
+                if CODECS[codec].quantized:
                     scale = reader.scale(teacher, tap)
                     offset, step = (torch.from_numpy(np.array(row, dtype=np.float32)).to(device) for row in scale)
                 self.arrays.append(array)
@@ -220,7 +221,7 @@ class Cached(Plain):
         for array, teacher, tap, codec, offset, step in self._entries:
             data = self._moved(item[array])
             value: Target
-            if codec in ("u8", "u4"):
+            if CODECS[codec].quantized:
                 value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
                 value = data.permute(0, 3, 1, 2) if data.dim() == 4 else data.float()

@@ -28,11 +28,12 @@ from feedfast.cache.blocks import (
     parse_index,
     zstd_content_size,
 )
-from feedfast.cache.fit import TOP_CODE, fit_affine, measure, round_trip
+from feedfast.cache.fit import fit_affine, measure, round_trip
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.schema import Compression
 from feedfast.errors import CacheDamageError, FeedfastError
 from feedfast_kernels import Codes, decode, encode
+from feedfast_kernels.codes import CODECS
 
 rng = np.random.default_rng(5)
 N = 5_000
@@ -55,7 +56,7 @@ SAMPLES = {
 def rms(values: np.ndarray, offset: np.ndarray, step: np.ndarray, codec: str) -> float:
     """Clip, round, decode in float64, written independently of the codec."""
     x, low, width = values.astype(np.float64), np.float64(offset), np.float64(step)
-    code = np.clip(np.rint((x - low) / width), 0, TOP_CODE[codec]) if width > 0 else 0
+    code = np.clip(np.rint((x - low) / width), 0, CODECS[codec].top_code) if width > 0 else 0
     return float(np.sqrt(np.mean((low + width * code - x) ** 2)))
 
 
@@ -71,7 +72,7 @@ def brute_force(values: np.ndarray, codec: str, *, pinned: bool) -> float:
     )
     for low, span in itertools.product(lows, spans):
         if middle + span > low:
-            best = min(best, rms(values, low, (middle + span - low) / TOP_CODE[codec], codec))
+            best = min(best, rms(values, low, (middle + span - low) / CODECS[codec].top_code, codec))
     return best
 
 
@@ -82,7 +83,7 @@ def test_fit_is_as_good_as_brute_force_and_never_worse_than_min_max(name: str, c
     offset, step = fit_affine(values[:, None], codec)  # type: ignore[arg-type]
     found = rms(values, offset[0], step[0], codec)
     low, high = values.min(), values.max()
-    assert found <= rms(values, low, (high - low) / TOP_CODE[codec], codec) * (1 + 1e-6)
+    assert found <= rms(values, low, (high - low) / CODECS[codec].top_code, codec) * (1 + 1e-6)
     pinned = (values == low).mean() > 0.01
     assert found <= brute_force(values, codec, pinned=pinned) * 1.02
 
@@ -133,10 +134,10 @@ def test_any_pilot_gives_a_finite_range_no_worse_than_min_max(values: np.ndarray
     assert np.isfinite(step).all()
     assert (step >= 0).all()
     codes, _ = encode(*map(torch.from_numpy, (values, offset, step)), codec=codec)
-    assert int((codes if codec == "u8" else codes & 15).max()) <= TOP_CODE[codec]
+    assert int((codes if codec == "u8" else codes & 15).max()) <= CODECS[codec].top_code
     for channel, column in enumerate(values.T):
         low, high = column.min(), column.max()
-        limit = rms(column, low, (float(high) - float(low)) / TOP_CODE[codec], codec)
+        limit = rms(column, low, (float(high) - float(low)) / CODECS[codec].top_code, codec)
         # rounding of offset and step may cost a few ulp of the largest value, subnormal ranges count as constant
         assert rms(column, offset[channel], step[channel], codec) <= limit * 1.001 + 4e-7 * np.abs(column).max() + 1e-35
 
