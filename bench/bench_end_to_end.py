@@ -4,13 +4,13 @@ Cached step over the same step from RAM, live step over cached step, caching pas
 
 The floor of a cached step is the step whose pixels and targets lie in RAM; the reader may add what it must decode.
 The ideal of live over cached is (teachers' forward + student step) / student step. The floor of the caching pass is
-the teachers' forward on images in RAM; DALI, encoding, compression, checksums and fsync come on top, partly beside
-it.
+the teachers' forward on images in RAM; DALI, encoding, compression, checksums and fsync come on top, partly
+at the same time.
 
 Every ratio is taken between variants that alternate in short rounds within one process, so a machine that drifts
 drifts for both; quoted is the median of the rounds' ratios with the lowest and highest round. Read-ahead queues are
 full when a round begins and when it ends, so a round pays for what it consumes. Losses of cached and live f32 steps
-are compared elsewhere (tests/test_parity.py); here a round is refused if its loss is not finite.
+are compared elsewhere (tests/stages/test_parity.py); here a round is refused if its loss is not finite.
 
     python bench/bench_end_to_end.py [--data CIFAR-100.bin] [--teachers a.pt b.pt c.pt] [--tiny]
 
@@ -145,7 +145,7 @@ def steps(run: StudentRun, start: int) -> Iterator[tuple[int, Batch]]:
 
 
 def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
-    """Step from the cache, from RAM (pixels and targets), and beside live teachers."""
+    """Step from the cache, from RAM (pixels and targets), and with live teachers."""
     cached = StudentRun(recipe(tree, method, folder), Worker())
     live = StudentRun(recipe(tree, method, folder, "live"), Worker())
     held = [batch for _, batch in zip(range(count), cached.loop.batches(0), strict=False)]

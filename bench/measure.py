@@ -12,7 +12,7 @@ for every variant, a `Call`: what to run, and what must come out. Then, for each
    that is not timed; `both` is one after the other. The upstream gradient is 0.37, known to the device only: nothing
    can be skipped for a gradient of 1. Data is random, never zeros, which some hardware reads faster.
 3. **Set against a copy.** `bytes` is what the operation must move, each input read once and each result written once,
-   counted beside each bench's `build`; vectors of one value a channel are left out. It is the operation's number, not
+   counted in each bench's `build`; vectors of one value per channel are left out. It is the operation's number, not
    the variant's: GB/s of a variant that moves more is that much lower. `percent_of_copy` is the time of a device copy
    of as many bytes (half read, half written), cold as well and in the same process, over the variant's time.
 

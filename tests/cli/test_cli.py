@@ -27,7 +27,7 @@ from feedfast.models.build import build_model
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe file with its cache made and its student trained; the outcomes lie beside it as JSON."""
+    """A recipe file with its cache made and its student trained; the outcomes lie next to it as JSON."""
     folder = tmp_path_factory.mktemp("cli")
     file = as_toml(digits_recipe(folder, ("method.name=kd",), teachers=1), folder / "recipe.toml")
     for command in ("plan", "cache", "train"):

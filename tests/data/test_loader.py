@@ -203,7 +203,7 @@ def test_pad_crop_of_other_sizes(photos: Dataset) -> None:
 
 
 def test_a_step_left_out_moves_nothing(tmp_path: Path) -> None:
-    """Samples that need no resize get the same pixels alone as beside samples that need one."""
+    """Samples that need no resize get the same pixels alone as together with samples that need one."""
     rng = np.random.default_rng(0)
     for i, side in enumerate((32, 32, 50)):
         Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")

@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_the_recipe_does_not_name_is_left_to_its_own(tmp_path: Path) -> None:
-    """A kill between manifest and scale leaves a teacher half made; a job of another teacher goes on beside it."""
+    """A kill between manifest and scale leaves a teacher half made; a job of another teacher goes on all the same."""
     first = digits_recipe(tmp_path, teachers=1)
     run_cache(first)
     root = Path(first.cache.path)

@@ -1,4 +1,4 @@
-"""Training from the cache is training beside the teachers: losses and gradients of the two sources compared."""
+"""Training from the cache is training with the teachers: losses and gradients of the two sources compared."""
 
 from __future__ import annotations
 
