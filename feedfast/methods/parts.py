@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import Shapes, TapInfo, Teachers
-from feedfast_kernels import Target, connector_partial_l2, partial_l2
+from feedfast_kernels import Target, as_float, connector_partial_l2, partial_l2
 
 Found = TypeVar("Found")
 
@@ -129,23 +130,55 @@ class NTL(nn.Sequential):
 
 
 def paired_maps(
-    student: Shapes, teachers: Teachers, taps: Sequence[str]
+    student: Shapes, teachers: Teachers, taps: Sequence[str], *, pooled: bool = False
 ) -> Iterator[tuple[str, str, tuple[int, ...], TapInfo]]:
     """(teacher, tap, the student's shape, the teacher's tap), teacher by teacher, for maps of equal height and width.
 
+    Args:
+        student: tap → shape.
+        teachers: teacher → tap → shape and margin.
+        taps: the taps that are paired by name.
+        pooled: heights and widths may differ; the method brings both to one grid with `same_grid`.
+
     Raises:
-        RequestError: a tap is missing on either side, or its spatial sizes differ.
+        RequestError: a tap is missing on either side, is no map, or its spatial sizes differ.
     """
     for name, infos in teachers.items():
         for tap in taps:
             ours = _tap(student, tap, "student")
             theirs = _tap(infos, tap, f"teacher {name!r}")
-            if len(ours) != 3 or len(theirs.shape) != 3 or ours[1:] != theirs.shape[1:]:
+            maps = len(ours) == 3 and len(theirs.shape) == 3
+            if not maps or (ours[1:] != theirs.shape[1:] and not pooled):
                 raise RequestError(
-                    f"tap {tap!r}: expected maps of equal height and width, "
+                    f"tap {tap!r}: expected maps{'' if pooled else ' of equal height and width'}, "
                     f"found (C, H, W) = {ours} of the student and {theirs.shape} of teacher {name!r}"
                 )
             yield name, tap, ours, theirs
+
+
+def same_grid(student_NCHW: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Both maps on the smaller of the two grids: the larger one is averaged over it, as the benchmark codes do.
+
+    Args:
+        student_NCHW: [B, C_S, H, W], with gradient.
+        target: codes or float [B, C_T, H', W'].
+
+    Returns:
+        The student's map, and the target: as it came where it is not the larger one, else float.
+    """
+    ours, theirs = student_NCHW.shape[2:], target.shape[2:]
+    grid = (min(ours[0], theirs[0]), min(ours[1], theirs[1]))
+    if ours != grid:
+        student_NCHW = F.adaptive_avg_pool2d(student_NCHW, grid)
+    if theirs != grid:
+        target = F.adaptive_avg_pool2d(as_float(target), grid)
+    return student_NCHW, target
+
+
+def embedding(target: Target) -> Tensor:
+    """A vector per sample: the mean over height and width of a map [B, C, H, W]; a vector [B, C] as it is; float."""
+    x = as_float(target)
+    return x.mean((2, 3)) if x.ndim == 4 else x
 
 
 def _tap(taps: Mapping[str, Found], tap: str, owner: str) -> Found:

@@ -9,7 +9,7 @@ stored bytes are [B, H, W, C], the order fast students run in and the order the 
 on CUDA Triton kernels do both directions in one pass (gpu/codes.py), with the bits of the CPU. float64 stays with
 PyTorch's operators. Neither direction has a gradient.
 
-What it does not do: choose offset and step (see feedfast.cache.codec), or touch float maps, which need no code.
+What it does not do: choose offset and step (see feedfast.cache.fit), or touch float maps, which need no code.
 """
 
 from __future__ import annotations
