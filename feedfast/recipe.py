@@ -176,6 +176,12 @@ class Train(_Section):
     log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
 
 
+class Chain(_Section):
+    """Generations of students, each taught by the one before; for `feedfast chain`."""
+
+    generations: int = Field(0, ge=0, le=64, description="how many; the first is trained plainly or by the one teacher")
+
+
 class Recipe(_Section):
     """A whole run: two keys of its own, and the sections."""
 
@@ -187,6 +193,7 @@ class Recipe(_Section):
     student: Student = Field(Student(), description="the network that is trained")
     method: Methods = Field((MethodEntry(),), min_length=1, description="one [method], or several [[method]] together")
     train: Train = Field(Train(), description="the student stage")
+    chain: Chain = Field(Chain(), description="students that teach one another")
 
     @property
     def train_seed(self) -> int:
@@ -200,7 +207,7 @@ class Recipe(_Section):
         if repeated:
             raise ValueError(f"teachers: every name must be different, found {repeated} more than once")
         taught = [entry.name for entry in self.method if entry.name != "none"]
-        if taught and self.train.source != "none" and not self.teachers:
+        if taught and self.train.source != "none" and not self.teachers and not self.chain.generations:
             raise ValueError(f"teachers: method {taught[0]!r} needs at least one [[teachers]], found none")
         index, parts = (int(text) for text in self.cache.part.split("/"))
         if not 0 <= index < parts:
@@ -272,7 +279,7 @@ def _element(node: list[Any], index: str, key: str) -> Any:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": MethodEntry,
-    "train": Train,
+    "train": Train, "chain": Chain,
 }  # fmt: skip
 
 
