@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from feedfast.errors import RequestError
 from feedfast.models.zoo import build_zoo
+
+PYRAMIDS = ("pyramidnet-20-24", "pyramidnet-29-24b")
 
 
 def parameters(model: nn.Module) -> int:
@@ -23,11 +27,15 @@ def parameters(model: nn.Module) -> int:
         ("wrn-28-2", 100, 1.47),
         ("wrn-28-4", 100, 5.87),
         ("resnet-56", 100, 0.86),
+        ("pyramidnet-110-84", 100, 3.91),
+        ("pyramidnet-200-240", 100, 26.84),
         # He et al. 2015, table 6 (CIFAR-10)
         ("resnet-20", 10, 0.27),
         ("resnet-110", 10, 1.7),
         # Howard et al. 2017, table 8 (1.0 MobileNet, ImageNet classes)
         ("mobilenetv1", 1000, 4.2),
+        # Han et al. 2017, table 4 (CIFAR-10)
+        ("pyramidnet-110-48", 10, 1.7),
         # Zagoruyko & Komodakis 2016, table 4
         ("wrn-28-10", 10, 36.5),
         ("wrn-40-2", 10, 2.2),
@@ -48,7 +56,7 @@ def test_resnet_depth_counts_weighted_layers(depth: int, blocks: int) -> None:
     assert len(main_path) == depth
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-20", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-20", "mobilenetv1", *PYRAMIDS])
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
 def test_runs_at_small_sizes(name: str, size: int) -> None:
     model = build_zoo(name, 7).eval()
@@ -58,7 +66,7 @@ def test_runs_at_small_sizes(name: str, size: int) -> None:
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", *PYRAMIDS])
 def test_activations_keep_their_scale_at_initialization(name: str) -> None:
     torch.manual_seed(0)
     model = build_zoo(name, 100).train()
@@ -68,7 +76,7 @@ def test_activations_keep_their_scale_at_initialization(name: str) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", *PYRAMIDS])
 def test_in_place_operations_change_no_result_and_no_gradient(name: str) -> None:
     """The same network with every in-place ReLU made out of place, in float64."""
     torch.manual_seed(1)
@@ -86,7 +94,7 @@ def test_in_place_operations_change_no_result_and_no_gradient(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", *PYRAMIDS])
 def test_channels_last_bf16_reaches_every_layer_without_a_copy(name: str) -> None:
     model = build_zoo(name, 10).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     seen: list[tuple[str, bool, torch.dtype]] = []
@@ -134,6 +142,61 @@ def test_wrn_block_is_the_papers() -> None:
         torch.testing.assert_close(model.block2(x), z, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_pyramid_blocks_are_the_papers(name: str) -> None:
+    """The strided block of the second stage, with shortcut and padding written out; and the widths of all blocks."""
+    torch.manual_seed(3)
+    model = build_zoo(name, 10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    block: Any = model.layer2[0]  # type: ignore[index]
+    f = torch.nn.functional
+    x = torch.randn(2, block.bn1.num_features, 7, 7)  # an odd side: 7 becomes 4
+    if name.endswith("b"):
+        y = f.conv2d(block.bn1(x), block.conv1.weight)
+        y = f.conv2d(block.bn2(y).clamp(min=0), block.conv2.weight, stride=2, padding=1)
+        y = block.bn4(f.conv2d(block.bn3(y).clamp(min=0), block.conv3.weight))
+    else:
+        y = f.conv2d(block.bn1(x), block.conv1.weight, stride=2, padding=1)
+        y = block.bn3(f.conv2d(block.bn2(y).clamp(min=0), block.conv2.weight, padding=1))
+    pooled = torch.stack(
+        [x[:, :, i : i + 2, j : j + 2].mean((2, 3)) for i in (0, 2, 4, 6) for j in (0, 2, 4, 6)], dim=-1
+    ).reshape(2, -1, 4, 4)
+    expected = torch.cat([y[:, : x.shape[1]] + pooled, y[:, x.shape[1] :]], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    # 24 channels over 9 blocks, by hand: 18.67, 21.33, 24, ... 40
+    blocks = [block for layer in ("layer1", "layer2", "layer3") for block in getattr(model, layer)]
+    assert [block.conv1.out_channels for block in blocks] == [19, 21, 24, 27, 29, 32, 35, 37, 40]
+    assert model.fc.in_features == (160 if name.endswith("b") else 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("110-48", 64), ("110-84", 100), ("110-270", 286), ("164-48", 256), ("164-84", 400), ("164-270", 1144),
+     ("200-240", 1024), ("236-220", 944), ("272-200", 864)],
+)  # fmt: skip
+def test_pyramids_end_as_wide_as_the_papers(name: str, width: int) -> None:
+    """The output feature dimensions of the paper's tables: up to 110 layers of basic blocks, then of bottlenecks."""
+    with torch.device("meta"):
+        model: Any = build_zoo(f"pyramidnet-{name}", 10)
+    assert model.fc.in_features == width
+    main_path = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(main_path) == int(name.partition("-")[0])
+
+
+def test_pyramid_blocks_are_basic_up_to_depth_110() -> None:
+    kinds = {name: type(build_zoo(name, 10).layer1[0]).__name__ for name in (*PYRAMIDS, "pyramidnet-110-1")}  # type: ignore[index]
+    assert kinds == {PYRAMIDS[0]: "PyramidBasic", PYRAMIDS[1]: "PyramidBottleneck", "pyramidnet-110-1": "PyramidBasic"}
+    deep: Any = build_zoo("pyramidnet-164-1", 10)
+    assert type(deep.layer1[0]).__name__ == "PyramidBottleneck"
+    assert [len(layer) for layer in (deep.layer1, deep.layer2, deep.layer3)] == [18] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -144,6 +207,11 @@ def test_wrn_block_is_the_papers() -> None:
         ("resnet-18", "torchvision/resnet18"),
         ("resnet-999998", "6n+2"),
         ("mobilenet", "zoo/mobilenetv1"),
+        ("pyramidnet-110", "zoo/pyramidnet-110-84"),
+        ("pyramidnet-111-84", "9n+2"),
+        ("pyramidnet-21-84", "6n+2"),
+        ("pyramidnet-26-84b", "bottleneck"),
+        ("pyramidnet-20-0", "alpha"),
         ("vit", "known:"),
     ],
 )
