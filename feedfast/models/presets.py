@@ -10,6 +10,7 @@ at the same places, for hints and attention maps; MobileNetV2/V3's, and a basic 
 | zoo WRN, n=3 | the next stage's first batch norm, before its ReLU; at the end the final one | that one |
 | zoo PyramidNet, n=3 | basic: the next stage's bn1 (no ReLU follows); bottleneck: its bn2; last: the final | that one |
 | zoo ResNet, n=3; torchvision ResNet, ResNeXt, WideResNet, n=4 | residual sum of each stage's last block | its last |
+| zoo FitNet, n=3 | the last convolution of each group, before its pooling | its own |
 | zoo MobileNetV1, n=4 | point-wise convolution of blocks 3, 5, 11, 13 | its own |
 | torchvision MobileNetV2/V3, n=4 | the expansion of the next strided block; at the end the last block | its own |
 | VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
@@ -27,6 +28,7 @@ from feedfast.errors import RequestError
 from feedfast.models.taps import Tap
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
+from feedfast.models.zoo_fitnet import FitNet
 from feedfast.models.zoo_pyramid import PyramidBasic, PyramidNet
 
 __all__ = ["GROUPS", "preset_taps"]
@@ -78,6 +80,13 @@ def _table(model: nn.Module) -> _Places | None:
             "ofd": lambda: _pyramid(model),
             "stage": lambda: _post(tap.path for tap in _pyramid(model)),
         }
+    if isinstance(model, FitNet):
+        groups = [(path, f"{path}.{len(_children(model, path)) - 1}.bn1") for path in _layers(model)]
+        return {
+            "final": lambda: _final(groups[-1][0]),
+            "ofd": lambda: _pre(groups),
+            "stage": lambda: _post(path for path, _ in groups),
+        }
     if isinstance(model, MobileNetV1):
         blocks = [f"features.{i}" for i in (3, 5, 11, 13)]
         return {
@@ -85,7 +94,7 @@ def _table(model: nn.Module) -> _Places | None:
             "ofd": lambda: _pre([(path, f"{path}.bn2") for path in blocks]),
             "stage": lambda: _post(blocks),
         }
-    if isinstance(model, CifarResNet) or kind == "torchvision.ResNet":
+    if isinstance(model, CifarResNet) or kind in ("torchvision.ResNet", "feedfast.PrunedResNet50"):
         layers = _layers(model)
         return {
             "final": lambda: _final(layers[-1]),

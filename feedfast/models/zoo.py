@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
+from feedfast.models.zoo_fitnet import FitNet
 from feedfast.models.zoo_layers import ConvBnRelu, conv, initialize
 from feedfast.models.zoo_pyramid import PyramidNet
 
@@ -37,7 +38,11 @@ ZOO_NAMES = (
     "resnet-20", "resnet-32", "resnet-44", "resnet-56", "resnet-110",
     "mobilenetv1",
     "pyramidnet-110-84", "pyramidnet-110-270", "pyramidnet-164-270", "pyramidnet-200-240", "pyramidnet-272-200",
+    "resnet-50-p25", "resnet-50-p37.5", "resnet-50-p50",
+    "fitnet-1", "fitnet-2", "fitnet-3", "fitnet-4",
 )  # fmt: skip
+
+_PRUNED = {"resnet-50-p25": 0.25, "resnet-50-p37.5": 0.375, "resnet-50-p50": 0.5}  # shares of filters left out
 
 _DEPTH_LIMIT = 1202  # the deepest CIFAR ResNet published; a typing slip must not allocate the machine's memory
 _WIDTH_LIMIT = 64
@@ -213,7 +218,9 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
 
     Args:
         name: ``wrn-D-K`` with D = 6n+4, ``resnet-D`` with D = 6n+2, ``mobilenetv1``, or ``pyramidnet-D-A`` with
-            D = 6n+2 up to 110 (basic blocks), else 9n+2 (bottlenecks); ``pyramidnet-D-Ab``: bottlenecks at any depth.
+            D = 6n+2 up to 110 (basic blocks), else 9n+2 (bottlenecks); ``pyramidnet-D-Ab``: bottlenecks at any depth;
+            ``resnet-50-p25``, ``-p37.5``, ``-p50`` (torchvision's with so many per cent of the filters left out);
+            ``fitnet-1`` to ``fitnet-4``.
         num_classes: at least 1.
 
     Raises:
@@ -238,6 +245,13 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
                 f"for the ImageNet networks write torchvision/resnet18, torchvision/resnet50, …"
             )
         return CifarResNet(depth, num_classes)
+    if name in _PRUNED:
+        # half a second of imports that the other families need not pay
+        from feedfast.models.zoo_pruned import PrunedResNet50
+
+        return PrunedResNet50(_PRUNED[name], num_classes)
+    if found := re.fullmatch(r"fitnet-([1-4])", name):
+        return FitNet(int(found[1]), num_classes)
     if found := re.fullmatch(r"pyramidnet-(\d{1,6})-(\d{1,6})(b?)", name):
         depth, alpha = int(found[1]), int(found[2])
         bottleneck = bool(found[3]) or depth > _BASIC_DEPTH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_resnet_depth_counts_weighted_layers(depth: int, blocks: int) -> None:
     assert len(main_path) == depth
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-20", "mobilenetv1", *PYRAMIDS])
+@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-20", "mobilenetv1", "fitnet-1", *PYRAMIDS])
 @pytest.mark.parametrize("size", [8, 28, 32, 64])
 def test_runs_at_small_sizes(name: str, size: int) -> None:
     model = build_zoo(name, 7).eval()
@@ -66,7 +67,7 @@ def test_runs_at_small_sizes(name: str, size: int) -> None:
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", *PYRAMIDS])
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", "fitnet-4", *PYRAMIDS])
 def test_activations_keep_their_scale_at_initialization(name: str) -> None:
     torch.manual_seed(0)
     model = build_zoo(name, 100).train()
@@ -94,7 +95,7 @@ def test_in_place_operations_change_no_result_and_no_gradient(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", *PYRAMIDS])
+@pytest.mark.parametrize("name", ["wrn-16-2", "resnet-20", "mobilenetv1", "fitnet-4", *PYRAMIDS])
 def test_channels_last_bf16_reaches_every_layer_without_a_copy(name: str) -> None:
     model = build_zoo(name, 10).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     seen: list[tuple[str, bool, torch.dtype]] = []
@@ -102,7 +103,7 @@ def test_channels_last_bf16_reaches_every_layer_without_a_copy(name: str) -> Non
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU):
             module.register_forward_hook(
                 lambda _m, _a, y, path=path: seen.append(
-                    (path, y.is_contiguous(memory_format=torch.channels_last), y.dtype)
+                    (path, y.dim() == 2 or y.is_contiguous(memory_format=torch.channels_last), y.dtype)
                 )
             )
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -198,6 +199,68 @@ def test_pyramid_blocks_are_basic_up_to_depth_110() -> None:
 
 
 @pytest.mark.parametrize(
+    ("percent", "trainable", "stored"),
+    [("25", 14_778_216, 14_818_088), ("37.5", 10_486_856, 10_520_104), ("50", 6_927_528, 6_954_152)],
+)
+def test_pruned_resnets_have_the_published_sizes(percent: str, trainable: int, stored: int) -> None:
+    """Weights, and weights with the statistics of batch norms, which Keras counts (Adlik's README: 6,954,152)."""
+    with torch.device("meta"):
+        model = build_zoo(f"resnet-50-p{percent}", 1000)
+        whole = importlib.import_module("torchvision.models").resnet50()
+    statistics = sum(b.numel() for path, b in model.named_buffers() if "num_batches" not in path)
+    assert (parameters(model), parameters(model) + statistics) == (trainable, stored)
+    assert list(model.state_dict()) == list(whole.state_dict())
+    left = {path: m.out_channels for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for path, m in whole.named_modules():
+        if isinstance(m, nn.Conv2d):
+            kept = m.out_channels - int(m.out_channels * float(percent) / 100)
+            assert left[path] == (64 if path == "conv1" else kept), path
+
+
+def test_pruned_resnets_run_and_are_initialized_as_torchvisions() -> None:
+    torch.manual_seed(4)
+    model: Any = build_zoo("resnet-50-p50", 7)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05), path
+    logits = model.train()(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "layers", "millions"), [(1, 11, 0.18), (2, 11, 0.73), (3, 13, 1.37), (4, 19, 2.41)]
+)
+def test_fitnets_are_the_papers(student: int, layers: int, millions: float) -> None:
+    """Weighted layers as in the paper's tables; two-piece maxout has twice our weights in its convolutions."""
+    model: Any = build_zoo(f"fitnet-{student}", 10)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) + sum(isinstance(m, nn.Linear) for m in model.modules()) == layers
+    assert round(2 * sum(m.weight.numel() for m in convolutions) / 1e6, 2) == millions
+    x = torch.randn(2, 3, 32, 32)
+    model.eval()
+    # groups are pooled by 2, 2 and 8
+    y = torch.nn.functional.max_pool2d(model.layer1(x), 2)
+    y = torch.nn.functional.max_pool2d(model.layer2(y), 2)
+    y = torch.nn.functional.max_pool2d(model.layer3(y), 8).flatten(1)
+    assert y.shape == (2, 64 if student == 1 else 128)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.fc(model.fc1(y).clamp(min=0)))
+    assert model.fc.in_features == 500
+
+
+def test_dropout_of_a_fitnet_works_while_training() -> None:
+    model = build_zoo("fitnet-1", 10)
+    x = torch.randn(4, 3, 28, 28)
+    torch.manual_seed(0)
+    first, second = model.train()(x), model(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("wrn-16", "zoo/wrn-16-2"),
@@ -212,6 +275,8 @@ def test_pyramid_blocks_are_basic_up_to_depth_110() -> None:
         ("pyramidnet-21-84", "6n+2"),
         ("pyramidnet-26-84b", "bottleneck"),
         ("pyramidnet-20-0", "alpha"),
+        ("resnet-50-p30", "zoo/resnet-50-p50"),
+        ("fitnet-5", "zoo/fitnet-4"),
         ("vit", "known:"),
     ],
 )
