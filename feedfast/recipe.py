@@ -38,7 +38,9 @@ class _Section(BaseModel):
 class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
-    train: Sources = Field(min_length=1, description="CIFAR binary file(s), an image folder or an .npz")
+    train: Sources = Field(
+        min_length=1, description="CIFAR binary file(s), an image folder, an .npz or MNIST's …images-idx3-ubyte(.gz)"
+    )
     val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(

@@ -4,7 +4,7 @@ A sample is known by a stable id (its place in the complete dataset, before any 
 relative to the source, or file[record]). Everything downstream asks for *positions* into ``ids``; views are drawn from
 ids, so a limited run sees the same crops of the same images as a full one.
 
-There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz), see ``arrays.py``.
+There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz, MNIST), see ``arrays.py``.
 ``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
+from feedfast.data.idx import idx_images_below, is_idx, open_idx
 from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
 from feedfast.errors import RequestError
 
@@ -34,7 +35,7 @@ __all__ = ["Dataset", "open_dataset"]
 _SHOWN = 20  # unreadable paths printed; the count covers the rest
 _HASHING_THREADS = 4
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
-_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, or an .npz"
+_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, an .npz, or MNIST's images"
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +176,8 @@ def open_dataset(
 
     Args:
         source: a CIFAR-10/100 binary file or a list of them; a folder of class folders (labels by sorted folder name)
-            or a flat folder (unlabeled) of JPEG/PNG files; or an ``.npz`` (``images``, ``labels``, ``classes``).
+            or a flat folder (unlabeled) of JPEG/PNG files; an ``.npz`` (``images``, ``labels``, ``classes``); or one of
+            MNIST's files of images (``train-images-idx3-ubyte.gz``), gzipped or not, whose labels lie next to it.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
@@ -200,12 +202,17 @@ def open_dataset(
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
-    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" for path in paths):
+    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) for path in paths):
         raise RequestError(f"a list may only name CIFAR binary files, found {name}")
 
     if paths[0].is_dir():
         return _open_folder(paths[0], name, limit, check == "full", progress)
-    store, labels, classes = open_npz(paths[0]) if paths[0].suffix.lower() == ".npz" else open_cifar(paths)
+    if is_idx(paths[0]):
+        store, labels, classes = open_idx(paths[0])
+    elif paths[0].suffix.lower() == ".npz":
+        store, labels, classes = open_npz(paths[0])
+    else:
+        store, labels, classes = open_cifar(paths)
     ids = _limited(labels, limit)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
@@ -220,6 +227,8 @@ def _open_folder(
             f"{root}: expected either images or class folders, found both: {len(flat)} images and {len(folders)} "
             f"folders with images, such as {flat[0]} and {next(iter(folders))}/"
         )
+    if not flat and not folders and (arrays := idx_images_below(root)):
+        raise RequestError(f"{root}: holds MNIST's files; expected one of its files of images, {' or '.join(arrays)}")
     if not flat and not folders:
         raise RequestError(f"{root}: expected {', '.join(EXTENSIONS)} files or class folders of them, found none")
     empty = [name for name, files in folders.items() if not files]
