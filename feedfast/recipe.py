@@ -50,6 +50,14 @@ class Data(_Section):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
     limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each class that is trained on (at least one sample); the same fraction always takes the "
+        "same samples, a smaller one some of them. An epoch is a pass over what is left: for as many steps as with all "
+        "samples, divide `train.epochs` by it",
+    )
     mean: Triple | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
