@@ -7,12 +7,16 @@ import difflib
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
-from feedfast.methods.feed import PFEED
-from feedfast.methods.kd import KD, Plain
+from feedfast.methods.ekd import EKD
+from feedfast.methods.feed import PFEED, SFEED
+from feedfast.methods.ft import FT
+from feedfast.methods.kd import BAN, KD, Plain
+from feedfast.methods.locality import Locality
 from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Plain, KD, OFD, PFEED)}
+_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 
 def method_named(name: str, where: str = "method") -> type[Method]:
@@ -29,12 +33,17 @@ def method_named(name: str, where: str = "method") -> type[Method]:
 
 
 __all__ = [
+    "BAN",
+    "EKD",
+    "FT",
     "KD",
     "METHODS",
     "NTL",
     "OFD",
     "PFEED",
+    "SFEED",
     "Connector",
+    "Locality",
     "Method",
     "MethodOptions",
     "Plain",
