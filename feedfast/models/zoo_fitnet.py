@@ -59,9 +59,20 @@ class FitNet(nn.Module):
     def _group(c_in: int, widths: tuple[int, ...]) -> nn.Sequential:
         return nn.Sequential(*(ConvBnRelu(a, b, 1) for a, b in zip((c_in, *widths), widths, strict=False)))
 
+    STEM = ("layer1", "pool1")
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images ``[B, 3, H, W]``, at least 4 pixels per side → logits ``[B, num_classes]``."""
-        x = self.layer3(self.pool2(self.layer2(self.pool1(self.layer1(x)))))
+        return self.forward_body(self.forward_stem(x))
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The modules of ``STEM``: what parallel branches share."""
+        y: Tensor = self.pool1(self.layer1(x))
+        return y
+
+    def forward_body(self, x: Tensor) -> Tensor:
+        """The rest, to the logits."""
+        x = self.layer3(self.pool2(self.layer2(x)))
         x = self.relu(self.fc1(torch.flatten(self.pool3(x), 1)))
         logits: Tensor = self.fc(self.dropout(x))
         return logits

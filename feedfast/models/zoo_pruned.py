@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet  # type: ignore[import-untyped]
 
 __all__ = ["PrunedResNet50"]
@@ -29,6 +30,19 @@ class PrunedResNet50(ResNet):  # type: ignore[misc]
         self.ratio = ratio  # before the parent's __init__, which calls `_make_layer`
         super().__init__(Bottleneck, [3, 4, 6, 3], num_classes)
         self.fc = nn.Linear(self.inplanes, num_classes)
+
+    STEM = ("conv1", "bn1", "relu", "maxpool", "layer1")
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The modules of ``STEM``: what parallel branches share."""
+        y: Tensor = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return y
+
+    def forward_body(self, x: Tensor) -> Tensor:
+        """The rest, to the logits."""
+        x = self.layer4(self.layer3(self.layer2(x)))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
         # a bottleneck's last convolution has four times the filters, so the rule holds for it where it does here

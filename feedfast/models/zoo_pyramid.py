@@ -115,8 +115,19 @@ class PyramidNet(nn.Module):
         self.fc = nn.Linear(c_in, num_classes)
         initialize(self)
 
+    STEM = ("conv1", "bn1", "layer1")
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
-        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
+        return self.forward_body(self.forward_stem(x))
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The modules of ``STEM``: what parallel branches share."""
+        y: Tensor = self.layer1(self.bn1(self.conv1(x)))
+        return y
+
+    def forward_body(self, x: Tensor) -> Tensor:
+        """The rest, to the logits."""
+        x = self.layer3(self.layer2(x))
         logits: Tensor = self.fc(torch.flatten(self.pool(self.relu_final(self.bn_final(x))), 1))
         return logits

@@ -183,7 +183,7 @@ class OpenedCache:
         """Validation images as batches without targets, resized and cropped as torchvision evaluates; re-iterable.
 
         Args:
-            images: a folder, CIFAR file(s) or .npz, with the classes of the training images.
+            images: a folder, CIFAR file(s), .npz or MNIST's file of images, with the classes of the training images.
             batch_size: rows per batch.
             device: where tensors are put.
             normalize: as of `stream`.

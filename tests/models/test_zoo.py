@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from feedfast.errors import RequestError
+from feedfast.models.branched import Branched
+from feedfast.models.presets import preset_taps
+from feedfast.models.taps import Tapped
 from feedfast.models.zoo import build_zoo
 
 PYRAMIDS = ("pyramidnet-20-24", "pyramidnet-29-24b")
@@ -111,6 +114,31 @@ def test_channels_last_bf16_reaches_every_layer_without_a_copy(name: str) -> Non
         model(x)
     assert seen
     assert [s for s in seen if not s[1] or s[2] != torch.bfloat16] == []
+
+
+@pytest.mark.parametrize("name", ["wrn-16-1", "resnet-20", "fitnet-1", "resnet-50-p50", *PYRAMIDS])
+def test_branches_on_one_stem_are_the_plain_networks(name: str) -> None:
+    """Logits and the gradient of the stem are the mean of those of two networks with the same stem's weights."""
+    torch.manual_seed(5)
+    student = Branched([build_zoo(name, 7).double() for _ in range(2)], name).eval()
+    plain = [build_zoo(name, 7).double().eval() for _ in range(2)]
+    for number, network in enumerate(plain):
+        network.load_state_dict(student.branch_state(number))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = torch.stack([network(x) for network in plain]).mean(0)
+    found = student(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    stem = [path for path, _ in student.branches[0].named_parameters() if path.startswith(student.stem_names)]
+    assert stem
+    for path in stem:
+        parts = [network.get_parameter(path).grad for network in plain]
+        assert all(part is not None for part in parts)
+        torch.testing.assert_close(student.branches[0].get_parameter(path).grad, torch.stack(parts).sum(0))  # type: ignore[arg-type]
+    assert [tap.path.rpartition(".")[2] for tap in preset_taps(student, "branch")][1::2] == ["fc", "fc"]
+    assert len(Tapped(student, preset_taps(student, "branch"), x).shapes) == 4
 
 
 def test_wrn_block_is_the_papers() -> None:
