@@ -38,7 +38,9 @@ class _Section(BaseModel):
 class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
-    train: Sources = Field(min_length=1, description="CIFAR binary file(s), an image folder or an .npz")
+    train: Sources = Field(
+        min_length=1, description="CIFAR binary file(s), an image folder, an .npz or MNIST's …images-idx3-ubyte(.gz)"
+    )
     val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
@@ -48,6 +50,14 @@ class Data(_Section):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
     limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each class that is trained on (at least one sample); the same fraction always takes the "
+        "same samples, a smaller one some of them. An epoch is a pass over what is left: for as many steps as with all "
+        "samples, divide `train.epochs` by it",
+    )
     mean: Triple | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )

@@ -34,7 +34,7 @@ from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo, Targets
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
-from feedfast.stages.data import pixel_loader
+from feedfast.stages.data import Selection, pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info, refuse_other_recipe
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
@@ -283,7 +283,7 @@ def _open_cached(
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
-    dataset = dataset_info(recipe.data.train, recipe.data.limit, data)
+    dataset = dataset_info(Selection.of(recipe.data), data)
     refuse_other_recipe(reader, dataset, plan, recipe.data, recipe.teachers)
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:
