@@ -6,13 +6,35 @@ A method is one class in a file of its own (see `feedfast.methods.base`) and one
 import difflib
 
 from feedfast.errors import RequestError
+from feedfast.methods.ab import ActivationBoundaries
+from feedfast.methods.attention import AttentionTransfer
 from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
+from feedfast.methods.cwd import CWD
 from feedfast.methods.feed import PFEED
+from feedfast.methods.fitnet import FitNet
 from feedfast.methods.kd import KD, Plain
+from feedfast.methods.mgd import MGD
 from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
+from feedfast.methods.reviewkd import ReviewKD
+from feedfast.methods.vid import VID
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Plain, KD, OFD, PFEED)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Plain,
+        KD,
+        OFD,
+        PFEED,
+        FitNet,
+        AttentionTransfer,
+        ActivationBoundaries,
+        VID,
+        CWD,
+        MGD,
+        ReviewKD,
+    )
+}
 
 
 def method_named(name: str, where: str = "method") -> type[Method]:
