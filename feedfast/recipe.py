@@ -115,6 +115,9 @@ class Student(_Section):
 
     model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
     weights: str | None = Field(None, description="a state_dict file to start from; none = a random start")
+    branches: int = Field(
+        1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
+    )
 
 
 class MethodEntry(BaseModel):

@@ -14,7 +14,7 @@ parameters of the method: `method.parameters()` goes into the optimizer, and the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +32,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 Targets = Mapping[str, Mapping[str, Target]]
 """Teacher name -> tap name -> target. "logits" is a float [B, K]; other taps are maps or vectors."""
+
+Passes = Callable[[int], Iterator[Targets]]
+"""Number of an epoch -> its batches of targets, without images: what `Method.prepare` learns from."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ class Method(nn.Module):
         paper: where it is from; "reconstruction" where the paper's details are not known.
         needs: selectors of the taps it reads of teachers and student: ``final``, ``ofd*`` (ofd1, ofd2, ...),
             ``stage*``, and ``logits``, which of the student are its output. A cache is read for nothing else.
+        student_needs: selectors of the student's taps where they are others; None = the same.
         fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    student_needs: ClassVar[tuple[str, ...] | None] = None
     fuses: ClassVar[type | None] = None
 
     class Options(MethodOptions):
@@ -94,6 +99,15 @@ class Method(nn.Module):
         super().__init__()
         if self.needs and not teachers:
             raise RequestError(f"method.name: {self.name!r} needs at least one teacher, found none")
+
+    def prepare(self, passes: Passes) -> None:
+        """Learn what must be known before the first step, from targets alone; once per run, not when it resumes.
+
+        Only the first rank is asked: what it learns must be parameters or buffers, which the others are sent.
+
+        Args:
+            passes: batches of an epoch's targets.
+        """
 
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         """Unweighted loss terms by name, scalars with gradient.
@@ -182,6 +196,8 @@ def expected_words(field: FieldInfo) -> str:
     text = str(field.annotation)
     if "Literal[" in text:
         return " or ".join(text[text.index("Literal[") + 8 : text.rindex("]")].split(", "))
+    if "tuple[" in text:
+        return "a list of whole numbers" if "int" in text else "a list of numbers"
     if "bool" in text:
         return "true or false"
     kind = "a whole number" if "int" in text else "a number" if "float" in text else "a word"

@@ -1,10 +1,15 @@
-"""pFEED: feature distillation from several teachers at once (Park & Kwak, "Feature-level Ensemble for KD").
+"""FEED: feature distillation from several teachers at once, or from a chain of students (Park & Kwak, ECAI 2020).
 
     L = CE(y, z) + beta * sum over teachers n of  || x_n / ||x_n||_2  -  NTL_n(x) / ||NTL_n(x)||_2 ||_1
 
 Averaging works for logits and not for maps: N teachers give N different maps. So every teacher gets a small non-linear
 network (NTL) of its own on top of the *same* student map, and the student's one map must serve them all. The NTLs are
-trained with the student and thrown away. x is the last map before pooling.
+trained with the student and thrown away. x is the last map before pooling. `pfeed` has all teachers at once; `sfeed`
+has one, the student of the generation before, and `feedfast chain` drives it.
+
+Teachers of other widths are met by the NTL, of other grids by pooling the larger map. The mean over the values and no
+division by N, the defaults, are also how the multi-teacher harness of CA-MKD computes it (names in its compiled
+`FFED`: an L1 mean of normalized maps, pooled to the smaller grid, added up over teachers).
 """
 
 from __future__ import annotations
@@ -14,8 +19,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from feedfast.errors import RequestError
 from feedfast.methods.base import Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import NTL, paired_maps
+from feedfast.methods.parts import NTL, paired_maps, same_grid
 from feedfast_kernels import normalized_l1
 
 TAP = "final"
@@ -59,15 +65,33 @@ class PFEED(Method):
         self.share = 1 / len(teachers) if options.divide_by_n else 1.0
         self.ntls = nn.ModuleList(
             NTL(ours[0], theirs.shape[0], bn=options.bn)
-            for _, _, ours, theirs in paired_maps(student, teachers, (TAP,))
+            for _, _, ours, theirs in paired_maps(student, teachers, (TAP,), pooled=True)
         )
 
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         """``feature``: the distances of the teachers' last maps [B, C, H, W], summed over teachers."""
-        maps = [ntl(student.taps[TAP]) for ntl in self.ntls]
-        final = [targets[name][TAP] for name in self.teacher_names]
+        pairs = [
+            same_grid(ntl(student.taps[TAP]), targets[name][TAP])
+            for name, ntl in zip(self.teacher_names, self.ntls, strict=True)
+        ]
+        maps, final = [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
         return {"feature": normalized_l1(maps, final, reduction=self.reduction, weight=self.share)}
 
     def weights(self, progress: float) -> dict[str, float]:
         """beta."""
         return {"feature": self.beta}
+
+
+class SFEED(PFEED):
+    """Sequential FEED: one NTL, and the teacher is the student of the generation before."""
+
+    name: ClassVar[str] = "sfeed"
+    paper: ClassVar[str] = "Park & Kwak, Feature-level Ensemble Knowledge Distillation, ECAI 2020 (sequential FEED)"
+
+    def __init__(self, options: PFEED.Options, student: Shapes, teachers: Teachers) -> None:
+        if len(teachers) > 1:
+            raise RequestError(
+                f"method.name: 'sfeed' learns from one teacher, the generation before; found {len(teachers)}; "
+                "with several, use 'pfeed'"
+            )
+        super().__init__(options, student, teachers)

@@ -2,6 +2,7 @@
 
     none   L = CE(y, z)
     kd     L = (1 - alpha) * CE(y, z) + alpha * tau^2 * KL(p || q)
+    ban    L = CE(y, z) + KL(p || q)       tau = 1; the teacher is the student of the generation before
 
 p is the average of the teachers' softened outputs, q the student's; the KL is summed over classes and averaged over the
 batch. alpha = 0.9 and tau = 4 are the defaults of the common benchmark codes. Neither has learnable parameters.
@@ -99,3 +100,20 @@ class KD(Method):
         # float logits go in as they are stored: the loss reads 16-bit values itself
         found = (taps[LOGITS] for taps in targets.values())
         return [as_float(x) if isinstance(x, Codes) else x for x in found]
+
+
+class BAN(KD):
+    """Born-again networks: each generation learns from labels and from the generation before, without softening."""
+
+    name: ClassVar[str] = "ban"
+    paper: ClassVar[str] = "Furlanello et al., Born-Again Neural Networks, ICML 2018"
+
+    class Options(KD.Options):
+        """weight of the divergence, and the rest as for ``kd``."""
+
+        alpha: float = Field(1.0, ge=0, description="weight of the distillation term; cross-entropy weighs 1")
+        tau: float = Field(1.0, gt=0, description="temperature; the paper's generations learn without softening")
+
+    def task_weight(self, progress: float) -> float:
+        """1: cross-entropy is added, not shared with."""
+        return 1.0

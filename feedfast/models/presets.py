@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
+from feedfast.models.branched import Branched
 from feedfast.models.taps import Tap
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
@@ -33,6 +34,7 @@ from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
 __all__ = ["GROUPS", "preset_taps"]
 
 GROUPS = ("final", "ofd", "stage")
+BRANCH = "branch"  # of a student of parallel branches: branch1.final, branch1.logits, branch2.final, ...
 _STAGES = 4  # OFD's number of maps for networks with more stages than that
 # Anything else needs taps by hand: a guess that trains on the wrong map would go unnoticed.
 _BY_HAND = "name taps by hand, as in ofd1=module.path:pre or final=module.path (feedfast taps lists the places)"
@@ -50,6 +52,8 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
     Raises:
         RequestError: unknown group, or a network this cannot be told for; it says how to name taps by hand.
     """
+    if group == BRANCH:
+        return _branches(model)
     if group not in GROUPS:
         raise RequestError(f"taps {group!r}: expected {', '.join(map(repr, GROUPS))} or name=module.path[:pre]")
     places = _table(model)
@@ -61,6 +65,21 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
             "stage": lambda: tuple(Tap(name, call.path, "post") for name, call in _ends(model, seen, "stage")),
         }
     return places[group]()
+
+
+def _branches(model: nn.Module) -> tuple[Tap, ...]:
+    """Last map and logits of every branch."""
+    if not isinstance(model, Branched):
+        raise RequestError(
+            f"student.branches: expected a student of parallel branches (student.branches = 2 or more), "
+            f"found a single {type(model).__name__}"
+        )
+    found: list[Tap] = []
+    for number, branch in enumerate(model.branches):
+        (final,) = preset_taps(branch, "final")
+        for name, path in (("final", final.path), ("logits", "fc")):
+            found.append(Tap(f"branch{number + 1}.{name}", f"branches.{number}.{path}", "post"))
+    return tuple(found)
 
 
 _Places = Mapping[str, Callable[[], tuple[Tap, ...]]]

@@ -103,9 +103,20 @@ class WideResNet(nn.Module):
     def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
         return nn.Sequential(PreActBlock(c_in, c_out, stride), *(PreActBlock(c_out, c_out, 1) for _ in range(n - 1)))
 
+    STEM = ("conv1", "block1")
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.forward_body(self.forward_stem(x))
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The modules of ``STEM``: what parallel branches share."""
+        y: Tensor = self.block1(self.conv1(x))
+        return y
+
+    def forward_body(self, x: Tensor) -> Tensor:
+        """The rest, to the logits."""
+        x = self.block3(self.block2(x))
         logits: Tensor = self.fc(torch.flatten(self.pool(self.relu(self.bn(x))), 1))
         return logits
 
@@ -159,10 +170,20 @@ class CifarResNet(nn.Module):
     def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
         return nn.Sequential(BasicBlock(c_in, c_out, stride), *(BasicBlock(c_out, c_out, 1) for _ in range(n - 1)))
 
+    STEM = ("conv1", "bn1", "relu", "layer1")
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.forward_body(self.forward_stem(x))
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The modules of ``STEM``: what parallel branches share."""
+        y: Tensor = self.layer1(self.relu(self.bn1(self.conv1(x))))
+        return y
+
+    def forward_body(self, x: Tensor) -> Tensor:
+        """The rest, to the logits."""
+        x = self.layer3(self.layer2(x))
         logits: Tensor = self.fc(torch.flatten(self.pool(x), 1))
         return logits
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from feedfast.data.batch import Batch
 from feedfast.data.views import ViewPlan, pass_order
 from feedfast.errors import FeedfastError
+from feedfast.methods import Targets
 from feedfast.recipe import Train
 from feedfast.report.run import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
@@ -127,6 +128,12 @@ class Loop:
         order = pass_order(self.count, self.plan.seed, view, pass_index, self.plan.granule, self.plan.window)
         rows = rank_rows(order, self.train.batch, self.worker.rank, self.worker.world)
         return self.source.batches(view, rows, self.train.batch // self.worker.world, start)
+
+    def targets(self, epoch: int) -> Iterator[Targets]:
+        """The targets of an epoch's batches, of all ranks, without images where the source can."""
+        view, _ = view_and_pass(epoch, self.source.views)
+        rows = np.arange(self.steps_per_epoch * self.train.batch)
+        return self.source.target_batches(view, rows, self.train.batch)
 
     def epoch(self, step: int, stop: int, events: EventLog | None, meter: Meter) -> int:
         """Train to the end of the epoch that ``step`` is in, or to ``stop``; the step reached."""

@@ -31,7 +31,7 @@ from feedfast.data.geometry import view_geometry
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
-from feedfast.methods import TapInfo
+from feedfast.methods import TapInfo, Targets
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
 from feedfast.stages.data import pixel_loader
@@ -76,6 +76,9 @@ class Source(Protocol):
                 batch it belongs to, where one is changed.
         """
 
+    def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
+        """The targets of `batches`, without images where they need not be decoded."""
+
     def close(self) -> None:
         """Stop whatever is still read ahead; the source can be used again."""
 
@@ -97,6 +100,10 @@ class Plain:
             self.close()
             self._loader = pixel_loader(self.data, self.plan, batch_size, self.device, self._threads)
         return self._loader.stream(view, rows, start_batch=start)
+
+    def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
+        """See `Source`."""
+        return (batch.targets for batch in self.batches(view, rows, batch_size))
 
     def close(self) -> None:
         """See `Source`."""
@@ -182,6 +189,11 @@ class Cached(Plain):
         if self.stored_images:
             return self._with_stored_images(items, view, rows, batch_size, start)
         return self._with_targets(super().batches(view, rows, batch_size, start), items)
+
+    def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
+        """See `Source`. Nothing is decoded."""
+        arrays = [array for array in self.arrays if array != names.PIXELS]
+        return (self._targets(item) for item in self.reader.stream(arrays, view, rows, batch_size))
 
     def _with_targets(self, pixels: Iterator[Batch], items: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
         for batch, item in zip(pixels, items, strict=True):

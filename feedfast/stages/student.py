@@ -16,8 +16,9 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import nn
@@ -26,7 +27,9 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.files import replace_file, write_json
-from feedfast.models.build import build_model
+from feedfast.methods import Method
+from feedfast.models.branched import Branched
+from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
@@ -38,7 +41,15 @@ from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule
 from feedfast.stages.source import Source, open_source
-from feedfast.stages.trainee import Trainee, build_methods, method_entries, names_of, needs_of, tap_student
+from feedfast.stages.trainee import (
+    Trainee,
+    build_methods,
+    method_entries,
+    names_of,
+    needs_of,
+    student_needs_of,
+    tap_student,
+)
 from feedfast.stages.worker import Worker, pick_device
 from feedfast.tasks import Classify, Task
 
@@ -102,15 +113,26 @@ class StudentRun:
             )
         return found
 
+    def _student(self, seed: int) -> nn.Module:
+        """The bare network; of several branches each starts from a seed of its own."""
+        asked = self.recipe.student
+        if asked.branches == 1:
+            return build_model(asked.model, num_classes=self._num_classes(), weights=asked.weights, seed=seed)
+        seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
+        networks = [build_model(asked.model, num_classes=self._num_classes(), seed=int(s)) for s in seeds]
+        student = Branched(networks, asked.model)
+        if asked.weights is not None:
+            load_weights(student, asked.weights, name=f"{asked.model} with {asked.branches} branches")
+        return student
+
     def _trainer(self, total: int) -> Trainer:
         recipe, train, seed, size = self.recipe, self.recipe.train, self.recipe.train_seed, self.recipe.data.size
-        student = build_model(
-            recipe.student.model, num_classes=self._num_classes(), weights=recipe.student.weights, seed=seed
-        )
+        student = self._student(seed)
         memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         student = student.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
-        tapped = tap_student(student, self.needs, example, self.task, f"student {recipe.student.model}")
+        needs = student_needs_of(self.entries)
+        tapped = tap_student(student, needs, example, self.task, f"student {recipe.student.model}")
         methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed)
         methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
@@ -152,6 +174,8 @@ class StudentRun:
             start_run_dir(self.out, self.recipe)
         if self.resumed:
             step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer)
+        if step == 0:
+            self._prepare()
         stop = min(loop.total, train.max_steps) if train.max_steps else loop.total
         log.info(
             "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
@@ -181,6 +205,20 @@ class StudentRun:
             if events is not None:
                 events.close()
         return self._finish(step, accuracy, events)
+
+    def _prepare(self) -> None:
+        """Let the methods learn from targets what they must know before the first step, and tell all ranks."""
+        methods = cast("list[Method]", list(cast("nn.ModuleList", self.trainer.methods)))
+        learning = [method for method in methods if type(method).prepare is not Method.prepare]
+        if not learning:
+            return
+        if self.me.first:
+            with torch.random.fork_rng(devices=[]):
+                for method in learning:
+                    method.prepare(self.loop.targets)
+        if self.me.world > 1:
+            for value in self.trainer.methods.state_dict().values():
+                torch.distributed.broadcast(value, 0)
 
     def close(self) -> None:
         """Stop what is read ahead."""

@@ -66,6 +66,12 @@ def needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needs))
 
 
+def student_needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Selectors of the student's taps that any of the methods reads."""
+    needs = (entry.kind.student_needs or entry.kind.needs for entry in entries)
+    return tuple(dict.fromkeys(need for some in needs for need in some))
+
+
 def names_of(entries: Sequence[Entry]) -> str:
     """``kd``, or ``kd + ofd``."""
     return " + ".join(entry.kind.name for entry in entries)

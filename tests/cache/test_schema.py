@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_samples import make_manifest, make_tap, make_teacher, standard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -283,20 +283,24 @@ def test_a_block_is_at_most_8_mib_and_a_granule(row_bytes: int, granule: int, ro
     rows=st.integers(1, 5000),
     channels=st.integers(1, 300),
     side=st.integers(1, 12),
-    block=st.sampled_from([8, 16, 32, 64]),
+    granule=st.sampled_from([8, 16, 32, 64]),
     shard_bytes=st.integers(1, 1 << 22),
     codec=st.sampled_from(["u8", "u4", "f16", "f32"]),
     views=st.integers(1, 4),
 )
+@example(rows=100, channels=228, side=12, granule=64, shard_bytes=1, codec="f32", views=1)  # 64 rows exceed a block
 def test_chunk_arithmetic(
-    rows: int, channels: int, side: int, block: int, shard_bytes: int, codec: str, views: int
+    rows: int, channels: int, side: int, granule: int, shard_bytes: int, codec: str, views: int
 ) -> None:
     teacher = make_teacher("a", make_tap("t", (channels, side, side), codec))
-    manifest = make_manifest(teacher, rows=rows, views=views, granule=block, shard_bytes=shard_bytes)
+    manifest = make_manifest(teacher, rows=rows, views=views, granule=granule, shard_bytes=shard_bytes)
     specs = array_specs(manifest)
     unit = unit_rows(specs)
     for spec in (spec for spec in specs.values() if spec.sharded):
-        per_shard = spec.shard_rows
+        per_shard, block = spec.shard_rows, spec.block_rows
+        assert granule % block == 0
+        assert block == 1 or block * spec.row_bytes <= 8 << 20
+        assert block == granule or 2 * block * spec.row_bytes > 8 << 20
         assert per_shard % block == 0
         assert math.log2(per_shard // block).is_integer()
         assert per_shard == block or (per_shard <= 1024 and per_shard * spec.row_bytes <= shard_bytes)

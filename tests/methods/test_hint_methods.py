@@ -42,7 +42,16 @@ from feedfast.recipe import MethodEntry
 from feedfast.stages.trainee import method_entries
 from feedfast_kernels import Codes, Target, encode
 
-HINTS = ("fitnet", "at", "ab", "vid", "cwd", "mgd", "reviewkd")
+NEEDS = {
+    "fitnet": ("stage*", "logits"),
+    "at": ("stage*",),
+    "ab": ("ofd*", "logits"),
+    "vid": ("stage*",),
+    "cwd": ("final",),
+    "mgd": ("final",),
+    "reviewkd": ("ofd*", "final"),
+}
+HINTS = tuple(NEEDS)
 
 
 # --- losses
@@ -384,6 +393,11 @@ def test_bf16_autocast(name: str) -> None:
     low["loss"].backward()
     torch.testing.assert_close(low, plain, rtol=0.03, atol=0)
     assert all(x.grad.isfinite().all() for x in rounded.taps.values() if x.grad is not None)
+
+
+def test_what_is_read_of_teachers_and_of_the_student() -> None:
+    assert {name: METHODS[name].needs for name in HINTS} == NEEDS
+    assert all(METHODS[name].student_needs is None for name in HINTS)
 
 
 def test_adapters_are_as_large_as_written() -> None:
