@@ -128,6 +128,13 @@ class Live(Plain):
         super().__init__(data, plan, device, views=views, threads=threads)
         self.teachers, self.taps = teachers, taps
         self.classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
+        # As a cache of these teachers holds them: OFD floors at the margin itself, other methods read maps as they are.
+        self._floors: dict[tuple[str, str], Tensor] = {}
+        for name, infos in taps.items():
+            for tap in infos:
+                floor = None if tap == LOGITS else teachers[name].transform(tap).floor(device)
+                if floor is not None:
+                    self._floors[name, tap] = floor
 
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`."""
@@ -140,6 +147,9 @@ class Live(Plain):
         for name, infos in self.taps.items():
             maps = self.teachers[name](images)
             out[name] = {tap: maps[tap] for tap in infos}
+            for tap in infos:
+                if (floor := self._floors.get((name, tap))) is not None:
+                    out[name][tap] = torch.maximum(maps[tap], floor.view(1, -1, *[1] * (maps[tap].dim() - 2)))
         return out
 
 

@@ -20,6 +20,7 @@ from feedfast_kernels import as_float, encode
 from feedfast_kernels.codes import Codes
 
 BATCH, CLASSES = 6, 5
+Shapes = dict[str, tuple[int, ...]]
 
 
 Shapes = dict[str, tuple[int, ...]]
