@@ -169,11 +169,25 @@ def taps(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="also bytes per sample that a cache of its teachers would store for a method")
+    ] = None,
 ) -> None:
     """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
-    from feedfast.stages.inspect import run_methods
+    from feedfast.stages.catalog import run_methods
 
-    _print(run_methods(name))
+    _print(run_methods(name, _read(recipe, None) if recipe else None))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="one recipe, shown on stderr")] = None,
+    out: Annotated[Path | None, typer.Option(help="a new file it is copied to, instead of being shown")] = None,
+) -> None:
+    """List the packaged recipes, one per setting of the papers; show or copy one of them."""
+    from feedfast.stages.catalog import run_recipes
+
+    _print(run_recipes(name, out))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,6 +30,8 @@ Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Positives = tuple[Positive, Positive, Positive]
 Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+_PACKAGED = files("feedfast") / "recipes"
 
 
 class _Section(BaseModel):
@@ -236,7 +239,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RequestError(f"recipe {path}: expected a TOML file, found nothing there") from None
+        name = path.name.removesuffix(".toml")
+        packaged = f"; feedfast recipes {name} --out {name}.toml copies the packaged one" if _is_packaged(name) else ""
+        raise RequestError(f"recipe {path}: expected a TOML file, found nothing there{packaged}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"recipe {path}: expected a readable TOML file: {error}") from None
     try:
@@ -244,6 +249,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RequestError(f"recipe {path}: not valid TOML: {error}") from None
     return parse_recipe(tree, overrides, where=str(path))
+
+
+def packaged_recipes() -> dict[str, str]:
+    """The recipes that come with the package: name → what it is, the first line of the file; by name."""
+    files = (file for file in _PACKAGED.iterdir() if file.name.endswith(".toml"))
+    texts = {file.name.removesuffix(".toml"): file.read_text(encoding="utf-8") for file in files}
+    return {name: texts[name].partition("\n")[0].removeprefix("# ") for name in sorted(texts)}
+
+
+def packaged_recipe(name: str) -> str:
+    """The TOML text of a packaged recipe.
+
+    Raises:
+        RequestError: there is none of that name; close names are in the message.
+    """
+    if not _is_packaged(name):
+        known = packaged_recipes()
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else "feedfast recipes lists them"
+        raise RequestError(f"recipe {name!r}: expected the name of a packaged recipe; {hint}")
+    return (_PACKAGED / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _is_packaged(name: str) -> bool:
+    # looked up among the names, so that ../ and the like lead nowhere
+    return name in packaged_recipes()
 
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:

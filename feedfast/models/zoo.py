@@ -2,9 +2,9 @@
 
 Here pre-activation wide ResNets (``wrn-16-2``: depth 6n+4 and width; Zagoruyko & Komodakis 2016), the thin
 post-activation ResNets for CIFAR (``resnet-20``, ``resnet-56``, ``resnet-110``: depth 6n+2; He et al. 2015, section
-4.2) and MobileNetV1 (``mobilenetv1``; Howard et al. 2017) whose stem keeps its resolution; ``zoo_*.py`` have the other
-families. Input is ``[B, 3, H, W]``, 8 to 64 pixels per side; the last map is a quarter of the input (ResNets) or a
-sixteenth of it (MobileNet), never less than 1x1.
+4.2) and MobileNetV1 (``mobilenetv1``; Howard et al. 2017) whose stem keeps its resolution (``mobilenetv1-224``: strided
+as published); ``zoo_*.py`` have the other families. Input is ``[B, 3, H, W]``, 8 to 64 pixels per side; the last map is
+a quarter of the input (ResNets) or a sixteenth of it (MobileNet), never less than 1x1.
 
 Why written here: a tap is a *module*, so every batch norm and every activation is one, called once per forward pass.
 Shortcuts that change shape are a 1x1 convolution with batch norm in the thin ResNets (He's option B, as the feature
@@ -36,7 +36,7 @@ __all__ = ["ZOO_NAMES", "CifarResNet", "MobileNetV1", "WideResNet", "build_zoo"]
 ZOO_NAMES = (
     "wrn-16-1", "wrn-16-2", "wrn-16-4", "wrn-28-2", "wrn-28-4", "wrn-28-10", "wrn-40-1", "wrn-40-2",
     "resnet-20", "resnet-32", "resnet-44", "resnet-56", "resnet-110",
-    "mobilenetv1",
+    "mobilenetv1", "mobilenetv1-224",
     "pyramidnet-110-84", "pyramidnet-110-270", "pyramidnet-164-270", "pyramidnet-200-240", "pyramidnet-272-200",
     "resnet-50-p25", "resnet-50-p37.5", "resnet-50-p50",
     "fitnet-1", "fitnet-2", "fitnet-3", "fitnet-4",
@@ -205,10 +205,11 @@ class SeparableBlock(nn.Module):
 
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1, width 1.0, with a stem of stride 1 so that 32 pixels end as a 2x2 map and not as a single point.
+    """MobileNetV1, width 1.0.
 
     Args:
         num_classes: rows of the classifier ``fc``.
+        stem_stride: 2 is the paper's, for 224 pixels; with 1, 32 pixels end as a 2x2 map and not as a single point.
 
     Modules: ``features`` (0 is the stem, 1..13 the separable blocks), ``pool``, ``fc``.
     """
@@ -216,9 +217,9 @@ class MobileNetV1(nn.Module):
     # (output channels, stride) of blocks 1..13: table 1 of the paper
     _PLAN = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *(((512, 1),) * 5), (1024, 2), (1024, 1))
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, stem_stride: int = 1) -> None:
         super().__init__()
-        blocks: list[nn.Module] = [ConvBnRelu(3, 32, 1)]
+        blocks: list[nn.Module] = [ConvBnRelu(3, 32, stem_stride)]
         c_in = 32
         for c_out, stride in self._PLAN:
             blocks.append(SeparableBlock(c_in, c_out, stride))
@@ -238,7 +239,8 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
     """Build a zoo network with random weights from the global generator.
 
     Args:
-        name: ``wrn-D-K`` with D = 6n+4, ``resnet-D`` with D = 6n+2, ``mobilenetv1``, or ``pyramidnet-D-A`` with
+        name: ``wrn-D-K`` with D = 6n+4, ``resnet-D`` with D = 6n+2, ``mobilenetv1`` (stem of stride 1) or
+            ``mobilenetv1-224`` (of stride 2, as published), or ``pyramidnet-D-A`` with
             D = 6n+2 up to 110 (basic blocks), else 9n+2 (bottlenecks); ``pyramidnet-D-Ab``: bottlenecks at any depth;
             ``resnet-50-p25``, ``-p37.5``, ``-p50`` (torchvision's with so many per cent of the filters left out);
             ``fitnet-1`` to ``fitnet-4``.
@@ -249,8 +251,8 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
     """
     if num_classes < 1:
         raise RequestError(f"model zoo/{name}: num_classes must be at least 1, found {num_classes}")
-    if name == "mobilenetv1":
-        return MobileNetV1(num_classes)
+    if name in ("mobilenetv1", "mobilenetv1-224"):
+        return MobileNetV1(num_classes, stem_stride=2 if name.endswith("-224") else 1)
     if found := re.fullmatch(r"wrn-(\d{1,6})-(\d{1,6})", name):
         depth, width = int(found[1]), int(found[2])
         if depth < 10 or depth % 6 != 4 or depth > _DEPTH_LIMIT:

@@ -1,6 +1,6 @@
-"""`feedfast inspect`, `taps` and `methods`: what a cache holds, what a model could give, what a student can learn by.
+"""`feedfast inspect` and `taps`: what a cache holds, and what a model could give.
 
-All print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the
+Both print a table for people on stderr and return the same facts as JSON. With ``--out``, inspect also draws the
 maps: a few images as the teachers saw them, and for every tap the mean over channels of the decoded map.
 """
 
@@ -21,8 +21,6 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.files import write_text
-from feedfast.methods import METHODS, method_named
-from feedfast.methods.base import expected_words
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
 from feedfast.report.compare import print_table
@@ -167,39 +165,3 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     for hazard, number in notes.items():
         log.info("hazard %d: %s", number, hazard)
     return {"model": model, "size": size, "taps": rows}
-
-
-def run_methods(name: str | None = None) -> dict[str, Any]:
-    """Describe the methods, or one of them, from their classes.
-
-    Returns:
-        The JSON of `feedfast methods`: ``methods`` (name → paper, needs, options' names); of one: ``name``, ``paper``,
-        ``needs``, ``options`` (each with name, expected, default and meaning).
-
-    Raises:
-        RequestError: there is no such method.
-    """
-    if name is None:
-        document: dict[str, Any] = {
-            key: {"paper": kind.paper, "needs": list(kind.needs), "options": list(kind.Options.model_fields)}
-            for key, kind in METHODS.items()
-        }
-        shown = [
-            {"method": key, "needs": " ".join(row["needs"]), "options": " ".join(row["options"]), "paper": row["paper"]}
-            for key, row in document.items()
-        ]
-        print_table("methods", shown)
-        return {"methods": document}
-    kind = method_named(name)
-    options = [
-        {
-            "name": key,
-            "expected": expected_words(field),
-            "default": field.default,
-            "meaning": field.description,
-        }
-        for key, field in kind.Options.model_fields.items()
-    ]
-    log.info("%s: %s; needs %s", name, kind.paper, ", ".join(kind.needs) or "no teacher")
-    print_table(f"options of {name}", options)
-    return {"name": name, "paper": kind.paper, "needs": list(kind.needs), "options": options}

@@ -38,6 +38,7 @@ def parameters(model: nn.Module) -> int:
         ("resnet-110", 10, 1.7),
         # Howard et al. 2017, table 8 (1.0 MobileNet, ImageNet classes)
         ("mobilenetv1", 1000, 4.2),
+        ("mobilenetv1-224", 1000, 4.2),
         # Han et al. 2017, table 4 (CIFAR-10)
         ("pyramidnet-110-48", 10, 1.7),
         # Zagoruyko & Komodakis 2016, table 4
