@@ -63,6 +63,7 @@ def train_paraphraser(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     loss: Literal["l1", "mse"] = "l1",
+    key: str = "method.paraphraser_lr",
 ) -> Iterator[float]:
     """Train on maps, one epoch at a time, by SGD as in the authors' code.
 
@@ -73,6 +74,7 @@ def train_paraphraser(
         momentum: of SGD.
         weight_decay: of SGD.
         loss: mean absolute (the authors' code) or mean squared difference (other codes).
+        key: what the learning rate is called where it was asked for, for messages.
 
     Yields:
         The mean loss of each epoch.
@@ -93,7 +95,7 @@ def train_paraphraser(
             total, batches = total.to(found.device) + found.detach(), batches + 1
         mean = float(total) / max(batches, 1)
         if not mean < float("inf"):
-            raise FeedfastError(f"method.paraphraser_lr: expected a finite reconstruction loss, found {mean}; lower it")
+            raise FeedfastError(f"{key}: expected a finite reconstruction loss, found {mean}; lower it")
         yield mean
     paraphraser.eval().requires_grad_(False)
 
