@@ -26,7 +26,7 @@ from feedfast.recipe import Train
 from feedfast.report.run import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
 from feedfast.stages.progress import Meter
-from feedfast.stages.schedule import Schedule
+from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.source import Source
 from feedfast.stages.timing import Timing
 from feedfast.stages.worker import Worker
@@ -117,7 +117,7 @@ class Loop:
         self.trainer, self.source, self.plan, self.count = trainer, source, plan, count
         self.train, self.worker, self.out = train, worker, out
         self.steps_per_epoch = count // train.batch
-        self.total = self.steps_per_epoch * train.epochs
+        self.total = total_steps(train, count)
         self.kept: int | None = None
         self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
 

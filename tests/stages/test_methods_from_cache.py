@@ -29,6 +29,13 @@ WORDS: dict[str, dict[str, Any]] = {
     "ft": {"paraphraser_epochs": 2, "paraphraser_lr": 0.02},
     "ekd": {},
     "locality": {},
+    "fitnet": {"hint_share": 0.6},
+    "at": {},
+    "ab": {"first_share": 0.6},
+    "vid": {},
+    "cwd": {"beta": 50.0},
+    "mgd": {"alpha": 1e-3},
+    "reviewkd": {},
 }
 # Whole runs of every method are slow together; those that do something of their own before or after it are quick tests.
 EVERY = [pytest.param(name, marks=[] if name in ("ft", "ekd") else pytest.mark.slow) for name in WORDS]
