@@ -154,6 +154,26 @@ def test_ofd_is_its_formula() -> None:
     assert build("ofd", infos).weights(0.5) == {"feature": 1e-3}
 
 
+@pytest.mark.parametrize(("side", "alpha"), [(8, 1e-3), (32, 1e-3), (56, 1e-4)])
+def test_ofd_weighs_as_its_authors_do(side: int, alpha: float) -> None:
+    """By the size of the first map; taps by halves, or as asked."""
+    shapes = {"ofd1": (2, side, side), "ofd2": (3, side // 2, side // 2)}
+    infos = {"a": {tap: TapInfo(shape, -torch.ones(shape[0])) for tap, shape in shapes.items()}}
+    torch.manual_seed(0)
+    plain, asked = OFD(OFD.Options(), shapes, infos), OFD(OFD.Options(tap_weights=(3.0, 0.0)), shapes, infos)
+    assert plain.weights(0.0) == {"feature": alpha}
+    assert plain.tap_weights == (0.5, 1.0)
+    asked.load_state_dict(plain.state_dict())
+    first = OFD(OFD.Options(tap_weights=(1.0, 0.0)), shapes, infos)
+    first.load_state_dict(plain.state_dict())
+    student = StudentOutput(None, {tap: torch.randn(2, *shape) for tap, shape in shapes.items()})
+    targets: dict[str, dict[str, Target]] = {"a": {tap: torch.randn(2, *shape) for tap, shape in shapes.items()}}
+    torch.testing.assert_close(asked(student, targets, None)["feature"], 3 * first(student, targets, None)["feature"])
+    for wrong in [(1.0,), (1.0, -1.0)]:
+        with pytest.raises(RequestError, match=r"method.tap_weights: expected 2 numbers of 0 or more, one per tap"):
+            OFD(OFD.Options(tap_weights=wrong), shapes, infos)
+
+
 def test_ofd_clips_a_clipped_target_to_the_same_bits() -> None:
     student, targets, labels, infos = scene()
     method = build("ofd", infos)
