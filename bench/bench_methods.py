@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from feedfast.methods.base import matching
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.chain import chain_recipes
+from feedfast.stages.demo import write_digits
+from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
@@ -63,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pfeed-1": {"name": "pfeed", "teachers": 1},
     "ofd-1": {"name": "ofd", "teachers": 1},
     "fitnet-1stage": {"name": "fitnet", "stages": 1},
+    "ofd-batch": {"name": "ofd", "bn": "batch"},  # teachers on batch statistics, as the authors run theirs
 }
 BRANCHES = {"ekd": 3}
 CURVES = ("plain", "kd", "pfeed", "ofd")
@@ -75,24 +78,28 @@ T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 def tree_of(args: argparse.Namespace) -> dict[str, Any]:
     """Data, teachers and training as every student has them."""
     out = Path(args.out)
+    data = {"train": str(args.data / "train.bin"), "val": str(args.data / "test.bin"), "limit": args.limit}
+    if args.tiny:
+        train, val = write_digits(ensure_dir(out, "--out"))
+        data = {"train": str(train), "val": str(val), "size": 16, "limit": args.limit}
     return {
         "seed": 0,
-        "data": {"train": str(args.data / "train.bin"), "val": str(args.data / "test.bin"), "limit": args.limit},
+        "data": data,
         "cache": {"views": args.views, "batch": 128, "codec": "u8", "path": str(out / f"cache-{args.limit}.zarr")},
         "teachers": [
             {
                 "name": f"teacher-{number}",
-                "model": "zoo/wrn-16-2",
+                "model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-2",
                 "weights": str(out / f"teacher-{number}" / "student.pt"),
                 "precision": "bf16",
                 "taps": TAPS,
             }
             for number in (1, 2, 3)
         ],
-        "student": {"model": "zoo/wrn-16-1"},
+        "student": {"model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-1"},
         "train": {
             "epochs": args.epochs,
-            "batch": 128,
+            "batch": 32 if args.tiny else 128,
             "lr": 0.1,
             "schedule": "one-cycle",
             "precision": "bf16",
@@ -112,10 +119,11 @@ def train_teachers(args: argparse.Namespace, tree: dict[str, Any]) -> list[float
                 "seed": number,
                 "data": {**tree["data"], "limit": 0},
                 "cache": {"views": 0},
-                "student": {"model": "zoo/wrn-16-2"},
+                "student": {"model": tree["teachers"][0]["model"]},
                 "train": {
-                    "source": "none", "epochs": args.teacher_epochs, "lr": 0.2, "schedule": "one-cycle",
-                    "precision": "bf16", "eval_every": 5, "out": str(Path(args.out) / f"teacher-{number}"),
+                    "source": "none", "epochs": args.teacher_epochs, "batch": tree["train"]["batch"], "lr": 0.2,
+                    "schedule": "one-cycle", "precision": "bf16", "eval_every": 5,
+                    "out": str(Path(args.out) / f"teacher-{number}"),
                 },
             }
         )  # fmt: skip
@@ -137,6 +145,8 @@ def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int,
     """One student: a variant at a seed, from so many views of a codec."""
     words = dict(VARIANTS[variant])
     teachers = tree["teachers"][: words.pop("teachers", 3)]
+    if bn := words.pop("bn", None):
+        teachers = [{**entry, "name": f"{entry['name']}-{bn}", "bn": bn, "taps": ["ofd"]} for entry in teachers]
     plain = words["name"] == "none"
     cache = {**tree["cache"], "codec": codec, "views": views or tree["cache"]["views"]}
     if codec != tree["cache"]["codec"]:
@@ -158,6 +168,10 @@ def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int,
 def train_student(recipe: Recipe) -> dict[str, Any]:
     """One student; of a chain the last generation."""
     if not recipe.chain.generations:
+        if recipe.train.source == "cache":
+            held = read_manifest(Path(recipe.cache.path)).teachers
+            if any(teacher.name not in held for teacher in recipe.teachers):
+                run_cache(recipe)
         return finished(recipe)
     result: dict[str, Any] = {}
     for link in chain_recipes(recipe):
@@ -186,10 +200,10 @@ def bytes_per_sample(recipe: Recipe) -> float | None:
     return total
 
 
-def record(row: dict[str, Any]) -> None:
+def record(row: dict[str, Any], path: Path) -> None:
     """Add a line to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
@@ -198,9 +212,9 @@ def record(row: dict[str, Any]) -> None:
 
 def rows_of(args: argparse.Namespace, images: int) -> list[dict[str, str]]:
     """Lines of this setting, the last one of each student."""
-    if not RESULTS.exists():
+    if not args.results.exists():
         return []
-    with RESULTS.open(newline="") as file:
+    with args.results.open(newline="") as file:
         found = {
             (row["variant"], row["views"], row["codec"], row["seed"]): row
             for row in csv.DictReader(file)
@@ -237,7 +251,8 @@ def run_variants(args: argparse.Namespace, tree: dict[str, Any], jobs: list[tupl
                     "bytes_per_sample": bytes_per_sample(recipe),
                     "parameters": result["parameters"],
                     "teacher_accuracy": teachers,
-                }
+                },
+                args.results,
             )
 
 
@@ -274,18 +289,18 @@ def summarize(rows: list[dict[str, str]], key: tuple[str, ...]) -> list[dict[str
 
 def show(title: str, table: list[dict[str, Any]], key: tuple[str, ...]) -> None:
     """The table for people, in percent."""
-    head = [*key, "seeds", "accuracy %", "over plain (95 %)", "bytes per sample"]
     lines = [
-        [
-            *(str(line[name]) for name in key),
-            str(line["seeds"]),
-            f"{line['mean']:.2%} ± {line['deviation']:.2%}",
-            f"{100 * line['over_plain']:+.2f} ± {100 * line['half_interval']:.2f}",
-            f"{line['bytes_per_sample']:,.0f}" if line["bytes_per_sample"] else "",
-        ]
+        {
+            **{name: line[name] for name in key},
+            "seeds": line["seeds"],
+            "accuracy": f"{line['mean']:.2%} ± {line['deviation']:.2%}",
+            "over plain (95 %)": f"{100 * line['over_plain']:+.2f} ± {100 * line['half_interval']:.2f}",
+            "bytes per sample": f"{line['bytes_per_sample']:,.0f}" if line["bytes_per_sample"] else "",
+        }
         for line in table
     ]
-    print_table(title, [head, *lines])
+    if lines:
+        print_table(title, lines)
 
 
 def held_batches(run: StudentRun, count: int) -> list[Batch]:
@@ -321,7 +336,7 @@ def bench_steps(args: argparse.Namespace, tree: dict[str, Any], variants: list[s
 
 def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) -> Recipe:
     """A variant for timing: in a folder of its own, a chain's method with one teacher of the cache."""
-    words = dict(VARIANTS[variant])
+    words = {key: value for key, value in VARIANTS[variant].items() if key != "bn"}
     teachers = tree["teachers"][: 1 if words["name"] in CHAINS else words.pop("teachers", 3)]
     plain = words["name"] == "none"
     train = {**tree["train"], "source": "none" if plain else "cache", "out": str(Path(args.out) / "steps" / variant)}
@@ -366,10 +381,12 @@ def plot_curves(rows: list[dict[str, str]], out: Path) -> list[str]:
     return [str(path)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?", default=Path("data"))
+    parser.add_argument("--tiny", action="store_true", help="digits and tiny networks: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", default="runs/methods")
     parser.add_argument("--limit", type=int, default=100, help="images per class; 0 = all")
     parser.add_argument("--views", type=int, default=4)
@@ -383,11 +400,11 @@ def main() -> None:
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
     tree = tree_of(args)
-    images = args.limit * 100 or 50_000
+    images = args.limit * (10 if args.tiny else 100) or 50_000
     document: dict[str, Any] = {}
     if not args.summary:
         train_teachers(args, tree)
@@ -414,7 +431,7 @@ def main() -> None:
     if len({(row["views"], row["codec"]) for row in curves}) > 1:
         document["curves"] = summarize(curves, ("variant", "views", "codec"))
         show("views and codecs", document["curves"], ("variant", "views", "codec"))
-        document["plots"] = plot_curves(curves, RESULTS.parent)
+        document["plots"] = plot_curves(curves, args.results.parent)
     print(json.dumps(document))
 
 
