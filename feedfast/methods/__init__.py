@@ -7,15 +7,17 @@ import difflib
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
+from feedfast.methods.camkd import CAMKD
 from feedfast.methods.ekd import EKD
 from feedfast.methods.feed import PFEED, SFEED
 from feedfast.methods.ft import FT
 from feedfast.methods.kd import BAN, KD, Plain
 from feedfast.methods.locality import Locality
+from feedfast.methods.logit import DIST, DKD
 from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
 
-_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality)
+_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality, DKD, DIST, CAMKD)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 
@@ -34,6 +36,9 @@ def method_named(name: str, where: str = "method") -> type[Method]:
 
 __all__ = [
     "BAN",
+    "CAMKD",
+    "DIST",
+    "DKD",
     "EKD",
     "FT",
     "KD",
