@@ -16,8 +16,9 @@ from feedfast.methods.locality import Locality
 from feedfast.methods.logit import DIST, DKD
 from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
+from feedfast.methods.relation import PKT, RKD, SP
 
-_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality, DKD, DIST, CAMKD)
+_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality, DKD, DIST, RKD, SP, PKT, CAMKD)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 
@@ -46,7 +47,10 @@ __all__ = [
     "NTL",
     "OFD",
     "PFEED",
+    "PKT",
+    "RKD",
     "SFEED",
+    "SP",
     "Connector",
     "Locality",
     "Method",
