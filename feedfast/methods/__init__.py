@@ -8,6 +8,7 @@ import difflib
 from feedfast.errors import RequestError
 from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
 from feedfast.methods.camkd import CAMKD
+from feedfast.methods.crd import CRD
 from feedfast.methods.ekd import EKD
 from feedfast.methods.feed import PFEED, SFEED
 from feedfast.methods.ft import FT
@@ -18,7 +19,7 @@ from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
 from feedfast.methods.relation import PKT, RKD, SP
 
-_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality, DKD, DIST, RKD, SP, PKT, CAMKD)
+_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality, DKD, DIST, RKD, SP, PKT, CAMKD, CRD)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 
@@ -38,6 +39,7 @@ def method_named(name: str, where: str = "method") -> type[Method]:
 __all__ = [
     "BAN",
     "CAMKD",
+    "CRD",
     "DIST",
     "DKD",
     "EKD",
