@@ -67,7 +67,9 @@ class Trainer:
         # Dropout draws from torch's generator: seeded by the step, a live, a cached and a resumed run draw the same.
         seed_step(self.device, self.seed, index, self.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            losses: dict[str, Tensor] = self.trainee(batch.images, batch.targets, batch.annotations, progress)
+            losses: dict[str, Tensor] = self.trainee(
+                batch.images, batch.targets, batch.annotations, progress, batch.ids
+            )
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

@@ -141,7 +141,8 @@ class StudentRun:
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
         needs = student_needs_of(self.entries)
         tapped = tap_student(student, needs, example, self.task, f"student {recipe.student.model}")
-        methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed)
+        samples = torch.from_numpy(self.data.ids.astype(np.int64)), torch.from_numpy(self.data.labels.astype(np.int64))
+        methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed, samples)
         methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
         trainee: nn.Module = Trainee(self.normalize, stepped, self.task, methods, self.entries)

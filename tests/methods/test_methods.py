@@ -341,7 +341,8 @@ def test_options_reach_the_method() -> None:
     _, _, _, infos = scene()
     kd = build("kd", infos, alpha=1, tau=2, average="logits", direction="reverse")
     assert isinstance(kd, KD)
-    assert kd.options.model_dump() == {"alpha": 1.0, "tau": 2.0, "average": "logits", "direction": "reverse"}
+    words = {"alpha": 1.0, "tau": 2.0, "average": "logits", "direction": "reverse", "standardize": False}
+    assert kd.options.model_dump() == words
     assert (kd.weights(0.3), kd.task_weight(0.3)) == ({"kd": 1.0}, 0.0)
     assert build("ofd", infos, alpha=1e-4).weights(0.0) == {"feature": 1e-4}
     pfeed = build("pfeed", infos, beta=2, reduction="sum", bn=True, divide_by_n=True)
