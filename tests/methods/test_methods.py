@@ -242,7 +242,7 @@ def test_pfeed_reductions_teachers_and_initializations() -> None:
     double, single, mean = (
         losses(m, student, t, labels) for m, t in ((method, twin_targets), (one, targets), (averaged, twin_targets))
     )
-    torch.testing.assert_close(double["feature"], 2 * single["feature"] / 32)  # 8 * 2 * 2 values a sample
+    torch.testing.assert_close(double["feature"], 2 * single["feature"] / 32)  # 8 * 2 * 2 values per sample
     torch.testing.assert_close(mean["loss"], single["loss"])
     with_bn = build("pfeed", infos, bn=True)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in with_bn.modules()) == 3
