@@ -52,6 +52,7 @@ def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
     return [row for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl") if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_u8_loss_and_gradient(world: Path, method: str, tmp_path: Path) -> None:
     """In either phase u8 codes change the loss by less than 0.5 % and turn the gradient by less than acos(0.999)."""
