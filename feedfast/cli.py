@@ -114,6 +114,14 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train generations of students, each taught by the one before, over one cache (sfeed, ban); resumes by itself."""
+    from feedfast.stages.chain import run_chain
+
+    _print(run_chain(_read(recipe, overrides)))
+
+
+@app.command()
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,

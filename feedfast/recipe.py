@@ -38,7 +38,9 @@ class _Section(BaseModel):
 class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
-    train: Sources = Field(min_length=1, description="CIFAR binary file(s), an image folder or an .npz")
+    train: Sources = Field(
+        min_length=1, description="CIFAR binary file(s), an image folder, an .npz or MNIST's …images-idx3-ubyte(.gz)"
+    )
     val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
@@ -48,6 +50,14 @@ class Data(_Section):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
     limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each class that is trained on (at least one sample); the same fraction always takes the "
+        "same samples, a smaller one some of them. An epoch is a pass over what is left: for as many steps as with all "
+        "samples, divide `train.epochs` by it",
+    )
     mean: Triple | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
@@ -176,6 +186,12 @@ class Train(_Section):
     log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
 
 
+class Chain(_Section):
+    """Generations of students, each taught by the one before; for `feedfast chain`."""
+
+    generations: int = Field(0, ge=0, le=64, description="how many; the first is trained plainly or by the one teacher")
+
+
 class Recipe(_Section):
     """A whole run: two keys of its own, and the sections."""
 
@@ -187,6 +203,7 @@ class Recipe(_Section):
     student: Student = Field(Student(), description="the network that is trained")
     method: Methods = Field((MethodEntry(),), min_length=1, description="one [method], or several [[method]] together")
     train: Train = Field(Train(), description="the student stage")
+    chain: Chain = Field(Chain(), description="students that teach one another")
 
     @property
     def train_seed(self) -> int:
@@ -200,7 +217,7 @@ class Recipe(_Section):
         if repeated:
             raise ValueError(f"teachers: every name must be different, found {repeated} more than once")
         taught = [entry.name for entry in self.method if entry.name != "none"]
-        if taught and self.train.source != "none" and not self.teachers:
+        if taught and self.train.source != "none" and not self.teachers and not self.chain.generations:
             raise ValueError(f"teachers: method {taught[0]!r} needs at least one [[teachers]], found none")
         index, parts = (int(text) for text in self.cache.part.split("/"))
         if not 0 <= index < parts:
@@ -272,7 +289,7 @@ def _element(node: list[Any], index: str, key: str) -> Any:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": MethodEntry,
-    "train": Train,
+    "train": Train, "chain": Chain,
 }  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Where images come from: one small description of a dataset, whatever its files look like.
 
-A sample is known by a stable id (its place in the complete dataset, before any ``limit``) and by its name (a path
-relative to the source, or file[record]). Everything downstream asks for *positions* into ``ids``; views are drawn from
-ids, so a limited run sees the same crops of the same images as a full one.
+A sample is known by a stable id (its place in the complete dataset, whatever ``limit`` and ``fraction`` leave of it)
+and by its name (a path relative to the source, or file[record]). Everything downstream asks for *positions* into
+``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
-There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz), see ``arrays.py``.
+There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz, MNIST), see ``arrays.py``.
 ``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
+from feedfast.data.idx import idx_images_below, is_idx, open_idx
 from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
 from feedfast.errors import RequestError
 
@@ -33,8 +34,9 @@ __all__ = ["Dataset", "open_dataset"]
 
 _SHOWN = 20  # unreadable paths printed; the count covers the rest
 _HASHING_THREADS = 4
+_FRACTION_SEED = 0  # not the recipe's: two recipes' students must be able to share the samples of a fraction
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
-_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, or an .npz"
+_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, an .npz, or MNIST's images"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +170,7 @@ def open_dataset(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     limit: int = 0,
+    fraction: float = 1.0,
     check: Literal["fast", "full"] = "fast",
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
@@ -175,9 +178,13 @@ def open_dataset(
 
     Args:
         source: a CIFAR-10/100 binary file or a list of them; a folder of class folders (labels by sorted folder name)
-            or a flat folder (unlabeled) of JPEG/PNG files; or an ``.npz`` (``images``, ``labels``, ``classes``).
+            or a flat folder (unlabeled) of JPEG/PNG files; an ``.npz`` (``images``, ``labels``, ``classes``); or one of
+            MNIST's files of images (``train-images-idx3-ubyte.gz``), gzipped or not, whose labels lie next to it.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
+        fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at
+            least one. A function of the class's number and size alone: the same fraction takes the same samples always,
+            a smaller one some of those of a larger one.
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
         progress: called with (images looked at, total).
 
@@ -186,10 +193,12 @@ def open_dataset(
 
     Raises:
         RequestError: the path is missing or not one of the above, or images are unreadable (all are counted, the first
-            twenty named with the reason).
+            twenty named with the reason), or a fraction is asked of images without labels.
     """
     if limit < 0:
         raise RequestError(f"limit: expected 0 (all) or a number of samples per class, found {limit}")
+    if not 0 < fraction <= 1:
+        raise RequestError(f"fraction: expected a share of the samples, above 0 to 1, found {fraction}")
     if check not in ("fast", "full"):
         raise RequestError(f"check: expected 'fast' or 'full', found {check!r}")
     one = isinstance(source, (str, os.PathLike))
@@ -200,19 +209,29 @@ def open_dataset(
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
-    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" for path in paths):
+    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) for path in paths):
         raise RequestError(f"a list may only name CIFAR binary files, found {name}")
 
     if paths[0].is_dir():
-        return _open_folder(paths[0], name, limit, check == "full", progress)
-    store, labels, classes = open_npz(paths[0]) if paths[0].suffix.lower() == ".npz" else open_cifar(paths)
-    ids = _limited(labels, limit)
+        return _open_folder(paths[0], name, limit, fraction, check == "full", progress)
+    if is_idx(paths[0]):
+        store, labels, classes = open_idx(paths[0])
+    elif paths[0].suffix.lower() == ".npz":
+        store, labels, classes = open_npz(paths[0])
+    else:
+        store, labels, classes = open_cifar(paths)
+    ids = _chosen(name, labels, limit, fraction)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
 
 
 def _open_folder(
-    root: Path, source: str, limit: int, full: bool, progress: Callable[[int, int], None] | None
+    root: Path,
+    source: str,
+    limit: int,
+    fraction: float,
+    full: bool,
+    progress: Callable[[int, int], None] | None,
 ) -> Dataset:
     flat, folders = _listing(root)
     if flat and folders:
@@ -220,6 +239,8 @@ def _open_folder(
             f"{root}: expected either images or class folders, found both: {len(flat)} images and {len(folders)} "
             f"folders with images, such as {flat[0]} and {next(iter(folders))}/"
         )
+    if not flat and not folders and (arrays := idx_images_below(root)):
+        raise RequestError(f"{root}: holds MNIST's files; expected one of its files of images, {' or '.join(arrays)}")
     if not flat and not folders:
         raise RequestError(f"{root}: expected {', '.join(EXTENSIONS)} files or class folders of them, found none")
     empty = [name for name, files in folders.items() if not files]
@@ -232,7 +253,7 @@ def _open_folder(
         if flat
         else np.repeat(np.arange(len(classes), dtype=np.int32), [len(group) for group in folders.values()])
     )
-    ids = _limited(labels, limit)
+    ids = _chosen(source, labels, limit, fraction)
     paths = [root / files[i] for i in ids]
     sizes, problems = scan_images(paths, full=full, progress=progress)
     if problems:
@@ -265,6 +286,34 @@ def _images_below(root: Path, folder: str) -> list[str]:
         relative = Path(where).relative_to(root).as_posix()
         found += [f"{relative}/{n}" for n in sorted(names) if n[0] != "." and n.lower().endswith(EXTENSIONS)]
     return found
+
+
+def _chosen(source: str, labels: NDArray[np.int32], limit: int, fraction: float) -> NDArray[np.uint32]:
+    """Ids of the samples that limit and fraction leave, ascending."""
+    ids = _limited(labels, limit)
+    if fraction == 1:
+        return ids
+    unlabeled = int((labels[ids] < 0).sum())
+    if unlabeled:
+        raise RequestError(
+            f"fraction: expected labeled samples, as it takes the same share of every class; "
+            f"found {unlabeled} of {len(ids)} without a label in {source}"
+        )
+    return np.sort(
+        np.concatenate(
+            [_thinned(ids[labels[ids] == label], label, fraction) for label in np.unique(labels[ids]).tolist()]
+        )
+    )
+
+
+def _thinned(ids: NDArray[np.uint32], label: int, fraction: float) -> NDArray[np.uint32]:
+    """The first round(fraction n), at least one, of a class's n ids in an order drawn for (label, n).
+
+    One order for all fractions makes smaller ones subsets. Raw words, because NumPy guarantees Philox's stream and not
+    what `Generator.permutation` makes of it.
+    """
+    words = np.random.Philox(key=np.array([_FRACTION_SEED, label], dtype=np.uint64)).random_raw(len(ids))
+    return ids[np.argsort(words, kind="stable")[: max(1, round(fraction * len(ids)))]]
 
 
 def _limited(labels: NDArray[np.int32], limit: int) -> NDArray[np.uint32]:

@@ -6,20 +6,31 @@ A method is one class in a file of its own (see `feedfast.methods.base`) and one
 import difflib
 
 from feedfast.errors import RequestError
+from feedfast.methods.ab import ActivationBoundaries
+from feedfast.methods.attention import AttentionTransfer
 from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
 from feedfast.methods.camkd import CAMKD
 from feedfast.methods.crd import CRD
+from feedfast.methods.cwd import CWD
 from feedfast.methods.ekd import EKD
 from feedfast.methods.feed import PFEED, SFEED
+from feedfast.methods.fitnet import FitNet
 from feedfast.methods.ft import FT
 from feedfast.methods.kd import BAN, KD, Plain
 from feedfast.methods.locality import Locality
 from feedfast.methods.logit import DIST, DKD
+from feedfast.methods.mgd import MGD
 from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
 from feedfast.methods.relation import PKT, RKD, SP
+from feedfast.methods.reviewkd import ReviewKD
+from feedfast.methods.vid import VID
 
-_ALL = (Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality, DKD, DIST, RKD, SP, PKT, CAMKD, CRD)
+_ALL: tuple[type[Method], ...] = (
+    *(Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality),
+    *(FitNet, AttentionTransfer, ActivationBoundaries, VID, CWD, MGD, ReviewKD),
+    *(DKD, DIST, RKD, SP, PKT, CRD, CAMKD),
+)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 

@@ -25,9 +25,8 @@ from feedfast.methods.base import (
     StudentOutput,
     Targets,
     Teachers,
-    numbered_taps,
 )
-from feedfast.methods.parts import Connector, paired_maps
+from feedfast.methods.parts import Connector, paired_maps, shared_taps
 
 
 class OFD(Method):
@@ -61,15 +60,7 @@ class OFD(Method):
         """
         super().__init__(options, student, teachers)
         self.alpha = options.alpha
-        self.taps = numbered_taps(student, "ofd")
-        if not self.taps:
-            raise RequestError(f"student: expected taps ofd1, ofd2, ..., found {sorted(student) or 'none'}")
-        for name, infos in teachers.items():
-            if numbered_taps(infos, "ofd") != self.taps:
-                raise RequestError(
-                    f"teacher {name!r}: expected the student's taps {list(self.taps)}, "
-                    f"found {list(numbered_taps(infos, 'ofd'))}"
-                )
+        self.taps = shared_taps(student, teachers, "ofd")
         # lists, not dictionaries: module names may not hold the dots that teacher names may
         self.teacher_names = tuple(teachers)
         self.connectors = nn.ModuleList(nn.ModuleList() for _ in teachers)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
-from feedfast.methods.base import Shapes, TapInfo, Teachers
+from feedfast.methods.base import Shapes, TapInfo, Teachers, numbered_taps
 from feedfast_kernels import Target, as_float, connector_partial_l2, partial_l2
 
 Found = TypeVar("Found")
@@ -131,6 +131,21 @@ class NTL(nn.Sequential):
                 layers.append(nn.BatchNorm2d(width_out))
             layers.append(nn.LeakyReLU(0.1))
         super().__init__(*layers)
+
+
+def shared_taps(student: Shapes, teachers: Teachers, prefix: str) -> tuple[str, ...]:
+    """The taps called ``prefix`` and a number, which the student and every teacher have in common.
+
+    Raises:
+        RequestError: the student has none, or a teacher has others: stages are compared one by one.
+    """
+    taps = numbered_taps(student, prefix)
+    if not taps:
+        raise RequestError(f"student: expected taps {prefix}1, {prefix}2, ..., found {sorted(student) or 'none'}")
+    for name, infos in teachers.items():
+        if (found := numbered_taps(infos, prefix)) != taps:
+            raise RequestError(f"teacher {name!r}: expected the student's taps {list(taps)}, found {list(found)}")
+    return taps
 
 
 def paired_maps(

@@ -1,21 +1,20 @@
 """Where each family keeps the maps the methods ask for.
 
 Three groups. ``final`` is the last map before the global pooling, after its activation: what FEED and Factor Transfer
-compare. ``ofd`` is the end of each stage *before* the activation, ``ofd1`` (largest map) to ``ofdn`` (last): what the
-Overhaul method compares (Heo et al., ICCV 2019, section 3, and the authors' networks), with the batch norm whose gamma
-and beta give the margin. ``stage`` is the end of the same stages *after* it, ``stage1`` to ``stagen``: for hints and
-attention maps.
+compare. ``ofd`` is the end of each stage *before* the activation, ``ofd1`` (largest map) to ``ofdn``: what the Overhaul
+method compares (Heo et al., ICCV 2019), with the batch norm whose gamma and beta give the margin. ``stage`` is ``post``
+at the same places, for hints and attention maps; MobileNetV2/V3's, and a basic PyramidNet's first two, end linearly.
 
 | network | ``ofd`` | batch norm |
 |---|---|---|
 | zoo WRN, n=3 | the next stage's first batch norm, before its ReLU; at the end the final one | that one |
+| zoo PyramidNet, n=3 | basic: the next stage's bn1 (no ReLU follows); bottleneck: its bn2; last: the final | that one |
 | zoo ResNet, n=3; torchvision ResNet, ResNeXt, WideResNet, n=4 | residual sum of each stage's last block | its last |
+| zoo FitNet, n=3 | the last convolution of each group, before its pooling | its own |
 | zoo MobileNetV1, n=4 | point-wise convolution of blocks 3, 5, 11, 13 | its own |
 | torchvision MobileNetV2/V3, n=4 | the expansion of the next strided block; at the end the last block | its own |
 | VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
 | others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
-
-``stage`` is ``post`` at the places of ``ofd``, but for MobileNetV2/V3, whose stages end linearly.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from feedfast.models.branched import Branched
 from feedfast.models.taps import Tap
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
+from feedfast.models.zoo_fitnet import FitNet
+from feedfast.models.zoo_pyramid import PyramidBasic, PyramidNet
 
 __all__ = ["GROUPS", "preset_taps"]
 
@@ -92,6 +93,19 @@ def _table(model: nn.Module) -> _Places | None:
     if isinstance(model, WideResNet):
         wide = [("block2.0.relu1", "block2.0.bn1"), ("block3.0.relu1", "block3.0.bn1"), ("relu", "bn")]
         return {"final": lambda: _final("relu"), "ofd": lambda: _pre(wide), "stage": lambda: _post(p for p, _ in wide)}
+    if isinstance(model, PyramidNet):
+        return {
+            "final": lambda: _final("relu_final"),
+            "ofd": lambda: _pyramid(model),
+            "stage": lambda: _post(tap.path for tap in _pyramid(model)),
+        }
+    if isinstance(model, FitNet):
+        groups = [(path, f"{path}.{len(_children(model, path)) - 1}.bn1") for path in _layers(model)]
+        return {
+            "final": lambda: _final(groups[-1][0]),
+            "ofd": lambda: _pre(groups),
+            "stage": lambda: _post(path for path, _ in groups),
+        }
     if isinstance(model, MobileNetV1):
         blocks = [f"features.{i}" for i in (3, 5, 11, 13)]
         return {
@@ -99,7 +113,7 @@ def _table(model: nn.Module) -> _Places | None:
             "ofd": lambda: _pre([(path, f"{path}.bn2") for path in blocks]),
             "stage": lambda: _post(blocks),
         }
-    if isinstance(model, CifarResNet) or kind == "torchvision.ResNet":
+    if isinstance(model, CifarResNet) or kind in ("torchvision.ResNet", "feedfast.PrunedResNet50"):
         layers = _layers(model)
         return {
             "final": lambda: _final(layers[-1]),
@@ -123,6 +137,15 @@ def _table(model: nn.Module) -> _Places | None:
 
 def _pre(places: Sequence[tuple[str, str | None]]) -> tuple[Tap, ...]:
     return tuple(Tap(f"ofd{i}", path, "pre", bn) for i, (path, bn) in enumerate(places, start=1))
+
+
+def _pyramid(model: PyramidNet) -> tuple[Tap, ...]:
+    """PyramidNet: where the authors of OFD take its maps (their networks' ``extract_feature``)."""
+    last = Tap("ofd3", "relu_final", "pre", "bn_final")
+    if isinstance(model.layer1[0], PyramidBasic):  # its first norm is followed by a convolution: nothing is activated
+        norms = [f"{layer}.0.bn1" for layer in ("layer2", "layer3")]
+        return (*(Tap(f"ofd{i}", path, "post", path) for i, path in enumerate(norms, start=1)), last)
+    return (*_pre([(f"{layer}.0.relu2", f"{layer}.0.bn2") for layer in ("layer2", "layer3")]), last)
 
 
 def _post(paths: Iterable[str]) -> tuple[Tap, ...]:

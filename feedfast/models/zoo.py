@@ -1,10 +1,10 @@
 """The networks of the distillation papers, at CIFAR size.
 
-Three families, each one class: pre-activation wide ResNets (``wrn-16-2``: depth 6n+4 and width; Zagoruyko & Komodakis
-2016), the thin post-activation ResNets for CIFAR (``resnet-20``, ``resnet-56``, ``resnet-110``: depth 6n+2; He et al.
-2015, section 4.2) and MobileNetV1 (``mobilenetv1``; Howard et al. 2017) whose stem keeps its resolution. Input is
-``[B, 3, H, W]``, 8 to 64 pixels per side; the last map is a quarter of the input (ResNets) or a sixteenth of it
-(MobileNet), never less than 1x1.
+Here pre-activation wide ResNets (``wrn-16-2``: depth 6n+4 and width; Zagoruyko & Komodakis 2016), the thin
+post-activation ResNets for CIFAR (``resnet-20``, ``resnet-56``, ``resnet-110``: depth 6n+2; He et al. 2015, section
+4.2) and MobileNetV1 (``mobilenetv1``; Howard et al. 2017) whose stem keeps its resolution; ``zoo_*.py`` have the other
+families. Input is ``[B, 3, H, W]``, 8 to 64 pixels per side; the last map is a quarter of the input (ResNets) or a
+sixteenth of it (MobileNet), never less than 1x1.
 
 Why written here: a tap is a *module*, so every batch norm and every activation is one, called once per forward pass.
 Shortcuts that change shape are a 1x1 convolution with batch norm in the thin ResNets (He's option B, as the feature
@@ -26,31 +26,28 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
+from feedfast.models.zoo_fitnet import FitNet
+from feedfast.models.zoo_layers import ConvBnRelu, conv, initialize
+from feedfast.models.zoo_pyramid import PyramidNet
 
 __all__ = ["ZOO_NAMES", "CifarResNet", "MobileNetV1", "WideResNet", "build_zoo"]
 
-# What the error for an unknown name shows; any wrn-(6n+4)-k and resnet-(6n+2) can be built.
+# What the error for an unknown name shows; any wrn-(6n+4)-k, resnet-(6n+2) and pyramidnet-D-alpha can be built.
 ZOO_NAMES = (
     "wrn-16-1", "wrn-16-2", "wrn-16-4", "wrn-28-2", "wrn-28-4", "wrn-28-10", "wrn-40-1", "wrn-40-2",
     "resnet-20", "resnet-32", "resnet-44", "resnet-56", "resnet-110",
     "mobilenetv1",
+    "pyramidnet-110-84", "pyramidnet-110-270", "pyramidnet-164-270", "pyramidnet-200-240", "pyramidnet-272-200",
+    "resnet-50-p25", "resnet-50-p37.5", "resnet-50-p50",
+    "fitnet-1", "fitnet-2", "fitnet-3", "fitnet-4",
 )  # fmt: skip
+
+_PRUNED = {"resnet-50-p25": 0.25, "resnet-50-p37.5": 0.375, "resnet-50-p50": 0.5}  # shares of filters left out
 
 _DEPTH_LIMIT = 1202  # the deepest CIFAR ResNet published; a typing slip must not allocate the machine's memory
 _WIDTH_LIMIT = 64
-
-
-def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
-
-
-def _initialize(model: nn.Module) -> None:
-    """He initialization by fan-out (He et al. 2015) for convolutions; batch norms stay identity, the bias is zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+_ALPHA_LIMIT = 2048
+_BASIC_DEPTH = 110  # PyramidNets up to here are basic; the paper's deeper ones (164, 200, 236, 272) are bottlenecks
 
 
 class PreActBlock(nn.Module):
@@ -60,11 +57,11 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(c_in)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = _conv(c_in, c_out, 3, stride)
+        self.conv1 = conv(c_in, c_out, 3, stride)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = _conv(c_out, c_out, 3)
-        self.shortcut = _conv(c_in, c_out, 1, stride) if c_in != c_out else None
+        self.conv2 = conv(c_out, c_out, 3)
+        self.shortcut = conv(c_in, c_out, 1, stride) if c_in != c_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` → ``[B, C_out, H/stride, W/stride]``, not activated."""
@@ -89,7 +86,7 @@ class WideResNet(nn.Module):
         super().__init__()
         n = (depth - 4) // 6
         widths = [16, 16 * width, 32 * width, 64 * width]
-        self.conv1 = _conv(3, widths[0], 3)
+        self.conv1 = conv(3, widths[0], 3)
         self.block1 = self._stage(widths[0], widths[1], n, 1)
         self.block2 = self._stage(widths[1], widths[2], n, 2)
         self.block3 = self._stage(widths[2], widths[3], n, 2)
@@ -97,7 +94,7 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[3], num_classes)
-        _initialize(self)
+        initialize(self)
 
     @staticmethod
     def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
@@ -126,14 +123,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(c_in, c_out, 3, stride)
+        self.conv1 = conv(c_in, c_out, 3, stride)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = _conv(c_out, c_out, 3)
+        self.conv2 = conv(c_out, c_out, 3)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.relu2 = nn.ReLU(inplace=True)
         changes = stride != 1 or c_in != c_out
-        self.shortcut = nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out)) if changes else None
+        self.shortcut = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out)) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, H, W]`` → ``[B, C_out, H/stride, W/stride]``, activated."""
@@ -156,7 +153,7 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         n = (depth - 2) // 6
-        self.conv1 = _conv(3, 16, 3)
+        self.conv1 = conv(3, 16, 3)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = self._stage(16, 16, n, 1)
@@ -164,7 +161,7 @@ class CifarResNet(nn.Module):
         self.layer3 = self._stage(32, 64, n, 2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
-        _initialize(self)
+        initialize(self)
 
     @staticmethod
     def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
@@ -188,30 +185,15 @@ class CifarResNet(nn.Module):
         return logits
 
 
-class ConvBnRelu(nn.Module):
-    """3x3 convolution, batch norm, ReLU: the stem of MobileNetV1."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv(c_in, c_out, 3, stride)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu1 = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, C_in, H, W]`` → ``[B, C_out, H/stride, W/stride]``, activated."""
-        y: Tensor = self.relu1(self.bn1(self.conv1(x)))
-        return y
-
-
 class SeparableBlock(nn.Module):
     """Depth-wise 3x3 then point-wise 1x1 convolution, batch norm and ReLU after each (Howard et al. 2017, figure 3)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(c_in, c_in, 3, stride, groups=c_in)
+        self.conv1 = conv(c_in, c_in, 3, stride, groups=c_in)
         self.bn1 = nn.BatchNorm2d(c_in)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = _conv(c_in, c_out, 1)
+        self.conv2 = conv(c_in, c_out, 1)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.relu2 = nn.ReLU(inplace=True)
 
@@ -244,7 +226,7 @@ class MobileNetV1(nn.Module):
         self.features = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c_in, num_classes)
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images ``[B, 3, H, W]`` → logits ``[B, num_classes]``."""
@@ -256,7 +238,10 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
     """Build a zoo network with random weights from the global generator.
 
     Args:
-        name: ``wrn-D-K`` with D = 6n+4, ``resnet-D`` with D = 6n+2, or ``mobilenetv1``.
+        name: ``wrn-D-K`` with D = 6n+4, ``resnet-D`` with D = 6n+2, ``mobilenetv1``, or ``pyramidnet-D-A`` with
+            D = 6n+2 up to 110 (basic blocks), else 9n+2 (bottlenecks); ``pyramidnet-D-Ab``: bottlenecks at any depth;
+            ``resnet-50-p25``, ``-p37.5``, ``-p50`` (torchvision's with so many per cent of the filters left out);
+            ``fitnet-1`` to ``fitnet-4``.
         num_classes: at least 1.
 
     Raises:
@@ -281,6 +266,25 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
                 f"for the ImageNet networks write torchvision/resnet18, torchvision/resnet50, …"
             )
         return CifarResNet(depth, num_classes)
+    if name in _PRUNED:
+        # half a second of imports that the other families need not pay
+        from feedfast.models.zoo_pruned import PrunedResNet50
+
+        return PrunedResNet50(_PRUNED[name], num_classes)
+    if found := re.fullmatch(r"fitnet-([1-4])", name):
+        return FitNet(int(found[1]), num_classes)
+    if found := re.fullmatch(r"pyramidnet-(\d{1,6})-(\d{1,6})(b?)", name):
+        depth, alpha = int(found[1]), int(found[2])
+        bottleneck = bool(found[3]) or depth > _BASIC_DEPTH
+        kind, step = ("bottleneck", 9) if bottleneck else ("basic", 6)
+        if depth < step + 2 or depth % step != 2 or depth > _DEPTH_LIMIT:
+            raise RequestError(
+                f"model zoo/{name}: the depth of a PyramidNet of {kind} blocks is {step}n+2, found {depth} "
+                f"(blocks are basic up to depth {_BASIC_DEPTH} and bottlenecks above it or with a b at the end)"
+            )
+        if not 1 <= alpha <= _ALPHA_LIMIT:
+            raise RequestError(f"model zoo/{name}: a PyramidNet's alpha is 1 to {_ALPHA_LIMIT}, found {alpha}")
+        return PyramidNet(depth, alpha, bottleneck, num_classes)
     close = difflib.get_close_matches(name, ZOO_NAMES, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join('zoo/' + c for c in close)}?" if close else f"known: {', '.join(ZOO_NAMES)}"
     raise RequestError(f"model zoo/{name} is not known; {hint} (wrn-D-K takes D = 6n+4, resnet-D takes D = 6n+2)")

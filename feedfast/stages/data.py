@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from feedfast import recipe as recipes
@@ -11,9 +14,35 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which images are trained on: where they lie, and how many of each class are taken (see `open_dataset`)."""
+
+    train: tuple[str, ...]
+    limit: int = 0
+    fraction: float = 1.0
+
+    @classmethod
+    def of(cls, data: recipes.Data) -> Selection:
+        """The recipe's."""
+        return cls(data.train, data.limit, data.fraction)
+
+    def open(self, check: Literal["fast", "full"] = "fast") -> Dataset:
+        """The images, looked at.
+
+        Raises:
+            RequestError: as of `open_dataset`.
+        """
+        return open_dataset(self.train, limit=self.limit, fraction=self.fraction, check=check)
+
+
 def open_train(data: recipes.Data) -> Dataset:
-    """The training images, limited as the recipe says."""
-    return open_dataset(data.train, limit=data.limit, check=data.check)
+    """The training images, limited and thinned as the recipe says.
+
+    Raises:
+        RequestError: as of `open_dataset`.
+    """
+    return Selection.of(data).open(data.check)
 
 
 def open_val(data: recipes.Data, train: Dataset) -> Dataset | None:

@@ -15,11 +15,12 @@ from typing import Any
 
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import write_json
-from feedfast.recipe import Recipe
+from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
 
 RECIPE = "recipe.json"
-RESULTS = (CHECKPOINT, "student.pt", "metrics.jsonl", "result.json", "report.html")
+BRANCH = "branch.pt"
+RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html")
 
 
 def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
@@ -42,7 +43,7 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
             )
         return False
     try:
-        theirs = json.loads(held.read_bytes())
+        theirs = _with_defaults(json.loads(held.read_bytes()))
     except (OSError, ValueError) as error:
         raise FeedfastError(f"{held}: cannot be read ({error}); overwrite=true starts afresh") from error
     differing = differences(theirs, comparable(recipe))
@@ -50,6 +51,14 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
         lines = "".join(f"\n  {name}: there {there!r}, here {here!r}" for name, there, here in differing)
         raise RequestError(f"{key}: {out} holds another run; expected the same recipe or overwrite=true, found{lines}")
     return (out / CHECKPOINT).is_file()
+
+
+def _with_defaults(tree: Any) -> Any:
+    """An older recipe.json with the keys that have come since: a run of yesterday's version can be continued."""
+    try:
+        return comparable(parse_recipe(tree))
+    except FeedfastError:  # of a version whose keys are no longer known: compared as it is
+        return tree
 
 
 def start_run_dir(out: Path, recipe: Recipe) -> None:

@@ -30,6 +30,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
 from feedfast.models.build import build_model, weights_sha256
+from feedfast.stages.data import Selection
 
 PACKAGES = (
     "feedfast",
@@ -54,15 +55,15 @@ def library_versions() -> dict[str, str | int | float | bool | None]:
     return found
 
 
-def dataset_info(train: Sequence[str], limit: int, data: Dataset) -> DatasetInfo:
-    """The data as a manifest names them; ``source`` keeps paths and limit: a cache can then be streamed by itself."""
-    paths = [str(Path(path).resolve()) for path in train]
+def dataset_info(chosen: Selection, data: Dataset) -> DatasetInfo:
+    """The data as a manifest names them; ``source`` keeps the selection: a cache can then be streamed by itself."""
+    paths = [str(Path(path).resolve()) for path in chosen.train]
     return DatasetInfo(
         kind=data.kind,
         count=len(data),
         fingerprint=data.fingerprint(),
         classes=data.classes,
-        source=json.dumps({"train": paths, "limit": limit}),
+        source=json.dumps({"train": paths, "limit": chosen.limit, "fraction": chosen.fraction}),
         id_space=int(data.ids[-1]) + 1,
     )
 

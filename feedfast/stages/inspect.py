@@ -18,7 +18,6 @@ import torch
 
 from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
-from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.files import write_text
@@ -122,8 +121,7 @@ def _pictures(reader: CacheReader) -> str:
             maps.append((f"{teacher}/{tap}", values.mean(1).numpy()))
     images: np.ndarray | None = None
     try:
-        train, limit = source_of(reader)
-        loader = Loader(open_dataset(train, limit=limit), plan_of(reader), batch_size=len(rows))
+        loader = Loader(source_of(reader).open(), plan_of(reader), batch_size=len(rows))
         images = next(iter(loader.stream(0, rows))).images.numpy()
         loader.close()
     except FeedfastError as error:

@@ -42,7 +42,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
-from feedfast.stages.data import open_train, pixel_loader, view_plan
+from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
@@ -172,7 +172,7 @@ class OfflineRun:
                 probe=self.probes.get(name, {}),
             )
         return Manifest(
-            dataset=dataset_info(recipe.data.train, recipe.data.limit, self.data),
+            dataset=dataset_info(Selection.of(recipe.data), self.data),
             plan=plan_info(self._mixing_plan(held)),
             decoder=decoder_info(self.loader.describe()),
             images=recipe.cache.images,

@@ -12,6 +12,7 @@ Batches are those of `feedfast train`: the same source makes them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ class OpenedCache:
         """Validation images as batches without targets, resized and cropped as torchvision evaluates; re-iterable.
 
         Args:
-            images: a folder, CIFAR file(s) or .npz, with the classes of the training images.
+            images: a folder, CIFAR file(s), .npz or MNIST's file of images, with the classes of the training images.
             batch_size: rows per batch.
             device: where tensors are put.
             normalize: as of `stream`.
@@ -251,9 +252,11 @@ def open_cache(
         CacheDamageError: the cache is incomplete or damaged.
     """
     reader = CacheReader(path, threads=threads)
-    train, limit = source_of(reader)
-    found = open_dataset(data or train, limit=limit)
-    expected = reader.manifest.model_copy(update={"dataset": dataset_info(train, limit, found)})
+    chosen = source_of(reader)
+    if data:
+        chosen = replace(chosen, train=(data,) if isinstance(data, str) else tuple(data))
+    found = chosen.open()
+    expected = reader.manifest.model_copy(update={"dataset": dataset_info(chosen, found)})
     refuse_differences(reader.path, expected, reader.manifest)
     reader.require([*names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))
     cache = OpenedCache(reader, found)

@@ -28,6 +28,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.stages.data import Selection
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
@@ -215,16 +216,18 @@ def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:
     return float(live @ stored) / norm if norm else float(torch.equal(live, stored))
 
 
-def source_of(reader: CacheReader) -> tuple[list[str], int]:
-    """Where a cache's images were, and how many of each class were taken (0 = all).
+def source_of(reader: CacheReader) -> Selection:
+    """Where a cache's images were, and which of them were taken.
 
     Raises:
         RequestError: the manifest does not say.
     """
     try:
         source = json.loads(reader.manifest.dataset.source)
-        return [str(path) for path in source["train"]], int(source["limit"])
-    except (ValueError, KeyError, TypeError):
+        # caches made before there were fractions do not name one
+        fraction = float(source.get("fraction", 1.0))
+        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
 
 

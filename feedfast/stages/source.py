@@ -34,7 +34,7 @@ from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo, Targets
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
-from feedfast.stages.data import pixel_loader
+from feedfast.stages.data import Selection, pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info, refuse_other_recipe
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
@@ -128,6 +128,13 @@ class Live(Plain):
         super().__init__(data, plan, device, views=views, threads=threads)
         self.teachers, self.taps = teachers, taps
         self.classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
+        # As a cache of these teachers holds them: OFD floors at the margin itself, other methods read maps as they are.
+        self._floors: dict[tuple[str, str], Tensor] = {}
+        for name, infos in taps.items():
+            for tap in infos:
+                floor = None if tap == LOGITS else teachers[name].transform(tap).floor(device)
+                if floor is not None:
+                    self._floors[name, tap] = floor
 
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`."""
@@ -140,6 +147,9 @@ class Live(Plain):
         for name, infos in self.taps.items():
             maps = self.teachers[name](images)
             out[name] = {tap: maps[tap] for tap in infos}
+            for tap in infos:
+                if (floor := self._floors.get((name, tap))) is not None:
+                    out[name][tap] = torch.maximum(maps[tap], floor.view(1, -1, *[1] * (maps[tap].dim() - 2)))
         return out
 
 
@@ -283,7 +293,7 @@ def _open_cached(
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
-    dataset = dataset_info(recipe.data.train, recipe.data.limit, data)
+    dataset = dataset_info(Selection.of(recipe.data), data)
     refuse_other_recipe(reader, dataset, plan, recipe.data, recipe.teachers)
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:

@@ -36,7 +36,7 @@ from feedfast.report.run import EventLog, write_report
 from feedfast.stages.checkpoint import load_checkpoint
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.evaluate import BATCH, evaluate
-from feedfast.stages.folder import check_run_dir, start_run_dir
+from feedfast.stages.folder import BRANCH, check_run_dir, start_run_dir
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule
@@ -62,7 +62,8 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     Returns:
         The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``,
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
-        ``model``, ``parameters`` (of the bare student), ``out``.
+        ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
+        best branch is saved as a plain network, ``branch.pt``.
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.
@@ -74,6 +75,13 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
         torch.set_num_threads(recipe.train.threads)
     with me.process_group(pick_device(recipe.train.device, me.local)):
         return StudentRun(recipe, me).run()
+
+
+def _save_network(network: nn.Module, path: Path) -> None:
+    """Its state_dict, for plain torch."""
+    buffer = io.BytesIO()
+    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, buffer)
+    replace_file(path, [buffer.getbuffer()])
 
 
 class StudentRun:
@@ -175,8 +183,6 @@ class StudentRun:
             start_run_dir(self.out, self.recipe)
         if self.resumed:
             step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer)
-        if step == 0:
-            self._prepare()
         stop = min(loop.total, train.max_steps) if train.max_steps else loop.total
         log.info(
             "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
@@ -191,6 +197,8 @@ class StudentRun:
             self.device,
             f", resumed at step {step}" if step else "",
         )
+        if step == 0:
+            self._prepare()
         events = EventLog(self.out, step) if self.me.first else None
         try:
             with Meter("train", (stop - step) * train.batch) as meter:
@@ -201,11 +209,12 @@ class StudentRun:
                     loop.checkpoint(step)
                 if accuracy is None:
                     accuracy = self.evaluate()
+                branches = self._branches()
         finally:
             self.close()
             if events is not None:
                 events.close()
-        return self._finish(step, accuracy, events)
+        return self._finish(step, accuracy, branches, events)
 
     def _prepare(self) -> None:
         """Let the methods learn from targets what they must know before the first step, and tell all ranks."""
@@ -229,11 +238,24 @@ class StudentRun:
 
     def evaluate(self) -> float | None:
         """Top-1 accuracy of the bare student on ``data.val``, the same on every rank; None without it."""
+        return self._accuracy(self.trainer.student)
+
+    def _branches(self) -> list[tuple[nn.Module, float | None]]:
+        """The plain networks a student of branches is made of, with their accuracies; empty for a single one."""
+        student, asked = self.trainer.student, self.recipe.student
+        if not isinstance(student, Branched):
+            return []
+        found = []
+        for number in range(len(student.branches)):
+            branch = build_model(asked.model, num_classes=self._num_classes(), seed=0)
+            branch.load_state_dict(student.branch_state(number))
+            found.append((branch, self._accuracy(branch.to(self.device))))
+        return found
+
+    def _accuracy(self, student: nn.Module) -> float | None:
         if self.val is None:
             return None
-        found = evaluate(
-            self.trainer.student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast
-        )
+        found = evaluate(student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast)
         return found["accuracy"]
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> float | None:
@@ -246,7 +268,13 @@ class StudentRun:
             events.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
         return accuracy
 
-    def _finish(self, step: int, accuracy: float | None, events: EventLog | None) -> dict[str, Any]:
+    def _finish(
+        self,
+        step: int,
+        accuracy: float | None,
+        branches: list[tuple[nn.Module, float | None]],
+        events: EventLog | None,
+    ) -> dict[str, Any]:
         held, timing = self.out / "result.json", self.loop.timing
         earlier: dict[str, Any] = {}
         if held.is_file() and not timing.steps:
@@ -268,10 +296,12 @@ class StudentRun:
         }
         timed = ("images_per_second", "data_wait_fraction", "step_ms", "seconds")
         result.update({key: earlier[key] for key in timed if key in earlier})
+        if branches:
+            result["branch_accuracy"] = [found for _, found in branches]
         if self.me.first:
-            buffer = io.BytesIO()
-            torch.save({name: value.cpu() for name, value in self.trainer.student.state_dict().items()}, buffer)
-            replace_file(self.out / "student.pt", [buffer.getbuffer()])
+            _save_network(self.trainer.student, self.out / "student.pt")
+            if branches:
+                _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
             write_json(held, result)
             write_report(self.out, result, self.recipe.model_dump(mode="json"))
         return result

@@ -17,9 +17,9 @@ from feedfast.cache import names
 from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.verify import verify_cache
-from feedfast.data.dataset import open_dataset
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
+from feedfast.stages.data import Selection
 from feedfast.stages.ensemble import FrozenTeacher, teacher_from_manifest
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, recompute_teachers, replay_pixels, source_of
@@ -64,10 +64,10 @@ def run_verify(
     replayed = 0
     cosine: dict[str, float] = {}
     if (replay or teachers_percent) and not problems:
-        train, limit = source_of(reader) if recipe is None else (recipe.data.train, recipe.data.limit)
-        data = open_dataset(train, limit=limit)
+        chosen = source_of(reader) if recipe is None else Selection.of(recipe.data)
+        data = chosen.open()
         plan = plan_of(reader)
-        expected = {"dataset": dataset_info(train, limit, data), "num_rows": len(data)}
+        expected = {"dataset": dataset_info(chosen, data), "num_rows": len(data)}
         try:
             refuse_differences(reader.path, reader.manifest.model_copy(update=expected), reader.manifest)
             check_views(reader, data, plan, reader.manifest.views)

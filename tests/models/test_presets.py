@@ -22,6 +22,12 @@ TABLE = [
     ("zoo/wrn-28-4", 32, [(64, 32), (128, 16), (256, 8)], 256),
     ("zoo/resnet-20", 32, [(16, 32), (32, 16), (64, 8)], 64),
     ("zoo/mobilenetv1", 32, [(128, 16), (256, 8), (512, 4), (1024, 2)], 1024),
+    ("zoo/pyramidnet-20-24", 32, [(24, 32), (32, 16), (40, 8)], 40),
+    ("zoo/pyramidnet-29-24b", 32, [(27, 32), (35, 16), (160, 8)], 160),
+    ("zoo/fitnet-1", 32, [(16, 32), (32, 16), (64, 8)], 64),
+    ("zoo/fitnet-4", 28, [(48, 28), (80, 14), (128, 7)], 128),
+    ("zoo/resnet-50-p25", 64, [(192, 16), (384, 8), (768, 4), (1536, 2)], 1536),
+    ("zoo/resnet-50-p37.5", 64, [(160, 16), (320, 8), (640, 4), (1280, 2)], 1280),
     ("torchvision/resnet18", 64, [(64, 16), (128, 8), (256, 4), (512, 2)], 512),
     ("torchvision/resnet50", 64, [(256, 16), (512, 8), (1024, 4), (2048, 2)], 2048),
     ("torchvision/resnext50_32x4d", 64, [(256, 16), (512, 8), (1024, 4), (2048, 2)], 2048),
@@ -93,7 +99,7 @@ def test_stages_are_the_overhauls_after_their_activation(name: str, size: int, s
         _, maps = tapped(x)
     for number, _ in enumerate(stages, start=1):
         found = maps[f"stage{number}"]
-        if name in LINEAR:
+        if name in LINEAR or (name == "zoo/pyramidnet-20-24" and number < 3):
             assert (found < 0).any(), "a linear bottleneck is not activated"
         else:
             assert torch.equal(found, maps[f"ofd{number}"].relu())
@@ -115,6 +121,19 @@ def ends_by_hand(name: str, x: Tensor) -> list[Tensor]:
         one = net.block1(net.conv1(x))
         two = net.block2(one)
         return [net.block2[0].bn1(one).relu(), net.block3[0].bn1(two).relu(), net.bn(net.block3(two)).relu()]
+    if name.startswith("zoo/pyramid"):
+        one = net.layer1(net.bn1(net.conv1(x)))
+        two = net.layer2(one)
+        starts = [(net.layer2[0], one), (net.layer3[0], two)]
+        if name.endswith("b"):
+            ends = [block.bn2(block.conv1(block.bn1(y))).relu() for block, y in starts]
+        else:
+            ends = [block.bn1(y) for block, y in starts]
+        return [*ends, net.bn_final(net.layer3(two)).relu()]
+    if name.startswith("zoo/fitnet"):
+        one = net.layer1(x)
+        two = net.layer2(F.max_pool2d(one, 2))
+        return [one, two, net.layer3(F.max_pool2d(two, 2))]
     y = net.relu(net.bn1(net.conv1(x)))
     y = net.maxpool(y) if hasattr(net, "maxpool") else y
     ends = []
@@ -151,8 +170,9 @@ def test_stages_of_timms_networks_are_its_features(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["zoo/wrn-16-2", "zoo/mobilenetv1", "torchvision/vgg11_bn", "torchvision/mobilenet_v2", "timm/vgg11_bn"]
-)
+    "name", ["zoo/wrn-16-2", "zoo/mobilenetv1", "zoo/pyramidnet-20-24", "zoo/pyramidnet-29-24b",
+             "zoo/fitnet-2", "torchvision/vgg11_bn", "torchvision/mobilenet_v2", "timm/vgg11_bn"]
+)  # fmt: skip
 def test_the_batch_norm_of_a_preset_is_the_one_that_made_the_map(name: str) -> None:
     """With batch statistics a norm's output has mean beta and deviation |gamma|, whatever came before it."""
     model = build(name)
@@ -160,7 +180,7 @@ def test_the_batch_norm_of_a_preset_is_the_one_that_made_the_map(name: str) -> N
     taps = preset_taps(model, "ofd")
     _, maps = Tapped(model.train(), taps, x)(x)
     for tap in taps:
-        if tap.position == "post":
+        if tap.position == "post" and tap.path != tap.bn:
             continue  # a residual sum
         gamma, beta = bn_parameters(model, tap) or (torch.zeros(1), torch.zeros(1))
         found = maps[tap.name].detach()
@@ -169,7 +189,14 @@ def test_the_batch_norm_of_a_preset_is_the_one_that_made_the_map(name: str) -> N
 
 
 def test_final_is_what_the_classifier_pools() -> None:
-    for name in ("zoo/wrn-16-2", "zoo/resnet-20", "zoo/mobilenetv1", "torchvision/resnet18"):
+    for name in (
+        "zoo/wrn-16-2",
+        "zoo/resnet-20",
+        "zoo/mobilenetv1",
+        "zoo/pyramidnet-29-24b",
+        "zoo/resnet-50-p50",
+        "torchvision/resnet18",
+    ):
         model = build(name).eval()
         x = torch.randn(2, 3, 64, 64)
         logits, maps = Tapped(model, preset_taps(model, "final"), x)(x)

@@ -23,7 +23,9 @@ from feedfast.data.loader import Loader
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.stages.ensemble import teacher_from_recipe
 from feedfast.stages.offline import run_cache
+from feedfast.stages.open_cache import open_cache
 from feedfast.stages.proof import plan_of, stored_values
+from feedfast.stages.student import run_train
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
 
@@ -190,6 +192,7 @@ def test_refusals_name_what_differs(tmp_path: Path) -> None:
     for override, words in {
         "seed=5": ["plan.seed", "5", "0"],
         "data.limit=10": ["dataset", "count"],
+        "data.fraction=0.5": ["dataset", "count", "100", "200"],
         "data.augment=none": ["plan.augment"],
         "cache.batch=16": ["batch_rows", "16", "32"],
         "teachers.0.bn=batch": ["teachers.a.bn"],
@@ -202,6 +205,29 @@ def test_refusals_name_what_differs(tmp_path: Path) -> None:
     write_teacher(tmp_path / "a.pt", seed=99)
     with pytest.raises(CacheMismatchError, match="weights_sha256"):
         run_cache(recipe)
+
+
+def test_a_cache_of_a_fraction_is_verified_opened_and_trained_from_as_such(tmp_path: Path) -> None:
+    """Everything that opens the images again takes the fraction from the manifest, or refuses another one."""
+    recipe = digits_recipe(tmp_path, teachers=1, data={"fraction": 0.5}, train={"epochs": 1})
+    assert run_cache(recipe)["rows_written"] == 200
+    taken = open_dataset(recipe.data.train, limit=20, fraction=0.5)
+    assert np.bincount(taken.labels).tolist() == [10] * 10
+    reader = CacheReader(recipe.cache.path)
+    assert sorted(reader.read_array("views/order", 0).tolist()) == taken.ids.tolist()
+    for given in (None, recipe):
+        result = run_verify(recipe.cache.path, recipe=given, replay=2)
+        assert result["ok"]
+        assert result["replayed"] > 0
+    rows = [ids for batch in open_cache(recipe.cache.path).stream(batch_size=10) for ids in batch.ids.tolist()]
+    assert sorted(rows) == taken.ids.tolist()
+    assert run_train(recipe)["steps"] == 3  # whole batches of 32 in 100 samples
+    # as many samples, but others
+    other = digits_recipe(tmp_path, teachers=1, data={"limit": 10})
+    with pytest.raises(CacheMismatchError, match=r"dataset\.fingerprint\.ids_sha256"):
+        run_cache(other)
+    with pytest.raises(CacheMismatchError, match=r"dataset"):
+        run_train(digits_recipe(tmp_path, teachers=1, data={"fraction": 0.25}, train={"out": str(tmp_path / "other")}))
 
 
 def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
