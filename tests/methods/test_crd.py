@@ -16,10 +16,13 @@ from feedfast.errors import RequestError
 from feedfast.methods import CRD, StudentOutput, TapInfo, Targets
 from feedfast.methods.crd import Contrast, Negatives
 from feedfast.models.build import build_model
+from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.checkpoint import CHECKPOINT
+from feedfast.stages.loop import seed_step
 from feedfast.stages.offline import run_cache
-from feedfast.stages.student import run_train
+from feedfast.stages.student import StudentRun, run_train
+from feedfast.stages.worker import Worker
 
 IDS = torch.tensor([2, 3, 5, 8, 13, 21, 34, 55, 89])
 LABELS = torch.tensor([1, 0, 1, -1, 2, 0, 1, -1, 1])
@@ -175,16 +178,22 @@ def test_what_cannot_be_contrasted_is_refused(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("crd")
-    run_cache(digits_recipe(folder, cache={"codec": "f32"}))
+    for codec in ("f32", "u8"):
+        run_cache(recipe_for(folder, folder / "unused", codec))
     return folder
 
 
-def train(world: Path, out: Path, **options: Any) -> list[float]:
-    method = {"name": "crd", "width": 16, "negatives": 64}
-    recipe = digits_recipe(
-        world, cache={"codec": "f32"}, method=method, train={"out": str(out), "eval_every": 0, **options}
+def recipe_for(world: Path, out: Path, codec: str, **options: Any) -> Recipe:
+    return digits_recipe(
+        world,
+        cache={"codec": codec, "path": str(world / f"{codec}.zarr")},
+        method={"name": "crd", "width": 16, "negatives": 64},
+        train={"out": str(out), "eval_every": 0, **options},
     )
-    run_train(recipe)
+
+
+def train(world: Path, out: Path, **options: Any) -> list[float]:
+    run_train(recipe_for(world, out, "f32", **options))
     return [row["contrast"] for row in read_metrics(out / "metrics.jsonl") if "contrast" in row]
 
 
@@ -201,6 +210,25 @@ def test_cached_live_and_resumed_runs_are_one(world: Path, tmp_path: Path) -> No
     kept = torch.load(tmp_path / "cache" / CHECKPOINT, weights_only=True)["method"]
     assert kept["0.contrasts.1.student_memory"].shape == (200, 16)
     assert not any("negatives" in name for name in kept)
+
+
+def test_u8_loss_and_gradient(world: Path, tmp_path: Path) -> None:
+    """A u8 cache changes the loss by less than 0.5 % and turns the gradient by less than acos(0.999)."""
+    losses, gradients = [], []
+    for source in ("cache", "live"):
+        run = StudentRun(recipe_for(world, tmp_path / source, "u8", source=source), Worker.from_env())
+        batch = next(iter(run.loop.batches(0)))
+        seed_step(run.device, 0, 0, 0)
+        loss = run.trainer.trainee(batch.images, batch.targets, batch.annotations, 0.5, batch.ids)["loss"]
+        loss.backward()
+        run.close()
+        losses.append(loss.item())
+        found = [p.grad.double().flatten() for p in run.trainer.trainee.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+    ours, theirs = gradients
+    assert ours @ theirs / (ours.norm() * theirs.norm()) >= 0.999
+    assert not torch.equal(ours, theirs), "codes were compared with themselves"
 
 
 def test_it_learns_to_tell_samples_apart(world: Path, tmp_path: Path) -> None:
