@@ -335,7 +335,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
 
 
 def describe_differences(rows: list[Difference], *, limit: int = 20) -> str:
-    """A two-column table, expected and found, one key a line; long values are shortened."""
+    """A two-column table, expected and found, one key per line; long values are shortened."""
 
     def short(value: Any) -> str:
         text = "—" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
