@@ -125,6 +125,14 @@ def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a paraphraser per teacher over the cache's final maps and add its factors as the tap `factor` (ft)."""
+    from feedfast.stages.factors import run_factors
+
+    _print(run_factors(_read(recipe, overrides)))
+
+
+@app.command()
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,

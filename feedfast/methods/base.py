@@ -112,6 +112,11 @@ class Method(nn.Module):
             labels: int64 [n], -1 = unlabeled.
         """
 
+    @classmethod
+    def needed(cls, options: Any) -> tuple[str, ...]:
+        """What it reads with these options; ``needs`` unless they change it. A cache is made for ``needs``."""
+        return cls.needs
+
     def prepare(self, passes: Passes) -> None:
         """Learn what must be known before the first step, from targets alone; once per run, not when it resumes.
 

@@ -65,12 +65,12 @@ def method_entries(methods: Sequence[MethodEntry]) -> tuple[Entry, ...]:
 
 def needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Selectors of the taps that any of the methods reads."""
-    return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needs))
+    return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needed(entry.options)))
 
 
 def student_needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Selectors of the student's taps that any of the methods reads."""
-    needs = (entry.kind.student_needs or entry.kind.needs for entry in entries)
+    needs = (entry.kind.student_needs or entry.kind.needed(entry.options) for entry in entries)
     return tuple(dict.fromkeys(need for some in needs for need in some))
 
 
