@@ -38,6 +38,7 @@ from feedfast.stages.progress import Meter
 from feedfast.stages.proof import decode_rows
 from feedfast.stages.record import encode_rows
 from feedfast.stages.trainee import method_entries
+from feedfast.stages.worker import pick_device
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class _Factors:
 
     def __post_init__(self) -> None:
         self.reader = CacheReader(self.path, threads=self.recipe.cache.threads)
+        self.device = pick_device(self.recipe.train.device)
         self.source = self.reader.manifest.teachers[self.teacher].taps[TAP]
 
     def write(self) -> int:
@@ -112,7 +114,8 @@ class _Factors:
         if held is not None and not self.reader.missing([weights_array]):
             # read as checked bytes: nothing in a cache is ever unpickled
             vector_to_parameters(
-                torch.from_numpy(self.reader.read_array(weights_array).copy()), paraphraser.encoder.parameters()
+                torch.from_numpy(self.reader.read_array(weights_array).copy()).to(self.device),
+                paraphraser.encoder.parameters(),
             )
         else:
             self._train(paraphraser)
@@ -130,7 +133,7 @@ class _Factors:
         with CacheWriter(self.path, merged, workers=self.recipe.cache.threads) as writer:
             writer.put(weights_array, _flat(paraphraser))
             writer.put(names.scale(self.teacher, FACTOR), scale)
-            offset, step = torch.from_numpy(scale.copy())
+            offset, step = torch.from_numpy(scale.copy()).to(self.device)
             work = list(writer.pending([codes]).batches(size))
             with Meter(f"factors of {self.teacher}", sum(len(rows) for _, rows in work)) as meter:
                 for view, rows in work:
@@ -146,12 +149,12 @@ class _Factors:
     def _paraphraser(self) -> Paraphraser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            return Paraphraser(self.source.channels, self.options.rate)
+            return Paraphraser(self.source.channels, self.options.rate).to(self.device)
 
     def _maps(self, view: int, rows: np.ndarray, size: int) -> Iterator[Tensor]:
         array = names.codes(self.teacher, TAP)
         for item in self.reader.stream([array], view, rows, size):
-            yield decode_rows(self.reader, self.teacher, TAP, torch.from_numpy(item[array].copy()))
+            yield decode_rows(self.reader, self.teacher, TAP, torch.from_numpy(item[array].copy())).to(self.device)
 
     def _train(self, paraphraser: Paraphraser) -> None:
         manifest, options = self.reader.manifest, self.options
@@ -181,7 +184,7 @@ class _Factors:
             batches = -(-len(rows) // size)
             values = []
             for maps in self._maps(0, rows, size):
-                factors = _factors(paraphraser, maps)
+                factors = _factors(paraphraser, maps).cpu()
                 if not torch.isfinite(factors).all():
                     raise FeedfastError(f"teacher {self.teacher!r}: expected finite factors, found NaN or infinity")
                 first = factors[: manifest.plan.granule] if first is None else first
