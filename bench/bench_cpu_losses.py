@@ -1,7 +1,7 @@
 """How far are the eager CPU paths from the best of `torch.compile`?
 
 Forward and backward with u8 codes (and a margin where there is one), for an upstream gradient of 1 as `loss.backward()`
-gives it, in nanoseconds an element. Eager and compiled alternate in one process and the least of all rounds counts,
+gives it, in nanoseconds per element. Eager and compiled alternate in one process and the least of all rounds counts,
 because other work on a machine only ever adds. Results are compared with each other first. The compiled form is the
 public function's own: while it is traced it shows the compiler its plain formulas.
 

@@ -29,6 +29,9 @@ app = typer.Typer(
     help="Distil from an ensemble of teachers: run them once, then train students from what they said.",
 )
 
+analyze = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into trained networks.")
+app.add_typer(analyze, name="analyze")
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recipe")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")
@@ -122,6 +125,14 @@ def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train a paraphraser per teacher over the cache's final maps and add its factors as the tap `factor` (ft)."""
+    from feedfast.stages.factors import run_factors
+
+    _print(run_factors(_read(recipe, overrides)))
+
+
+@app.command()
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
@@ -188,6 +199,22 @@ def recipes(
     from feedfast.stages.catalog import run_recipes
 
     _print(run_recipes(name, out))
+
+
+@analyze.command()
+def reconstruction(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of `feedfast train`: train.out")],
+    rate: Annotated[float, typer.Option(help="channels of the factors per channel of the map")] = 0.5,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="of the paraphrasers' start and of the views")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="training images per epoch; 0 = all")] = 0,
+    lr: Annotated[float, typer.Option(help="of the paraphrasers' SGD")] = 0.1,
+    out: Annotated[Path, typer.Option(help="folder for reconstruction.html and .json")] = Path("runs/reconstruction"),
+) -> None:
+    """FEED's analysis: how well a paraphraser of each network's own final maps rebuilds them. A report, no verdict."""
+    from feedfast.stages.analyze import Setting, run_reconstruction
+
+    _print(run_reconstruction(runs, out, Setting(rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr)))
 
 
 def main() -> None:

@@ -58,8 +58,8 @@ class Data(_Section):
         gt=0,
         le=1,
         description="share of each class that is trained on (at least one sample); the same fraction always takes the "
-        "same samples, a smaller one some of them. An epoch is a pass over what is left: for as many steps as with all "
-        "samples, divide `train.epochs` by it",
+        "same samples, a smaller one some of them. An epoch is a pass over what is left; "
+        "`train.steps` makes runs on different fractions equally long",
     )
     mean: Triple | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
@@ -164,6 +164,9 @@ class Train(_Section):
         None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; none = the recipe's seed"
     )
     epochs: int = Field(30, ge=1, description="passes over the data; each uses the next view")
+    steps: int = Field(
+        0, ge=0, description="length of the run in steps instead of epochs, e.g. the same for every data.fraction"
+    )
     max_steps: int = Field(0, ge=0, description="stop after this many steps; 0 = by epochs alone")
     batch: int = Field(128, ge=1, description="global batch, over all ranks")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="for the student and the methods' adapters")

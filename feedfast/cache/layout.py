@@ -261,6 +261,15 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
                 ("offset-step", "channel"),
                 per_view=False,
             )
+            if tap.factor is not None:
+                small(
+                    names.weights(teacher.name, tap.name),
+                    (tap.factor.num_weights,),
+                    "<f4",
+                    math.nan,
+                    ("weight",),
+                    per_view=False,
+                )
             sharded(names.codes(teacher.name, tap.name), (*tap.shape[1:], channels), dtype, tap.compression)
     if manifest.images == "stored":
         side = manifest.plan.size

@@ -3,6 +3,7 @@
 views/order · views/window · views/flip     what each row of a view shows
 samples/label · samples/content             what is known of each sample
 targets/TEACHER/TAP/codes · .../scale       stored maps, and what turns them into values; logits are a tap
+targets/TEACHER/TAP/weights                 of a factor tap: the encoder that made it from another tap's stored values
 pixels/sums                                 a checksum of each row's decoded image, as the teachers saw it
 pixels/codes                                the decoded images themselves, where they are stored
 """
@@ -23,7 +24,7 @@ LOGITS: Final = "logits"
 
 
 class TargetName(NamedTuple):
-    """``targets/TEACHER/TAP/PART``; ``part`` is ``codes`` or ``scale``."""
+    """``targets/TEACHER/TAP/PART``; ``part`` is ``codes``, ``scale`` or ``weights``."""
 
     teacher: str
     tap: str
@@ -38,6 +39,11 @@ def codes(teacher: str, tap: str) -> str:
 def scale(teacher: str, tap: str) -> str:
     """Offset and step per channel of a tap."""
     return f"targets/{teacher}/{tap}/scale"
+
+
+def weights(teacher: str, tap: str) -> str:
+    """The encoder's weights of a factor tap, one after the other."""
+    return f"targets/{teacher}/{tap}/weights"
 
 
 def parse(array: str) -> TargetName | None:

@@ -32,6 +32,7 @@ MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below w
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
 MAX_VIEWS: Final = 65535
 MAX_CHANNELS: Final = 1 << 20
+MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
 Compression = Literal["zstd", "none"]
@@ -97,6 +98,19 @@ class DecoderInfo(_Part):
     versions: dict[str, Scalar] = {}
 
 
+class FactorInfo(_Part):
+    """Where a factor tap is from: an encoder applied to the stored values of another tap of the same teacher.
+
+    ``weights_sha256`` is of the encoder's ``num_weights`` float32 values, which the cache holds; ``rate`` is channels
+    of the factors per channel of the source.
+    """
+
+    source: Name
+    rate: float = Field(gt=0, le=4)
+    num_weights: int = Field(ge=1, le=MAX_WEIGHTS)
+    weights_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class TapInfo(_Part):
     """One stored feature map.
 
@@ -109,7 +123,8 @@ class TapInfo(_Part):
     path: str = Field(max_length=512)
     position: Literal["pre", "post"]
     shape: tuple[int, ...] = Field(min_length=1, max_length=3)
-    transform: Literal["none", "margin"] = "none"
+    transform: Literal["none", "margin", "factor"] = "none"
+    factor: FactorInfo | None = None
     margin: tuple[float, ...] | None = Field(None, max_length=MAX_CHANNELS)
     codec: CodecName = "u8"
     compression: Compression = "none"
@@ -143,6 +158,8 @@ class TapInfo(_Part):
             raise ValueError(f"expected {self.channels} margins, found {len(self.margin)}")
         if self.transform == "margin" and self.margin is None:
             raise ValueError(f'transform "margin" needs {self.channels} margins, found none')
+        if (self.transform == "factor") != (self.factor is not None):
+            raise ValueError('transform "factor" and the entry "factor" belong together, found one of them')
         if self.name == "zarr.json":
             raise ValueError("a tap cannot be called 'zarr.json'")
         if self.name == names.LOGITS and (len(self.shape) != 1 or self.codec not in ("f16", "f32")):
@@ -182,6 +199,12 @@ class TeacherInfo(_Part):
         wrong = [key for key, tap in self.taps.items() if key != tap.name]
         if wrong:
             raise ValueError(f"taps {wrong} are filed under another name than their own")
+        for tap in self.taps.values():
+            source = None if tap.factor is None else self.taps.get(tap.factor.source)
+            if tap.factor is not None and (
+                source is None or source.factor is not None or source.shape[1:] != tap.shape[1:] or len(tap.shape) != 3
+            ):
+                raise ValueError(f"tap {tap.name!r} holds factors of {tap.factor.source!r}, found no such map")
         if self.name == "zarr.json":
             raise ValueError("a teacher cannot be called 'zarr.json'")
         return self
@@ -282,8 +305,16 @@ class Manifest(_Part):
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
         basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "probe"})
-        basis["tap"] = teacher.taps[target.tap].model_dump(mode="json", exclude={"fit", "error"})
+        tap = teacher.taps[target.tap]
+        basis["tap"] = _identity(tap)
+        if tap.factor is not None:
+            basis["source"] = _identity(teacher.taps[tap.factor.source])
         return basis
+
+
+def _identity(tap: TapInfo) -> dict[str, Any]:
+    """A tap without what was measured; without the key ``factor``, too, where caches of yesterday have none."""
+    return tap.model_dump(mode="json", exclude={"fit", "error"} | (set() if tap.factor else {"factor"}))
 
 
 def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -> list[Difference]:
@@ -335,7 +366,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
 
 
 def describe_differences(rows: list[Difference], *, limit: int = 20) -> str:
-    """A two-column table, expected and found, one key a line; long values are shortened."""
+    """A two-column table, expected and found, one key per line; long values are shortened."""
 
     def short(value: Any) -> str:
         text = "—" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

@@ -17,7 +17,7 @@ from feedfast.cache.schema import TapInfo
 
 @dataclass(frozen=True)
 class Transform:
-    """A tap's transform.
+    """A tap's transform, elementwise; a factor tap's values are already factors, and nothing more happens to them.
 
     Attributes:
         kind: ``"none"``, or ``"margin"``: values below OFD's margin become the margin, which its loss does anyway.
@@ -41,4 +41,4 @@ class Transform:
 
 def transform_of(info: TapInfo) -> Transform:
     """The transform of a stored tap."""
-    return Transform(info.transform, info.margin)
+    return Transform() if info.transform == "factor" else Transform(info.transform, info.margin)

@@ -9,6 +9,8 @@ from feedfast.errors import RequestError
 from feedfast.methods.ab import ActivationBoundaries
 from feedfast.methods.attention import AttentionTransfer
 from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
+from feedfast.methods.camkd import CAMKD
+from feedfast.methods.crd import CRD
 from feedfast.methods.cwd import CWD
 from feedfast.methods.ekd import EKD
 from feedfast.methods.feed import PFEED, SFEED
@@ -16,15 +18,18 @@ from feedfast.methods.fitnet import FitNet
 from feedfast.methods.ft import FT
 from feedfast.methods.kd import BAN, KD, Plain
 from feedfast.methods.locality import Locality
+from feedfast.methods.logit import DIST, DKD
 from feedfast.methods.mgd import MGD
 from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import NTL, Connector, RunningMargin, margin_from_bn
+from feedfast.methods.relation import PKT, RKD, SP
 from feedfast.methods.reviewkd import ReviewKD
 from feedfast.methods.vid import VID
 
 _ALL: tuple[type[Method], ...] = (
-    *(Plain, KD, BAN, OFD, PFEED, SFEED, FT, EKD, Locality),
-    *(FitNet, AttentionTransfer, ActivationBoundaries, VID, CWD, MGD, ReviewKD),
+    *(Plain, KD, BAN, DKD, DIST, CAMKD),
+    *(FitNet, AttentionTransfer, ActivationBoundaries, VID, OFD, ReviewKD, CWD, MGD),
+    *(FT, PFEED, SFEED, EKD, Locality, RKD, SP, PKT, CRD),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
@@ -44,6 +49,10 @@ def method_named(name: str, where: str = "method") -> type[Method]:
 
 __all__ = [
     "BAN",
+    "CAMKD",
+    "CRD",
+    "DIST",
+    "DKD",
     "EKD",
     "FT",
     "KD",
@@ -51,7 +60,10 @@ __all__ = [
     "NTL",
     "OFD",
     "PFEED",
+    "PKT",
+    "RKD",
     "SFEED",
+    "SP",
     "Connector",
     "Locality",
     "Method",

@@ -61,10 +61,12 @@ class StudentOutput:
     Attributes:
         output: what the network returns, with gradient; for a classifier logits [B, K].
         taps: tap name -> [B, C, H, W] or [B, C], with gradient.
+        ids: int64 [B], which samples these are; None unless a method `remembers`.
     """
 
     output: Any
     taps: dict[str, Tensor]
+    ids: Tensor | None = None
 
 
 class MethodOptions(BaseModel):
@@ -82,6 +84,7 @@ class Method(nn.Module):
         needs: selectors of the taps it reads of teachers and student: ``final``, ``ofd*`` (ofd1, ofd2, ...),
             ``stage*``, and ``logits``, which of the student are its output. A cache is read for nothing else.
         student_needs: selectors of the student's taps where they are others; None = the same.
+        remembers: whether it keeps something of every sample: it is told of all, see `meet`, and gets their ids.
         fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
 
@@ -89,6 +92,7 @@ class Method(nn.Module):
     paper: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     student_needs: ClassVar[tuple[str, ...] | None] = None
+    remembers: ClassVar[bool] = False
     fuses: ClassVar[type | None] = None
 
     class Options(MethodOptions):
@@ -99,6 +103,19 @@ class Method(nn.Module):
         super().__init__()
         if self.needs and not teachers:
             raise RequestError(f"method.name: {self.name!r} needs at least one teacher, found none")
+
+    def meet(self, ids: Tensor, labels: Tensor) -> None:
+        """Make room for every sample of the run; when the method is built, before a checkpoint is loaded.
+
+        Args:
+            ids: int64 [n], ascending.
+            labels: int64 [n], -1 = unlabeled.
+        """
+
+    @classmethod
+    def needed(cls, options: Any) -> tuple[str, ...]:
+        """What it reads with these options; ``needs`` unless they change it. A cache is made for ``needs``."""
+        return cls.needs
 
     def prepare(self, passes: Passes) -> None:
         """Learn what must be known before the first step, from targets alone; once per run, not when it resumes.

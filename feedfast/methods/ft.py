@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from feedfast.errors import FeedfastError
+from feedfast.errors import FeedfastError, RequestError
 from feedfast.methods.base import Method, MethodOptions, Passes, Shapes, StudentOutput, Targets, Teachers
 from feedfast.methods.parts import NTL, paired_maps, same_grid
-from feedfast_kernels import as_float, normalized_l1
+from feedfast_kernels import Target, as_float, normalized_l1
 
 log = logging.getLogger(__name__)
 
 TAP = "final"
+FACTOR = "factor"
 
 
 class Paraphraser(nn.Module):
@@ -63,6 +64,7 @@ def train_paraphraser(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     loss: Literal["l1", "mse"] = "l1",
+    key: str = "method.paraphraser_lr",
 ) -> Iterator[float]:
     """Train on maps, one epoch at a time, by SGD as in the authors' code.
 
@@ -73,6 +75,7 @@ def train_paraphraser(
         momentum: of SGD.
         weight_decay: of SGD.
         loss: mean absolute (the authors' code) or mean squared difference (other codes).
+        key: what the learning rate is called where it was asked for, for messages.
 
     Yields:
         The mean loss of each epoch.
@@ -93,7 +96,7 @@ def train_paraphraser(
             total, batches = total.to(found.device) + found.detach(), batches + 1
         mean = float(total) / max(batches, 1)
         if not mean < float("inf"):
-            raise FeedfastError(f"method.paraphraser_lr: expected a finite reconstruction loss, found {mean}; lower it")
+            raise FeedfastError(f"{key}: expected a finite reconstruction loss, found {mean}; lower it")
         yield mean
     paraphraser.eval().requires_grad_(False)
 
@@ -106,12 +109,18 @@ class FT(Method):
         "Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018"
     )
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    student_needs: ClassVar[tuple[str, ...] | None] = (TAP,)
 
     class Options(MethodOptions):
         """The paraphraser and its training, and the weight of the term."""
 
         beta: float = Field(500.0, ge=0, description="weight of the term, a mean over the factors' values")
         rate: float = Field(0.5, gt=0, le=4, description="channels of the factors per channel of the teacher's map")
+        factors: Literal["own", "stored"] = Field(
+            "own",
+            description="own: a paraphraser per teacher, trained before the first step; stored: the factors that "
+            "`feedfast factors` added to the cache, whose paraphrasers count then, not `rate` and the options of one",
+        )
         paraphraser_epochs: int = Field(5, ge=1, description="passes of the paraphraser over the targets")
         paraphraser_lr: float = Field(0.1, gt=0, description="of the paraphraser's SGD")
         reconstruction: Literal["l1", "mse"] = Field(
@@ -122,10 +131,21 @@ class FT(Method):
         super().__init__(options, student, teachers)
         self.options, self.teacher_names = options, tuple(teachers)
         self.paraphrasers, self.translators = nn.ModuleList(), nn.ModuleList()
+        if options.factors == "stored":
+            for name, infos in teachers.items():
+                if FACTOR not in infos or TAP not in student:
+                    raise RequestError(f"method.factors: expected tap {FACTOR!r} of {name!r}, found {sorted(infos)}")
+                self.translators.append(NTL(student[TAP][0], infos[FACTOR].shape[0]))
+            return
         for _, _, ours, theirs in paired_maps(student, teachers, (TAP,), pooled=True):
             paraphraser = Paraphraser(theirs.shape[0], options.rate)
             self.paraphrasers.append(paraphraser.eval().requires_grad_(False))
             self.translators.append(NTL(ours[0], paraphraser.factors))
+
+    @classmethod
+    def needed(cls, options: Options) -> tuple[str, ...]:
+        """The factors alone where they are stored."""
+        return (FACTOR,) if options.factors == "stored" else cls.needs
 
     def train(self, mode: bool = True) -> FT:
         """The paraphrasers stay as they are."""
@@ -136,6 +156,8 @@ class FT(Method):
     def prepare(self, passes: Passes) -> None:
         """Train every teacher's paraphraser on its maps."""
         options = self.options
+        if options.factors == "stored":
+            return
         for name, paraphraser in zip(self.teacher_names, self.paraphrasers, strict=True):
             assert isinstance(paraphraser, Paraphraser)
             epochs = (
@@ -156,10 +178,15 @@ class FT(Method):
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         """``factor``: the distances of factors [B, kC, H, W], normalized per sample, summed over teachers."""
         ours, theirs = [], []
-        for name, paraphraser, translator in zip(self.teacher_names, self.paraphrasers, self.translators, strict=True):
-            assert isinstance(paraphraser, Paraphraser)
-            with torch.no_grad():
-                factor = paraphraser.encoder(as_float(targets[name][TAP])).float()
+        for number, (name, translator) in enumerate(zip(self.teacher_names, self.translators, strict=True)):
+            factor: Target
+            if self.options.factors == "stored":
+                factor = targets[name][FACTOR]
+            else:
+                paraphraser = self.paraphrasers[number]
+                assert isinstance(paraphraser, Paraphraser)
+                with torch.no_grad():
+                    factor = paraphraser.encoder(as_float(targets[name][TAP])).float()
             mine, factor = same_grid(translator(student.taps[TAP]), factor)
             ours.append(mine)
             theirs.append(factor)

@@ -5,7 +5,7 @@
     ban    L = CE(y, z) + KL(p || q)       tau = 1; the teacher is the student of the generation before
 
 p is the average of the teachers' softened outputs, q the student's; the KL is summed over classes and averaged over the
-batch. alpha = 0.9 and tau = 4 are the defaults of the common benchmark codes. Neither has learnable parameters.
+batch. alpha = 0.9 and tau = 4 are the defaults of the common benchmark codes. None has learnable parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.tasks import Classify
+from feedfast.methods.parts import STANDARDIZE, standardized
+from feedfast.tasks import Classify, label_loss
 from feedfast_kernels import Codes, as_float, ensemble_kl
 
 
@@ -46,6 +47,10 @@ class KD(Method):
         direction: Literal["forward", "reverse"] = Field(
             "forward", description="forward is KL(teachers || student), as usual; reverse is KL(student || teachers)"
         )
+        standardize: bool = Field(
+            False,
+            description=f"{STANDARDIZE}; the authors then take tau = 2 and weigh the term 9",
+        )
 
     def __init__(self, options: Options, student: Shapes, teachers: Teachers) -> None:
         super().__init__(options, student, teachers)
@@ -56,7 +61,7 @@ class KD(Method):
         options = self.options
         return {
             "kd": ensemble_kl(
-                student.output,
+                standardized(student.output) if options.standardize else student.output,
                 self._logits(targets),
                 tau=options.tau,
                 average=options.average,
@@ -81,9 +86,16 @@ class KD(Method):
         task_weight: float,
         progress: float,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Divergence and cross-entropy in one kernel; labels int64 [B], -1 learns from the teachers only."""
+        """Divergence and cross-entropy in one kernel; labels int64 [B], -1 learns from the teachers only.
+
+        Standardized logits are not those that cross-entropy reads: then the two are computed one after the other.
+        """
         options = self.options
-        loss, terms = ensemble_kl(
+        if options.standardize:
+            own, terms = label_loss(student.output, annotations), self(student, targets, annotations)
+            total = task_weight * own + weight * options.alpha * terms["kd"]
+            return total, own.detach(), {"kd": terms["kd"].detach()}
+        loss, values = ensemble_kl(
             student.output,
             self._logits(targets),
             tau=options.tau,
@@ -94,11 +106,13 @@ class KD(Method):
             label_weight=task_weight,
             return_terms=True,
         )
-        return loss, terms[0], {"kd": terms[1]}
+        return loss, values[0], {"kd": values[1]}
 
     def _logits(self, targets: Targets) -> list[Tensor]:
         # float logits go in as they are stored: the loss reads 16-bit values itself
         found = (taps[LOGITS] for taps in targets.values())
+        if self.options.standardize:
+            return [standardized(as_float(x)) for x in found]
         return [as_float(x) if isinstance(x, Codes) else x for x in found]
 
 

@@ -28,6 +28,9 @@ from feedfast.methods.base import (
 )
 from feedfast.methods.parts import Connector, paired_maps, shared_taps
 
+SMALL_SIDE = 32  # of the first map, in pixels: CIFAR's networks have 32 there, ImageNet's 56 at 224
+ALPHA_SMALL, ALPHA_LARGE = 1e-3, 1e-4
+
 
 class OFD(Method):
     """Partial distance to pre-activation maps at the end of every stage."""
@@ -37,14 +40,17 @@ class OFD(Method):
     needs: ClassVar[tuple[str, ...]] = ("ofd*",)
 
     class Options(MethodOptions):
-        """alpha."""
+        """alpha and the weights of taps."""
 
         # The distance is a sum over all elements, so alpha is small: the authors' rule, from a search over tenfolds.
-        alpha: float = Field(
-            1e-3,
+        alpha: float | None = Field(
+            None,
             ge=0,
-            description="weight of the feature term; the authors' 1e-3 at 32x32, 1e-4 at 224x224, 1e-5 for detection "
-            "and segmentation",
+            description="weight of the feature term; default: the authors' 1e-3 where the first map has up to 32 "
+            "pixels per side (CIFAR), 1e-4 where it has more (ImageNet); they use 1e-5 for detection and segmentation",
+        )
+        tap_weights: tuple[float, ...] | None = Field(
+            None, strict=False, description="one per tap, first to last; default: the authors' ..., 1/4, 1/2, 1"
         )
 
     def __init__(self, options: Options, student: Shapes, teachers: Teachers) -> None:
@@ -59,8 +65,17 @@ class OFD(Method):
             RequestError: a tap or a margin is missing, or the spatial sizes differ.
         """
         super().__init__(options, student, teachers)
-        self.alpha = options.alpha
         self.taps = shared_taps(student, teachers, "ofd")
+        small = max(student[self.taps[0]][1:], default=1) <= SMALL_SIDE
+        authors = ALPHA_SMALL if small else ALPHA_LARGE
+        self.alpha = authors if options.alpha is None else options.alpha
+        last = len(self.taps) - 1
+        self.tap_weights = options.tap_weights or tuple(0.5 ** (last - index) for index in range(last + 1))
+        if len(self.tap_weights) != len(self.taps) or min(self.tap_weights) < 0:
+            raise RequestError(
+                f"method.tap_weights: expected {len(self.taps)} numbers of 0 or more, one per tap, "
+                f"found {list(self.tap_weights)}"
+            )
         # lists, not dictionaries: module names may not hold the dots that teacher names may
         self.teacher_names = tuple(teachers)
         self.connectors = nn.ModuleList(nn.ModuleList() for _ in teachers)
@@ -83,14 +98,13 @@ class OFD(Method):
         The last tap weighs 1 and those before it, with their larger maps, 1/2, 1/4, ...; one teacher is the paper's
         method, more are our extension: their terms are averaged so that alpha keeps its meaning.
         """
-        last = len(self.taps) - 1
         distances: list[Tensor] = []
         for name, connectors in zip(self.teacher_names, self.connectors, strict=True):
             assert isinstance(connectors, nn.ModuleList)
             for index, (tap, connector) in enumerate(zip(self.taps, connectors, strict=True)):
                 assert isinstance(connector, Connector)
                 margin = connector.get_buffer("margin")
-                weight = 0.5 ** (last - index) / len(self.teacher_names)
+                weight = self.tap_weights[index] / len(self.teacher_names)
                 distances.append(connector.distance(student.taps[tap], targets[name][tap], margin, weight))
         feature = distances[0]
         for distance in distances[1:]:

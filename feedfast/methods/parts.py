@@ -18,6 +18,10 @@ from feedfast_kernels import Target, as_float, connector_partial_l2, partial_l2
 Found = TypeVar("Found")
 
 RARELY_NEGATIVE = 0.001  # the authors' threshold on the probability of a negative response
+STANDARDIZE = (
+    "bring each sample's logits to mean 0 and deviation 1 before they are softened "
+    "(Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024)"
+)
 LEAST_DEVIATION = 1e-12  # a channel with gamma = 0 is a constant; the formula divides by |gamma|
 
 
@@ -194,6 +198,32 @@ def embedding(target: Target) -> Tensor:
     """A vector per sample: the mean over height and width of a map [B, C, H, W]; a vector [B, C] as it is; float."""
     x = as_float(target)
     return x.mean((2, 3)) if x.ndim == 4 else x
+
+
+def check_taps(student: Shapes, teachers: Teachers, taps: Sequence[str]) -> None:
+    """Raise unless student and teachers have these taps, of whatever shapes.
+
+    Raises:
+        RequestError: a tap is missing on either side.
+    """
+    for tap in taps:
+        _tap(student, tap, "student")
+        for name, infos in teachers.items():
+            _tap(infos, tap, f"teacher {name!r}")
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 of any narrower float; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Each row of [B, K] with mean 0 and deviation 1 (that of a sample: divisor K - 1), fp32 or float64.
+
+    (z - mean) / (std + 1e-7), as the authors of logit standardization have it in their code; gradients go through both.
+    """
+    z = wide(logits)
+    return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
 
 def _tap(taps: Mapping[str, Found], tap: str, owner: str) -> Found:

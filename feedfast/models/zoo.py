@@ -75,7 +75,7 @@ class WideResNet(nn.Module):
     """WRN-depth-width for small images.
 
     Args:
-        depth: 6n+4; n blocks a stage.
+        depth: 6n+4; n blocks per stage.
         width: multiple of 16, 32, 64 channels in the three stages.
         num_classes: rows of the classifier ``fc``.
 
@@ -144,7 +144,7 @@ class CifarResNet(nn.Module):
     """The thin ResNet for CIFAR: three stages of 16, 32, 64 channels.
 
     Args:
-        depth: 6n+2; n blocks a stage.
+        depth: 6n+2; n blocks per stage.
         num_classes: rows of the classifier ``fc``.
 
     Modules: ``conv1``, ``bn1``, ``relu``, ``layer1``..``layer3``, ``pool``, ``fc``.

@@ -2,7 +2,7 @@
 
 scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, gray; the test part of the UCI set). They are
 enlarged to 16x16 and stored as .npz. Three teachers of different seeds learn from all 1,437 training images; then
-the student is given only the first 30 a class and four views of them, plainly or with what the cached ensemble says
+the student is given only the first 30 per class and four views of them, plainly or with what the cached ensemble says
 about them. Every step is an ordinary stage with an ordinary recipe, kept with the results, so the demo is also an
 example of how to do it.
 
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TEACHERS = ("a", "b", "c")
 TEACHER_MODEL, STUDENT_MODEL = "zoo/wrn-10-2", "zoo/wrn-10-1"
-TEACHER_TRAINING = {"source": "none", "epochs": 4, "batch": 64, "lr": 0.1, "schedule": "one-cycle", "eval_every": 0}
+TEACHER_TRAINING = {"source": "none", "epochs": 7, "batch": 64, "lr": 0.1, "schedule": "one-cycle", "eval_every": 0}
 LIVE_STEPS = 20
 
 
@@ -47,7 +47,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Train teachers, plan, cache, verify, train four students from the cache, time them live, report.
 
     Returns:
-        The JSON of `feedfast demo`: ``students`` (one row a method), ``cache`` (the stage's JSON), ``verified``,
+        The JSON of `feedfast demo`: ``students`` (one row per method), ``cache`` (the stage's JSON), ``verified``,
         ``break_even_epochs`` by method, ``seconds``, ``report``.
     """
     started = time.perf_counter()
@@ -117,7 +117,7 @@ def _student(
     source = "none" if name == "none" else "cache"
     settings = {
         "source": source,
-        "epochs": 20,
+        "epochs": 28,
         "batch": 50,
         "lr": 0.05,
         "warmup_epochs": 2,
@@ -139,8 +139,8 @@ def _student(
         timed = {"source": "live", "max_steps": LIVE_STEPS, "eval_every": 0, "out": str(out / f"live-{name}")}
         live = {**tree, "data": {**tree["data"], "val": []}, "train": {**settings, **timed}}
         live_ms = run_train(parse_recipe(live))["step_ms"]
-        steps_an_epoch = result["steps"] / settings["epochs"]
-        saved_ms = (live_ms - result["step_ms"]) * steps_an_epoch
+        steps_per_epoch = result["steps"] / settings["epochs"]
+        saved_ms = (live_ms - result["step_ms"]) * steps_per_epoch
         row["live step ms"] = live_ms
         row["live / cached"] = live_ms / result["step_ms"]
         row["break-even epochs"] = written["seconds"] * 1e3 / saved_ms if saved_ms > 0 else None

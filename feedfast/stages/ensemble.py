@@ -256,7 +256,7 @@ def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: to
         model = build_model(info.model, num_classes=info.num_classes or None, weights=weights, seed=0)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
-    maps = [tap for tap in info.taps.values() if tap.name != LOGITS]
+    maps = [tap for tap in info.taps.values() if tap.name != LOGITS and tap.factor is None]
     specs = [f"{tap.name}={tap.path}:{tap.position}" for tap in maps]
     teacher = FrozenTeacher(
         info.name,

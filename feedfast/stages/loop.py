@@ -26,7 +26,7 @@ from feedfast.recipe import Train
 from feedfast.report.run import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
 from feedfast.stages.progress import Meter
-from feedfast.stages.schedule import Schedule
+from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.source import Source
 from feedfast.stages.timing import Timing
 from feedfast.stages.worker import Worker
@@ -67,7 +67,9 @@ class Trainer:
         # Dropout draws from torch's generator: seeded by the step, a live, a cached and a resumed run draw the same.
         seed_step(self.device, self.seed, index, self.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            losses: dict[str, Tensor] = self.trainee(batch.images, batch.targets, batch.annotations, progress)
+            losses: dict[str, Tensor] = self.trainee(
+                batch.images, batch.targets, batch.annotations, progress, batch.ids
+            )
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -117,7 +119,7 @@ class Loop:
         self.trainer, self.source, self.plan, self.count = trainer, source, plan, count
         self.train, self.worker, self.out = train, worker, out
         self.steps_per_epoch = count // train.batch
-        self.total = self.steps_per_epoch * train.epochs
+        self.total = total_steps(train, count)
         self.kept: int | None = None
         self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
 

@@ -8,7 +8,7 @@ teacher, a tap or a view. Batches are cut at fixed rows of a view (multiples of 
 where a job happens to resume: a convolution's last bits may depend on its batch, and the bytes of a resumed cache
 must equal those of an uninterrupted one.
 
-Memory is one shard buffer a stored array plus what the writer has in flight, whatever the size of the cache. A
+Memory is one shard buffer per stored array plus what the writer has in flight, whatever the size of the cache. A
 checksum of the pixels each block of rows was computed from goes into the log, so that training can prove it sees
 the same pixels.
 """

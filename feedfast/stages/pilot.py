@@ -81,14 +81,14 @@ def run_pilot(
                         f"teacher {teacher.name!r}, tap {name!r}: expected finite maps, found NaN or infinity; "
                         "are the weights and the normalization right?"
                     )
-                getattr(sample, kind).append(_thin(values, len(group)))
+                getattr(sample, kind).append(thin(values, len(group)))
                 if sample.first is None:
                     block = block_rows_for(tap_row_bytes(name, tuple(values.shape[1:]), codec), granule)
                     sample.first = values[:block]
     return {name: _fit(teacher, name, sample, codec) for name, sample in samples.items()}
 
 
-def _thin(values: Tensor, batches: int) -> np.ndarray:
+def thin(values: Tensor, batches: int) -> np.ndarray:
     """[batch, channel, ...] → [n, channel], evenly thinned to this batch's share of the limits."""
     flat = values.movedim(1, -1).reshape(-1, values.shape[1])
     share = max(1, min(CHANNEL_VALUES, TAP_VALUES // values.shape[1]) // batches)

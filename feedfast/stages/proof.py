@@ -190,10 +190,11 @@ def recompute_teachers(
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
     """Decoded float32 maps [row, channel, height, width] (or [row, channel]) of a cache."""
-    return _decoded(reader, teacher, tap, torch.from_numpy(reader.read_rows(names.codes(teacher, tap), view, rows)))
+    return decode_rows(reader, teacher, tap, torch.from_numpy(reader.read_rows(names.codes(teacher, tap), view, rows)))
 
 
-def _decoded(reader: CacheReader, teacher: str, tap: str, rows: torch.Tensor) -> torch.Tensor:
+def decode_rows(reader: CacheReader, teacher: str, tap: str, rows: torch.Tensor) -> torch.Tensor:
+    """Stored rows of a tap, channels last, as float32 [row, channel, height, width] or [row, channel]."""
     codec = reader.manifest.teachers[teacher].taps[tap].codec
     if codec == "u8" or codec == "u4":
         offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
@@ -207,7 +208,7 @@ def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) 
     info = reader.manifest.teachers[teacher].taps[tap]
     offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
     rows, _ = encode_rows(values, info.codec, offset, step, Transform())
-    return _decoded(reader, teacher, tap, torch.from_numpy(rows))
+    return decode_rows(reader, teacher, tap, torch.from_numpy(rows))
 
 
 def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:

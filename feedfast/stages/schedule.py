@@ -13,10 +13,11 @@ from feedfast.recipe import Train
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate of ``total`` steps in ``train.epochs`` epochs."""
+    """Learning rate of ``total`` steps, ``steps_per_epoch`` of them per pass over the data."""
 
     train: Train
     total: int
+    steps_per_epoch: int
 
     def lr(self, step: int) -> float:
         """The rate of ``step`` (0-based).
@@ -25,7 +26,7 @@ class Schedule:
         lr/25e4 (torch's OneCycleLR defaults, with ``lr`` as its peak); step multiplies by ``gamma`` at each milestone.
         """
         train = self.train
-        warm = round(train.warmup_epochs * self.total / train.epochs)
+        warm = round(train.warmup_epochs * self.steps_per_epoch)
         if step < warm:
             return train.lr * (step + 1) / warm
         done = (step - warm) / max(self.total - warm, 1)
@@ -40,6 +41,11 @@ class Schedule:
                 return _anneal(low, train.lr, done / rise)
             return _anneal(train.lr, last, (done - rise) / (1 - rise))
         return train.lr
+
+
+def total_steps(train: Train, count: int) -> int:
+    """Steps of a run on ``count`` images: ``train.steps``, or as many as whole batches in its epochs."""
+    return train.steps or count // train.batch * train.epochs
 
 
 def _anneal(start: float, end: float, done: float) -> float:

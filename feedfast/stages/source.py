@@ -33,6 +33,7 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo, Targets
 from feedfast.methods.base import matching
+from feedfast.methods.ft import FACTOR
 from feedfast.recipe import Recipe
 from feedfast.stages.data import Selection, pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
@@ -273,6 +274,8 @@ def open_source(
             raise RequestError(f"train.source: method {method!r} needs targets, expected cache or live, found 'none'")
         return Plain(data, plan, device, views=views, threads=threads)
     if kind == "live":
+        if FACTOR in needs:
+            raise RequestError("method.factors: 'stored' needs train.source='cache', found 'live'; expected 'own'")
         teachers = load_teachers(recipe, len(data.classes), device)
         pilot: list[Tensor] = []
         if any(teacher.needs_pilot for teacher in teachers.values()):
@@ -307,9 +310,10 @@ def _open_cached(
     for name in taps:
         for need in needs:
             if not matching((need,), taps[name]):
+                command = "factors" if need == FACTOR else "cache"
                 raise CacheMismatchError(
                     f"{reader.path}: method {method!r} needs the {need!r} taps of teacher {name!r}, "
-                    f"found {sorted(cached[name])}; run `feedfast cache` with this recipe to add them"
+                    f"found {sorted(cached[name])}; run `feedfast {command}` with this recipe to add them"
                 )
     source = Cached(reader, data, plan_of(reader), device, taps, views=views, threads=recipe.data.threads)
     reader.require([*source.arrays, *names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(views))

@@ -39,7 +39,7 @@ from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import BRANCH, check_run_dir, start_run_dir
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
-from feedfast.stages.schedule import Schedule
+from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.source import Source, open_source
 from feedfast.stages.trainee import (
     Trainee,
@@ -110,7 +110,7 @@ class StudentRun:
         self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
         self.normalize = Normalize(*recipe.data.normalization).to(self.device)
         self.task: Task = Classify(self._num_classes())
-        self.trainer = self._trainer(len(self.data) // train.batch * train.epochs)
+        self.trainer = self._trainer(total_steps(train, len(self.data)))
         self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
 
     def _num_classes(self) -> int:
@@ -141,7 +141,8 @@ class StudentRun:
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
         needs = student_needs_of(self.entries)
         tapped = tap_student(student, needs, example, self.task, f"student {recipe.student.model}")
-        methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed)
+        samples = torch.from_numpy(self.data.ids.astype(np.int64)), torch.from_numpy(self.data.labels.astype(np.int64))
+        methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed, samples)
         methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
         trainee: nn.Module = Trainee(self.normalize, stepped, self.task, methods, self.entries)
@@ -162,7 +163,7 @@ class StudentRun:
             student=student,
             methods=methods,
             optimizer=optimizer,
-            schedule=Schedule(train, total),
+            schedule=Schedule(train, total, len(self.data) // train.batch),
             device=self.device,
             autocast=train.precision == "bf16",
             seed=seed,

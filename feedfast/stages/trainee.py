@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
@@ -63,12 +65,12 @@ def method_entries(methods: Sequence[MethodEntry]) -> tuple[Entry, ...]:
 
 def needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Selectors of the taps that any of the methods reads."""
-    return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needs))
+    return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needed(entry.options)))
 
 
 def student_needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Selectors of the student's taps that any of the methods reads."""
-    needs = (entry.kind.student_needs or entry.kind.needs for entry in entries)
+    needs = (entry.kind.student_needs or entry.kind.needed(entry.options) for entry in entries)
     return tuple(dict.fromkeys(need for some in needs for need in some))
 
 
@@ -88,7 +90,12 @@ class Trainee(nn.Module):
         self.methods, self.entries = methods, entries
 
     def forward(
-        self, images: Tensor, targets: Mapping[str, Mapping[str, Any]], annotations: Any, progress: float
+        self,
+        images: Tensor,
+        targets: Mapping[str, Mapping[str, Any]],
+        annotations: Any,
+        progress: float,
+        ids: NDArray[np.uint32] | None = None,
     ) -> dict[str, Tensor]:
         """uint8 pixels [batch, height, width, 3] → ``loss``, and the task's loss and every term before their weights.
 
@@ -97,10 +104,14 @@ class Trainee(nn.Module):
             targets: teacher → tap → target.
             annotations: what the batch is annotated with.
             progress: share of the run that is done, 0..1.
+            ids: uint32 [batch], which samples these are, for methods that remember them.
         """
         output, taps = self.tapped(self.normalize(images))
         methods = cast("list[Method]", list(self.methods))
-        return losses_of(self.task, self.entries, methods, StudentOutput(output, taps), targets, annotations, progress)
+        student = StudentOutput(output, taps)
+        if ids is not None and any(method.remembers for method in methods):
+            student.ids = torch.from_numpy(ids.astype(np.int64)).to(images.device)
+        return losses_of(self.task, self.entries, methods, student, targets, annotations, progress)
 
 
 def losses_of(
@@ -158,7 +169,12 @@ def tap_student(student: nn.Module, needs: Sequence[str], example: Tensor, task:
 
 
 def build_methods(
-    entries: Sequence[Entry], student: Shapes, teachers: Teachers, outputs: tuple[int, ...] | None, seed: int
+    entries: Sequence[Entry],
+    student: Shapes,
+    teachers: Teachers,
+    outputs: tuple[int, ...] | None,
+    seed: int,
+    samples: tuple[Tensor, Tensor] | None = None,
 ) -> nn.ModuleList:
     """Every method with its adapters.
 
@@ -168,6 +184,7 @@ def build_methods(
         teachers: teacher → tap → shape and margin.
         outputs: shape of the student's output, None if it is no tensor; where logits are compared, the teachers' too.
         seed: adapters start from it and nothing else, so that live and cached runs start equal.
+        samples: ids and labels of all the run's samples, int64 [n], for methods that remember them.
 
     Raises:
         RequestError: taps or classes do not fit.
@@ -176,7 +193,10 @@ def build_methods(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for entry in entries:
-            methods.append(entry.kind(entry.options, student, teachers))
+            method = entry.kind(entry.options, student, teachers)
+            if samples is not None:
+                method.meet(*samples)
+            methods.append(method)
     for entry in entries:
         if LOGITS not in entry.kind.needs:
             continue

@@ -80,6 +80,16 @@ def run_verify(
             problems.append(problem("", "", "pixels", str(error)))
         if teachers_percent and not problems:
             loaded = _teachers(reader, () if recipe is None else recipe.teachers)
+            made = [
+                f"{t.name}/{tap.name}"
+                for t in reader.manifest.teachers.values()
+                for tap in t.taps.values()
+                if tap.factor
+            ]
+            if made:
+                log.warning(
+                    "verify: %s: not compared; factors are made from stored maps, not by teachers", ", ".join(made)
+                )
             found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent)
             problems += found
     commits = reader.log.commits.values()

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from scipy import stats
 
 BENCH = Path(__file__).parents[2] / "bench"
+
+
+def loaded(name: str) -> ModuleType:
+    """A bench as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    return bench
 
 
 @pytest.mark.slow
 def test_the_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """Digits and small networks: every ratio is there, positive and finite; nothing is appended to the results."""
-    spec = importlib.util.spec_from_file_location("bench_end_to_end", BENCH / "bench_end_to_end.py")
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = loaded("bench_end_to_end")
     results = {file: file.read_bytes() for file in BENCH.glob("*.csv")}
     bench.main(["--tiny"])
     said = capsys.readouterr()
@@ -30,3 +40,28 @@ def test_the_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
             assert 0 < value < 1000, (name, row[name])
     assert "end to end" in said.err
     assert {file: file.read_bytes() for file in BENCH.glob("*.csv")} == results
+
+
+@pytest.mark.slow
+def test_the_bench_of_methods_counts_as_statistics_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two seeds of four variants on digits: every line is there once, and mean and interval are SciPy's."""
+    bench = loaded("bench_methods")
+    results = tmp_path / "rows.csv"
+    words = ["--tiny", "--limit", "20", "--views", "2", "--epochs", "2", "--teacher-epochs", "2", "--seeds", "2"]
+    variants = ["plain", "kd", "sfeed", "ofd-batch"]
+    words += ["--out", str(tmp_path / "runs"), "--results", str(results), "--methods", *variants]
+    bench.main(words)
+    first = results.read_text()
+    bench.main(words)
+    assert results.read_text() == first, "a student was trained twice"
+    rows = list(csv.DictReader(first.splitlines()))
+    assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for seed in "12" for name in variants]
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plain, kd = ([float(row["accuracy"]) for row in rows if row["variant"] == name] for name in ("plain", "kd"))
+    found = next(line for line in document["methods"] if line["variant"] == "kd")
+    differences = np.subtract(kd, plain)
+    low, high = stats.t.interval(0.95, 1, differences.mean(), stats.sem(differences)) if differences.std() else (0, 0)
+    assert found["mean"] == pytest.approx(np.mean(kd))
+    assert found["over_plain"] == pytest.approx(differences.mean())
+    assert found["half_interval"] == pytest.approx((high - low) / 2, rel=1e-3)
+    assert found["bytes_per_sample"] > 0

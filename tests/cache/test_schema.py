@@ -240,7 +240,7 @@ def test_layout_by_hand() -> None:
     )
     specs = array_specs(manifest)
     codes = specs["targets/a/t/codes"]
-    # 65 channels pack into 33 bytes; 33 * 7 * 5 = 1155 bytes a row; 64 rows are the most that fit a shard
+    # 65 channels pack into 33 bytes; 33 * 7 * 5 = 1155 bytes per row; 64 rows are the most that fit a shard
     assert (codes.shape, codes.chunk, codes.block) == ((3, 1024, 7, 5, 33), (1, 64, 7, 5, 33), (1, 16, 7, 5, 33))
     assert (codes.row_bytes, codes.block_bytes, codes.num_shards, codes.blocks_per_shard) == (1155, 18480, 16, 4)
     assert (codes.shard_span(15), codes.real_blocks(15)) == ((960, 1000), 3)

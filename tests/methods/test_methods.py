@@ -154,6 +154,26 @@ def test_ofd_is_its_formula() -> None:
     assert build("ofd", infos).weights(0.5) == {"feature": 1e-3}
 
 
+@pytest.mark.parametrize(("side", "alpha"), [(8, 1e-3), (32, 1e-3), (56, 1e-4)])
+def test_ofd_weighs_as_its_authors_do(side: int, alpha: float) -> None:
+    """By the size of the first map; taps by halves, or as asked."""
+    shapes = {"ofd1": (2, side, side), "ofd2": (3, side // 2, side // 2)}
+    infos = {"a": {tap: TapInfo(shape, -torch.ones(shape[0])) for tap, shape in shapes.items()}}
+    torch.manual_seed(0)
+    plain, asked = OFD(OFD.Options(), shapes, infos), OFD(OFD.Options(tap_weights=(3.0, 0.0)), shapes, infos)
+    assert plain.weights(0.0) == {"feature": alpha}
+    assert plain.tap_weights == (0.5, 1.0)
+    asked.load_state_dict(plain.state_dict())
+    first = OFD(OFD.Options(tap_weights=(1.0, 0.0)), shapes, infos)
+    first.load_state_dict(plain.state_dict())
+    student = StudentOutput(None, {tap: torch.randn(2, *shape) for tap, shape in shapes.items()})
+    targets: dict[str, dict[str, Target]] = {"a": {tap: torch.randn(2, *shape) for tap, shape in shapes.items()}}
+    torch.testing.assert_close(asked(student, targets, None)["feature"], 3 * first(student, targets, None)["feature"])
+    for wrong in [(1.0,), (1.0, -1.0)]:
+        with pytest.raises(RequestError, match=r"method.tap_weights: expected 2 numbers of 0 or more, one per tap"):
+            OFD(OFD.Options(tap_weights=wrong), shapes, infos)
+
+
 def test_ofd_clips_a_clipped_target_to_the_same_bits() -> None:
     student, targets, labels, infos = scene()
     method = build("ofd", infos)
@@ -222,7 +242,7 @@ def test_pfeed_reductions_teachers_and_initializations() -> None:
     double, single, mean = (
         losses(m, student, t, labels) for m, t in ((method, twin_targets), (one, targets), (averaged, twin_targets))
     )
-    torch.testing.assert_close(double["feature"], 2 * single["feature"] / 32)  # 8 * 2 * 2 values a sample
+    torch.testing.assert_close(double["feature"], 2 * single["feature"] / 32)  # 8 * 2 * 2 values per sample
     torch.testing.assert_close(mean["loss"], single["loss"])
     with_bn = build("pfeed", infos, bn=True)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in with_bn.modules()) == 3
@@ -321,7 +341,8 @@ def test_options_reach_the_method() -> None:
     _, _, _, infos = scene()
     kd = build("kd", infos, alpha=1, tau=2, average="logits", direction="reverse")
     assert isinstance(kd, KD)
-    assert kd.options.model_dump() == {"alpha": 1.0, "tau": 2.0, "average": "logits", "direction": "reverse"}
+    words = {"alpha": 1.0, "tau": 2.0, "average": "logits", "direction": "reverse", "standardize": False}
+    assert kd.options.model_dump() == words
     assert (kd.weights(0.3), kd.task_weight(0.3)) == ({"kd": 1.0}, 0.0)
     assert build("ofd", infos, alpha=1e-4).weights(0.0) == {"feature": 1e-4}
     pfeed = build("pfeed", infos, beta=2, reduction="sum", bn=True, divide_by_n=True)

@@ -49,7 +49,7 @@ def losses(recipe: Recipe) -> list[float]:
 @pytest.mark.parametrize("steps", [20, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_f32_losses_are_those_of_live_teachers(world: Path, method: str, steps: int, tmp_path: Path) -> None:
-    """Six rows a view and two views: the later epochs read mixed, permuted blocks, the first two the stored order."""
+    """Two views of six batches: the later epochs read mixed, permuted blocks, the first two the stored order."""
     epochs = 17  # 6 steps each
     train = {"epochs": epochs, "max_steps": steps, "eval_every": 0}
     cached = losses(recipe_for(world, "f32", method, source="cache", out=str(tmp_path / "c"), **train))

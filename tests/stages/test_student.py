@@ -208,7 +208,7 @@ def test_schedules_are_torchs(schedule: str) -> None:
         reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [100, 150], 0.1)
     else:
         reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=total + 1)
-    ours = Schedule(train, total)
+    ours = Schedule(train, total, total // 10)
     for step in range(total):
         expected = optimizer.param_groups[0]["lr"]
         assert ours.lr(step) == pytest.approx(
@@ -219,9 +219,22 @@ def test_schedules_are_torchs(schedule: str) -> None:
 
 
 def test_warm_up_is_linear() -> None:
-    ours = Schedule(Train(epochs=10, lr=1.0, warmup_epochs=1.0), 100)
+    ours = Schedule(Train(epochs=10, lr=1.0, warmup_epochs=1.0), 100, 10)
     assert [ours.lr(step) for step in range(10)] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert ours.lr(10) == pytest.approx(1.0)
+
+
+def test_a_run_may_be_as_long_as_another_on_less_data(world: Path, tmp_path: Path) -> None:
+    """``train.steps`` is the length of the run, on all samples and on a tenth of them; the schedule ends with it."""
+    ends = []
+    for fraction in (1.0, 0.5):
+        out = tmp_path / str(fraction)
+        train = {"source": "none", "steps": 10, "epochs": 1, "out": str(out), "eval_every": 0}
+        recipe = digits_recipe(world, (f"data.fraction={fraction}",), method={"name": "none"}, train=train)
+        assert run_train(recipe)["steps"] == 10
+        ends.append([row["lr"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row])
+    assert ends[0] == ends[1]
+    assert ends[0][-1] < 0.03 * ends[0][0]
 
 
 def test_compiled_student_trains_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

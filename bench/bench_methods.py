@@ -1,0 +1,439 @@
+"""Which method helps, and by how much: students of every method from one cache, several seeds each, against plain ones.
+
+All students see the same views of the same images in the same order and take the same number of steps; the plain ones
+too, so what is compared is the method and nothing else. A seed is a student's start (and its adapters'); differences to
+plain are taken seed by seed, and their interval is Student's t at 95 % over the seeds.
+
+    python bench/bench_methods.py DATA [--out runs/methods] [--limit 100] [--views 4] [--epochs 12] [--seeds 3]
+    python bench/bench_methods.py DATA --curves       accuracy against the number of views and against the codec
+    python bench/bench_methods.py DATA --steps        step over plain, targets in RAM, variants alternating
+    python bench/bench_methods.py DATA --summary      no run, only the tables and plots of what there is
+
+DATA is a folder with CIFAR-100's train.bin and test.bin. The setting of the papers is the same command with --limit 0
+--epochs 200 --teacher-epochs 200 on a GPU. Whatever is interrupted continues: every part is a stage that resumes, and
+one line per student is added to bench/results_methods.csv when it ends. The last stdout line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feedfast.cache.manifest import read_manifest
+from feedfast.cli import configure_logging
+from feedfast.data.batch import Batch
+from feedfast.methods import METHODS
+from feedfast.methods.base import matching
+from feedfast.recipe import Recipe, parse_recipe
+from feedfast.report.compare import print_table
+from feedfast.stages.chain import chain_recipes
+from feedfast.stages.demo import write_digits
+from feedfast.stages.folder import ensure_dir
+from feedfast.stages.offline import run_cache
+from feedfast.stages.student import StudentRun, run_train
+from feedfast.stages.worker import Worker
+
+log = logging.getLogger("feedfast.bench")
+
+RESULTS = Path(__file__).with_name("results_methods.csv")
+COLUMNS = (
+    "date", "commit", "torch", "images", "epochs", "variant", "views", "codec", "seed", "accuracy", "loss",
+    "bytes_per_sample", "parameters", "teacher_accuracy",
+)  # fmt: skip
+TAPS = ["final", "ofd", "stage"]
+CHAINS = ("sfeed", "ban")
+GENERATIONS = 3
+
+# variant → recipe words; a variant is a method with its defaults unless it says more
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"name": "none"},
+    **{name: {"name": name} for name in METHODS if name != "none"},
+    "kd-1": {"name": "kd", "teachers": 1},
+    "pfeed-1": {"name": "pfeed", "teachers": 1},
+    "ofd-1": {"name": "ofd", "teachers": 1},
+    "fitnet-1stage": {"name": "fitnet", "stages": 1},
+    "ofd-batch": {"name": "ofd", "bn": "batch"},  # teachers on batch statistics, as the authors run theirs
+}
+BRANCHES = {"ekd": 3}
+CURVES = ("plain", "kd", "pfeed", "ofd")
+VIEWS = (1, 2, 4, 8, 0)  # 0 = a new view every epoch, with live teachers
+CODECS = ("f32", "f16", "u8", "u4")
+
+T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom
+
+
+def tree_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Data, teachers and training as every student has them."""
+    out = Path(args.out)
+    data = {"train": str(args.data / "train.bin"), "val": str(args.data / "test.bin"), "limit": args.limit}
+    if args.tiny:
+        train, val = write_digits(ensure_dir(out, "--out"))
+        data = {"train": str(train), "val": str(val), "size": 16, "limit": args.limit}
+    return {
+        "seed": 0,
+        "data": data,
+        "cache": {"views": args.views, "batch": 128, "codec": "u8", "path": str(out / f"cache-{args.limit}.zarr")},
+        "teachers": [
+            {
+                "name": f"teacher-{number}",
+                "model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-2",
+                "weights": str(out / f"teacher-{number}" / "student.pt"),
+                "precision": "bf16",
+                "taps": TAPS,
+            }
+            for number in (1, 2, 3)
+        ],
+        "student": {"model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-1"},
+        "train": {
+            "epochs": args.epochs,
+            "batch": 32 if args.tiny else 128,
+            "lr": 0.1,
+            "schedule": "one-cycle",
+            "precision": "bf16",
+            "eval_every": 0,
+            "threads": args.threads,
+            "replay": 0,
+        },
+    }
+
+
+def train_teachers(args: argparse.Namespace, tree: dict[str, Any]) -> list[float]:
+    """Three WRN-16-2 on all images; their accuracies."""
+    found = []
+    for number in (1, 2, 3):
+        recipe = parse_recipe(
+            {
+                "seed": number,
+                "data": {**tree["data"], "limit": 0},
+                "cache": {"views": 0},
+                "student": {"model": tree["teachers"][0]["model"]},
+                "train": {
+                    "source": "none", "epochs": args.teacher_epochs, "batch": tree["train"]["batch"], "lr": 0.2,
+                    "schedule": "one-cycle", "precision": "bf16", "eval_every": 5,
+                    "out": str(Path(args.out) / f"teacher-{number}"),
+                },
+            }
+        )  # fmt: skip
+        found.append(finished(recipe)["val_accuracy"])
+    return found
+
+
+def finished(recipe: Recipe) -> dict[str, Any]:
+    """The result of a run, from its folder if it has ended there."""
+    held = Path(recipe.train.out) / "result.json"
+    if held.is_file():
+        found: dict[str, Any] = json.loads(held.read_bytes())
+        if found.get("val_accuracy") is not None:
+            return found
+    return run_train(recipe)
+
+
+def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int, codec: str, folder: Path) -> Recipe:
+    """One student: a variant at a seed, from so many views of a codec."""
+    words = dict(VARIANTS[variant])
+    teachers = tree["teachers"][: words.pop("teachers", 3)]
+    if bn := words.pop("bn", None):
+        teachers = [{**entry, "name": f"{entry['name']}-{bn}", "bn": bn, "taps": ["ofd"]} for entry in teachers]
+    plain = words["name"] == "none"
+    cache = {**tree["cache"], "codec": codec, "views": views or tree["cache"]["views"]}
+    if codec != tree["cache"]["codec"]:
+        cache["path"] = cache["path"].replace(".zarr", f"-{codec}.zarr")
+    source = "none" if plain else "cache" if views else "live"
+    if not views:
+        cache = {"views": 0, "batch": cache["batch"]}
+    out = folder / f"{variant}-{codec}-{views}" / str(seed)
+    sections: dict[str, Any] = {**tree, "cache": cache, "method": words, "teachers": [] if plain else teachers}
+    sections["student"] = {**tree["student"], "branches": BRANCHES.get(words["name"], 1)}
+    sections["train"] = {**tree["train"], "source": source, "seed": seed, "out": str(out)}
+    if words["name"] in CHAINS:
+        # generation 1 is the plain student of the same seed in length and data, so the chain adds what it teaches
+        sections |= {"teachers": [], "chain": {"generations": GENERATIONS}}
+        sections["cache"] = {**cache, "path": str(out / "chain.zarr")}
+    return parse_recipe(sections)
+
+
+def train_student(recipe: Recipe) -> dict[str, Any]:
+    """One student; of a chain the last generation."""
+    if not recipe.chain.generations:
+        if recipe.train.source == "cache":
+            held = read_manifest(Path(recipe.cache.path)).teachers
+            if any(teacher.name not in held for teacher in recipe.teachers):
+                run_cache(recipe)
+        return finished(recipe)
+    result: dict[str, Any] = {}
+    for link in chain_recipes(recipe):
+        if link.teachers and not (Path(link.train.out) / "result.json").is_file():
+            run_cache(link)
+        result = finished(link)
+    return result
+
+
+def bytes_per_sample(recipe: Recipe) -> float | None:
+    """What a sample of one view takes of the cache for this method: codes of the taps it reads, compressed."""
+    needs = METHODS[recipe.method[0].name].needs
+    path = Path(recipe.cache.path)
+    if recipe.train.source != "cache" or not (path / "zarr.json").is_file():
+        return None
+    from feedfast.cache import names
+    from feedfast.cache.log import read_log
+
+    manifest, committed = read_manifest(path), read_log(path)
+    total = 0.0
+    chosen = [teacher.name for teacher in recipe.teachers] or list(manifest.teachers)[-1:]
+    for teacher in chosen:
+        for tap in matching(needs, manifest.teachers[teacher].taps):
+            commits = committed.of(names.codes(teacher, tap))
+            total += sum(c.bytes for c in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
+    return total
+
+
+def record(row: dict[str, Any], path: Path) -> None:
+    """Add a line to the results."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+def rows_of(args: argparse.Namespace, images: int) -> list[dict[str, str]]:
+    """Lines of this setting, the last one of each student."""
+    if not args.results.exists():
+        return []
+    with args.results.open(newline="") as file:
+        found = {
+            (row["variant"], row["views"], row["codec"], row["seed"]): row
+            for row in csv.DictReader(file)
+            if (row["images"], row["epochs"]) == (str(images), str(args.epochs))
+        }
+    return list(found.values())
+
+
+def run_variants(args: argparse.Namespace, tree: dict[str, Any], jobs: list[tuple[str, int, str]], images: int) -> None:
+    """Every job at every seed, seed by seed: what is cut off has whole seeds of all methods."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    done = {(row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in rows_of(args, images)}
+    teachers = statistics.mean(train_teachers(args, tree))
+    for seed in range(1, args.seeds + 1):
+        for variant, views, codec in jobs:
+            if (variant, views, codec, seed) in done or time.monotonic() > args.until:
+                continue
+            recipe = variant_recipe(tree, variant, seed, views=views, codec=codec, folder=Path(args.out))
+            log.info("bench: %s, seed %d, %d views, %s", variant, seed, views, codec)
+            result = train_student(recipe)
+            record(
+                {
+                    "date": datetime.now(UTC).date().isoformat(),
+                    "commit": commit,
+                    "torch": torch.__version__,
+                    "images": images,
+                    "epochs": args.epochs,
+                    "variant": variant,
+                    "views": views,
+                    "codec": codec,
+                    "seed": seed,
+                    "accuracy": result["val_accuracy"],
+                    "loss": result["final_loss"],
+                    "bytes_per_sample": bytes_per_sample(recipe),
+                    "parameters": result["parameters"],
+                    "teacher_accuracy": teachers,
+                },
+                args.results,
+            )
+
+
+def summarize(rows: list[dict[str, str]], key: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Mean, deviation and paired difference to plain of every group of rows."""
+    plain = {(row["views"], row["seed"]): float(row["accuracy"]) for row in rows if row["variant"] == "plain"}
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in key)].append(row)
+    table = []
+    for name, group in groups.items():
+        accuracy = [float(row["accuracy"]) for row in group]
+        pairs = [
+            float(row["accuracy"]) - plain[row["views"], row["seed"]]
+            for row in group
+            if (row["views"], row["seed"]) in plain
+        ]
+        half = math.inf
+        if len(pairs) > 1:
+            half = T_95[min(len(pairs) - 1, len(T_95) - 1)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        table.append(
+            {
+                **dict(zip(key, name, strict=True)),
+                "seeds": len(group),
+                "mean": statistics.mean(accuracy),
+                "deviation": statistics.stdev(accuracy) if len(accuracy) > 1 else math.nan,
+                "over_plain": statistics.mean(pairs) if pairs else math.nan,
+                "half_interval": half,
+                "bytes_per_sample": float(group[-1]["bytes_per_sample"] or 0),
+            }
+        )
+    return sorted(table, key=lambda line: -line["mean"])
+
+
+def show(title: str, table: list[dict[str, Any]], key: tuple[str, ...]) -> None:
+    """The table for people, in percent."""
+    lines = [
+        {
+            **{name: line[name] for name in key},
+            "seeds": line["seeds"],
+            "accuracy": f"{line['mean']:.2%} ± {line['deviation']:.2%}",
+            "over plain (95 %)": f"{100 * line['over_plain']:+.2f} ± {100 * line['half_interval']:.2f}",
+            "bytes per sample": f"{line['bytes_per_sample']:,.0f}" if line["bytes_per_sample"] else "",
+        }
+        for line in table
+    ]
+    if lines:
+        print_table(title, lines)
+
+
+def held_batches(run: StudentRun, count: int) -> list[Batch]:
+    """The first batches of an epoch, kept."""
+    batches: Iterator[Batch] = run.loop.batches(0)
+    return [batch for batch, _ in zip(batches, range(count), strict=False)]
+
+
+def bench_steps(args: argparse.Namespace, tree: dict[str, Any], variants: list[str]) -> dict[str, str]:
+    """Step of every variant over the plain step, pixels and targets in RAM: median of rounds (lowest to highest)."""
+    found: dict[str, str] = {}
+    plain = StudentRun(step_recipe(args, tree, "plain"), Worker())
+    images = held_batches(plain, 4)
+    for variant in variants:
+        run = StudentRun(step_recipe(args, tree, variant), Worker())
+        batches = held_batches(run, 4)
+        ratios = []
+        for number in range(args.rounds + 1):
+            spent = []
+            for trainer, held in ((plain.trainer, images), (run.trainer, batches)):
+                begin = time.perf_counter()
+                for step, batch in enumerate(held):
+                    float(trainer.step(step, batch)["loss"])
+                spent.append(time.perf_counter() - begin)
+            if number:  # the first round warms up
+                ratios.append(spent[1] / spent[0])
+        run.close()
+        found[variant] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+        log.info("bench: step of %s over plain: %s", variant, found[variant])
+    plain.close()
+    return found
+
+
+def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) -> Recipe:
+    """A variant for timing: in a folder of its own, a chain's method with one teacher of the cache."""
+    words = {key: value for key, value in VARIANTS[variant].items() if key != "bn"}
+    teachers = tree["teachers"][: 1 if words["name"] in CHAINS else words.pop("teachers", 3)]
+    plain = words["name"] == "none"
+    train = {**tree["train"], "source": "none" if plain else "cache", "out": str(Path(args.out) / "steps" / variant)}
+    student = {**tree["student"], "branches": BRANCHES.get(words["name"], 1)}
+    sections = {"method": words, "teachers": [] if plain else teachers, "student": student, "train": train}
+    return parse_recipe({**tree, **sections})
+
+
+def plot_curves(rows: list[dict[str, str]], out: Path) -> list[str]:
+    """Accuracy against views and against codecs, one line per method with its deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    of_views = [row for row in rows if row["codec"] == "u8"]
+    for variant in CURVES:
+        for axis, key, values, chosen in (
+            (left, "views", [str(v) for v in VIEWS], of_views),
+            (right, "codec", list(CODECS), [row for row in rows if row["views"] == "4"]),
+        ):
+            by = {
+                value: [float(r["accuracy"]) * 100 for r in chosen if r["variant"] == variant and r[key] == value]
+                for value in values
+            }
+            places = [place for place, value in enumerate(values) if by[value]]
+            if not places or (variant == "plain" and key == "codec"):
+                continue
+            means = [statistics.mean(by[values[p]]) for p in places]
+            spreads = [statistics.stdev(by[values[p]]) if len(by[values[p]]) > 1 else 0.0 for p in places]
+            axis.errorbar(places, means, spreads, label=variant, marker="o", capsize=3)
+            axis.set_xticks(range(len(values)), ["new each epoch" if v == "0" else v for v in values])
+    left.set_xlabel("stored views")
+    right.set_xlabel("codec of the maps, 4 views")
+    left.set_ylabel("accuracy of the student, %")
+    left.legend()
+    figure.tight_layout()
+    path = out / "methods_curves.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return [str(path)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?", default=Path("data"))
+    parser.add_argument("--tiny", action="store_true", help="digits and tiny networks: does it run?")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", default="runs/methods")
+    parser.add_argument("--limit", type=int, default=100, help="images per class; 0 = all")
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--teacher-epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no student after so long")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args(argv)
+    configure_logging()
+    args.until = time.monotonic() + args.minutes * 60
+    tree = tree_of(args)
+    images = args.limit * (10 if args.tiny else 100) or 50_000
+    document: dict[str, Any] = {}
+    if not args.summary:
+        train_teachers(args, tree)
+        codecs = CODECS if args.curves else ("u8",)
+        views = max(*VIEWS, args.views) if args.curves else args.views
+        for codec in codecs:
+            cache = {**tree["cache"], "codec": codec, "views": views if codec == "u8" else args.views}
+            if codec != "u8":
+                cache["path"] = cache["path"].replace(".zarr", f"-{codec}.zarr")
+            run_cache(parse_recipe({**tree, "cache": cache}))
+    if args.steps:
+        document["step_over_plain"] = bench_steps(args, tree, [name for name in args.methods if name != "plain"])
+    elif args.curves and not args.summary:
+        jobs = [(variant, number, "u8") for number in VIEWS for variant in CURVES]
+        jobs += [(variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
+        run_variants(args, tree, list(dict.fromkeys(jobs)), images)
+    elif not args.summary:
+        run_variants(args, tree, [(name, args.views, "u8") for name in args.methods], images)
+    rows = rows_of(args, images)
+    main_rows = [row for row in rows if (row["views"], row["codec"]) == (str(args.views), "u8")]
+    document["methods"] = summarize(main_rows, ("variant",))
+    show("students of every method", document["methods"], ("variant",))
+    curves = [row for row in rows if row["variant"] in CURVES]
+    if len({(row["views"], row["codec"]) for row in curves}) > 1:
+        document["curves"] = summarize(curves, ("variant", "views", "codec"))
+        show("views and codecs", document["curves"], ("variant", "views", "codec"))
+        document["plots"] = plot_curves(curves, args.results.parent)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
