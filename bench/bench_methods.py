@@ -92,7 +92,7 @@ def tree_of(args: argparse.Namespace) -> dict[str, Any]:
                 "model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-2",
                 "weights": str(out / f"teacher-{number}" / "student.pt"),
                 "precision": "bf16",
-                "taps": TAPS,
+                "taps": args.taps,
             }
             for number in (1, 2, 3)
         ],
@@ -395,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no student after so long")
+    parser.add_argument("--taps", nargs="*", default=TAPS, help="what the cache holds; more can be added later")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--curves", action="store_true")

@@ -55,6 +55,7 @@ def test_every_generation_teaches_the_next_and_stays_in_the_cache(tmp_path: Path
     assert list(read_manifest(tmp_path / "chain.zarr").teachers) == [f"generation-{n}" for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_a_chain_may_begin_with_a_teacher_and_live(tmp_path: Path) -> None:
     """Born-again: generation 1 learns from the given teacher; live and cached chains end alike, f32 in stored order."""
     words: dict[str, Any] = {"generations": 2, "teachers": 1, "method": {"name": "ban"}}

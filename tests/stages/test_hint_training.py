@@ -15,6 +15,8 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, dict[str, Any]] = {
     "fitnet": {"hint_share": 0.6},
     "at": {},
@@ -52,7 +54,6 @@ def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
     return [row for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_u8_loss_and_gradient(world: Path, method: str, tmp_path: Path) -> None:
     """In either phase u8 codes change the loss by less than 0.5 % and turn the gradient by less than acos(0.999)."""

@@ -84,7 +84,8 @@ def rows_of(recipe: Recipe) -> list[dict[str, float]]:
     return [row for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WORDS)
 def test_f32_losses_are_those_of_live_teachers(world: Path, method: str, tmp_path: Path) -> None:
     """20 steps: two epochs in stored order, two of mixed passes."""
     train = {"epochs": 4, "max_steps": 20}
@@ -107,7 +108,8 @@ def first_step(recipe: Recipe) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.cat(gradients)
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WORDS)
 def test_u8_loss_and_gradient(world: Path, method: str, tmp_path: Path) -> None:
     """A u8 cache changes the loss by less than 0.5 % and turns the gradient by less than acos(0.999)."""
     loss_u8, ours = first_step(recipe_for(world, method, "u8", source="cache", out=str(tmp_path / "c")))
