@@ -1,4 +1,4 @@
-"""Write docs/recipe.md and docs/methods.md from the classes that check a recipe: `python tools/make_docs.py`.
+"""Write docs/recipe.md, methods.md and recipes.md from what they describe: `python tools/make_docs.py`.
 
 The tables hold what pydantic knows (keys, types, ranges, defaults) and each field's own description, so that nothing
 about a key is said twice. tests/cli/test_docs.py compares the files with what this makes.
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from feedfast.methods import METHODS
 from feedfast.methods.base import expected_words
-from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train
+from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python tools/make_docs.py"
@@ -49,16 +49,16 @@ TYPES = {"string": "text", "integer": "whole number", "number": "number", "boole
 
 def pages() -> dict[str, str]:
     """File name in docs/ -> its text."""
-    return {"recipe.md": recipe_page(), "methods.md": methods_page()}
+    return {"recipe.md": recipe_page(), "methods.md": methods_page(), "recipes.md": recipes_page()}
 
 
 def recipe_page() -> str:
     parts = [
         "# Recipe",
         f"Made by `{COMMAND}` from `feedfast/recipe.py`; edit the descriptions there.",
-        "A recipe is one TOML file that `feedfast plan`, `cache` and `train` read; [recipes](recipes) holds complete "
-        "ones. `key=value` arguments override any dotted key: `train.epochs=5`, "
-        "`teachers.0.weights=runs/a/student.pt`, `method.name=kd`. "
+        "A recipe is one TOML file that `feedfast plan`, `cache` and `train` read; [recipes.md](recipes.md) lists "
+        "complete ones, one per setting of the papers. `key=value` arguments override any dotted key: "
+        "`train.epochs=5`, `teachers.0.weights=runs/a/student.pt`, `method.name=kd`. "
         "Paths are relative to the current directory. An unknown key is refused.",
         f"```toml\n{EXAMPLE}```",
     ]
@@ -117,6 +117,33 @@ def methods_page() -> str:
             for key, field in method.Options.model_fields.items()
         ]
         parts.append(table(("option", "expected", "default", "meaning"), rows) if rows else "No options.")
+    return "\n\n".join(parts) + "\n"
+
+
+FAMILIES = {
+    "ofd": "OFD", "pfeed": "FEED, parallel", "sfeed": "FEED, sequential", "ft": "Factor Transfer", "ekd": "EKD-style",
+    "lp": "LP", "kd": "Pruned ResNet-50 from two teachers", "plain": "Its control", "repdistiller": "RepDistiller",
+    "teacher": "Teachers that the others point to",
+}  # fmt: skip
+
+
+def recipes_page() -> str:
+    titles = packaged_recipes()
+    parts = [
+        "# Packaged recipes",
+        f"Made by `{COMMAND}` from `feedfast/recipes/*.toml`, as `feedfast recipes` lists them: one per setting of the "
+        "papers.",
+        "```sh\nfeedfast recipes NAME --out NAME.toml                # copied, never over a file\n"
+        "feedfast methods --recipe NAME.toml                  # bytes per sample that each method would store\n"
+        "feedfast cache NAME.toml data.train=my/train.bin     # paths in it are placeholders\n```",
+        "Each file begins with what it is and the commands that run it. At each value it says where the value is from: "
+        "the paper, the authors' code, or chosen here because neither says it; and where a detail of theirs cannot be "
+        "expressed. A recipe of several teachers names the runs they come from. The "
+        "examples in [recipes](recipes) are those of [results.md](results.md).",
+    ]
+    for family, heading in FAMILIES.items():
+        rows = [(f"`{name}`", title) for name, title in titles.items() if name.partition("-")[0] == family]
+        parts += [f"## {heading}", table(("recipe", "what it is"), rows)]
     return "\n\n".join(parts) + "\n"
 
 

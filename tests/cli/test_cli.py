@@ -121,7 +121,9 @@ def test_the_same_command_again_continues(recipe: Path) -> None:
 def test_help_names_every_command() -> None:
     outcome = feedfast("--help")
     assert outcome.code == 0
-    assert all(name in outcome.out for name in ("demo", "plan", "cache", "train", "verify", "inspect", "taps"))
+    assert all(
+        name in outcome.out for name in ("demo", "plan", "cache", "train", "verify", "inspect", "taps", "recipes")
+    )
 
 
 @pytest.mark.parametrize(

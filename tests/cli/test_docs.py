@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from feedfast.methods import METHODS
-from feedfast.recipe import parse_recipe
+from feedfast.recipe import packaged_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 WRITTEN_BY_READERS = {"feedfast/methods/hint.py"}  # CONTRIBUTING's example
@@ -26,7 +26,7 @@ def make_docs() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "methods.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "methods.md", "recipes.md"])
 def test_generated_pages_are_those_of_today(name: str) -> None:
     tool = make_docs()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == tool.pages()[name], (
@@ -66,6 +66,11 @@ def test_tables_hold_type_range_and_default() -> None:
     assert "| list of: text |  | required |" in rows["train"]
     assert "| number | ≥ 0, ≤ 1 | `0.5` |" in rows["flip"]
     assert "| 3 of: number | > 0 | none |" in rows["std"]
+
+
+def test_every_packaged_recipe_is_listed_once() -> None:
+    page = make_docs().recipes_page()
+    assert {name: page.count(f"| `{name}` |") for name in packaged_recipes()} == dict.fromkeys(packaged_recipes(), 1)
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -111,6 +111,7 @@ def ends_by_hand(name: str, x: Tensor) -> list[Tensor]:
     net: Any = build(name).eval()
     last = {
         "zoo/mobilenetv1": (3, 5, 11, 13),
+        "zoo/mobilenetv1-224": (3, 5, 11, 13),
         "torchvision/vgg11_bn": (6, 13, 20, 27),
         "torchvision/mobilenet_v2": (3, 6, 13, 17),
         "torchvision/mobilenet_v3_large": (3, 6, 12, 15),
