@@ -31,7 +31,7 @@ from feedfast.tasks import Classify
 
 NAMES = tuple(packaged_recipes())
 SMALL = {28: 28, 32: 32, 224: 64}  # size of a recipe → of the test
-QUICK = ("ofd-d-cifar100", "lp-mnist", "teacher-wrn-16-2-mnist")
+QUICK = ("lp-mnist", "teacher-wrn-16-2-mnist")
 BATCH = 4
 CLASSES = 10
 
@@ -143,7 +143,16 @@ OTHER_STUDENTS = [(name, f"zoo/fitnet-{number}") for name in NAMES if name.start
 OTHER_STUDENTS += [("plain-resnet-50-pruned-imagenet", f"zoo/resnet-50-{ratio}") for ratio in ("p25", "p37.5")]
 
 
-@pytest.mark.parametrize(("name", "student"), [*((name, None) for name in NAMES), *OTHER_STUDENTS])
+LARGE = ("imagenet", "wrn-28-10", "pyramidnet-200", "ofd-e", "ofd-f")  # seconds to build; checked with the slow tests
+
+
+@pytest.mark.parametrize(
+    ("name", "student"),
+    [
+        pytest.param(name, student, marks=[pytest.mark.slow] if any(large in name for large in LARGE) else [])
+        for name, student in [*((name, None) for name in NAMES), *OTHER_STUDENTS]
+    ],
+)
 def test_its_networks_fit_its_methods(name: str, student: str | None, tmp_path: Path) -> None:
     """Built at the recipe's own size where that is small; torchvision's and timm's at 64 pixels."""
     recipe = read(name, tmp_path, (f"student.model={student}",) if student else ())
