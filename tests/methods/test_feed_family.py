@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -283,20 +281,19 @@ def test_locality_is_its_formula(sigma: float | None, features: str) -> None:
     assert not list(method.parameters())
 
 
-def test_locality_says_when_it_has_become_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_locality_says_when_it_has_become_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("feedfast.methods.locality.log.warning", said.append)
     shapes = {"final": (3, 2, 2)}
     tiny = make("locality", shapes, {"a": shapes}, sigma=1e-3)
     assert isinstance(tiny, Locality)
-    with caplog.at_level(logging.WARNING, logger="feedfast"):
-        logging.getLogger("feedfast").propagate = True
-        for _ in range(3):
-            tiny(StudentOutput(None, maps(shapes, 0)), {"a": maps(shapes, 1)}, None)
-        assert [r.getMessage()[:12] for r in caplog.records] == ["method.sigma"]
-        caplog.clear()
-        point = {"final": torch.ones(BATCH, 3, 2, 2)}
-        fine = make("locality", shapes, {"a": shapes})
-        fine(StudentOutput(None, point), {"a": maps(shapes, 1)}, None)
-        assert [r.getMessage()[:12] for r in caplog.records] == ["method.gamma"]
-        caplog.clear()
-        make("locality", shapes, {"a": shapes})(StudentOutput(None, maps(shapes, 0)), {"a": maps(shapes, 1)}, None)
-        assert not caplog.records
+    for _ in range(3):
+        tiny(StudentOutput(None, maps(shapes, 0)), {"a": maps(shapes, 1)}, None)
+    assert [message[:12] for message in said] == ["method.sigma"]
+    said.clear()
+    point = {"final": torch.ones(BATCH, 3, 2, 2)}
+    make("locality", shapes, {"a": shapes})(StudentOutput(None, point), {"a": maps(shapes, 1)}, None)
+    assert [message[:12] for message in said] == ["method.gamma"]
+    said.clear()
+    make("locality", shapes, {"a": shapes})(StudentOutput(None, maps(shapes, 0)), {"a": maps(shapes, 1)}, None)
+    assert said == []

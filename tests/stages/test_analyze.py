@@ -86,6 +86,7 @@ def by_hand(maps: Tensor, unseen: Tensor, orders: list[np.ndarray], seed: int) -
     return train, test
 
 
+@pytest.mark.slow
 def test_the_curves_are_those_of_a_loop_by_hand(runs: Path, tmp_path: Path) -> None:
     found = run_reconstruction([runs / "narrow", runs / "wide"], tmp_path, Setting(epochs=3, seed=5))
     plan = view_plan(plain(runs, "narrow", data={"augment": "none", "flip": 0.0}).data, 5)

@@ -84,6 +84,7 @@ def test_factors_are_a_tap_of_half_the_channels_made_by_the_stored_weights(world
     assert feedfast("verify", world / "u8.zarr", "--full").document["ok"]
 
 
+@pytest.mark.slow
 def test_other_weights_are_another_identity_and_the_rest_keeps_its_own(world: Path, tmp_path: Path) -> None:
     other = tmp_path / "f32.zarr"
     shutil.copytree(world / "f32.bare", other)
@@ -98,6 +99,7 @@ def test_other_weights_are_another_identity_and_the_rest_keeps_its_own(world: Pa
     assert (again["rows_written"], again["complete"]) == (0, True)
 
 
+@pytest.mark.slow
 def test_verify_recomputes_the_maps_and_says_that_factors_are_not_compared(world: Path, tmp_path: Path) -> None:
     file = as_toml(recipe_for(world), tmp_path / "recipe.toml")
     found = feedfast("verify", world / "f32.zarr", "--teachers", 20, "--recipe", file)
@@ -106,6 +108,7 @@ def test_verify_recomputes_the_maps_and_says_that_factors_are_not_compared(world
     assert "a/factor, b/factor: not compared" in found.err
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same_digest(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "f32.zarr"
     shutil.copytree(world / "f32.bare", path)

@@ -46,8 +46,6 @@ WORDS: dict[str, dict[str, Any]] = {
     "pkt": {},
     "crd": {},
 }
-# Whole runs of every method are slow together; those that do something of their own before or after it are quick tests.
-EVERY = [pytest.param(name, marks=[] if name in ("ft", "ekd") else pytest.mark.slow) for name in WORDS]
 ONE_TEACHER = ("sfeed", "ban")
 STUDENT = {"ekd": {"branches": 2}}
 TAPS = '["final", "ofd+margin", "stage"]'
@@ -119,7 +117,8 @@ def test_u8_loss_and_gradient(world: Path, method: str, tmp_path: Path) -> None:
     assert not torch.equal(ours, theirs), "codes were compared with themselves"
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WORDS)
 def test_a_method_lowers_its_own_terms_and_its_student_is_plain(world: Path, method: str, tmp_path: Path) -> None:
     """Eight epochs from the u8 cache: each term is lower at the end than at the beginning."""
     recipe = recipe_for(world, method, out=str(tmp_path / "o"), epochs=8, lr=0.01)

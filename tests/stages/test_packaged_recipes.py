@@ -143,13 +143,13 @@ OTHER_STUDENTS = [(name, f"zoo/fitnet-{number}") for name in NAMES if name.start
 OTHER_STUDENTS += [("plain-resnet-50-pruned-imagenet", f"zoo/resnet-50-{ratio}") for ratio in ("p25", "p37.5")]
 
 
-LARGE = ("imagenet", "wrn-28-10", "pyramidnet-200", "ofd-e", "ofd-f")  # seconds to build; checked with the slow tests
+FIT = ("lp-mnist", "ekd-cifar100", "sfeed-resnet-56-cifar100", "ofd-d-cifar100")  # the others take seconds to build
 
 
 @pytest.mark.parametrize(
     ("name", "student"),
     [
-        pytest.param(name, student, marks=[pytest.mark.slow] if any(large in name for large in LARGE) else [])
+        pytest.param(name, student, marks=[] if name in FIT else [pytest.mark.slow])
         for name, student in [*((name, None) for name in NAMES), *OTHER_STUDENTS]
     ],
 )
