@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from feedfast.cache import names
+from feedfast.cache.log import read_log
 from feedfast.cache.manifest import read_manifest
 from feedfast.cli import configure_logging
 from feedfast.data.batch import Batch
@@ -141,27 +143,40 @@ def finished(recipe: Recipe) -> dict[str, Any]:
     return run_train(recipe)
 
 
+def cache_of(tree: dict[str, Any], codec: str, views: int) -> dict[str, Any]:
+    """The section of a codec's cache: each has a folder of its own, the tree's that of u8."""
+    path = tree["cache"]["path"]
+    own = path if codec == tree["cache"]["codec"] else path.replace(".zarr", f"-{codec}.zarr")
+    return {**tree["cache"], "codec": codec, "views": views, "path": own}
+
+
+def with_method(tree: dict[str, Any], words: dict[str, Any], teachers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tree with a method, the teachers it learns from, and the student and source it needs."""
+    plain = words["name"] == "none"
+    student = {**tree["student"], "branches": BRANCHES.get(words["name"], 1)}
+    train = {**tree["train"], "source": "none" if plain else "cache"}
+    return {**tree, "method": words, "teachers": [] if plain else teachers, "student": student, "train": train}
+
+
 def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int, codec: str, folder: Path) -> Recipe:
     """One student: a variant at a seed, from so many views of a codec."""
     words = dict(VARIANTS[variant])
     teachers = tree["teachers"][: words.pop("teachers", 3)]
     if bn := words.pop("bn", None):
         teachers = [{**entry, "name": f"{entry['name']}-{bn}", "bn": bn, "taps": ["ofd"]} for entry in teachers]
-    plain = words["name"] == "none"
-    cache = {**tree["cache"], "codec": codec, "views": views or tree["cache"]["views"]}
-    if codec != tree["cache"]["codec"]:
-        cache["path"] = cache["path"].replace(".zarr", f"-{codec}.zarr")
-    source = "none" if plain else "cache" if views else "live"
-    if not views:
-        cache = {"views": 0, "batch": cache["batch"]}
+    sections = with_method(tree, words, teachers)
     out = folder / f"{variant}-{codec}-{views}" / str(seed)
-    sections: dict[str, Any] = {**tree, "cache": cache, "method": words, "teachers": [] if plain else teachers}
-    sections["student"] = {**tree["student"], "branches": BRANCHES.get(words["name"], 1)}
-    sections["train"] = {**tree["train"], "source": source, "seed": seed, "out": str(out)}
+    sections["train"] |= {"seed": seed, "out": str(out)}
+    if views:
+        sections["cache"] = cache_of(tree, codec, views)
+    else:  # a new one every epoch, which no cache has
+        sections["cache"] = {"views": 0, "batch": tree["cache"]["batch"]}
+        if words["name"] != "none":
+            sections["train"]["source"] = "live"
     if words["name"] in CHAINS:
         # generation 1 is the plain student of the same seed in length and data, so the chain adds what it teaches
         sections |= {"teachers": [], "chain": {"generations": GENERATIONS}}
-        sections["cache"] = {**cache, "path": str(out / "chain.zarr")}
+        sections["cache"] = {**sections["cache"], "path": str(out / "chain.zarr")}
     return parse_recipe(sections)
 
 
@@ -187,9 +202,6 @@ def bytes_per_sample(recipe: Recipe) -> float | None:
     path = Path(recipe.cache.path)
     if recipe.train.source != "cache" or not (path / "zarr.json").is_file():
         return None
-    from feedfast.cache import names
-    from feedfast.cache.log import read_log
-
     manifest, committed = read_manifest(path), read_log(path)
     total = 0.0
     chosen = [teacher.name for teacher in recipe.teachers] or list(manifest.teachers)[-1:]
@@ -223,11 +235,15 @@ def rows_of(args: argparse.Namespace, images: int) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def run_variants(args: argparse.Namespace, tree: dict[str, Any], jobs: list[tuple[str, int, str]], images: int) -> None:
-    """Every job at every seed, seed by seed: what is cut off has whole seeds of all methods."""
+def run_variants(
+    args: argparse.Namespace, tree: dict[str, Any], jobs: list[tuple[str, int, str]], images: int, teachers: float
+) -> None:
+    """Every job at every seed, seed by seed: what is cut off has whole seeds of all methods.
+
+    ``teachers``: their mean accuracy, for the rows.
+    """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     done = {(row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in rows_of(args, images)}
-    teachers = statistics.mean(train_teachers(args, tree))
     for seed in range(1, args.seeds + 1):
         for variant, views, codec in jobs:
             if (variant, views, codec, seed) in done or time.monotonic() > args.until:
@@ -336,13 +352,11 @@ def bench_steps(args: argparse.Namespace, tree: dict[str, Any], variants: list[s
 
 def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) -> Recipe:
     """A variant for timing: in a folder of its own, a chain's method with one teacher of the cache."""
-    words = {key: value for key, value in VARIANTS[variant].items() if key != "bn"}
-    teachers = tree["teachers"][: 1 if words["name"] in CHAINS else words.pop("teachers", 3)]
-    plain = words["name"] == "none"
-    train = {**tree["train"], "source": "none" if plain else "cache", "out": str(Path(args.out) / "steps" / variant)}
-    student = {**tree["student"], "branches": BRANCHES.get(words["name"], 1)}
-    sections = {"method": words, "teachers": [] if plain else teachers, "student": student, "train": train}
-    return parse_recipe({**tree, **sections})
+    words = {key: value for key, value in VARIANTS[variant].items() if key not in ("bn", "teachers")}
+    count = 1 if words["name"] in CHAINS else VARIANTS[variant].get("teachers", 3)
+    sections = with_method(tree, words, tree["teachers"][:count])
+    sections["train"] |= {"out": str(Path(args.out) / "steps" / variant)}
+    return parse_recipe(sections)
 
 
 def plot_curves(rows: list[dict[str, str]], out: Path) -> list[str]:
@@ -408,22 +422,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = args.limit * (10 if args.tiny else 100) or 50_000
     document: dict[str, Any] = {}
     if not args.summary:
-        train_teachers(args, tree)
-        codecs = CODECS if args.curves else ("u8",)
-        views = max(*VIEWS, args.views) if args.curves else args.views
-        for codec in codecs:
-            cache = {**tree["cache"], "codec": codec, "views": views if codec == "u8" else args.views}
-            if codec != "u8":
-                cache["path"] = cache["path"].replace(".zarr", f"-{codec}.zarr")
-            run_cache(parse_recipe({**tree, "cache": cache}))
-    if args.steps:
-        document["step_over_plain"] = bench_steps(args, tree, [name for name in args.methods if name != "plain"])
-    elif args.curves and not args.summary:
-        jobs = [(variant, number, "u8") for number in VIEWS for variant in CURVES]
-        jobs += [(variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
-        run_variants(args, tree, list(dict.fromkeys(jobs)), images)
-    elif not args.summary:
-        run_variants(args, tree, [(name, args.views, "u8") for name in args.methods], images)
+        teachers = statistics.mean(train_teachers(args, tree))
+        most = max(*VIEWS, args.views) if args.curves else args.views
+        for codec in CODECS if args.curves else ("u8",):
+            run_cache(parse_recipe({**tree, "cache": cache_of(tree, codec, most if codec == "u8" else args.views)}))
+        if args.steps:
+            document["step_over_plain"] = bench_steps(args, tree, [name for name in args.methods if name != "plain"])
+        else:
+            jobs = [(name, args.views, "u8") for name in args.methods]
+            if args.curves:
+                jobs = [(variant, number, "u8") for number in VIEWS for variant in CURVES]
+                jobs += [(variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
+            run_variants(args, tree, list(dict.fromkeys(jobs)), images, teachers)
     rows = rows_of(args, images)
     main_rows = [row for row in rows if (row["views"], row["codec"]) == (str(args.views), "u8")]
     document["methods"] = summarize(main_rows, ("variant",))

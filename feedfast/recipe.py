@@ -243,7 +243,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         name = path.name.removesuffix(".toml")
-        packaged = f"; feedfast recipes {name} --out {name}.toml copies the packaged one" if _is_packaged(name) else ""
+        packaged = (
+            f"; feedfast recipes {name} --out {name}.toml copies the packaged one" if name in _packaged_names() else ""
+        )
         raise RequestError(f"recipe {path}: expected a TOML file, found nothing there{packaged}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"recipe {path}: expected a readable TOML file: {error}") from None
@@ -256,9 +258,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def packaged_recipes() -> dict[str, str]:
     """The recipes that come with the package: name → what it is, the first line of the file; by name."""
-    files = (file for file in _PACKAGED.iterdir() if file.name.endswith(".toml"))
-    texts = {file.name.removesuffix(".toml"): file.read_text(encoding="utf-8") for file in files}
-    return {name: texts[name].partition("\n")[0].removeprefix("# ") for name in sorted(texts)}
+    return {name: packaged_recipe(name).partition("\n")[0].removeprefix("# ") for name in _packaged_names()}
 
 
 def packaged_recipe(name: str) -> str:
@@ -267,17 +267,18 @@ def packaged_recipe(name: str) -> str:
     Raises:
         RequestError: there is none of that name; close names are in the message.
     """
-    if not _is_packaged(name):
-        known = packaged_recipes()
+    known = _packaged_names()
+    if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}?" if close else "feedfast recipes lists them"
         raise RequestError(f"recipe {name!r}: expected the name of a packaged recipe; {hint}")
     return (_PACKAGED / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def _is_packaged(name: str) -> bool:
-    # looked up among the names, so that ../ and the like lead nowhere
-    return name in packaged_recipes()
+def _packaged_names() -> list[str]:
+    # what is asked for is looked up among these, so that ../ and the like lead nowhere
+    found = (file.name for file in _PACKAGED.iterdir())
+    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:

@@ -35,8 +35,12 @@ class Transform:
 
     def teacher(self, values: Tensor) -> Tensor:
         """The teacher's map [n, C] or [B, C, H, W] as it is encoded."""
-        floor = self.floor(values.device)
-        return values if floor is None else torch.maximum(values, floor.view(1, -1, *[1] * (values.dim() - 2)))
+        return floored(values, self.floor(values.device))
+
+
+def floored(values: Tensor, floor_C: Tensor | None) -> Tensor:
+    """A map [n, C] or [B, C, H, W] with no value below its channel's floor; None leaves it as it is."""
+    return values if floor_C is None else torch.maximum(values, floor_C.view(1, -1, *[1] * (values.dim() - 2)))
 
 
 def transform_of(info: TapInfo) -> Transform:

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps
-from feedfast_kernels import as_float, ensemble_kl
+from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast_kernels import as_float
 
 
 class ActivationBoundaries(Method):
@@ -67,8 +67,7 @@ class ActivationBoundaries(Method):
         batch = max(student.taps[self.taps[0]].shape[0], 1)
         terms = {"boundary": torch.stack(boundaries).sum() / (batch * len(self.teacher_names))}
         if options.second == "kd":
-            logits = [as_float(targets[name][LOGITS]) for name in self.teacher_names]
-            terms["kd"] = ensemble_kl(student.output, logits, tau=options.tau, weight=options.tau**-2)
+            terms["kd"] = unscaled_kl(student, targets, options.tau)
         return terms
 
     def weights(self, progress: float) -> dict[str, float]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import paired_maps, same_grid, shared_taps
-from feedfast_kernels import as_float, ensemble_kl
+from feedfast.methods.parts import paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast_kernels import as_float
 
 
 class Regressor(nn.Sequential):
@@ -94,8 +94,7 @@ class FitNet(Method):
             hints.append(F.mse_loss(ours.float(), as_float(theirs).detach()))
         terms = {"hint": torch.stack(hints).mean()}
         if options.stages == 2:
-            logits = [as_float(targets[name][LOGITS]) for name in self.teacher_names]
-            terms["kd"] = ensemble_kl(student.output, logits, tau=options.tau, weight=options.tau**-2)
+            terms["kd"] = unscaled_kl(student, targets, options.tau)
         return terms
 
     def weights(self, progress: float) -> dict[str, float]:

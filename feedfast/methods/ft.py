@@ -55,6 +55,12 @@ class Paraphraser(nn.Module):
         reconstruction: Tensor = self.decoder(self.encoder(map_NCHW))
         return reconstruction
 
+    @torch.no_grad()
+    def encode(self, map_NCHW: Tensor) -> Tensor:
+        """The factors [B, kC, H, W], fp32, without gradient."""
+        factors: Tensor = self.encoder(map_NCHW)
+        return factors.float()
+
 
 def train_paraphraser(
     paraphraser: Paraphraser,
@@ -185,8 +191,7 @@ class FT(Method):
             else:
                 paraphraser = self.paraphrasers[number]
                 assert isinstance(paraphraser, Paraphraser)
-                with torch.no_grad():
-                    factor = paraphraser.encoder(as_float(targets[name][TAP])).float()
+                factor = paraphraser.encode(as_float(targets[name][TAP]))
             mine, factor = same_grid(translator(student.taps[TAP]), factor)
             ours.append(mine)
             theirs.append(factor)

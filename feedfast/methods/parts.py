@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
-from feedfast.methods.base import Shapes, TapInfo, Teachers, numbered_taps
-from feedfast_kernels import Target, as_float, connector_partial_l2, partial_l2
+from feedfast.methods.base import LOGITS, Shapes, StudentOutput, TapInfo, Targets, Teachers, numbered_taps
+from feedfast_kernels import Target, as_float, connector_partial_l2, ensemble_kl, partial_l2
 
 Found = TypeVar("Found")
 
@@ -210,6 +210,12 @@ def check_taps(student: Shapes, teachers: Teachers, taps: Sequence[str]) -> None
         _tap(student, tap, "student")
         for name, infos in teachers.items():
             _tap(infos, tap, f"teacher {name!r}")
+
+
+def unscaled_kl(student: StudentOutput, targets: Targets, tau: float) -> Tensor:
+    """KL(teachers || student) of the logits at temperature ``tau``, without the usual tau^2: FitNets' and AB's."""
+    logits = [as_float(taps[LOGITS]) for taps in targets.values()]
+    return ensemble_kl(student.output, logits, tau=tau, weight=tau**-2)
 
 
 def wide(x: Tensor) -> Tensor:

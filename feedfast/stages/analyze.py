@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
@@ -26,12 +26,10 @@ from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import write_json
 from feedfast.methods.ft import TAP, Paraphraser, train_paraphraser
 from feedfast.models.build import build_model
-from feedfast.models.normalize import Normalize
-from feedfast.models.presets import preset_taps
-from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.reconstruction import write_reconstruction
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
+from feedfast.stages.ensemble import FrozenTeacher, tap_requests
 from feedfast.stages.evaluate import BATCH
 from feedfast.stages.folder import RECIPE, differences, ensure_dir
 from feedfast.stages.progress import Meter
@@ -131,46 +129,42 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
     return document
 
 
-class _Network(nn.Module):
-    """Pixels to final maps, frozen."""
-
-    def __init__(self, tapped: Tapped, normalize: Normalize) -> None:
-        super().__init__()
-        self.tapped, self.normalize = tapped, normalize
-        self.shape = tapped.shapes[TAP]
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] to float32 maps [B, C, H, W]."""
-        return self.tapped(self.normalize(images))[1][TAP].float()  # type: ignore[no-any-return]
-
-
-def _network(run: _Run, train: Dataset, val: Dataset, device: torch.device) -> _Network:
-    recipe, weights = run.recipe, run.path / "student.pt"
+def _network(run: _Run, train: Dataset, val: Dataset, device: torch.device) -> FrozenTeacher:
+    """The run's student as a frozen network with its final map."""
+    recipe, where = run.recipe, f"run {run.path}"
     classes = len(train.classes) or len(val.classes)
-    model = build_model(recipe.student.model, num_classes=classes, weights=weights, seed=0).eval()
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    normalize = Normalize(*recipe.data.normalization).to(device)
-    example = normalize(torch.full((2, recipe.data.size, recipe.data.size, 3), 128, dtype=torch.uint8, device=device))
-    tapped = Tapped(model, preset_taps(model, TAP, example), example)
-    if len(tapped.shapes[TAP]) != 3:
-        raise RequestError(f"{run.path}: expected a final map [C, H, W], found {list(tapped.shapes[TAP])}")
-    return _Network(tapped, normalize)
+    model = build_model(recipe.student.model, num_classes=classes, weights=run.path / "student.pt", seed=0)
+    mean, std = recipe.data.normalization
+    network = FrozenTeacher(
+        str(run.path),
+        model,
+        lambda example: tap_requests(model, (TAP,), example, where),
+        source=recipe.student.model,
+        bn="eval",
+        precision="fp32",
+        mean=mean,
+        std=std,
+        size=recipe.data.size,
+        device=device,
+    )
+    if len(network.shapes[TAP]) != 3:
+        raise RequestError(f"{run.path}: expected a final map [C, H, W], found {list(network.shapes[TAP])}")
+    return network
 
 
 def _measure(
-    network: _Network, pixels: Loader, rows: int, unseen: Loader, setting: Setting, meter: Meter
+    network: FrozenTeacher, pixels: Loader, rows: int, unseen: Loader, setting: Setting, meter: Meter
 ) -> dict[str, Any]:
     """Curves of one network's paraphraser."""
+    shape = network.shapes[TAP]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        paraphraser = Paraphraser(network.shape[0], setting.rate)
-    paraphraser = paraphraser.to(next(network.parameters()).device)
+        paraphraser = Paraphraser(shape[0], setting.rate)
+    paraphraser = paraphraser.to(network.device)
 
     def maps(view: int) -> Iterator[Tensor]:
         for batch in pixels.stream(view, np.arange(rows)):
-            yield network(batch.images)
+            yield network(batch.images)[TAP]
             meter.advance(len(batch.rows))
 
     train_l1: list[float] = []
@@ -182,7 +176,7 @@ def _measure(
         train_l1.append(mean)
         test_l1.append(error)
     return {
-        "shape": list(network.shape),
+        "shape": list(shape),
         "factors": paraphraser.factors,
         "train_l1": train_l1,
         "test_l1": test_l1,
@@ -193,11 +187,11 @@ def _measure(
 
 
 @torch.no_grad()
-def _mean_l1(network: _Network, paraphraser: Paraphraser, unseen: Loader, meter: Meter) -> tuple[float, float]:
+def _mean_l1(network: FrozenTeacher, paraphraser: Paraphraser, unseen: Loader, meter: Meter) -> tuple[float, float]:
     """Mean |reconstruction - map| and mean |map| over all validation images, in float64 sums."""
     wrong, size, values = 0.0, 0.0, 0
     for batch in unseen.evaluation():
-        map_NCHW = network(batch.images)
+        map_NCHW = network(batch.images)[TAP]
         wrong += float((paraphraser(map_NCHW) - map_NCHW).abs().double().sum())
         size += float(map_NCHW.abs().double().sum())
         values += map_NCHW.numel()

@@ -24,7 +24,7 @@ from feedfast.models.taps import Tap, Tapped
 from feedfast.recipe import Recipe, packaged_recipe, packaged_recipes
 from feedfast.report.compare import print_table
 from feedfast.stages.data import open_train
-from feedfast.stages.ensemble import tap_requests
+from feedfast.stages.ensemble import outputs_of, tap_requests
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.pilot import stored_codec, tap_row_bytes
 from feedfast.stages.progress import format_bytes
@@ -163,9 +163,8 @@ def _teacher_shapes(
     A group's taps are those the recipe names by hand, if there are any of such names.
     """
     where = f"teachers[{spec.name}]"
-    outputs = spec.classes or (classes if spec.weights else 0) or None
     try:
-        model = build_model(spec.model, num_classes=outputs, weights=None, seed=0).eval()
+        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=None, seed=0).eval()
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
     example = torch.zeros(2, 3, size, size)

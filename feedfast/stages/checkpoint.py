@@ -8,6 +8,7 @@ and random numbers are not, because both are pure functions of the step.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,14 @@ def save_checkpoint(
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    write_state(out / CHECKPOINT, state)
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """A mapping of tensors and numbers as ``torch.save`` writes it, durably: a kill leaves the old file or the new."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    replace_file(out / CHECKPOINT, [buffer.getbuffer()])
+    replace_file(path, [buffer.getbuffer()])
 
 
 def load_checkpoint(out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer) -> int:

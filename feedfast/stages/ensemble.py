@@ -192,6 +192,14 @@ def is_signed(tap: Tap) -> bool:
     return tap.position == "pre" or tap.bn is not None
 
 
+def outputs_of(spec: recipes.Teacher, classes: int) -> int | None:
+    """How many classes a recipe's teacher is built with; None = as many as the model has by itself.
+
+    Unlabeled images (``classes`` 0) say nothing: the model's own number, unless the recipe has one.
+    """
+    return spec.classes or (classes if spec.weights else 0) or None
+
+
 def teacher_from_recipe(
     spec: recipes.Teacher,
     data: recipes.Data,
@@ -215,10 +223,8 @@ def teacher_from_recipe(
         RequestError: it cannot be built, has no such taps, or is no classifier.
     """
     where = f"teachers[{spec.name}]"
-    # Unlabeled images say nothing of classes: the model's own number, unless the recipe has one.
-    outputs = spec.classes or (classes if spec.weights else 0) or None
     try:
-        model = build_model(spec.model, num_classes=outputs, weights=spec.weights, seed=seed)
+        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=spec.weights, seed=seed)
     except RequestError as error:
         hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
         raise RequestError(f"{where}: {error}{hint}") from error

@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from feedfast.cache import names
-from feedfast.cache.blocks import choose_compression
 from feedfast.cache.create import open_for_writing
-from feedfast.cache.fit import fit_affine, measure
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import FactorInfo, TapInfo
@@ -33,9 +31,9 @@ from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.ft import FACTOR, FT, TAP, Paraphraser, train_paraphraser
 from feedfast.recipe import Recipe
-from feedfast.stages.pilot import thin
+from feedfast.stages.pilot import fit_values, thin
 from feedfast.stages.progress import Meter
-from feedfast.stages.proof import decode_rows
+from feedfast.stages.proof import decode_rows, scale_of
 from feedfast.stages.record import encode_rows
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.worker import pick_device
@@ -104,6 +102,7 @@ class _Factors:
         self.reader = CacheReader(self.path, threads=self.recipe.cache.threads)
         self.device = pick_device(self.recipe.train.device)
         self.source = self.reader.manifest.teachers[self.teacher].taps[TAP]
+        self.scale = scale_of(self.reader, self.teacher, TAP)
 
     def write(self) -> int:
         """All of it; returns the rows written."""
@@ -138,9 +137,7 @@ class _Factors:
             with Meter(f"factors of {self.teacher}", sum(len(rows) for _, rows in work)) as meter:
                 for view, rows in work:
                     for number, maps in enumerate(self._maps(view, rows, size)):
-                        found, saturated = encode_rows(
-                            _factors(paraphraser, maps), info.codec, offset, step, Transform()
-                        )
+                        found, saturated = encode_rows(paraphraser.encode(maps), info.codec, offset, step, Transform())
                         writer.append(codes, view, int(rows[number * size]), found, saturated=int(saturated))
                         rows_written += len(maps)
                         meter.advance(len(maps))
@@ -154,7 +151,8 @@ class _Factors:
     def _maps(self, view: int, rows: np.ndarray, size: int) -> Iterator[Tensor]:
         array = names.codes(self.teacher, TAP)
         for item in self.reader.stream([array], view, rows, size):
-            yield decode_rows(self.reader, self.teacher, TAP, torch.from_numpy(item[array].copy())).to(self.device)
+            rows_stored = torch.from_numpy(item[array].copy())
+            yield decode_rows(rows_stored, self.source.codec, *self.scale).to(self.device)
 
     def _train(self, paraphraser: Paraphraser) -> None:
         manifest, options = self.reader.manifest, self.options
@@ -170,7 +168,7 @@ class _Factors:
             epochs = (metered(epoch % manifest.views) for epoch in range(total))
             means = train_paraphraser(paraphraser, epochs, lr=options.paraphraser_lr, loss=options.reconstruction)
             for epoch, mean in enumerate(means, start=1):
-                log.info("factors: %s, epoch %d of %d: %s %.4g", self.teacher, epoch, total, "loss", mean)
+                log.info("factors: %s, epoch %d of %d: loss %.4g", self.teacher, epoch, total, mean)
 
     def _fit(self, paraphraser: Paraphraser) -> tuple[TapInfo, np.ndarray]:
         """The manifest's entry, and offset and step [2, channel], from the first rows of view 0."""
@@ -184,15 +182,14 @@ class _Factors:
             batches = -(-len(rows) // size)
             values = []
             for maps in self._maps(0, rows, size):
-                factors = _factors(paraphraser, maps).cpu()
+                factors = paraphraser.encode(maps).cpu()
                 if not torch.isfinite(factors).all():
                     raise FeedfastError(f"teacher {self.teacher!r}: expected finite factors, found NaN or infinity")
                 first = factors[: manifest.plan.granule] if first is None else first
                 values.append(thin(factors, batches))
             samples.append(np.concatenate(values))
-        offset, step = fit_affine(samples[0], codec)
         assert first is not None
-        block, _ = encode_rows(first, codec, torch.from_numpy(offset), torch.from_numpy(step), Transform())
+        scale, compression, error = fit_values(samples[0], samples[1], first, codec, Transform())
         flat = _flat(paraphraser)
         info = TapInfo(
             name=FACTOR,
@@ -207,16 +204,11 @@ class _Factors:
                 weights_sha256=hashlib.sha256(flat.tobytes()).hexdigest(),
             ),
             codec=codec,
-            compression=choose_compression([np.ascontiguousarray(block)]),
+            compression=compression,
             fit={"values_per_channel": len(samples[0]), "pilot": "factors of the first rows of view 0"},
-            error=measure(samples[1], offset, step, codec),
+            error=error,
         )
-        return info, np.stack([offset, step])
-
-
-@torch.no_grad()
-def _factors(paraphraser: Paraphraser, maps: Tensor) -> Tensor:
-    return paraphraser.encoder(maps).float()  # type: ignore[no-any-return]
+        return info, scale
 
 
 def _flat(paraphraser: Paraphraser) -> np.ndarray:

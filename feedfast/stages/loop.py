@@ -26,7 +26,7 @@ from feedfast.recipe import Train
 from feedfast.report.run import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
 from feedfast.stages.progress import Meter
-from feedfast.stages.schedule import Schedule, total_steps
+from feedfast.stages.schedule import Schedule
 from feedfast.stages.source import Source
 from feedfast.stages.timing import Timing
 from feedfast.stages.worker import Worker
@@ -118,8 +118,7 @@ class Loop:
         """``count``: rows of a view. ``train``: the recipe's section. ``out``: the run's folder."""
         self.trainer, self.source, self.plan, self.count = trainer, source, plan, count
         self.train, self.worker, self.out = train, worker, out
-        self.steps_per_epoch = count // train.batch
-        self.total = total_steps(train, count)
+        self.steps_per_epoch, self.total = trainer.schedule.steps_per_epoch, trainer.schedule.total
         self.kept: int | None = None
         self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
 

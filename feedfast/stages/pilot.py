@@ -25,8 +25,9 @@ from torch import Tensor
 from feedfast.cache.blocks import choose_compression
 from feedfast.cache.fit import fit_affine, measure
 from feedfast.cache.layout import block_rows_for
-from feedfast.cache.schema import CodecName, TapInfo
+from feedfast.cache.schema import CodecName, Compression, TapInfo
 from feedfast.cache.stream import MAX_BUFFER_BYTES
+from feedfast.cache.transform import Transform
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan, pass_sizes
 from feedfast.errors import FeedfastError
@@ -96,15 +97,37 @@ def thin(values: Tensor, batches: int) -> np.ndarray:
     return np.ascontiguousarray(flat[torch.from_numpy(keep)].numpy())
 
 
+def fit_values(
+    fit: np.ndarray, unseen: np.ndarray, first: Tensor, codec: CodecName, transform: Transform, *, signed: bool = False
+) -> tuple[np.ndarray, Compression, dict[str, float]]:
+    """What a tap's manifest entry says of its codec, from a sample of its values.
+
+    Args:
+        fit: [n, channel], as they will be encoded; the range is fitted on them.
+        unseen: [m, channel], likewise; what the codec loses is measured on them.
+        first: a block of maps before ``transform``, which is compressed on trial.
+        codec: of the tap.
+        transform: of the tap.
+        signed: whether signs count, as of a pre-activation map.
+
+    Returns:
+        Offset and step [2, channel], the compression that pays, and the measured errors.
+    """
+    offset, step = fit_affine(fit, codec)
+    block, _ = encode_rows(first, codec, torch.from_numpy(offset), torch.from_numpy(step), transform)
+    compression = choose_compression([np.ascontiguousarray(block)])
+    return np.stack([offset, step]), compression, measure(unseen, offset, step, codec, pre_activation=signed)
+
+
 def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -> Fitted:
     request = teacher.requests[name]
     margin, transform = teacher.margins.get(name), teacher.transform(name)
-    values = transform.teacher(torch.from_numpy(np.concatenate(sample.fit))).numpy()
-    offset, step = fit_affine(values, codec)
-    unseen = transform.teacher(torch.from_numpy(np.concatenate(sample.held_out or sample.fit))).numpy()
-    error = measure(unseen, offset, step, codec, pre_activation=is_signed(request.tap))
+    fit, unseen = (
+        transform.teacher(torch.from_numpy(np.concatenate(part))).numpy()
+        for part in (sample.fit, sample.held_out or sample.fit)
+    )
     assert sample.first is not None
-    block, _ = encode_rows(sample.first, codec, torch.from_numpy(offset), torch.from_numpy(step), transform)
+    scale, compression, error = fit_values(fit, unseen, sample.first, codec, transform, signed=is_signed(request.tap))
     info = TapInfo(
         name=name,
         path=request.tap.path,
@@ -113,11 +136,11 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
         transform=transform.kind,
         margin=None if margin is None else tuple(margin.tolist()),
         codec=codec,
-        compression=choose_compression([np.ascontiguousarray(block)]),
-        fit={"values_per_channel": len(values), "pilot": "first rows of view 0, then of the next views"},
+        compression=compression,
+        fit={"values_per_channel": len(fit), "pilot": "first rows of view 0, then of the next views"},
         error=error,
     )
-    return Fitted(info, np.stack([offset, step]) if CODECS[codec].quantized else None)
+    return Fitted(info, scale if CODECS[codec].quantized else None)
 
 
 def row_bytes(teachers: Iterable[FrozenTeacher], codec: CodecName, images: str, size: int) -> int:

@@ -23,6 +23,7 @@ from feedfast.cache.blocks import row_sums
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
+from feedfast.cache.schema import CodecName
 from feedfast.cache.transform import Transform, transform_of
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
@@ -190,14 +191,20 @@ def recompute_teachers(
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
     """Decoded float32 maps [row, channel, height, width] (or [row, channel]) of a cache."""
-    return decode_rows(reader, teacher, tap, torch.from_numpy(reader.read_rows(names.codes(teacher, tap), view, rows)))
-
-
-def decode_rows(reader: CacheReader, teacher: str, tap: str, rows: torch.Tensor) -> torch.Tensor:
-    """Stored rows of a tap, channels last, as float32 [row, channel, height, width] or [row, channel]."""
     codec = reader.manifest.teachers[teacher].taps[tap].codec
+    stored = torch.from_numpy(reader.read_rows(names.codes(teacher, tap), view, rows))
+    return decode_rows(stored, codec, *scale_of(reader, teacher, tap))
+
+
+def scale_of(reader: CacheReader, teacher: str, tap: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offset and step [channel] of a stored tap; read from the cache, so ask once."""
+    offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
+    return offset, step
+
+
+def decode_rows(rows: torch.Tensor, codec: CodecName, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Stored rows of a tap, channels last, as float32 [row, channel, height, width] or [row, channel]."""
     if codec == "u8" or codec == "u4":
-        offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
         return decode(Codes(rows, offset, step, codec))
     values = rows.float()
     return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
@@ -205,10 +212,10 @@ def decode_rows(reader: CacheReader, teacher: str, tap: str, rows: torch.Tensor)
 
 def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) -> torch.Tensor:
     """``values`` as the cache would give them back, by the operations that wrote and read it."""
-    info = reader.manifest.teachers[teacher].taps[tap]
-    offset, step = (torch.from_numpy(row.copy()) for row in reader.scale(teacher, tap))
-    rows, _ = encode_rows(values, info.codec, offset, step, Transform())
-    return decode_rows(reader, teacher, tap, torch.from_numpy(rows))
+    codec = reader.manifest.teachers[teacher].taps[tap].codec
+    offset, step = scale_of(reader, teacher, tap)
+    rows, _ = encode_rows(values, codec, offset, step, Transform())
+    return decode_rows(torch.from_numpy(rows), codec, offset, step)
 
 
 def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:

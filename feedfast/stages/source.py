@@ -25,6 +25,7 @@ from torch import Tensor
 from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
+from feedfast.cache.transform import floored
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import view_geometry
@@ -130,12 +131,11 @@ class Live(Plain):
         self.teachers, self.taps = teachers, taps
         self.classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
         # As a cache of these teachers holds them: OFD floors at the margin itself, other methods read maps as they are.
-        self._floors: dict[tuple[str, str], Tensor] = {}
-        for name, infos in taps.items():
-            for tap in infos:
-                floor = None if tap == LOGITS else teachers[name].transform(tap).floor(device)
-                if floor is not None:
-                    self._floors[name, tap] = floor
+        self._floors = {
+            (name, tap): None if tap == LOGITS else teachers[name].transform(tap).floor(device)
+            for name, infos in taps.items()
+            for tap in infos
+        }
 
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`."""
@@ -147,10 +147,7 @@ class Live(Plain):
         out: dict[str, dict[str, Target]] = {}
         for name, infos in self.taps.items():
             maps = self.teachers[name](images)
-            out[name] = {tap: maps[tap] for tap in infos}
-            for tap in infos:
-                if (floor := self._floors.get((name, tap))) is not None:
-                    out[name][tap] = torch.maximum(maps[tap], floor.view(1, -1, *[1] * (maps[tap].dim() - 2)))
+            out[name] = {tap: floored(maps[tap], self._floors[name, tap]) for tap in infos}
         return out
 
 

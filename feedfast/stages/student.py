@@ -11,7 +11,6 @@ The saved student carries no adapters.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -26,14 +25,14 @@ from torch import nn
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
-from feedfast.files import replace_file, write_json
+from feedfast.files import write_json
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
-from feedfast.stages.checkpoint import load_checkpoint
+from feedfast.stages.checkpoint import load_checkpoint, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import BRANCH, check_run_dir, start_run_dir
@@ -79,9 +78,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
 
 def _save_network(network: nn.Module, path: Path) -> None:
     """Its state_dict, for plain torch."""
-    buffer = io.BytesIO()
-    torch.save({name: value.cpu() for name, value in network.state_dict().items()}, buffer)
-    replace_file(path, [buffer.getbuffer()])
+    write_state(path, {name: value.cpu() for name, value in network.state_dict().items()})
 
 
 class StudentRun:
