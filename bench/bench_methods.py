@@ -224,7 +224,7 @@ def record(row: dict[str, Any], path: Path) -> None:
 
 
 def settings_of(path: Path) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """The lines by setting, (device, images, epochs): only students of one setting are compared. The last one of each."""
+    """The lines by setting, of each student the last: only students of one setting are compared."""
     if not path.exists():
         return {}
     found: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
