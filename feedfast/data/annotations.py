@@ -22,7 +22,7 @@ from torch import Tensor
 
 from feedfast.data.geometry import Geometry
 
-__all__ = ["IGNORE", "Boxes", "ClassLabels", "Masks", "move_boxes", "move_mask"]
+__all__ = ["IGNORE", "Boxes", "ClassLabels", "Masks", "MixedLabels", "move_boxes", "move_mask"]
 
 IGNORE = 255
 """The class number of mask pixels that count in no loss: unknown, or outside the image."""
@@ -47,6 +47,28 @@ class ClassLabels:
     def at(self, positions: NDArray[np.integer[Any]], geometry: Geometry, size: int) -> Tensor:
         """int64 [b] of some samples, however they are moved."""
         return torch.from_numpy(self.labels[positions].astype(np.int64))
+
+
+@dataclass(eq=False)
+class MixedLabels:
+    """Two classes per image, of which each holds a share: what mixup and CutMix learn from.
+
+    Attributes:
+        first: int64 [B], the images' own class numbers, -1 where there is none.
+        second: int64 [B], their partners'.
+        weight: float32 [B], the first one's share, 0..1.
+    """
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedLabels:
+        """The same on ``device``."""
+        return MixedLabels(*(value.to(device, non_blocking=non_blocking) for value in vars(self).values()))
 
 
 @dataclass(frozen=True, eq=False)

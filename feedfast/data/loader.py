@@ -8,7 +8,7 @@ The tests hold it to PIL and torchvision: CPU decoding of JPEG and PNG, whole or
 equals PIL bit for bit; pad, crop and flip are exact; resizing is PIL's triangle filter with antialiasing to within 1 of
 255, but for the outermost row and column of a *downscaled* box, where DALI repeats the edge pixel.
 
-This is the only module that imports DALI, and it does so when a pipeline is first built.
+`graph.py` says what DALI does; only these two import it, when a pipeline is first built.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 from typing import Any
@@ -29,30 +28,14 @@ from numpy.typing import NDArray
 
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
-from feedfast.data.geometry import Geometry, evaluation_geometry, view_geometry
+from feedfast.data.geometry import evaluation_geometry
+from feedfast.data.graph import FLAGS, MIXED_FLAGS, Stored, build_pipeline, dali_version
 from feedfast.data.images import Unreadable, full_check
 from feedfast.data.views import ViewPlan
+from feedfast.data.work import Work, annotations_of, view_work
 from feedfast.errors import FeedfastError, RequestError
 
 __all__ = ["Loader"]
-
-_FLAGS: dict[str, Any] = {
-    "output_type": "RGB",
-    "adjust_orientation": True,
-    "use_fast_idct": False,
-    "resize": "linear, antialias=True, subpixel_scale=False",
-}
-# All images on one decoder, and chroma upsampled as on the CPU. The two backends still differ by rounding, so
-# `describe` names the backend and a cache remembers it.
-_MIXED_FLAGS: dict[str, Any] = {"hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
-
-
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A whole view, row by row."""
-
-    positions: NDArray[np.int64]  # into the dataset
-    geometry: Geometry
 
 
 class Loader:
@@ -92,7 +75,7 @@ class Loader:
         self.device = _device(device)
         self.threads = threads or min(16, len(os.sched_getaffinity(0)))
         self.prefetch = prefetch
-        self._latest_view: tuple[int, _View] | None = None
+        self._latest_view: tuple[int, Work] | None = None
         self._streams: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
     def stream(
@@ -130,16 +113,16 @@ class Loader:
         everything = np.arange(len(self.dataset), dtype=np.int64)
         geometry = evaluation_geometry(self.plan, self.dataset.sizes)
         wanted = everything if rows is None else np.asarray(rows, dtype=np.int64)
-        return self._started(_View(everything, geometry), -1, wanted, 0, False)
+        return self._started(Work(everything, geometry), -1, wanted, 0, False)
 
     def describe(self) -> dict[str, Any]:
         """What made the pixels, for a cache's manifest: backend, versions and flags, all JSON-able."""
         gpu = self.device.type == "cuda"
         return {
             "backend": "dali-mixed" if gpu else "dali-cpu",
-            "dali": str(_dali()[0].__version__),
+            "dali": dali_version(),
             "nvimgcodec": _nvimgcodec_version(),
-            "flags": {**_FLAGS, "region_decode": not gpu, **(_MIXED_FLAGS if gpu else {})},
+            "flags": {**FLAGS, "region_decode": not gpu, **(MIXED_FLAGS if gpu else {})},
         }
 
     def close(self) -> None:
@@ -155,26 +138,23 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _view(self, view: int) -> _View:
+    def _view(self, view: int) -> Work:
         # A pass asks for the same view many times (pilot, resume, replay): the latest is kept, 25 bytes per sample.
         if self._latest_view is None or self._latest_view[0] != view:
-            data = self.dataset
-            positions = np.searchsorted(data.ids, self.plan.order(view, data.ids))
-            geometry = view_geometry(self.plan, view, data.ids[positions], data.sizes[positions])
-            self._latest_view = (view, _View(positions, geometry))
+            self._latest_view = (view, view_work(self.plan, self.dataset, view))
         return self._latest_view[1]
 
     def _started(
-        self, whole: _View, view: int, rows: NDArray[np.int64], start_batch: int, drop_last: bool
+        self, whole: Work, view: int, rows: NDArray[np.int64], start_batch: int, drop_last: bool
     ) -> Iterator[Batch]:
         if drop_last:
             rows = rows[: len(rows) // self.batch_size * self.batch_size]
         rows = rows[start_batch * self.batch_size :]
-        stream = self._batches(_View(whole.positions[rows], whole.geometry.rows(rows)), view, rows)
+        stream = self._batches(whole.rows(rows), view, rows)
         self._streams.add(stream)
         return stream
 
-    def _batches(self, work: _View, view: int, rows: NDArray[np.int64]) -> Generator[Batch, None, None]:
+    def _batches(self, work: Work, view: int, rows: NDArray[np.int64]) -> Generator[Batch, None, None]:
         if not rows.size:
             return
         parts = [slice(at, at + self.batch_size) for at in range(0, len(rows), self.batch_size)]
@@ -183,8 +163,9 @@ class Loader:
             thread_name_prefix="feedfast-read",
         )
         try:
-            feed = _Feed(self.dataset, work.positions, parts, reader, ahead=self.prefetch + 1)
-            pipeline = self._pipeline(work.geometry, feed)
+            shown = [work.positions] if work.partner is None else [work.positions, work.partner.positions]
+            feed = _Feed(self.dataset, shown, parts, reader, ahead=self.prefetch + 1)
+            pipeline = self._pipeline(work, feed)
             # A CUDA stream of its own: waiting for the copy must not wait for the consumer's kernels.
             cuda: Any = torch.cuda  # parts of it carry no types
             copier = cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -192,88 +173,28 @@ class Loader:
                 try:
                     (output,) = pipeline.run()
                 except RuntimeError as error:
-                    bad = np.concatenate([work.positions[p] for p in parts[index : feed.fed]])
+                    bad = np.concatenate([positions[p] for positions in shown for p in parts[index : feed.fed]])
                     raise _explained(error, self.dataset, bad) from error
-                positions, here = work.positions[part], work.geometry.rows(np.arange(len(rows))[part])
-                annotations = _moved(self.dataset.annotations.at(positions, here, self.plan.size), self.device)
+                here = work.rows(np.arange(len(rows))[part])
+                annotations = _moved(annotations_of(self.dataset, here, self.plan.size), self.device)
                 images = _owned(output, self.device, copier)
-                yield Batch(images, annotations, self.dataset.ids[positions], rows[part], view)
+                yield Batch(images, annotations, self.dataset.ids[here.positions], rows[part], view)
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 
-    def _pipeline(self, geometry: Geometry, feed: _Feed) -> Any:
-        """The one pipeline: source → decode (region) → box → resize → window → mirror → uint8 NHWC."""
-        dali, fn, types = _dali()
-
-        gpu = self.device.type == "cuda"
-        files = self.dataset.kind == "files"
+    def _pipeline(self, work: Work, feed: _Feed) -> Any:
         store = self.dataset.pixels_store
         planar = store is not None and store.layout == "CHW"
-        # On the GPU images are decoded whole and then cut: nvImageCodec's GPU region decoding fails on ordinary boxes
-        # in some 0.9 builds (nvImageCodec issue 55), and a crash cannot be caught.
-        region = files and geometry.boxed and not geometry.padded and not gpu
-        decode: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": True, "use_fast_idct": False}
-        pipeline = dali.Pipeline(
+        return build_pipeline(
+            self.plan,
+            work,
+            Stored(files=self.dataset.kind == "files", planar=planar),
+            feed.with_parameters,
             batch_size=self.batch_size,
-            num_threads=self.threads,
-            device_id=self.device.index if gpu else None,
-            prefetch_queue_depth=self.prefetch,
+            threads=self.threads,
+            prefetch=self.prefetch,
+            device_id=self.device.index if self.device.type == "cuda" else None,
         )
-        # Per-sample parameters, only those that are used: DALI warns about the others.
-        params: dict[str, NDArray[Any]] = {}
-        extent = geometry.box[:, 2:]
-        same_extent = bool(np.all(extent == extent[0]))  # then a constant, one input less to copy per sample
-        if geometry.boxed:
-            params["corner"] = geometry.box[:, :2]
-            if not same_extent:
-                params["extent"] = extent
-        if geometry.scaled:
-            params["resized"] = geometry.resized.astype(np.float32)  # DALI takes sizes as floats
-        if geometry.windowed(self.plan.size):
-            params["window"] = geometry.window
-        if geometry.mirrored:
-            params["flip"] = geometry.flip
-        with pipeline:
-            data, *rest = fn.external_source(
-                source=feed.with_parameters(list(params.values())),
-                num_outputs=1 + len(params),
-                batch=True,
-                dtype=[types.UINT8]
-                + [types.FLOAT if array.dtype == np.float32 else types.INT32 for array in params.values()],
-                ndim=[1 if files else 3] + [array.ndim - 1 for array in params.values()],
-                layout=["" if files else ("CHW" if planar else "HWC")] + [""] * len(params),
-            )
-            given: dict[str, Any] = dict(zip(params, rest, strict=True))
-            if same_extent:
-                given["extent"] = extent[0].tolist()
-            if region:
-                x = fn.decoders.image_slice(
-                    data, given["corner"], given["extent"], axis_names="HW", device="cpu", **decode
-                )
-            elif files:
-                x = fn.decoders.image(data, device="mixed" if gpu else "cpu", **decode, **(_MIXED_FLAGS if gpu else {}))
-            else:
-                x = data.gpu() if gpu else data
-            if geometry.boxed and not region:
-                x = fn.slice(
-                    x, given["corner"], given["extent"], axis_names="HW",
-                    out_of_bounds_policy="pad" if geometry.padded else "error", fill_values=0,
-                )  # fmt: skip
-            if geometry.scaled:
-                # sizes are explicit, and subpixel_scale only acts where DALI computes them
-                x = fn.resize(
-                    x, size=given["resized"], interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False
-                )
-            if "window" in given:
-                side = self.plan.size
-                x = fn.slice(x, given["window"], [side, side], axis_names="HW", out_of_bounds_policy="error")
-            if geometry.mirrored or planar:
-                # mean 0, std 1: a copy that mirrors and turns planes into pixels in one go, exact for uint8
-                mirror = {"mirror": given["flip"]} if geometry.mirrored else {}
-                x = fn.crop_mirror_normalize(x, dtype=types.UINT8, output_layout="HWC", **mirror)
-            pipeline.set_outputs(x)
-        pipeline.build()
-        return pipeline
 
 
 class _Feed:
@@ -282,7 +203,7 @@ class _Feed:
     def __init__(
         self,
         dataset: Dataset,
-        positions: NDArray[np.int64],
+        positions: list[NDArray[np.int64]],
         parts: list[slice],
         reader: ThreadPoolExecutor,
         *,
@@ -293,7 +214,7 @@ class _Feed:
         self._positions = positions
         self._reader = reader
         self._ahead = ahead
-        self._pending: deque[Future[Any]] = deque()
+        self._pending: deque[list[Future[Any]]] = deque()
         store = dataset.pixels_store
         self._read: Callable[[NDArray[np.int64]], Any]
         if store is None:
@@ -313,21 +234,13 @@ class _Feed:
                 raise StopIteration
             while len(self._pending) < min(self._ahead, len(self._parts) - self.fed):
                 part = self._parts[self.fed + len(self._pending)]
-                self._pending.append(self._reader.submit(self._read, self._positions[part]))
-            data = self._pending.popleft().result()
+                self._pending.append([self._reader.submit(self._read, at[part]) for at in self._positions])
+            data = [read.result() for read in self._pending.popleft()]
             part = self._parts[self.fed]
             self.fed += 1
-            return (data, *(np.ascontiguousarray(array[part]) for array in arrays))
+            return (*data, *(np.ascontiguousarray(array[part]) for array in arrays))
 
         return source
-
-
-def _dali() -> tuple[Any, Any, Any]:
-    """DALI, its operators and its types; untyped, because its stubs are partial and wrong for per-sample arguments."""
-    from nvidia import dali
-    from nvidia.dali import fn, types
-
-    return dali, fn, types
 
 
 def _owned(output: Any, device: torch.device, copier: Any) -> torch.Tensor:
@@ -349,7 +262,7 @@ def _owned(output: Any, device: torch.device, copier: Any) -> torch.Tensor:
 
 
 def _moved(annotations: Any, device: torch.device) -> Any:
-    return annotations.to(device) if isinstance(annotations, torch.Tensor) else annotations
+    return annotations.to(device) if hasattr(annotations, "to") else annotations
 
 
 def _explained(error: RuntimeError, dataset: Dataset, positions: NDArray[np.int64]) -> FeedfastError:

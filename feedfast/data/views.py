@@ -1,4 +1,4 @@
-"""The view plan: which sample comes when, and which crop and flip it gets.
+"""The view plan: which sample comes when, and which crop, flip and further operations it gets.
 
 A view is one augmentation seed. Everything in it is a pure function of (seed, view, sample id): it does not change
 with batch size, worker, rank or resume point, nor with how many other samples were asked for. That is what lets
@@ -20,6 +20,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from feedfast.data.mixing import MIXING_WORDS, CutMix, Mixing, Mixup, draw_mixing
+from feedfast.data.operations import PixelOperation
+from feedfast.data.steps import TABLE, Program
 from feedfast.errors import RequestError
 
 __all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order", "pass_sizes"]
@@ -36,7 +39,10 @@ PASS_WINDOW = 16
 """Granules per window unless the plan says otherwise: the rows of a window are mixed with each other."""
 
 # Purposes: the counter's third word. Never renumber one; add new ones at the end.
-_ORDER, _CROP, _FLIP, _GRANULE, _MIX = range(5)
+_ORDER, _CROP, _FLIP, _GRANULE, _MIX, _PARTNER, _MIXING, _OPERATION = range(8)
+
+MAX_SLOTS = 16
+"""The most steps an operation list may become per sample."""
 
 _GRANULES = (1, 2, 4, 8, 16, 32, 64)  # as the blocks of a cache, so that blocks never cross a granule's edge
 
@@ -61,6 +67,7 @@ class ViewPlan:
         ratio: range of the crop's width over height, drawn log-uniformly.
         granule: rows that stay together when a view is read again, a power of two up to 64 (`pass_order`).
         window: granules whose rows are mixed with each other then, at least 1.
+        operations: what follows crop and flip, in this order; mixing (`Mixup`, `CutMix`) comes last.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
@@ -75,6 +82,7 @@ class ViewPlan:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     granule: int = PASS_GRANULE
     window: int = PASS_WINDOW
+    operations: tuple[PixelOperation | Mixup | CutMix, ...] = ()
 
     def __post_init__(self) -> None:
         _require("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1", self.seed)
@@ -89,11 +97,22 @@ class ViewPlan:
         _require("scale", self.scale[1] <= 1.0, "at most the whole image", self.scale)
         _require("granule", self.granule in _GRANULES, f"one of {', '.join(map(str, _GRANULES))}", self.granule)
         _require("window", 1 <= self.window <= 1 << 16, "1 to 65536 granules", self.window)
+        slots = sum(operation.slots for operation in self.pixel_operations)
+        _require("operations", slots <= MAX_SLOTS, f"at most {MAX_SLOTS} steps per sample", slots)
+        kinds = [operation.op for operation in self.operations]
+        mixed = [operation.op for operation in self.mixing_operations]
+        _require("operations", not mixed or kinds[-len(mixed) :] == mixed, "mixup and cutmix last", kinds)
+        _require("operations", len(set(mixed)) == len(mixed), "mixup and cutmix once each", kinds)
+        share = sum(operation.p for operation in self.mixing_operations)
+        _require("operations", share <= 1 + 1e-9, "p of mixup and cutmix at most 1 together", share)
         if self.pad == -1:
             object.__setattr__(self, "pad", self.size // 8)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values, with the algorithm that turns it into numbers."""
+        more: dict[str, Any] = {}
+        if self.operations:  # caches without them keep the identity that they have
+            more = {"operations": [operation.model_dump(mode="json") for operation in self.operations], "table": TABLE}
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,
@@ -105,7 +124,51 @@ class ViewPlan:
             "ratio": list(self.ratio),
             "granule": self.granule,
             "window": self.window,
+            **more,
         }
+
+    @property
+    def pixel_operations(self) -> tuple[PixelOperation, ...]:
+        """Those that change a sample's own pixels."""
+        return tuple(operation for operation in self.operations if isinstance(operation, PixelOperation))
+
+    @property
+    def mixing_operations(self) -> tuple[Mixup | CutMix, ...]:
+        """Those that show part of another sample."""
+        return tuple(operation for operation in self.operations if isinstance(operation, (Mixup, CutMix)))
+
+    def program(self, view: int, ids: ArrayLike) -> Program | None:
+        """The resolved steps of each sample in a view, n rows; None where the plan has no such operations."""
+        ids_n = _as_ids(ids)
+        parts = [
+            operation.draw(_words(self.seed, view, _OPERATION, place, ids_n, operation.words), self.size)
+            for place, operation in enumerate(self.pixel_operations)
+        ]
+        if not parts:
+            return None
+        return Program(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+
+    def mixing(self, view: int, ids: ArrayLike) -> Mixing | None:
+        """How each sample is mixed with its partner in a view, n rows; None where the plan mixes nothing."""
+        if not self.mixing_operations:
+            return None
+        words = _words(self.seed, view, _MIXING, 0, _as_ids(ids), MIXING_WORDS)
+        return draw_mixing(self.mixing_operations, words, self.size)
+
+    def partners(self, view: int, ids: ArrayLike) -> NDArray[np.uint32]:
+        """The sample that each row of a view is mixed with, [n] in the view's order.
+
+        A second permutation of the same samples, so nothing but weight and box needs storing, batches may be cut
+        anywhere, and every sample is somebody's partner once. One row in n is its own.
+
+        Args:
+            view: which view.
+            ids: all sample ids of the view, in any order.
+        """
+        ascending = np.sort(_as_ids(ids))
+        keys = _words(self.seed, view, _PARTNER, 0, ascending, 1)[:, 0]
+        permuted: NDArray[np.uint32] = ascending[np.argsort(keys, kind="stable")].astype(np.uint32)
+        return permuted
 
     def order(self, view: int, ids: ArrayLike) -> NDArray[np.uint32]:
         """The order in which a view presents samples.
