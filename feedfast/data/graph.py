@@ -156,7 +156,8 @@ def _image_parameters(size: int, slots: Sequence[Slot], work: Work, prefix: str)
             zip(work.program.codes.T, work.program.parameters.swapaxes(0, 1), strict=True)
         ):
             names = {CODES[number] for number in slots[slot].codes}
-            params[f"code{slot}"] = code.astype(np.int32)
+            if len(names) > 1:
+                params[f"code{slot}"] = code.astype(np.int32)
             if names - {"identity", "affine", "erase", "invert", "auto-contrast", "equalize"}:
                 params[f"value{slot}"] = values[:, 0]
             if "affine" in names:
