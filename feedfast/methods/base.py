@@ -85,6 +85,7 @@ class Method(nn.Module):
             ``stage*``, and ``logits``, which of the student are its output. A cache is read for nothing else.
         student_needs: selectors of the student's taps where they are others; None = the same.
         remembers: whether it keeps something of every sample: it is told of all, see `meet`, and gets their ids.
+        one_label: whether it needs exactly one class per image, so that mixed images cannot be learned from.
         fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
 
@@ -93,6 +94,7 @@ class Method(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     student_needs: ClassVar[tuple[str, ...] | None] = None
     remembers: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
     fuses: ClassVar[type | None] = None
 
     class Options(MethodOptions):

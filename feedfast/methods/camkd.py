@@ -36,6 +36,7 @@ class CAMKD(Method):
         "the features' weights are those of the logits"
     )
     needs: ClassVar[tuple[str, ...]] = (LOGITS, TAP)
+    one_label: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """The two weights, the temperature, and when the maps' term begins."""

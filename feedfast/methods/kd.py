@@ -88,10 +88,11 @@ class KD(Method):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Divergence and cross-entropy in one kernel; labels int64 [B], -1 learns from the teachers only.
 
-        Standardized logits are not those that cross-entropy reads: then the two are computed one after the other.
+        Standardized logits are not those that cross-entropy reads, and mixed images have two labels: then the two are
+        computed one after the other.
         """
         options = self.options
-        if options.standardize:
+        if options.standardize or not isinstance(annotations, Tensor):
             own, terms = label_loss(student.output, annotations), self(student, targets, annotations)
             total = task_weight * own + weight * options.alpha * terms["kd"]
             return total, own.detach(), {"kd": terms["kd"].detach()}

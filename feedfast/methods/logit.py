@@ -27,6 +27,7 @@ class DKD(Method):
     name: ClassVar[str] = "dkd"
     paper: ClassVar[str] = "Zhao et al., Decoupled Knowledge Distillation, CVPR 2022"
     needs: ClassVar[tuple[str, ...]] = (LOGITS,)
+    one_label: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """The two weights, the temperature, and the ramp."""

@@ -1,18 +1,28 @@
 """Classification: logits [B, K], cross-entropy with class numbers, top-1 accuracy.
 
-Class number -1 is an image without a label: it counts in no loss and no metric.
+Class number -1 is an image without a label: it counts in no loss and no metric. A mixed image (mixup, CutMix) has two
+class numbers and the share of the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from feedfast.errors import RequestError
+
+
+class Mixed(Protocol):
+    """Two labels per image: class numbers int64 [B] of both, and the first one's share, float [B] in 0..1."""
+
+    first: Tensor
+    second: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Classify:
         if self.classes and outputs[0] != self.classes:
             raise RequestError(f"{where}: expected logits of {self.classes} classes, found {outputs[0]}")
 
-    def loss(self, output: Tensor, annotations: Tensor) -> Tensor:
+    def loss(self, output: Tensor, annotations: Tensor | Mixed) -> Tensor:
         """`label_loss`."""
         return label_loss(output, annotations)
 
@@ -48,17 +58,24 @@ class Classify:
         return Top1()
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def label_loss(logits: Tensor, labels: Tensor | Mixed) -> Tensor:
     """Cross-entropy with the hard labels, averaged over the labeled samples of the batch.
 
     Args:
         logits: [B, K], any float dtype; computed in fp32 (float64 stays).
-        labels: int64 [B]; -1 is unlabeled.
+        labels: int64 [B], -1 is unlabeled; of mixed images two and a share, each counting for its share.
 
     Returns:
         Scalar; 0 (with a zero gradient) if no sample is labeled.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    if not isinstance(labels, Tensor):
+        weight = labels.weight.to(wide.dtype)
+        parts = [(labels.first, weight), (labels.second, 1 - weight)]
+        losses = [F.cross_entropy(wide, own, ignore_index=-1, reduction="none") * share for own, share in parts]
+        counted = [(share * (own != -1)).sum() for own, share in parts]
+        whole = counted[0] + counted[1]
+        return (losses[0] + losses[1]).sum() / whole.where(whole > 0, 1)
     total = F.cross_entropy(wide, labels, ignore_index=-1, reduction="sum")
     return total / (labels != -1).sum().clamp(min=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from feedfast.errors import RequestError
 from feedfast.methods import CAMKD, DIST, DKD, KD, METHODS, Method, StudentOutput, TapInfo, parse_options
 from feedfast.methods.logit import uncorrelated
 from feedfast.stages.trainee import Entry, losses_of
-from feedfast.tasks import Classify
+from feedfast.tasks import Classify, label_loss
 from feedfast_kernels import Codes, Target, encode
 
 BATCH, CLASSES = 6, 7
@@ -386,3 +388,37 @@ def test_what_they_need() -> None:
     assert KD.Options().standardize is False
     assert [kind.needs for kind in (DKD, DIST, CAMKD)] == [("logits",), ("logits",), ("logits", "final")]
     assert [sum(p.numel() for p in make(name).parameters()) for name in ("dkd", "dist")] == [0, 0]
+
+
+def test_mixed_labels_count_for_their_shares() -> None:
+    """Against cross-entropy with class probabilities, PyTorch's own; a half without a label counts for nothing."""
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    first, second = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([1, 1, 0, 4, 3, 2])
+    weight = torch.tensor([0.25, 1.0, 0.5, 0.0, 0.9, 0.3])
+    mixed = SimpleNamespace(first=first, second=second, weight=weight)
+    share = weight.double()[:, None]
+    soft = share * torch.eye(5, dtype=torch.float64)[first] + (1 - share) * torch.eye(5, dtype=torch.float64)[second]
+    expected = torch.nn.functional.cross_entropy(logits, soft)
+    assert torch.allclose(label_loss(logits, mixed), expected, atol=1e-9)
+    unlabeled = SimpleNamespace(first=first, second=torch.full_like(second, -1), weight=weight)
+    alone = torch.nn.functional.cross_entropy(logits, first, reduction="none") * share[:, 0]
+    assert torch.allclose(label_loss(logits, unlabeled), alone.sum() / share.sum(), atol=1e-9)
+    nobody = SimpleNamespace(first=torch.full_like(first, -1), second=torch.full_like(second, -1), weight=weight)
+    loss = label_loss(logits, nobody)
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
+def test_kd_with_mixed_labels_is_its_two_terms() -> None:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    mixed = SimpleNamespace(
+        first=torch.arange(6) % 5, second=torch.arange(6).flip(0) % 5, weight=torch.rand(6, generator=generator)
+    )
+    method = make("kd", ("a",), alpha=0.7)
+    student, targets = StudentOutput(ours, {}), {"a": {"logits": theirs}}
+    total, own, terms = method.fused(student, targets, mixed, 2.0, 0.3, 0.0)
+    assert torch.allclose(own, label_loss(ours, mixed))
+    assert torch.allclose(total, 0.3 * own + 2.0 * 0.7 * method(student, targets, mixed)["kd"])
+    assert torch.allclose(terms["kd"], method(student, targets, mixed)["kd"])
