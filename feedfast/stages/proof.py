@@ -6,17 +6,18 @@ them; a difference means another decoder, another version or another data set, a
 versions. *Teachers*: a share of the rows is run through the teachers again, encoded again and compared with what is
 stored, so that what the codec loses is no difference.
 
-Training runs the first two by itself; `feedfast verify` offers all three, after the checksums.
+Training runs the first two by itself; `feedfast verify` offers all three, after the checksums. Which blocks and rows are
+looked at differs from run to run: what the first run missed, a later one may find.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from feedfast.cache import names
 from feedfast.cache.blocks import row_sums
@@ -34,8 +35,6 @@ from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast_kernels import Codes, decode
-
-log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
 BLOCK_ROWS = 32  # rows decoded again together
@@ -77,36 +76,39 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
                 )
 
 
-def replay_pixels(
-    reader: CacheReader,
-    data: Dataset,
-    plan: ViewPlan,
-    *,
-    blocks: int,
-    views: int,
-    seed: int,
-    threads: int | None = None,
-) -> int:
+def content_of(reader: CacheReader, data: Dataset) -> NDArray[np.uint64]:
+    """What `Dataset.content` said of each sample when the cache was made, by position: for `Loader`.
+
+    Raises:
+        CacheDamageError: not committed, or damaged.
+    """
+    found: NDArray[np.uint64] = reader.read_array(names.CONTENT)[data.ids]
+    return found
+
+
+def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks: int, views: int) -> int:
     """Decode ``blocks`` blocks of pixels again, spread over the views, and compare checksums.
 
     Decoding here is always that of the CPU or GPU the manifest names, whatever the training device is.
 
     Returns:
-        How many blocks were compared; 0 where the manifest names a GPU and there is none.
+        How many blocks were compared; 0 only where none was asked for.
 
     Raises:
         CacheMismatchError: a sample's stored bytes or pixels differ; the message names it, or holds both sides' library
-            versions.
+            versions. Or nothing could be compared: the manifest names a GPU and there is none.
     """
     if not blocks:
         return 0
     manifest = reader.manifest
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng()
     device = "cuda" if manifest.decoder.backend == "dali-mixed" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        log.warning("replay: %s was decoded on a GPU and none is here; pixels not compared", reader.path)
-        return 0
-    loader = Loader(data, plan, batch_size=BLOCK_ROWS, device=device, threads=threads)
+        raise CacheMismatchError(
+            f"{reader.path}: its images were decoded on a GPU, and none is here to decode {blocks} blocks again and "
+            "compare; run this on a machine with a GPU, or ask for no comparison (train.replay=0)"
+        )
+    loader = Loader(data, plan, batch_size=BLOCK_ROWS, device=device, content=content_of(reader, data))
     compared = 0
     try:
         for view in sorted(rng.choice(views, size=min(views, blocks), replace=False).tolist()):
@@ -117,25 +119,18 @@ def replay_pixels(
             picked = rng.choice(starts, size=min(share, len(starts)), replace=False) if len(starts) else starts
             for start in sorted(picked.tolist()):
                 rows = np.arange(start, min(start + BLOCK_ROWS, manifest.num_rows))
-                _refuse_other_content(reader, data, plan.order(view, data.ids)[rows])
                 found = np.concatenate([row_sums(batch.images.cpu().numpy()) for batch in loader.stream(view, rows)])
                 if (found != sums[rows]).any():
                     raise other_pixels(reader, view, rows[found != sums[rows]], loader.describe())
                 compared += 1
     finally:
         loader.close()
-    return compared
-
-
-def _refuse_other_content(reader: CacheReader, data: Dataset, ids: np.ndarray) -> None:
-    """Raise unless the stored bytes of some samples are those the cache was made from."""
-    positions = np.searchsorted(data.ids, ids)
-    expected, found = reader.read_array(names.CONTENT)[ids], data.content(positions)
-    for position in positions[found != expected].tolist():
+    if not compared:
         raise CacheMismatchError(
-            f"{reader.path}: {data.name(position)} (sample {data.ids[position]}): the image has changed since "
-            "the cache was made; put the old one back, or cache again"
+            f"{reader.path}: {names.SUMS}: expected the checksums of at least one block of pixels to compare with, found "
+            "none; run `feedfast cache` with this recipe to complete it"
         )
+    return compared
 
 
 def recompute_teachers(
@@ -159,8 +154,8 @@ def recompute_teachers(
     picks = max(1, round(percent / 100 * total))
     problems: list[Problem] = []
     smallest: dict[str, float] = {}
-    loader = Loader(data, plan, batch_size=size)
-    rng = np.random.default_rng(0)
+    loader = Loader(data, plan, batch_size=size, content=content_of(reader, data))
+    rng = np.random.default_rng()
     with Meter("recompute", picks * size * manifest.views) as meter:
         for view in range(manifest.views):
             chosen = np.sort(rng.choice(total, size=picks, replace=False))

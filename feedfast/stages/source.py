@@ -40,7 +40,7 @@ from feedfast.stages.data import Selection, pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info, refuse_other_recipe
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
-from feedfast.stages.proof import check_views, plan_of, replay_pixels
+from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
 from feedfast_kernels import Codes, Target
 from feedfast_kernels.codes import CODECS
 
@@ -100,7 +100,7 @@ class Plain:
         """See `Source`."""
         if self._loader is None or self._loader.batch_size != batch_size:
             self.close()
-            self._loader = pixel_loader(self.data, self.plan, batch_size, self.device, self._threads)
+            self._loader = pixel_loader(self.data, self.plan, batch_size, self.device, self._threads, self._content())
         return self._loader.stream(view, rows, start_batch=start)
 
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
@@ -111,6 +111,10 @@ class Plain:
         """See `Source`."""
         if self._loader is not None:
             self._loader.close()
+
+    def _content(self) -> NDArray[np.uint64] | None:
+        """What every sample is compared with as it is read; None where nobody knows."""
+        return None
 
 
 class Live(Plain):
@@ -202,6 +206,9 @@ class Cached(Plain):
         """See `Source`. Nothing is decoded."""
         arrays = [array for array in self.arrays if array != names.PIXELS]
         return (self._targets(item) for item in self.reader.stream(arrays, view, rows, batch_size))
+
+    def _content(self) -> NDArray[np.uint64]:
+        return content_of(self.reader, self.data)
 
     def _with_targets(self, pixels: Iterator[Batch], items: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
         for batch, item in zip(pixels, items, strict=True):
@@ -316,7 +323,7 @@ def _open_cached(
     reader.require([*source.arrays, *names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:
-        replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
+        replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views)
     return source
 
 
