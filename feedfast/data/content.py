@@ -21,7 +21,7 @@ _SHOWN = 5
 
 
 def content_hash(samples: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint64]:
-    """crc32c in the lower 32 bits and the number of bytes in the upper ones; 2^64 - 1, which means missing, is one less.
+    """crc32c in the lower 32 bits, the number of bytes in the upper ones; 2^64 - 1, which means missing, is one less.
 
     Args:
         samples: the bytes of each, C-contiguous of any shape.

@@ -40,8 +40,9 @@ from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
-from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.errors import CacheDamageError, RequestError
 from feedfast.recipe import Recipe
+from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
@@ -219,9 +220,9 @@ class OfflineRun:
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
-            for tap, request in teacher.requests.items():
+            for tap in teacher.requests:
                 if tap in known:
-                    self._refuse_other_tap(name, tap, request.margin, known[tap])
+                    refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
                 if tap not in known or names.scale(name, tap) not in durable:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
@@ -234,23 +235,6 @@ class OfflineRun:
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
         return out
-
-    def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
-        request = self.teachers[name].requests[tap].tap
-        asked = {
-            "path": request.path,
-            "position": request.position,
-            "transform": "margin" if margin else "none",
-            "codec": self.recipe.cache.codec,
-            "shape": self.teachers[name].shapes[tap],
-        }
-        for key, value in asked.items():
-            found = getattr(known, key)
-            if value != found:
-                raise CacheMismatchError(
-                    f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, "
-                    f"found {found!r}; choose another tap name or cache.path"
-                )
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
         """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""

@@ -6,8 +6,8 @@ them; a difference means another decoder, another version or another data set, a
 versions. *Teachers*: a share of the rows is run through the teachers again, encoded again and compared with what is
 stored, so that what the codec loses is no difference.
 
-Training runs the first two by itself; `feedfast verify` offers all three, after the checksums. Which blocks and rows are
-looked at differs from run to run: what the first run missed, a later one may find.
+Training runs the first two by itself; `feedfast verify` offers all three, after the checksums. Which blocks and rows
+are looked at differs from run to run: what the first run missed, a later one may find.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks:
         loader.close()
     if not compared:
         raise CacheMismatchError(
-            f"{reader.path}: {names.SUMS}: expected the checksums of at least one block of pixels to compare with, found "
-            "none; run `feedfast cache` with this recipe to complete it"
+            f"{reader.path}: {names.SUMS}: expected the checksums of at least one block of pixels to compare with, "
+            "found none; run `feedfast cache` with this recipe to complete it"
         )
     return compared
 
