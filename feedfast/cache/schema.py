@@ -389,7 +389,8 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
     teachers = dict(existing.teachers)
     for name, teacher in asked.teachers.items():
         known = teachers.get(name)
-        teachers[name] = known.model_copy(update={"taps": {**teacher.taps, **known.taps}}) if known else teacher
+        both = {key: {**getattr(teacher, key), **getattr(known or teacher, key)} for key in ("taps", "probe")}
+        teachers[name] = (known or teacher).model_copy(update=both)
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
     return existing.model_copy(
         update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}

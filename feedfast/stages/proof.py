@@ -13,6 +13,7 @@ are looked at differs from run to run: what the first run missed, a later one ma
 from __future__ import annotations
 
 import json
+import logging
 from typing import cast
 
 import numpy as np
@@ -31,10 +32,12 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.stages.data import Selection
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import FrozenTeacher, refuse_other_probe
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast_kernels import Codes, decode
+
+log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
 BLOCK_ROWS = 32  # rows decoded again together
@@ -143,7 +146,8 @@ def recompute_teachers(
     """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
 
     A map, encoded and decoded, must agree with the stored one to a cosine of at least `MIN_COSINE` (float64), for every
-    batch. Batches are the cache's own, so a teacher on batch statistics can be checked too.
+    batch. Batches are the cache's own, so a teacher on batch statistics can be checked too. A cosine does not see a
+    factor, so what the teachers compute on the first batch is also compared with the probe in the manifest.
 
     Returns:
         The problems, and per array the smallest cosine of a stored batch with the teacher's exact maps: that one shows
@@ -156,6 +160,9 @@ def recompute_teachers(
     smallest: dict[str, float] = {}
     loader = Loader(data, plan, batch_size=size, content=content_of(reader, data))
     rng = np.random.default_rng()
+    if not teachers:
+        problems.append(problem("", "", "teacher", "there is no teacher to compare with"))
+    problems += _other_probes(reader, loader, teachers)
     with Meter("recompute", picks * size * manifest.views) as meter:
         for view in range(manifest.views):
             chosen = np.sort(rng.choice(total, size=picks, replace=False))
@@ -182,6 +189,22 @@ def recompute_teachers(
                 meter.advance(len(batch.rows))
     loader.close()
     return problems, smallest
+
+
+def _other_probes(reader: CacheReader, loader: Loader, teachers: dict[str, FrozenTeacher]) -> list[Problem]:
+    manifest = reader.manifest
+    if loader.describe()["backend"] != manifest.decoder.backend:
+        log.warning("verify: %s was decoded on a GPU; its teachers' probes are not compared here", reader.path)
+        return []
+    first = next(iter(loader.stream(0, np.arange(min(manifest.num_rows, loader.batch_size))))).images
+    problems = []
+    for name, teacher in teachers.items():
+        stored = manifest.teachers[name]
+        try:
+            refuse_other_probe(name, stored.precision, stored.probe, teacher.probe(first))
+        except CacheMismatchError as error:
+            problems.append(problem(names.codes(name, names.LOGITS), "", "teacher", str(error)))
+    return problems
 
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
