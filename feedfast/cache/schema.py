@@ -31,6 +31,7 @@ ATTRIBUTE: Final = "feedfast"
 MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below what hurts
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
 MAX_VIEWS: Final = 65535
+CONTENT_HASH: Final = "crc32c+length"  # what the numbers of ``samples/content`` are
 MAX_CHANNELS: Final = 1 << 20
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
@@ -288,7 +289,7 @@ class Manifest(_Part):
         data = self.dataset.model_dump(mode="json", include={"kind", "count", "fingerprint", "id_space"})
         basis: dict[str, Any] = {"format": self.format, "array": array, "dataset": data}
         if array.startswith("samples/"):
-            return basis
+            return basis | ({"hash": CONTENT_HASH} if array == names.CONTENT else {})
         basis["plan"] = self.plan.identity()
         basis["num_rows"] = self.num_rows
         if array in names.VIEWS:
@@ -388,7 +389,8 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
     teachers = dict(existing.teachers)
     for name, teacher in asked.teachers.items():
         known = teachers.get(name)
-        teachers[name] = known.model_copy(update={"taps": {**teacher.taps, **known.taps}}) if known else teacher
+        both = {key: {**getattr(teacher, key), **getattr(known or teacher, key)} for key in ("taps", "probe")}
+        teachers[name] = (known or teacher).model_copy(update=both)
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
     return existing.model_copy(
         update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}

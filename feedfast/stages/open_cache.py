@@ -248,7 +248,7 @@ def open_cache(
 
     Raises:
         RequestError: no cache there, or its images are not.
-        CacheMismatchError: the images are not those of the cache, or decode to other pixels.
+        CacheMismatchError: the images are not those of the cache, decode to other pixels, or cannot be compared.
         CacheDamageError: the cache is incomplete or damaged.
     """
     reader = CacheReader(path, threads=threads)
@@ -262,5 +262,5 @@ def open_cache(
     cache = OpenedCache(reader, found)
     check_views(reader, found, cache.plan, reader.manifest.views)
     if reader.manifest.images == "replay":
-        replay_pixels(reader, found, cache.plan, blocks=replay, views=reader.manifest.views, seed=0)
+        replay_pixels(reader, found, cache.plan, blocks=replay, views=reader.manifest.views)
     return cache
