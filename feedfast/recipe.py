@@ -46,12 +46,15 @@ class Data(_Section):
     )
     val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
-    augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
+    augment: str | tuple[dict[str, Any], ...] = Field(
         "pad-crop-flip",
         description="pad-crop-flip: shifted by up to size // 8 pixels, as on CIFAR; resized-crop-flip: a random part "
-        "of the image, resized, as on ImageNet; none: as for evaluation",
+        "of the image, resized, as on ImageNet; none: as for evaluation; a preset, or a list of operations "
+        '`{ op = "rand-augment", … }`: docs/augmentations.md has both',
     )
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never")
+    flip: float = Field(
+        0.5, ge=0, le=1, description="probability of a horizontal flip; 0 = never. Presets and lists have their own"
+    )
     limit: int = Field(0, ge=0, description="0 = all samples; n = the first n per class")
     fraction: float = Field(
         1.0,

@@ -245,6 +245,15 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     small(names.ORDER, (views, rows), "<u4", 2**32 - 1, ("view", "row"), per_view=True)
     small(names.WINDOW, (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
     small(names.FLIP, (views, rows), "<u1", 0xFF, ("view", "row"), per_view=True)
+    if manifest.plan.operations is not None:
+        slots, numbers = manifest.plan.operations.slots, manifest.plan.operations.parameters
+        if slots:
+            small(names.STEPS, (views, rows, slots), "<u1", 0xFF, ("view", "row", "step"), per_view=True)
+            shape = (views, rows, slots, numbers)
+            small(names.PARAMETERS, shape, "<f4", math.nan, ("view", "row", "step", "number"), per_view=True)
+        if manifest.plan.operations.mixed:
+            small(names.WEIGHT, (views, rows), "<f4", math.nan, ("view", "row"), per_view=True)
+            small(names.BOX, (views, rows, 4), "<i4", -(2**31), ("view", "row", "box"), per_view=True)
     small(names.LABEL, samples, "<i4", -(2**31), ("sample",), per_view=False)
     small(names.CONTENT, samples, "<u8", 2**64 - 1, ("sample",), per_view=False)
     sharded(names.SUMS, (), "<u4", "none")

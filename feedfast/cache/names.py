@@ -1,6 +1,8 @@
 """What the arrays of a cache are called; nobody else puts such a name together or takes it apart.
 
 views/order · views/window · views/flip     what each row of a view shows
+views/steps · views/parameters              the operations on its pixels: codes, and the numbers that go with them
+views/weight · views/box                    mixing: the row's own share, and what of its partner is pasted
 samples/label · samples/content             what is known of each sample
 targets/TEACHER/TAP/codes · .../scale       stored maps, and what turns them into values; logits are a tap
 targets/TEACHER/TAP/weights                 of a factor tap: the encoder that made it from another tap's stored values
@@ -16,6 +18,10 @@ ORDER: Final = "views/order"
 WINDOW: Final = "views/window"
 FLIP: Final = "views/flip"
 VIEWS: Final = (ORDER, WINDOW, FLIP)
+STEPS: Final = "views/steps"
+PARAMETERS: Final = "views/parameters"
+WEIGHT: Final = "views/weight"
+BOX: Final = "views/box"
 LABEL: Final = "samples/label"
 CONTENT: Final = "samples/content"
 PIXELS: Final = "pixels/codes"

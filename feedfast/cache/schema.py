@@ -68,6 +68,19 @@ class DatasetInfo(_Part):
         return self.id_space or self.count
 
 
+class Operations(_Part):
+    """What follows crop and flip, as the recipe's tables with all defaults, and the version of what their steps mean.
+
+    A row has ``slots`` steps of ``parameters`` numbers each; ``mixed`` rows show part of another row.
+    """
+
+    table: str = Field(max_length=16)
+    listed: tuple[dict[str, Scalar | tuple[Scalar, ...]], ...] = Field(min_length=1, max_length=32)
+    slots: int = Field(ge=0, le=64)
+    parameters: int = Field(ge=1, le=64)
+    mixed: bool = False
+
+
 class PlanInfo(_Part):
     """The view plan: the algorithm's name and version, and the parameters it is a pure function of.
 
@@ -85,10 +98,20 @@ class PlanInfo(_Part):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     granule: Literal[1, 2, 4, 8, 16, 32, 64] = 64
     window: int = Field(16, ge=1, le=1 << 16)
+    operations: Operations | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What stored values depend on, as JSON values."""
-        return self.model_dump(mode="json", exclude={"granule", "window"})
+        """What stored values depend on, as JSON values; without operations what it was before there were any."""
+        left_out = {"granule", "window"} | (set() if self.operations else {"operations"})
+        return self.model_dump(mode="json", exclude=left_out)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that say what each row of a view shows."""
+        if self.operations is None:
+            return names.VIEWS
+        steps = (names.STEPS, names.PARAMETERS) if self.operations.slots else ()
+        return (*names.VIEWS, *steps, *((names.WEIGHT, names.BOX) if self.operations.mixed else ()))
 
 
 class DecoderInfo(_Part):
@@ -292,7 +315,7 @@ class Manifest(_Part):
             return basis | ({"hash": CONTENT_HASH} if array == names.CONTENT else {})
         basis["plan"] = self.plan.identity()
         basis["num_rows"] = self.num_rows
-        if array in names.VIEWS:
+        if array in self.plan.arrays:
             return basis
         basis["decoder"] = self.decoder.model_dump(mode="json", include={"backend", "flags"})
         target = names.parse(array)

@@ -17,10 +17,11 @@ from pydantic import Field, FiniteFloat, ValidationError
 from feedfast.data import operations as ops
 from feedfast.data.mixing import CutMix, Mixup
 from feedfast.data.operations import Options, Probability
+from feedfast.data.steps import TABLE
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import RequestError
 
-__all__ = ["OPERATIONS", "PRESETS", "plan_with", "preset_notes"]
+__all__ = ["OPERATIONS", "PRESETS", "operations_of", "plan_with", "preset_notes"]
 
 
 class PadCrop(Options):
@@ -152,6 +153,20 @@ def plan_with(augment: str | Sequence[Mapping[str, Any]], *, seed: int, size: in
     fields["flip"] = mirror.p if isinstance(mirror, Flip) else 0.0
     kept = tuple(table for table in rest if isinstance(table, (ops.PixelOperation, Mixup, CutMix)))
     return ViewPlan(seed=seed, size=size, augment=geometry, operations=kept, **fields)
+
+
+def operations_of(listed: Sequence[Mapping[str, Any]], table: str) -> tuple[Any, ...]:
+    """A plan's operations from what `ViewPlan.to_dict` said of them.
+
+    Raises:
+        RequestError: they are of another version of the table of steps, or not what this version knows.
+    """
+    if table != TABLE:
+        raise RequestError(
+            f"view plan: its operations are of version {table!r}, this feedfast knows {TABLE!r}; "
+            "use the one it was made with"
+        )
+    return tuple(_parsed(place, entry) for place, entry in enumerate(listed))
 
 
 def _parsed(place: int, table: Mapping[str, Any]) -> Options:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from feedfast.data.mixing import MIXING_WORDS, CutMix, Mixing, Mixup, draw_mixing
 from feedfast.data.operations import PixelOperation
-from feedfast.data.steps import TABLE, Program
+from feedfast.data.steps import PARAMETERS, TABLE, Program
 from feedfast.errors import RequestError
 
 __all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order", "pass_sizes"]
@@ -112,7 +112,13 @@ class ViewPlan:
         """The plan as JSON-able values, with the algorithm that turns it into numbers."""
         more: dict[str, Any] = {}
         if self.operations:  # caches without them keep the identity that they have
-            more = {"operations": [operation.model_dump(mode="json") for operation in self.operations], "table": TABLE}
+            more["operations"] = {
+                "table": TABLE,
+                "listed": [operation.model_dump(mode="json") for operation in self.operations],
+                "slots": sum(operation.slots for operation in self.pixel_operations),
+                "parameters": PARAMETERS,
+                "mixed": bool(self.mixing_operations),
+            }
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,
@@ -136,6 +142,28 @@ class ViewPlan:
     def mixing_operations(self) -> tuple[Mixup | CutMix, ...]:
         """Those that show part of another sample."""
         return tuple(operation for operation in self.operations if isinstance(operation, (Mixup, CutMix)))
+
+    def resolved(self, name: str, view: int, ids: ArrayLike, sizes: ArrayLike) -> NDArray[Any]:
+        """What a view does to each sample, as it is stored, n rows.
+
+        Args:
+            name: ``window``, ``flip``; with operations ``steps``, ``parameters``; with mixing ``weight``, ``box``.
+            view: which view.
+            ids: sample ids [n].
+            sizes: height and width of each image [n, 2].
+
+        Raises:
+            KeyError: the plan has no such thing.
+        """
+        if name == "window":
+            return self.crops(view, ids, sizes)
+        if name == "flip":
+            return self.flips(view, ids)
+        if name in ("steps", "parameters") and (program := self.program(view, ids)) is not None:
+            return program.codes if name == "steps" else program.parameters
+        if name in ("weight", "box") and (mixing := self.mixing(view, ids)) is not None:
+            return mixing.weight if name == "weight" else mixing.box
+        raise KeyError(name)
 
     def program(self, view: int, ids: ArrayLike) -> Program | None:
         """The resolved steps of each sample in a view, n rows; None where the plan has no such operations."""

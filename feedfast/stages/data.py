@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from feedfast import recipe as recipes
+from feedfast.data.augment import plan_with
 from feedfast.data.dataset import Dataset, open_dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -83,8 +84,12 @@ def _numbered(data: Dataset) -> bool:
 
 
 def view_plan(data: recipes.Data, seed: int) -> ViewPlan:
-    """The recipe's view plan."""
-    return ViewPlan(seed=seed, size=data.size, augment=data.augment, flip=data.flip)
+    """The recipe's view plan.
+
+    Raises:
+        RequestError: as of `plan_with`.
+    """
+    return plan_with(data.augment, seed=seed, size=data.size, flip=data.flip)
 
 
 def pixel_loader(

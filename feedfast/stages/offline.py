@@ -258,11 +258,9 @@ class OfflineRun:
             order = self.plan.order(view, self.data.ids)
             if name == names.ORDER:
                 columns.append(order)
-            elif name == names.FLIP:
-                columns.append(self.plan.flips(view, order))
             else:
-                positions = np.searchsorted(self.data.ids, order)
-                columns.append(self.plan.crops(view, order, self.data.sizes[positions]))
+                sizes = self.data.sizes[np.searchsorted(self.data.ids, order)]
+                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes))
         return np.stack(columns)
 
     def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter) -> None:

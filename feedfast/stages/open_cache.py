@@ -258,7 +258,7 @@ def open_cache(
     found = chosen.open()
     expected = reader.manifest.model_copy(update={"dataset": dataset_info(chosen, found)})
     refuse_differences(reader.path, expected, reader.manifest)
-    reader.require([*names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))
+    reader.require([*reader.manifest.plan.arrays, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))
     cache = OpenedCache(reader, found)
     check_views(reader, found, cache.plan, reader.manifest.views)
     if reader.manifest.images == "replay":

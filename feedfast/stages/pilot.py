@@ -200,7 +200,7 @@ def pilot_pixels(loader: Loader, pilot: int) -> tuple[list[Tensor], list[Tensor]
     ``loader`` must cut batches as the caching pass does.
     """
     size, count = loader.batch_size, len(loader.dataset)
-    augmented = loader.plan.augment != "none"
+    augmented = loader.plan.augment != "none" or bool(loader.plan.operations)
     groups = []
     for parts in pilot_batches(count, pilot, size, augmented=augmented):
         rows = [(view, np.arange(part.start * size, min(part.stop * size, count))) for view, part in parts]

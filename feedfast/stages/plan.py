@@ -27,6 +27,7 @@ from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.schema import CodecName
+from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
@@ -42,6 +43,7 @@ from feedfast.stages.worker import pick_device
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
 VIEW_ROW = 25  # bytes per row of views/order, views/window, views/flip and pixels/sums
+STEP, MIX = 25, 20  # bytes per row of a step of the operations, and of mixing
 SAMPLE = 12  # bytes per sample of samples/label and samples/content
 
 
@@ -104,7 +106,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
     student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
     path = Path(recipe.cache.path)
     present = sum(commit.bytes for commit in read_log(path).commits.values())
-    total = sum(entry["bytes"] for entry in targets.values()) + VIEW_ROW * rows + SAMPLE * len(data)
+    total = sum(entry["bytes"] for entry in targets.values()) + view_row_bytes(plan) * rows + SAMPLE * len(data)
     standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(standing).free
     # A quarter of the fitting rows measures the fit.
@@ -166,6 +168,12 @@ def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.devi
             student(normalize(images)).float().logsumexp(1).sum().backward()
 
     return _median_ms(step)
+
+
+def view_row_bytes(plan: ViewPlan) -> int:
+    """Bytes per row of what says how a row is shown."""
+    slots = sum(operation.slots for operation in plan.pixel_operations)
+    return VIEW_ROW + slots * STEP + (MIX if plan.mixing_operations else 0)
 
 
 def _median_ms(work: Callable[[], object], repeats: int = 5) -> float:

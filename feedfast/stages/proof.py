@@ -27,6 +27,7 @@ from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import CodecName
 from feedfast.cache.transform import Transform, transform_of
+from feedfast.data.augment import operations_of
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
@@ -60,14 +61,11 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
         )
     for view in range(views):
         order = plan.order(view, data.ids)
-        positions = np.searchsorted(data.ids, order)
-        expected: dict[str, np.ndarray] = {
-            "order": order,
-            "window": plan.crops(view, order, data.sizes[positions]),
-            "flip": plan.flips(view, order),
-        }
-        for name, want in expected.items():
-            stored = reader.read_array(f"views/{name}", view)
+        sizes = data.sizes[np.searchsorted(data.ids, order)]
+        for array in reader.manifest.plan.arrays:
+            name = array.removeprefix("views/")
+            want = order if name == "order" else plan.resolved(name, view, order, sizes)
+            stored = reader.read_array(array, view)
             if not np.array_equal(stored, want):
                 row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])
                 detail = (
@@ -270,4 +268,5 @@ def plan_of(reader: CacheReader) -> ViewPlan:
         ratio=plan.ratio,
         granule=plan.granule,
         window=plan.window,
+        operations=() if plan.operations is None else operations_of(plan.operations.listed, plan.operations.table),
     )

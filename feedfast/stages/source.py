@@ -28,9 +28,9 @@ from feedfast.cache.schema import Manifest
 from feedfast.cache.transform import floored
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
-from feedfast.data.geometry import view_geometry
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
+from feedfast.data.work import annotations_of, view_work
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo, Targets
 from feedfast.methods.base import matching
@@ -235,7 +235,7 @@ class Cached(Plain):
         scales = [
             names.scale(teacher, tap) for _, teacher, tap, codec, _, _ in self._entries if CODECS[codec].quantized
         ]
-        arrays = {*self.arrays, *scales, *names.VIEWS, names.CONTENT, names.SUMS}
+        arrays = {*self.arrays, *scales, *self.reader.manifest.plan.arrays, names.CONTENT, names.SUMS}
         return {"cache": self.reader.digest(arrays, self.views)}
 
     def _content(self) -> NDArray[np.uint64]:
@@ -248,18 +248,14 @@ class Cached(Plain):
     def _with_stored_images(
         self, items: Iterator[dict[str, np.ndarray]], view: int, rows: Rows, batch_size: int, start: int
     ) -> Iterator[Batch]:
-        order = self.plan.order(view, self.data.ids)
-        everywhere = np.searchsorted(self.data.ids, order)
-        geometry = view_geometry(self.plan, view, order, self.data.sizes[everywhere])
+        work = view_work(self.plan, self.data, view)
         for number, item in enumerate(items, start):
             here = rows[number * batch_size : (number + 1) * batch_size]
-            ids = order[here]
-            positions = everywhere[here]
-            moved = geometry.rows(here)
+            own = work.rows(here)
             batch = Batch(
                 images=self._moved(item[names.PIXELS]),
-                annotations=self.data.annotations.at(positions, moved, self.plan.size),
-                ids=ids,
+                annotations=annotations_of(self.data, own, self.plan.size),
+                ids=self.data.ids[own.positions],
                 rows=here,
                 view=view,
                 targets=self._targets(item),
@@ -355,7 +351,7 @@ def _open_cached(
                     f"found {sorted(cached[name])}; run `feedfast {command}` with this recipe to add them"
                 )
     source = Cached(reader, data, plan_of(reader), device, taps, views=views, threads=recipe.data.threads)
-    reader.require([*source.arrays, *names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(views))
+    reader.require([*source.arrays, *reader.manifest.plan.arrays, names.LABEL, names.CONTENT, names.SUMS], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:
         replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views)

@@ -45,6 +45,7 @@ from feedfast.stages.trainee import (
     method_entries,
     names_of,
     needs_of,
+    refuse_mixed,
     student_needs_of,
     tap_student,
 )
@@ -102,6 +103,7 @@ class StudentRun:
                 f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
             )
         plan = view_plan(recipe.data, recipe.seed)
+        refuse_mixed(self.entries, [operation.op for operation in plan.mixing_operations])
         val: Dataset | None = open_val(recipe.data, self.data)
         self.val: Loader | None = None
         if val is not None:

@@ -63,6 +63,24 @@ def method_entries(methods: Sequence[MethodEntry]) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def refuse_mixed(entries: Sequence[Entry], mixing: Sequence[str]) -> None:
+    """Raise if a method needs one class per image and the views have two.
+
+    Args:
+        entries: the methods.
+        mixing: the view plan's operations that mix images, by name.
+
+    Raises:
+        RequestError: naming both.
+    """
+    for entry in entries:
+        if entry.kind.one_label and mixing:
+            raise RequestError(
+                f"method.name: {entry.kind.name!r} needs one class per image, data.augment mixes two "
+                f"({', '.join(mixing)}); leave mixing out or choose another method"
+            )
+
+
 def needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Selectors of the taps that any of the methods reads."""
     return tuple(dict.fromkeys(need for entry in entries for need in entry.kind.needed(entry.options)))
