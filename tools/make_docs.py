@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS
 from feedfast.methods.base import expected_words
 from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
@@ -44,12 +45,17 @@ name = "pfeed"
 [train]
 epochs = 30
 """
-TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "object": "table"}
 
 
 def pages() -> dict[str, str]:
     """File name in docs/ -> its text."""
-    return {"recipe.md": recipe_page(), "methods.md": methods_page(), "recipes.md": recipes_page()}
+    return {
+        "recipe.md": recipe_page(),
+        "methods.md": methods_page(),
+        "recipes.md": recipes_page(),
+        "augmentations.md": augmentations_page(),
+    }
 
 
 def recipe_page() -> str:
@@ -85,8 +91,8 @@ def recipe_rows(section: type[BaseModel]) -> Iterator[Sequence[str]]:
 def describe(entry: Mapping[str, Any]) -> tuple[str, str]:
     """Type and range of a JSON schema's entry, in words."""
     if "anyOf" in entry:
-        (one,) = [option for option in entry["anyOf"] if option.get("type") != "null"]
-        return describe(one)
+        kinds = [describe(option) for option in entry["anyOf"] if option.get("type") != "null"]
+        return " or ".join(kind for kind, _ in kinds), ", ".join(limits for _, limits in kinds if limits)
     if "enum" in entry:
         return "one of", ", ".join(literal(value) for value in entry["enum"])
     if entry["type"] == "array":
@@ -118,6 +124,55 @@ def methods_page() -> str:
         ]
         parts.append(table(("option", "expected", "default", "meaning"), rows) if rows else "No options.")
     return "\n\n".join(parts) + "\n"
+
+
+def augmentations_page() -> str:
+    parts = [
+        "# Augmentations",
+        f"Made by `{COMMAND}` from `feedfast/data/augment.py` and `operations.py`.",
+        "`data.augment` is a name or a list of tables, in the order in which they run: at most one crop, at most one "
+        "flip, operations on pixels, then mixing. Everything is drawn from (seed, view, sample) alone and stored with "
+        "the cache, so teachers and students see the same bytes whatever the batch size, order, rank or restart.",
+        "```toml\n[data]\naugment = [\n"
+        '  { op = "resized-crop", scale = [0.2, 1.0] },\n'
+        '  { op = "flip" },\n'
+        '  { op = "rand-augment", magnitude = 9 },\n'
+        '  { op = "random-erasing", p = 0.25 },\n'
+        '  { op = "mixup", alpha = 0.8, p = 0.5 },\n'
+        '  { op = "cutmix", p = 0.5 },\n]\n```',
+        "`none`, `pad-crop-flip` and `resized-crop-flip` are as in [recipe.md](recipe.md). A mixed image has two "
+        "labels: `batch.annotations` then holds `first`, `second` and the first one's `weight`, and the loss of "
+        "labels counts each for its share; `dkd`, `camkd` and `crd` need exactly one label and refuse. The partner is "
+        "a row of the same view, by a second permutation of all samples, and the teachers see the mixed image.",
+        "Distributions are torchvision's; so are pixels, up to rounding (a byte may differ by 1 or 2, nearest "
+        "neighbors on an edge between two), but for these: hue turns in YIQ instead of HSV (photographs differ by 6 "
+        "of 255 on average at 18 degrees, 9 at 36), equalize is OpenCV's (3 of 255 on average), and a sharpened "
+        "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding, so a cache "
+        "names the backend its pixels are from.",
+        "## Presets",
+        table(("name", "operations", "from"), preset_rows()),
+    ]
+    for name, kind in OPERATIONS.items():
+        rows = [
+            (f"`{key}`", expected_words(field), literal(field.default), field.description or "")
+            for key, field in kind.model_fields.items()
+            if key != "op"
+        ]
+        doc = inspect.cleandoc(kind.__doc__ or "").replace("\n\n", " ").replace("\n", " ")
+        parts += [f"## {name}", doc, table(("option", "expected", "default", "meaning"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def preset_rows() -> Iterator[Sequence[str]]:
+    for name, preset in PRESETS.items():
+        listed = []
+        for entry in preset.tables:
+            words = entry.model_dump(exclude_defaults=True)
+            shown = " ".join(
+                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in words.items()
+            )
+            listed.append(f"{type(entry).model_fields['op'].default} {shown}".strip())
+        yield f"`{name}`", "; ".join(listed), preset.note
 
 
 FAMILIES = {

@@ -62,12 +62,22 @@ def describe(code: int, parameters: NDArray[np.float32]) -> str:
         top, left, height, width = (int(value) for value in parameters[:4])
         return f"erase {height}x{width} at {top},{left}"
     if name == "affine":
-        (a, b, _), (c, d, _) = parameters.astype(np.float64).reshape(2, 3)
-        return f"affine {math.degrees(math.atan2(-c, d)):.0f} deg, scale {1 / math.sqrt(abs(a * d - b * c)):.2f}"
+        return _describe_affine(*parameters.tolist())
     if name == "posterize":
         return f"posterize to {8 - round(math.log2(256 - first))} bits"
     unit = {"hue": " deg", "gaussian-blur": " px"}.get(name, "")
     return f"{name} {first:.3g}{unit}"
+
+
+def _describe_affine(a: float, b: float, x: float, c: float, d: float, y: float) -> str:
+    """The pure moves of the policies by their names; others by their turn and scale."""
+    if a == d == 1 and b == c == 0:
+        return f"shifted {-y:.0f},{-x:.0f}"
+    if a == d == 1 and (b == 0 or c == 0):
+        return f"sheared {b or c:+.2f} along {'x' if b else 'y'}"
+    scale = 1 / math.sqrt(abs(a * d - b * c))
+    turn = math.degrees(math.atan2(-c, d))  # clockwise
+    return f"turned {turn:.0f} deg" + (f", scaled {scale:.2f}" if abs(scale - 1) > 1e-3 else "")
 
 
 def affine(

@@ -154,11 +154,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
-    """Draw ``out/report.html`` from ``out/metrics.jsonl``, the run's result and its recipe."""
+def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any], more: str = "") -> Path:
+    """Draw ``out/report.html`` from ``out/metrics.jsonl``, the run's result and its recipe; ``more`` is HTML."""
     rows = read_metrics(out / "metrics.jsonl")
     body = table_html([{"figure": key, "value": value} for key, value in result.items()])
-    body += figure_html(curves(rows)) + "<h2>Recipe</h2><pre>" + html.escape(json.dumps(recipe, indent=2)) + "</pre>"
+    listing = html.escape(json.dumps(recipe, indent=2))
+    body += f"{figure_html(curves(rows))}{more}<h2>Recipe</h2><pre>{listing}</pre>"
     path = out / "report.html"
     write_text(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
     return path

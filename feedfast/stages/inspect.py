@@ -28,6 +28,7 @@ from feedfast.report.run import figure_html, page, table_html
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.proof import plan_of, source_of, stored_values
+from feedfast.stages.sheet import contact_sheet
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     if out is not None:
         ensure_dir(out, "--out")
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-        body = f"{table_html(rows)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
+        body = f"{table_html(rows)}{_pictures(reader)}{_views(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
         write_text(report, page(f"Cache {cache}", body))
         document["report"] = str(report)
@@ -136,6 +137,15 @@ def _pictures(reader: CacheReader) -> str:
         axes[0][column].set_title(name, fontsize=8)
     figure.tight_layout()
     return "<h2>Maps (mean over channels), first rows of view 0</h2>" + figure_html(figure)
+
+
+def _views(reader: CacheReader) -> str:
+    """A contact sheet; empty where the images are not to be found."""
+    try:
+        return contact_sheet(source_of(reader).open(), plan_of(reader), reader.manifest.views)
+    except FeedfastError as error:
+        log.warning("inspect: views not shown: %s", error)
+        return ""
 
 
 def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:

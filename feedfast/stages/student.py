@@ -38,6 +38,7 @@ from feedfast.stages.folder import BRANCH, RunLock, check_run_dir, ensure_dir, r
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
+from feedfast.stages.sheet import contact_sheet
 from feedfast.stages.source import Source, open_source
 from feedfast.stages.trainee import (
     Trainee,
@@ -320,5 +321,6 @@ class StudentRun:
             if branches:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
             write_sealed(held, result)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"))
+            sheet = contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
+            write_report(self.out, result, self.recipe.model_dump(mode="json"), sheet)
         return result

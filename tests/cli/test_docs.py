@@ -26,7 +26,7 @@ def make_docs() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "methods.md", "recipes.md"])
+@pytest.mark.parametrize("name", ["recipe.md", "methods.md", "recipes.md", "augmentations.md"])
 def test_generated_pages_are_those_of_today(name: str) -> None:
     tool = make_docs()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == tool.pages()[name], (

@@ -287,6 +287,15 @@ def test_a_draw_is_the_samples_own(place: int, seed: int, view: int, size: int, 
     )
 
 
+def test_moves_are_described_by_their_names() -> None:
+    for name, value, said in (
+        ("translate-x", 7.0, "shifted 0,7"), ("translate-y", -3.0, "shifted -3,0"),
+        ("shear-x", 0.25, "sheared +0.25 along x"), ("shear-y", -0.1, "sheared -0.10 along y"),
+        ("rotate", 20.0, "turned -20 deg"),
+    ):  # fmt: skip
+        assert describe(CODE_OF["affine"], ops._moved(name, np.array([value]), 32)[0].astype(np.float32)) == said
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 

@@ -1,0 +1,86 @@
+"""A contact sheet: the views of a few samples as the networks see them, with what was done written under each."""
+
+from __future__ import annotations
+
+import html
+import logging
+import textwrap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feedfast.data.dataset import Dataset
+from feedfast.data.loader import Loader
+from feedfast.data.steps import describe
+from feedfast.data.views import ViewPlan
+from feedfast.data.work import Work, view_work
+from feedfast.errors import FeedfastError
+from feedfast.report.run import figure_html
+
+__all__ = ["contact_sheet", "row_words"]
+
+log = logging.getLogger(__name__)
+
+SAMPLES, VIEWS = 3, 6
+
+
+def row_words(work: Work, row: int) -> list[str]:
+    """What a view does to one row: crop, flip, steps and mixing, those that do something."""
+    geometry = work.geometry.rows(np.array([row]))
+    words = []
+    if geometry.boxed:
+        top, left, height, width = geometry.box[0].tolist()
+        words.append(f"crop {height}x{width} at {top},{left}")
+    if geometry.mirrored:
+        words.append("flip")
+    if work.program is not None:
+        steps = zip(work.program.codes[row].tolist(), work.program.parameters[row], strict=True)
+        words += [describe(code, parameters) for code, parameters in steps if code]
+    if work.mixing is not None and work.mixing.weight[row] < 1:
+        top, left, height, width = work.mixing.box[row].tolist()
+        share = f"{1 - float(work.mixing.weight[row]):.0%} of another"
+        words.append(f"{share} in a box {height}x{width} at {top},{left}" if height else f"{share} mixed in")
+    return words or ["as for evaluation"]
+
+
+def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
+    """HTML of the first samples' views; empty where the images cannot be shown.
+
+    Args:
+        data: the images.
+        plan: how they are shown.
+        views: how many there are; 0 = a new one every epoch.
+    """
+    from matplotlib.figure import Figure
+
+    shown = data.ids[np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(np.int64)]
+    count = min(views or VIEWS, VIEWS)
+    figure = Figure(figsize=(2.1 * count, 2.9 * len(shown)))
+    axes = figure.subplots(len(shown), count, squeeze=False)
+    try:
+        with Loader(data, plan, batch_size=len(shown), threads=1) as loader:
+            for view in range(count):
+                rows = _rows_of(plan.order(view, data.ids), shown)
+                work = view_work(plan, data, view).rows(rows)
+                images = next(iter(loader.stream(view, rows))).images.numpy()
+                for place in range(len(shown)):
+                    axis = axes[place][view]
+                    axis.imshow(images[place], interpolation="nearest")
+                    axis.set_axis_off()
+                    if not place:
+                        axis.set_title(f"view {view}", fontsize=9)
+                    lines = [line for word in row_words(work, place) for line in textwrap.wrap(word, 30)]
+                    below = {"ha": "center", "va": "top", "transform": axis.transAxes}
+                    axis.text(0.5, -0.04, "\n".join(lines), fontsize=6.5, **below)
+    except FeedfastError as error:
+        log.warning("contact sheet: images not shown: %s", error)
+        return ""
+    names = ", ".join(html.escape(data.name(int(np.searchsorted(data.ids, number)))) for number in shown)
+    return f"<h2>Views of {names}</h2>" + figure_html(figure)
+
+
+def _rows_of(order: NDArray[np.uint32], ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Rows of a view in which samples lie."""
+    by_id = np.argsort(order)
+    rows: NDArray[np.int64] = by_id[np.searchsorted(order, ids, sorter=by_id)]
+    return rows
