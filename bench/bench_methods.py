@@ -6,6 +6,7 @@ plain are taken seed by seed, and their interval is Student's t at 95 % over the
 
     python bench/bench_methods.py DATA [--out runs/methods] [--limit 100] [--views 4] [--epochs 12] [--seeds 3]
     python bench/bench_methods.py DATA --curves       accuracy against the number of views and against the codec
+    python bench/bench_methods.py DATA --augments     students of stronger views, from --views stored ones and live
     python bench/bench_methods.py DATA --steps        step over plain, targets in RAM, variants alternating
     python bench/bench_methods.py DATA --summary      no run, only the tables and plots of what there is
 
@@ -52,11 +53,12 @@ log = logging.getLogger("feedfast.bench")
 
 RESULTS = Path(__file__).with_name("results_methods.csv")
 COLUMNS = (
-    "date", "commit", "device", "torch", "images", "epochs", "variant", "views", "codec", "seed", "accuracy", "loss",
-    "bytes_per_sample", "parameters", "teacher_accuracy",
+    "date", "commit", "device", "torch", "images", "epochs", "augment", "variant", "views", "codec", "seed", "accuracy",
+    "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
 )  # fmt: skip
 TAPS = ["final", "ofd", "stage"]
 SETTING = ("device", "images", "epochs")
+STUDENT = ("augment", "variant", "views", "codec", "seed")
 CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
 
@@ -74,6 +76,13 @@ BRANCHES = {"ekd": 3}
 CURVES = ("plain", "kd", "pfeed", "ofd")
 VIEWS = (1, 2, 4, 8, 0)  # 0 = a new view every epoch, with live teachers
 CODECS = ("f32", "f16", "u8", "u4")
+# CIFAR's crop and flip, and what is added to it
+BASE: list[dict[str, Any]] = [{"op": "pad-crop", "pad": 4}, {"op": "flip"}]
+AUGMENTS: dict[str, Any] = {
+    "crop-flip": "pad-crop-flip",
+    "rand-augment": [*BASE, {"op": "rand-augment"}, {"op": "random-erasing", "p": 0.25}],
+    "mixup": [*BASE, {"op": "mixup", "alpha": 0.2}],
+}
 
 T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom
 
@@ -149,6 +158,14 @@ def cache_of(tree: dict[str, Any], codec: str, views: int) -> dict[str, Any]:
     path = tree["cache"]["path"]
     own = path if codec == tree["cache"]["codec"] else path.replace(".zarr", f"-{codec}.zarr")
     return {**tree["cache"], "codec": codec, "views": views, "path": own}
+
+
+def augmented(tree: dict[str, Any], augment: str) -> dict[str, Any]:
+    """The tree with other views; each has a cache of its own."""
+    if augment == "crop-flip":
+        return tree
+    path = tree["cache"]["path"].replace(".zarr", f"-{augment}.zarr")
+    return {**tree, "data": {**tree["data"], "augment": AUGMENTS[augment]}, "cache": {**tree["cache"], "path": path}}
 
 
 def with_method(tree: dict[str, Any], words: dict[str, Any], teachers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -230,7 +247,7 @@ def settings_of(path: Path) -> dict[tuple[str, ...], list[dict[str, str]]]:
     found: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            student = tuple(row[key] for key in ("variant", "views", "codec", "seed"))
+            student = tuple(row[key] for key in STUDENT)
             found[tuple(row[key] for key in SETTING)][student] = row
     return {setting: list(rows.values()) for setting, rows in found.items()}
 
@@ -241,21 +258,23 @@ def device_name() -> str:
 
 
 def run_variants(
-    args: argparse.Namespace, tree: dict[str, Any], jobs: list[tuple[str, int, str]], images: int, teachers: float
+    args: argparse.Namespace, tree: dict[str, Any], jobs: list[tuple[str, str, int, str]], images: int, teachers: float
 ) -> None:
-    """Every job at every seed, seed by seed: what is cut off has whole seeds of all methods.
+    """Every job (augmentation, variant, views, codec) at every seed, seed by seed: what is cut off has whole seeds.
 
     ``teachers``: their mean accuracy, for the rows.
     """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     here = settings_of(args.results).get((device_name(), str(images), str(args.epochs)), [])
-    done = {(row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in here}
+    done = {(row["augment"], row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in here}
     for seed in range(1, args.seeds + 1):
-        for variant, views, codec in jobs:
-            if (variant, views, codec, seed) in done or time.monotonic() > args.until:
+        for augment, variant, views, codec in jobs:
+            if (augment, variant, views, codec, seed) in done or time.monotonic() > args.until:
                 continue
-            recipe = variant_recipe(tree, variant, seed, views=views, codec=codec, folder=Path(args.out))
-            log.info("bench: %s, seed %d, %d views, %s", variant, seed, views, codec)
+            folder = Path(args.out) / ("" if augment == "crop-flip" else augment)
+            own = augmented(tree, augment)
+            recipe = variant_recipe(own, variant, seed, views=views, codec=codec, folder=folder)
+            log.info("bench: %s, %s, seed %d, %d views, %s", augment, variant, seed, views, codec)
             result = train_student(recipe)
             record(
                 {
@@ -265,6 +284,7 @@ def run_variants(
                     "torch": torch.__version__,
                     "images": images,
                     "epochs": args.epochs,
+                    "augment": augment,
                     "variant": variant,
                     "views": views,
                     "codec": codec,
@@ -281,7 +301,8 @@ def run_variants(
 
 def summarize(rows: list[dict[str, str]], key: tuple[str, ...]) -> list[dict[str, Any]]:
     """Mean, deviation and paired difference to plain of every group of rows."""
-    plain = {(row["views"], row["seed"]): float(row["accuracy"]) for row in rows if row["variant"] == "plain"}
+    pair = ("augment", "views", "seed")
+    plain = {tuple(row[k] for k in pair): float(row["accuracy"]) for row in rows if row["variant"] == "plain"}
     groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         groups[tuple(row[name] for name in key)].append(row)
@@ -289,9 +310,9 @@ def summarize(rows: list[dict[str, str]], key: tuple[str, ...]) -> list[dict[str
     for name, group in groups.items():
         accuracy = [float(row["accuracy"]) for row in group]
         pairs = [
-            float(row["accuracy"]) - plain[row["views"], row["seed"]]
+            float(row["accuracy"]) - plain[tuple(row[k] for k in pair)]
             for row in group
-            if (row["views"], row["seed"]) in plain
+            if tuple(row[k] for k in pair) in plain
         ]
         half = math.inf
         if len(pairs) > 1:
@@ -419,6 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--augments", action="store_true")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args(argv)
@@ -435,18 +457,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.steps:
             document["step_over_plain"] = bench_steps(args, tree, [name for name in args.methods if name != "plain"])
         else:
-            jobs = [(name, args.views, "u8") for name in args.methods]
+            jobs = [("crop-flip", name, args.views, "u8") for name in args.methods]
             if args.curves:
-                jobs = [(variant, number, "u8") for number in VIEWS for variant in CURVES]
-                jobs += [(variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
+                jobs = [("crop-flip", variant, number, "u8") for number in VIEWS for variant in CURVES]
+                jobs += [("crop-flip", variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
+            if args.augments:
+                both = (args.views, 0)
+                jobs = [(name, variant, number, "u8") for name in AUGMENTS for variant in CURVES for number in both]
+                for name in AUGMENTS:
+                    run_cache(parse_recipe(augmented(tree, name)))
             run_variants(args, tree, list(dict.fromkeys(jobs)), images, teachers)
     document["settings"] = []
     for setting, rows in settings_of(args.results).items():
         found: dict[str, Any] = dict(zip(SETTING, setting, strict=True))
         words = f"{found['images']} images, {found['epochs']} epochs, {found['device']}"
-        found["methods"] = summarize(
-            [r for r in rows if (r["views"], r["codec"]) == (str(args.views), "u8")], ("variant",)
-        )
+        everything, rows = rows, [row for row in rows if row["augment"] == "crop-flip"]
+        usual = [row for row in rows if (row["views"], row["codec"]) == (str(args.views), "u8")]
+        found["methods"] = summarize(usual, ("variant",))
         show(f"students of every method: {words}", found["methods"], ("variant",))
         curves = [row for row in rows if row["variant"] in CURVES]
         if len({(row["views"], row["codec"]) for row in curves}) > 1:
@@ -454,6 +481,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(f"views and codecs: {words}", found["curves"], ("variant", "views", "codec"))
             slug = "-".join(setting).lower().replace(" ", "-")
             found["plots"] = plot_curves(curves, args.results.with_name(f"methods_curves-{slug}.svg"))
+        stronger = [row for row in everything if row["variant"] in CURVES and row["codec"] == "u8"]
+        stronger = [row for row in stronger if row["views"] in (str(args.views), "0")]
+        if len({row["augment"] for row in stronger}) > 1:
+            found["augments"] = summarize(stronger, ("augment", "variant", "views"))
+            show(f"stronger views: {words}", found["augments"], ("augment", "variant", "views"))
         document["settings"].append(found)
     print(json.dumps(document))
 

@@ -55,6 +55,7 @@ def test_the_bench_of_methods_counts_as_statistics_do(tmp_path: Path, capsys: py
     bench.main(words)
     assert results.read_text() == first, "a student was trained twice"
     rows = list(csv.DictReader(first.splitlines()))
+    assert {row["augment"] for row in rows} == {"crop-flip"}
     assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for seed in "12" for name in variants]
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     plain, kd = ([float(row["accuracy"]) for row in rows if row["variant"] == name] for name in ("plain", "kd"))
