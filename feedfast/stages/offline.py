@@ -41,6 +41,7 @@ from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheDamageError, RequestError
+from feedfast.models.build import published_weights
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
@@ -156,6 +157,7 @@ class OfflineRun:
     def _manifest(self, held: Manifest | None, fitted: dict[tuple[str, str], Fitted]) -> Manifest:
         """The manifest this recipe asks for; taps are those of ``fitted`` and those already held."""
         recipe = self.recipe
+        weights = {spec.name: spec.weights for spec in recipe.teachers}
         teachers = {}
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
@@ -178,6 +180,7 @@ class OfflineRun:
                 std=teacher.std,
                 taps=taps,
                 probe=self.probes.get(name, {}),
+                published=published_weights(teacher.source, weights[name]),
             )
         return Manifest(
             dataset=dataset_info(Selection.of(recipe.data), self.data),

@@ -95,29 +95,32 @@ class StudentRun:
         ensure_dir(self.out, "train.out")
         # The first rank holds it for all; they end together.
         self._lock = RunLock(self.out) if me.first else None
-        self.resumed = check_run_dir(self.out, recipe)
-        self.data = open_train(recipe.data)
-        if len(self.data) < train.batch:
-            raise RequestError(
-                f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
-            )
-        plan = view_plan(recipe.data, recipe.seed)
-        val: Dataset | None = open_val(recipe.data, self.data)
-        self.val: Loader | None = None
-        if val is not None:
-            self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
-        self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
-        self.identity = {
-            "data": self.data.fingerprint(),
-            "val": None if val is None else val.fingerprint(),
-            **self.source.identity(),
-        }
-        run = resumed_run(self.out, self.identity) if self.resumed else ""
-        self.normalize = Normalize(*recipe.data.normalization).to(self.device)
-        self.task: Task = Classify(self._num_classes())
-        self.trainer = self._trainer(total_steps(train, len(self.data)))
-        self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
-        self.loop.run = run
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unlock)
+            self.resumed = check_run_dir(self.out, recipe)
+            self.data = open_train(recipe.data)
+            if len(self.data) < train.batch:
+                raise RequestError(
+                    f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
+                )
+            plan = view_plan(recipe.data, recipe.seed)
+            val: Dataset | None = open_val(recipe.data, self.data)
+            self.val: Loader | None = None
+            if val is not None:
+                self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
+            self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            self.identity = {
+                "data": self.data.fingerprint(),
+                "val": None if val is None else val.fingerprint(),
+                **self.source.identity(),
+            }
+            run = resumed_run(self.out, self.identity) if self.resumed else ""
+            self.normalize = Normalize(*recipe.data.normalization).to(self.device)
+            self.task: Task = Classify(self._num_classes())
+            self.trainer = self._trainer(total_steps(train, len(self.data)))
+            self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
+            self.loop.run = run
+            undo.pop_all()
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
@@ -248,6 +251,9 @@ class StudentRun:
         self.source.close()
         if self.val is not None:
             self.val.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
 
