@@ -191,6 +191,7 @@ def test_a_recipe_that_says_something_else_than_its_cache_trains_nothing(
     assert read_metrics(tmp_path / "out" / "metrics.jsonl") == []
 
 
+@pytest.mark.slow
 def test_taps_by_hand_are_not_the_preset(whole: World, tmp_path: Path) -> None:
     """The other way round: the cache's map was chosen by hand, and a recipe that says nothing means the preset."""
     made = (f"cache.path={tmp_path / 'hand.zarr'}", "cache.views=1")
@@ -251,7 +252,7 @@ def other_cache(world: World) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param("live", other_weights, "teachers.a.weights_sha256", marks=pytest.mark.slow),
-        ("cache", other_cache, "cache"),
+        pytest.param("cache", other_cache, "cache", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_with_what_it_began_with_or_not_at_all(
@@ -281,6 +282,7 @@ def test_a_cache_may_grow_under_a_run(world: World) -> None:
     assert world.train("train.max_steps=3", "cache.views=2").document["steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_not_continued(world: World, tmp_path: Path) -> None:
     other = (f"train.out={tmp_path / 'other'}", "train.lr=0.5")
     assert world.train("train.max_steps=1").code == 0

@@ -54,7 +54,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_continued_from(tmp_path: Path) -> Non
     sound = small(1)
     save_checkpoint(tmp_path, *sound, 7, "this run")
     path, accounted = tmp_path / "checkpoint.pt", 0
-    for content in flipped_bits(path.read_bytes(), 250):
+    for content in flipped_bits(path.read_bytes(), 80):
         path.write_bytes(content)
         found = small(2)
         try:
@@ -64,7 +64,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_continued_from(tmp_path: Path) -> Non
         else:  # a date, a reserved field, padding
             assert state_of(*found) == state_of(*sound)
             accounted += 1
-    assert accounted == 250
+    assert accounted == 80
 
 
 def test_no_flipped_bit_of_a_weights_file_is_loaded(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_no_flipped_bit_of_a_weights_file_is_loaded(tmp_path: Path) -> None:
     # Of a member's entry in the directory, the bit that makes it a folder: torch then returns memory as it found it.
     folder = bytearray(content)
     folder[content.rindex(b"w/data/3PK") - 8] ^= 0x10
-    for other in [bytes(folder), *flipped_bits(content, 250)]:
+    for other in [bytes(folder), *flipped_bits(content, 80)]:
         path.write_bytes(other)
         found = small(2)[0]
         try:
@@ -84,7 +84,7 @@ def test_no_flipped_bit_of_a_weights_file_is_loaded(tmp_path: Path) -> None:
         else:
             assert all(torch.equal(value, sound.state_dict()[name]) for name, value in found.state_dict().items())
             accounted += 1
-    assert accounted == 251
+    assert accounted == 81
 
 
 @pytest.mark.parametrize("value", [{"a": [1.5, None], "b": {"c": "é"}, "nan": float("nan")}, {}])
@@ -93,7 +93,7 @@ def test_no_flipped_bit_of_a_sealed_document_is_believed(tmp_path: Path, value: 
     write_sealed(path, value)
     content = path.read_bytes()
     assert json.dumps(read_sealed(path)) == json.dumps(value)
-    for other in flipped_bits(content, len(content) * 8):
+    for other in flipped_bits(content, 200):
         path.write_bytes(other)
         try:
             found = read_sealed(path)
