@@ -5,7 +5,7 @@ and by its name (a path relative to the source, or file[record]). Everything dow
 ``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
 There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz, MNIST), see ``arrays.py``.
-``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
+``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
+from feedfast.data.folder import list_images, refuse_odd_text
 from feedfast.data.idx import idx_images_below, is_idx, open_idx
-from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
+from feedfast.data.images import Unreadable, encoded_header, marked_cmyk, read_image, scan_images
 from feedfast.errors import RequestError
 
 __all__ = ["Dataset", "open_dataset"]
@@ -53,6 +54,8 @@ class Dataset:
         pixels_store: the arrays of a ``"pixels"`` dataset, else None.
         root: folder of a ``"files"`` dataset, else None.
         files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
+        skipped: extension → files that look like images and are no samples.
+        remarks: a remark on the form of some samples' files → how many it was made on.
     """
 
     source: str
@@ -64,6 +67,8 @@ class Dataset:
     pixels_store: PixelStore | None = None
     root: Path | None = None
     files: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,14 +109,14 @@ class Dataset:
             path = self.path(int(position))
             size = (int(self.sizes[position, 0]), int(self.sizes[position, 1]))
             try:
-                content = path.read_bytes()
-                found = encoded_size(io.BytesIO(content))
-            except (OSError, Unreadable) as why:
-                problems.append(f"\n  {path}: {why.strerror if isinstance(why, OSError) else why}")
+                content = read_image(path)
+                found = encoded_header(io.BytesIO(content))
+            except Unreadable as why:
+                problems.append(f"\n  {path}: {why}")
                 continue
-            if found != size:
+            if found[:2] != size:
                 problems.append(f"\n  {path}: {found[0]}x{found[1]} pixels, {size[0]}x{size[1]} when opened")
-            contents.append(np.frombuffer(content, dtype=np.uint8))
+            contents.append(np.frombuffer(marked_cmyk(content, found), dtype=np.uint8))
         if problems:
             raise RequestError(
                 f"{self.source}: {len(problems)} images have changed since the dataset was opened:{''.join(problems)}"
@@ -206,6 +211,8 @@ def open_dataset(
     name = str(source) if one else ", ".join(str(path) for path in paths)
     if not paths:
         raise RequestError(f"dataset: expected {_EXPECTED}, found an empty list")
+    for path in paths:
+        refuse_odd_text(str(path), "a path")
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
@@ -233,59 +240,29 @@ def _open_folder(
     full: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Dataset:
-    flat, folders = _listing(root)
-    if flat and folders:
-        raise RequestError(
-            f"{root}: expected either images or class folders, found both: {len(flat)} images and {len(folders)} "
-            f"folders with images, such as {flat[0]} and {next(iter(folders))}/"
-        )
-    if not flat and not folders and (arrays := idx_images_below(root)):
+    if arrays := idx_images_below(root):
         raise RequestError(f"{root}: holds MNIST's files; expected one of its files of images, {' or '.join(arrays)}")
-    if not flat and not folders:
-        raise RequestError(f"{root}: expected {', '.join(EXTENSIONS)} files or class folders of them, found none")
-    empty = [name for name, files in folders.items() if not files]
-    if empty:
-        raise RequestError(f"{root}: expected images in every class folder, found none in {', '.join(empty)}")
-    classes = tuple(folders)
-    files = tuple(flat) if flat else tuple(file for group in folders.values() for file in group)
-    labels = (
-        np.full(len(files), -1, dtype=np.int32)
-        if flat
-        else np.repeat(np.arange(len(classes), dtype=np.int32), [len(group) for group in folders.values()])
-    )
+    found = list_images(root)
+    labels = np.array(found.labels, dtype=np.int32)
     ids = _chosen(source, labels, limit, fraction)
-    paths = [root / files[i] for i in ids]
-    sizes, problems = scan_images(paths, full=full, progress=progress)
+    paths = [root / found.files[i] for i in ids]
+    sizes, problems, remarks = scan_images(paths, full=full, progress=progress)
     if problems:
         shown = "".join(f"\n  {paths[i]}: {why}" for i, why in problems[:_SHOWN])
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise RequestError(f"{source}: {len(problems)} of {len(paths)} images are unreadable:{shown}{more}")
-    return Dataset(source, "files", ids, labels[ids], sizes, classes, root=root, files=files)
-
-
-def _listing(root: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Images directly in a folder, and images by class folder (searched in depth); sorted, hidden names skipped."""
-    flat: list[str] = []
-    folders: dict[str, list[str]] = {}
-    for entry in sorted(os.scandir(root), key=lambda e: e.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders[entry.name] = _images_below(root, entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            flat.append(entry.name)
-    if flat and not any(folders.values()):
-        folders = {}  # a flat folder may have unrelated folders next to its images
-    return flat, folders if any(folders.values()) else {}
-
-
-def _images_below(root: Path, folder: str) -> list[str]:
-    found = []
-    for where, below, names in os.walk(root / folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = Path(where).relative_to(root).as_posix()
-        found += [f"{relative}/{n}" for n in sorted(names) if n[0] != "." and n.lower().endswith(EXTENSIONS)]
-    return found
+    return Dataset(
+        source,
+        "files",
+        ids,
+        labels[ids],
+        sizes,
+        found.classes,
+        root=root,
+        files=found.files,
+        skipped=found.skipped,
+        remarks=dict(remarks),
+    )
 
 
 def _chosen(source: str, labels: NDArray[np.int32], limit: int, fraction: float) -> NDArray[np.uint32]:
