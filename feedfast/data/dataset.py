@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
+from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
 from feedfast.data.folder import list_images, refuse_odd_text
-from feedfast.data.idx import idx_images_below, is_idx, open_idx
+from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
 from feedfast.data.images import Unreadable, encoded_header, marked_cmyk, read_image, scan_images
 from feedfast.errors import RequestError
 
@@ -37,7 +38,9 @@ _SHOWN = 20  # unreadable paths printed; the count covers the rest
 _HASHING_THREADS = 4
 _FRACTION_SEED = 0  # not the recipe's: two recipes' students must be able to share the samples of a fraction
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
-_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, an .npz, or MNIST's images"
+_EXPECTED = (
+    "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, or MNIST's files"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,20 +179,24 @@ def open_dataset(
     *,
     limit: int = 0,
     fraction: float = 1.0,
+    split: Literal["train", "val"] = "train",
     check: Literal["fast", "full"] = "fast",
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Open a dataset and look at every image of it.
 
     Args:
-        source: a CIFAR-10/100 binary file or a list of them; a folder of class folders (labels by sorted folder name)
-            or a flat folder (unlabeled) of JPEG/PNG files; an ``.npz`` (``images``, ``labels``, ``classes``); or one of
-            MNIST's files of images (``train-images-idx3-ubyte.gz``), gzipped or not, whose labels lie next to it.
+        source: CIFAR-10 or CIFAR-100: a binary file or a list of them, or Python's batches: a folder
+            (``cifar-10-batches-py``), its archive (``.tar.gz``), or a list of batches. A folder of class folders
+            (labels by sorted folder name) or a flat folder (unlabeled) of image files. An ``.npz`` (``images``,
+            ``labels``, ``classes``). MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
+            gzipped or not, whose labels lie next to it, or their folder.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at
             least one. A function of the class's number and size alone: the same fraction takes the same samples always,
             a smaller one some of those of a larger one.
+        split: which part of a source that holds both (CIFAR's folder or archive, MNIST's folder).
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
         progress: called with (images looked at, total).
 
@@ -216,13 +223,17 @@ def open_dataset(
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
-    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) for path in paths):
-        raise RequestError(f"a list may only name CIFAR binary files, found {name}")
+    whole = [path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) or is_cifar_archive(path) for path in paths]
+    if len(paths) > 1 and any(whole):
+        raise RequestError(f"a list may only name CIFAR binary files or batches, found {name}")
 
-    if paths[0].is_dir():
+    idx = idx_of_split(paths[0], split) if paths[0].is_dir() else paths[0] if is_idx(paths[0]) else None
+    if idx is not None:
+        store, labels, classes = open_idx(idx)
+    elif is_cifar_archive(paths[0]) or is_cifar_pickle(paths[0]):
+        store, labels, classes = open_cifar_python(paths, split)
+    elif paths[0].is_dir():
         return _open_folder(paths[0], name, limit, fraction, check == "full", progress)
-    if is_idx(paths[0]):
-        store, labels, classes = open_idx(paths[0])
     elif paths[0].suffix.lower() == ".npz":
         store, labels, classes = open_npz(paths[0])
     else:
@@ -242,6 +253,8 @@ def _open_folder(
 ) -> Dataset:
     if arrays := idx_images_below(root):
         raise RequestError(f"{root}: holds MNIST's files; expected one of its files of images, {' or '.join(arrays)}")
+    if held := known_folder_below(root):
+        raise RequestError(f"{root}: expected images, found {held} in it; name {root / held}")
     found = list_images(root)
     labels = np.array(found.labels, dtype=np.int32)
     ids = _chosen(source, labels, limit, fraction)

@@ -53,7 +53,7 @@ def open_val(data: recipes.Data, train: Dataset) -> Dataset | None:
     """
     if not data.val:
         return None
-    val = open_dataset(data.val, check=data.check)
+    val = open_dataset(data.val, split="val", check=data.check)
     if not val.classes or not (val.labels >= 0).any():
         raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")
     if not train.classes:

@@ -193,7 +193,7 @@ class OpenedCache:
         Raises:
             RequestError: no such images, or other classes than those of the cache.
         """
-        found = open_dataset(images)
+        found = open_dataset(images, split="val")
         classes = self.manifest.dataset.classes
         if classes and found.classes != classes[: len(found.classes)]:
             raise CacheMismatchError(

@@ -214,7 +214,7 @@ def test_real_folder_sizes(shared_data: Path) -> None:
 
 
 def test_folder_refuses(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"not found: .*nowhere.*; expected a CIFAR"):
+    with pytest.raises(RequestError, match=r"not found: .*nowhere.*; expected CIFAR"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(RequestError, match="empty list"):
         open_dataset([])
