@@ -53,6 +53,7 @@ def _home(text: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_home)]
 Sources = Annotated[tuple[PathText, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Arrays = Annotated[tuple[str, ...], Field(max_length=3)]
 
 _PACKAGED = files("feedfast") / "recipes"
 
@@ -65,9 +66,19 @@ class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
     train: Sources = Field(
-        min_length=1, description="CIFAR binary file(s), an image folder, an .npz or MNIST's …images-idx3-ubyte(.gz)"
+        min_length=1,
+        description="a folder of class folders (or of images); CIFAR's binary file(s), cifar-10-batches-py or .tar.gz; "
+        'an .npz; MNIST\'s folder or …images-idx3-ubyte(.gz); "python" = the object given to run_cache or run_train',
     )
-    val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
+    val: Sources = Field(
+        (),
+        description="the same for validation, with the same classes (of a source with both parts, its test part); "
+        "none = no accuracy",
+    )
+    arrays: Arrays = Field(
+        (), description="names of an .npz's arrays: [images, labels, classes], the last may be left out; none = these"
+    )
+    val_arrays: Arrays = Field((), description="the same for `val`; none = as `arrays`")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
         "pad-crop-flip",

@@ -4,7 +4,7 @@ A sample is known by a stable id (its place in the complete dataset, whatever ``
 and by its name (a path relative to the source, or file[record]). Everything downstream asks for *positions* into
 ``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
-There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz, MNIST), see ``arrays.py``.
+There are two kinds. ``"pixels"``: images in arrays (CIFAR, npz, MNIST), see ``arrays.py``, or from a Python object.
 ``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
@@ -30,16 +30,21 @@ from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_
 from feedfast.data.folder import list_images, refuse_odd_text
 from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
 from feedfast.data.images import Unreadable, encoded_header, marked_cmyk, read_image, scan_images
+from feedfast.data.objects import ObjectStore, Samples, open_object
 from feedfast.errors import RequestError
 
-__all__ = ["Dataset", "open_dataset"]
+__all__ = ["Dataset", "ImageSource", "open_dataset"]
+
+ImageSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Samples
+"""What `open_dataset` opens: a path, several, or an object that gives samples."""
 
 _SHOWN = 20  # unreadable paths printed; the count covers the rest
 _HASHING_THREADS = 4
 _FRACTION_SEED = 0  # not the recipe's: two recipes' students must be able to share the samples of a fraction
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
 _EXPECTED = (
-    "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, or MNIST's files"
+    "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, MNIST's files, or in "
+    "Python an object whose items are (image, label)"
 )
 
 
@@ -54,7 +59,7 @@ class Dataset:
         labels: int32 [n], -1 where there is none.
         sizes: int32 [n, 2], height and width after EXIF orientation.
         classes: class names by label; empty for unlabeled folders.
-        pixels_store: the arrays of a ``"pixels"`` dataset, else None.
+        pixels_store: the arrays of a ``"pixels"`` dataset, or the object that gives them; else None.
         root: folder of a ``"files"`` dataset, else None.
         files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
         skipped: extension → files that look like images and are no samples.
@@ -67,7 +72,7 @@ class Dataset:
     labels: NDArray[np.int32]
     sizes: NDArray[np.int32]
     classes: tuple[str, ...]
-    pixels_store: PixelStore | None = None
+    pixels_store: PixelStore | ObjectStore | None = None
     root: Path | None = None
     files: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -92,8 +97,13 @@ class Dataset:
             raise ValueError(f"{self.source}: samples of kind 'pixels' have no files of their own")
         return self.root / self.files[int(self.ids[position])]
 
-    def pixels(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        """Decoded samples, only for ``kind == "pixels"``: uint8 RGB [b, H, W, 3], copies."""
+    def pixels(
+        self, positions: Sequence[int] | NDArray[np.integer[Any]]
+    ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+        """Decoded samples, only for ``kind == "pixels"``: uint8 RGB [b, H, W, 3], copies.
+
+        Of a Python object, whose images may differ in size, a list of [H, W, 3] where they do.
+        """
         if self.pixels_store is None:
             raise ValueError(f"{self.source}: samples of kind 'files' are encoded; use encoded() or a Loader")
         return self.pixels_store.rgb(self._records(positions))
@@ -175,10 +185,11 @@ class Dataset:
 
 
 def open_dataset(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    source: ImageSource,
     *,
     limit: int = 0,
     fraction: float = 1.0,
+    arrays: Sequence[str] = (),
     split: Literal["train", "val"] = "train",
     check: Literal["fast", "full"] = "fast",
     progress: Callable[[int, int], None] | None = None,
@@ -190,12 +201,14 @@ def open_dataset(
             (``cifar-10-batches-py``), its archive (``.tar.gz``), or a list of batches. A folder of class folders
             (labels by sorted folder name) or a flat folder (unlabeled) of image files. An ``.npz`` (``images``,
             ``labels``, ``classes``). MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
-            gzipped or not, whose labels lie next to it, or their folder.
+            gzipped or not, whose labels lie next to it, or their folder. Or an object with ``__len__`` and
+            ``__getitem__`` that gives (image, label), see ``objects.py``.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at
             least one. A function of the class's number and size alone: the same fraction takes the same samples always,
             a smaller one some of those of a larger one.
+        arrays: names of an ``.npz``'s arrays, see `open_npz`.
         split: which part of a source that holds both (CIFAR's folder or archive, MNIST's folder).
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
         progress: called with (images looked at, total).
@@ -213,9 +226,10 @@ def open_dataset(
         raise RequestError(f"fraction: expected a share of the samples, above 0 to 1, found {fraction}")
     if check not in ("fast", "full"):
         raise RequestError(f"check: expected 'fast' or 'full', found {check!r}")
-    one = isinstance(source, (str, os.PathLike))
-    paths = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(item) for item in source]
-    name = str(source) if one else ", ".join(str(path) for path in paths)
+    paths = _paths(source)
+    if paths is None:
+        return _open_object(source, limit, fraction, progress)
+    name = ", ".join(str(path) for path in paths)
     if not paths:
         raise RequestError(f"dataset: expected {_EXPECTED}, found an empty list")
     for path in paths:
@@ -227,6 +241,8 @@ def open_dataset(
     if len(paths) > 1 and any(whole):
         raise RequestError(f"a list may only name CIFAR binary files or batches, found {name}")
 
+    if arrays and paths[0].suffix.lower() != ".npz":
+        raise RequestError(f"arrays: expected an .npz, whose arrays they name, found {name}")
     idx = idx_of_split(paths[0], split) if paths[0].is_dir() else paths[0] if is_idx(paths[0]) else None
     if idx is not None:
         store, labels, classes = open_idx(idx)
@@ -235,12 +251,30 @@ def open_dataset(
     elif paths[0].is_dir():
         return _open_folder(paths[0], name, limit, fraction, check == "full", progress)
     elif paths[0].suffix.lower() == ".npz":
-        store, labels, classes = open_npz(paths[0])
+        store, labels, classes = open_npz(paths[0], arrays)
     else:
         store, labels, classes = open_cifar(paths)
     ids = _chosen(name, labels, limit, fraction)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
+
+
+def _paths(source: Any) -> list[Path] | None:
+    """The paths a source names; None if it is an object that gives samples."""
+    if isinstance(source, (str, os.PathLike)):
+        return [Path(source)]
+    if isinstance(source, (list, tuple)) and all(isinstance(item, (str, os.PathLike)) for item in source):
+        return [Path(item) for item in source]
+    if isinstance(source, Samples):
+        return None
+    raise RequestError(f"dataset: expected {_EXPECTED}, found {type(source).__name__}")
+
+
+def _open_object(source: Any, limit: int, fraction: float, progress: Callable[[int, int], None] | None) -> Dataset:
+    store, labels, sizes, classes = open_object(source, progress)
+    name = f"a {type(source).__name__} object"
+    ids = _chosen(name, labels, limit, fraction)
+    return Dataset(name, "pixels", ids, labels[ids], sizes[ids], classes, pixels_store=store)
 
 
 def _open_folder(

@@ -109,14 +109,9 @@ def test_one_method_or_several() -> None:
 
 
 TEXTS = {
-    "Teacher.name",
-    "Teacher.model",
-    "Teacher.taps",
-    "Student.model",
-    "MethodEntry.name",
-    "Cache.part",
-    "Train.device",
-}
+    "Teacher.name", "Teacher.model", "Teacher.taps", "Student.model", "MethodEntry.name", "Cache.part", "Train.device",
+    "Data.arrays", "Data.val_arrays",
+}  # fmt: skip
 PATHS = {"Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Train.out"}
 
 
