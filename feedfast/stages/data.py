@@ -68,11 +68,7 @@ def open_train(data: recipes.Data, given: ImageSource | None = None) -> Dataset:
     _refuse_both(data.train, given, "train")
     found = Selection.of(data).open(data.check, given)
     log.info("data: %s", said_of(found))
-    if found.skipped:
-        counts = ", ".join(f"{count:,} {extension}" for extension, count in found.skipped.items())
-        log.warning("data: %s: look like images and are not read: %s", found.source, counts)
-    for remark, count in found.remarks.items():
-        log.warning("data: %s: %s of %s files: %s", found.source, f"{count:,}", f"{len(found):,}", remark)
+    warn_of(found)
     return found
 
 
@@ -81,6 +77,15 @@ def said_of(data: Dataset) -> str:
     named = ", ".join(data.classes[:_NAMED]) + (", ..." if len(data.classes) > _NAMED else "")
     classes = f"{len(data.classes):,} classes ({named})" if data.classes else "no labels"
     return f"{len(data):,} images, {classes}, from {data.source}"
+
+
+def warn_of(data: Dataset) -> None:
+    """Say what looks like an image and is not used, and which forms are not read as elsewhere."""
+    if data.skipped:
+        counts = ", ".join(f"{count:,} {extension}" for extension, count in data.skipped.items())
+        log.warning("data: %s: look like images and are not read: %s", data.source, counts)
+    for remark, count in data.remarks.items():
+        log.warning("data: %s: %s of %s files: %s", data.source, f"{count:,}", f"{len(data):,}", remark)
 
 
 def facts_of(data: Dataset) -> dict[str, Any]:
@@ -112,6 +117,7 @@ def open_val(data: recipes.Data, train: Dataset, given: ImageSource | None = Non
         raise RequestError('data.val = "python": expected the object passed to run_train as val=..., found none')
     source: ImageSource = data.val if given is None else given
     val = open_dataset(source, arrays=data.val_arrays or data.arrays, split="val", check=data.check)
+    warn_of(val)
     if not val.classes or not (val.labels >= 0).any():
         raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")
     if not train.classes:

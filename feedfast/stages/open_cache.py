@@ -22,6 +22,7 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.models.normalize import Normalize
+from feedfast.stages.data import warn_of
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, replay_pixels, source_of
@@ -193,6 +194,7 @@ class OpenedCache:
             RequestError: no such images, or other classes than those of the cache.
         """
         found = open_dataset(images, split="val")
+        warn_of(found)
         classes = self.manifest.dataset.classes
         if classes and found.classes != classes[: len(found.classes)]:
             raise CacheMismatchError(
@@ -252,6 +254,7 @@ def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: in
     reader = CacheReader(Path(path).expanduser(), threads=threads)
     chosen = source_of(reader)
     found = chosen.open(given=data)
+    warn_of(found)
     expected = reader.manifest.model_copy(update={"dataset": dataset_info(chosen, found)})
     refuse_differences(reader.path, expected, reader.manifest)
     reader.require([*names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))

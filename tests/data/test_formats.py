@@ -105,17 +105,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_read_is_what_pil_reads(folder: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_read_is_what_pil_reads(folder: Path, device: str) -> None:
     data = open_dataset(folder, check="full")
     assert {data.name(i) for i in range(len(data))} == set(READ)
     assert data.skipped == {}
     assert data.remarks == {CMYK_UNMARKED: 1}
-    loader = Loader(data, ViewPlan(0, 32, "none"), batch_size=8, threads=1)
-    images = torch.cat([batch.images for batch in loader.evaluation()]).numpy()
+    loader = Loader(data, ViewPlan(0, 32, "none"), batch_size=8, threads=1, device=device)
+    images = torch.cat([batch.images for batch in loader.evaluation()]).cpu().numpy()
     for i, found in enumerate(images):
         with Image.open(data.path(i)) as image:
-            expected = ImageOps.exif_transpose(image).convert("RGB")
-        np.testing.assert_array_equal(found, np.asarray(expected), err_msg=data.name(i))
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        if device == "cpu":
+            np.testing.assert_array_equal(found, expected, err_msg=data.name(i))
+        else:  # lossy decoders of the GPU round differently; a wrong color, turn or plane is off by tens
+            assert np.abs(found.astype(int) - expected).mean() < 2, data.name(i)
 
 
 @pytest.mark.parametrize("which", REFUSED)
