@@ -28,8 +28,9 @@ from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
 from feedfast.data.folder import list_images, refuse_odd_text
+from feedfast.data.headers import CMYK_UNMARKED
 from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
-from feedfast.data.images import Unreadable, encoded_header, marked_cmyk, read_image, scan_images
+from feedfast.data.images import Unreadable, encoded_header, for_dali, read_image, scan_images
 from feedfast.data.objects import ObjectStore, Samples, open_object
 from feedfast.errors import RequestError
 
@@ -129,12 +130,30 @@ class Dataset:
                 continue
             if found[:2] != size:
                 problems.append(f"\n  {path}: {found[0]}x{found[1]} pixels, {size[0]}x{size[1]} when opened")
-            contents.append(np.frombuffer(marked_cmyk(content, found), dtype=np.uint8))
+            contents.append(np.frombuffer(content, dtype=np.uint8))
         if problems:
             raise RequestError(
                 f"{self.source}: {len(problems)} images have changed since the dataset was opened:{''.join(problems)}"
             )
         return contents
+
+    def decodable(
+        self, positions: Sequence[int] | NDArray[np.integer[Any]], contents: Sequence[NDArray[np.uint8]]
+    ) -> list[NDArray[np.uint8]]:
+        """`encoded` samples as DALI is given them, see `for_dali`.
+
+        Raises:
+            RequestError: files that do not decode, all of them named.
+        """
+        ready, problems, unmarked = [], [], CMYK_UNMARKED in self.remarks
+        for position, content in zip(positions, contents, strict=True):
+            try:
+                ready.append(for_dali(content, unmarked_cmyk=unmarked))
+            except Unreadable as why:
+                problems.append(f"\n  {self.path(int(position))}: {why}")
+        if problems:
+            raise RequestError(f"{self.source}: {len(problems)} images cannot be decoded:{''.join(problems)}")
+        return ready
 
     def content(self, positions: Sequence[int] | NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
         """A hash of each sample's stored bytes (the encoded file, or RGB pixels), to find one that has changed.

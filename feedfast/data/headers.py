@@ -1,7 +1,7 @@
 """What an encoded image says about itself: size, EXIF orientation, and whether it is whole.
 
 One scanner per format: JPEG, PNG, WebP, BMP, TIFF, binary PNM, JPEG 2000. Each reads headers and the places that show a
-file cut short, never pixels, and refuses the forms that DALI decodes to other pixels than PIL or not at all, so that
+file cut short, never pixels, and refuses the forms that would decode to other pixels than PIL's or not at all, so that
 what passes is what the networks' authors saw. The content decides the format, never the file name (ImageNet holds a
 PNG named .JPEG). Sizes are (height, width) as stored; the orientation is EXIF's, 1 to 8.
 
@@ -36,7 +36,7 @@ _PNM = re.compile(
 _JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 _J2K = b"\xff\x4f\xff\x51"
 _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
-_TIFF_TAGS = frozenset({254, 256, 257, 258, 259, 262, 273, 274, 277, 279, 324, 325, 338, 339, 50706})
+_TIFF_TAGS = frozenset({254, 256, 257, 258, 259, 262, 273, 274, 277, 279, 324, 325, 339, 50706})
 _TIFF_MOST = 1 << 20  # values of one tag: strips or tiles
 _TIFF_WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # bytes per value by type
 _TIFF_COMPRESSIONS = {
@@ -80,8 +80,9 @@ def other_format_of(head: bytes) -> str | None:
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "AVIF or HEIC"
     starts = {
-        b"GIF8": "GIF", b"8BPS": "Photoshop", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL",
-        b"v/1\x01": "OpenEXR", b"#?RADIANCE": "Radiance HDR", b"DDS ": "DDS", b"II+\0": "BigTIFF", b"MM\0+": "BigTIFF",
+        b"GIF8": "GIF", b"8BPS": "Photoshop", b"\xff\x0a": "JPEG XL",
+        b"\0\0\0\x0cJXL ": "JPEG XL", b"v/1\x01": "OpenEXR", b"#?RADIANCE": "Radiance HDR", b"DDS ": "DDS",
+        b"II+\0": "BigTIFF", b"MM\0+": "BigTIFF",
     }  # fmt: skip
     return next((name for start, name in starts.items() if head.startswith(start)), None)
 
@@ -269,19 +270,14 @@ def _scan_tiff(file: BinaryIO, size: int) -> Header:
         return values[0] if values else default
 
     bits, samples = tags.get(258, []), one(277, 1)
-    compression, color, extra = one(259, 1), one(262, -1), one(338)
+    compression, color = one(259, 1), one(262, -1)
     form = (
         f"{'/'.join(map(str, bits[:5])) or 'unsaid'} bits per sample, {samples} samples, color {color}, "
         f"compression {_TIFF_COMPRESSIONS.get(compression, compression)}"
     )
-    plain = (
-        (bits == [1] and color in (0, 1) and compression != 7)
-        or (bits == [8] and color in (0, 1))
-        or (bits == [8] * 3 and (color == 2 or (color == 6 and compression == 7)))
-        or (bits == [8] * 4 and color == 2 and extra != 1)  # 1: color multiplied by alpha, which PIL divides out
-    )
+    plain = bits == [1] or (1 <= len(bits) <= 4 and set(bits) == {8})
     if not plain or len(bits) != samples or compression not in _TIFF_COMPRESSIONS or one(339, 1) != 1:
-        raise Unreadable(f"unsupported TIFF: {form}; 8-bit gray and RGB(A) and 1-bit are read")
+        raise Unreadable(f"unsupported TIFF: {form}; 8 bits and 1 bit are read")
     if one(254) & 1 or 50706 in tags:
         raise Unreadable("a TIFF that begins with a preview of another image (a camera's raw file)")
     strips, tiles = 273, 324
@@ -357,10 +353,8 @@ def _scan_codestream(file: BinaryIO, at: int, end: int) -> Header:
     if start != _J2K:
         raise Unreadable("damaged JPEG 2000: no image size where it was expected")
     forms = {tuple(file.read(3)) for _ in range(min(parts, 5))}  # bits - 1 (with a sign), horizontal, vertical step
-    if parts not in (1, 3, 4) or forms != {(7, 1, 1)}:
-        raise Unreadable(
-            f"unsupported JPEG 2000: {parts} components of forms {sorted(forms)}; 8-bit gray, RGB(A) are read"
-        )
+    if parts not in (1, 2, 3, 4) or forms != {(7, 1, 1)}:
+        raise Unreadable(f"unsupported JPEG 2000: {parts} components of forms {sorted(forms)}; 8 bits are read")
     file.seek(max(at, end - 2))
     if file.read(2) != b"\xff\xd9":
         raise Unreadable("cut short: no JPEG 2000 end marker")

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from feedfast.data.headers import (
     CMYK_UNMARKED,
@@ -40,10 +40,10 @@ __all__ = [
     "OTHER_EXTENSIONS",
     "Unreadable",
     "encoded_header",
+    "for_dali",
     "full_check",
     "image_size",
     "looks_like",
-    "marked_cmyk",
     "read_image",
     "scan_images",
 ]
@@ -70,6 +70,7 @@ MAX_FILE_BYTES = 1 << 30
 
 _FILES_PER_TASK = 64
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
+_DECODED_HERE = frozenset({"TIFF", "JPEG 2000"})
 _ADOBE_CMYK = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # inverted CMYK, as Adobe's own files are
 
 
@@ -163,9 +164,31 @@ def encoded_header(file: BinaryIO) -> Header:
     return Header(width, height, 1, remark) if 5 <= orientation <= 8 else Header(height, width, 1, remark)
 
 
-def marked_cmyk(content: bytes, header: Header) -> bytes:
-    """The bytes for DALI: PIL takes every CMYK JPEG as inverted, DALI only one with Adobe's marker, so it gets one."""
-    return content[:2] + _ADOBE_CMYK + content[2:] if header.remark == CMYK_UNMARKED else content
+def for_dali(content: NDArray[np.uint8], *, unmarked_cmyk: bool = True) -> NDArray[np.uint8]:
+    """The bytes DALI is given of an encoded image, so that its pixels are PIL's.
+
+    TIFF and JPEG 2000 are decoded here and go on as PNM: damaged files of these formats bring DALI 2.4.0's process down
+    now and then (SIGSEGV, SIGFPE), which cannot be caught. A CMYK JPEG without Adobe's marker gets one: PIL takes every
+    such file as inverted, DALI only marked ones.
+
+    Args:
+        content: the file, uint8 [n].
+        unmarked_cmyk: whether it may be a JPEG of that kind; False saves looking.
+
+    Raises:
+        Unreadable: it does not decode.
+    """
+    kind = format_of(content[:HEAD_BYTES].tobytes())
+    if kind == "JPEG" and unmarked_cmyk and encoded_header(io.BytesIO(content.data)).remark == CMYK_UNMARKED:
+        return np.concatenate([content[:2], np.frombuffer(_ADOBE_CMYK, dtype=np.uint8), content[2:]])
+    if kind not in _DECODED_HERE:
+        return content
+    try:
+        with Image.open(io.BytesIO(content.data), formats=_PIL_FORMATS) as image:
+            pixels = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # as in full_check
+        raise Unreadable(f"does not decode: {error}") from error
+    return np.frombuffer(b"P6\n%d %d\n255\n" % pixels.size + pixels.tobytes(), dtype=np.uint8)
 
 
 def full_check(path: Path | str) -> None:

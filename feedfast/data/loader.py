@@ -300,7 +300,7 @@ class _Feed:
         if store is None:
             # Looks at every file before DALI does: one JPEG cut short and one file of no known format in a batch make
             # DALI 2.4.0 crash the process, in most runs, instead of raising.
-            self._read = dataset.encoded
+            self._read = lambda at: dataset.decodable(at, dataset.encoded(at))
         elif store.layout == "CHW":
             self._read = lambda at: store.gather(dataset.ids[at].astype(np.int64))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from feedfast.data.dataset import open_dataset
@@ -49,6 +52,37 @@ def bmp(bits: int, compression: int, body: bytes) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + len(body), 0, 0, 54) + head + body
 
 
+def tiff(parts: list[np.ndarray], *, tiles: bool = False, order: str = "<", **tags: int) -> bytes:
+    """A TIFF of strips or tiles as no library here writes it; ``t256=…`` sets a tag."""
+    values = {256: [32], 257: [32], 258: [8] * 3, 259: [1], 262: [2], 277: [3], 278: [32]}
+    values |= {int(tag[1:]): [value] for tag, value in tags.items()}
+    values[258] = [8] * values[277][0]
+    out = bytearray({"<": b"II*\0", ">": b"MM\0*"}[order] + bytes(4))
+    values[324 if tiles else 273] = []
+    for part in parts:
+        values[324 if tiles else 273].append(len(out))
+        out += part.tobytes()
+    values[325 if tiles else 279] = [part.nbytes for part in parts]
+    entries = b""
+    for tag, numbers in sorted(values.items()):
+        body = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        at = struct.pack(order + "I", len(out))
+        out += body if len(numbers) > 1 else b""
+        entries += struct.pack(order + "HHI", tag, 4, len(numbers)) + (body if len(numbers) == 1 else at)
+    struct.pack_into(order + "I", out, 4, len(out))
+    return bytes(out + struct.pack(order + "H", len(values)) + entries + bytes(4))
+
+
+def prefixed(content: bytes) -> bytes:
+    """A WebP whose EXIF block begins as in a JPEG: PIL turns the image by it, DALI does not."""
+    at = content.index(b"EXIF")
+    block = b"Exif\0\0" + content[at + 8 :]
+    out = content[: at + 4] + struct.pack("<I", len(block)) + block + bytes(len(block) % 2)
+    return out[:4] + struct.pack("<I", len(out) - 8) + out[8:]
+
+
+PIXELS, PLANES = np.asarray(SCENE), np.asarray(SCENE).transpose(2, 0, 1)
+TILES = [np.ascontiguousarray(PIXELS[y : y + 16, x : x + 16]) for y in (0, 16) for x in (0, 16)]
 READ = {
     "lossy.webp": saved(SCENE, "WEBP"),
     "lossless.webp": saved(SCENE, "WEBP", lossless=True),
@@ -68,12 +102,22 @@ READ = {
     "fax.tif": saved(SCENE.convert("1"), "TIFF", compression="group4"),
     "turned.tif": saved(SCENE, "TIFF", tiffinfo={0x0112: 5}),
     "pages.tif": saved(SCENE, "TIFF", save_all=True, append_images=[NOISE]),
+    "tiles.tif": tiff(TILES, tiles=True, t322=16, t323=16),
+    "strips.tif": tiff([PIXELS[:20], PIXELS[20:]], order=">", t278=20),
+    "planes.tif": tiff([np.ascontiguousarray(plane) for plane in PLANES], t284=2),
+    "white-is-0.tif": tiff([np.ascontiguousarray(PIXELS[:, :, 0])], t262=0, t277=1),
+    "palette.tif": saved(SCENE.convert("P"), "TIFF"),
+    "cmyk.tif": saved(SCENE.convert("CMYK"), "TIFF"),
+    "lab.tif": saved(SCENE.convert("LAB"), "TIFF"),
+    "alpha-gray.tif": saved(SCENE.convert("LA"), "TIFF"),
+    "premultiplied.tif": tiff([np.asarray(ALPHA)], t277=4, t338=1),
     "rgb.ppm": saved(SCENE, "PPM"),
     "gray.pgm": saved(SCENE.convert("L"), "PPM"),
     "bit.pbm": saved(SCENE.convert("1"), "PPM"),
     "lossless.jp2": saved(SCENE, "JPEG2000"),
     "lossy.jp2": saved(SCENE, "JPEG2000", irreversible=True, quality_mode="rates", quality_layers=[8]),
     "gray.jp2": saved(SCENE.convert("L"), "JPEG2000"),
+    "alpha-gray.jp2": saved(SCENE.convert("LA"), "JPEG2000"),
     "raw.j2k": saved(SCENE, "JPEG2000", no_jp2=True),
     "palette.png": saved(SCENE.convert("P"), "PNG", transparency=3),
     "cmyk.jpg": saved(SCENE.convert("CMYK"), "JPEG"),
@@ -86,13 +130,12 @@ REFUSED = {
     "avif": (saved(SCENE, "AVIF"), "AVIF or HEIC"),
     "16-bit.tif": (saved(Image.fromarray(np.full((4, 4), 999, np.uint16)), "TIFF"), "TIFF: 16 bits"),
     "float.tif": (saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "TIFF: 32 bits"),
-    "palette.tif": (saved(SCENE.convert("P"), "TIFF"), "TIFF: 8 bits per sample, 1 samples, color 3"),
-    "alpha-gray.tif": (saved(SCENE.convert("LA"), "TIFF"), "TIFF: 8/8 bits"),
-    "lab.tif": (saved(SCENE.convert("LAB"), "TIFF"), "color 8"),
+    "preview.tif": (tiff([PIXELS], t254=1), "preview of another image"),
+    "dng.tif": (tiff([PIXELS], t50706=1), "preview of another image"),
+    "turned.webp": (prefixed(READ["turned.webp"]), "EXIF block with a JPEG prefix"),
     "16-bit.pgm": (saved(Image.fromarray(np.full((4, 4), 999, np.uint16)), "PPM"), "maximum of 65535"),
     "text.ppm": (b"P3\n1 1\n255\n1 2 3\n", "P3 as text"),
     "16-bit.jp2": (saved(Image.fromarray(np.full((4, 4), 999, np.uint16)), "JPEG2000"), r"forms \[\(15"),
-    "alpha-gray.jp2": (saved(SCENE.convert("LA"), "JPEG2000"), "2 components"),
     "16-bit.bmp": (bmp(16, 0, bytes(32 * 32 * 2)), "16 bits per pixel"),
     "packed.bmp": (bmp(8, 1, b"\1\0" * 9), "compression 1"),
 }
@@ -140,6 +183,18 @@ def test_a_file_cut_short(name: str) -> None:
     for length in {*range(min(200, len(content))), *range(0, len(content), 97), len(content) - 20}:
         with pytest.raises(Unreadable):
             encoded_header(io.BytesIO(content[:length]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_damaged_file_has_a_header_or_a_reason(data: st.DataObject) -> None:
+    content = bytearray(READ[data.draw(st.sampled_from(sorted(READ)))])
+    places = st.one_of(st.integers(0, 99), st.integers(0, len(content) - 1))
+    for at, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=6)):
+        content[at % len(content)] = value
+    with contextlib.suppress(Unreadable):
+        header = encoded_header(io.BytesIO(content))
+        assert min(header[:2]) > 0
 
 
 def test_16_bit_gray_is_named(tmp_path: Path) -> None:
