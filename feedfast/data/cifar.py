@@ -77,10 +77,10 @@ def is_cifar_pickle(path: Path) -> bool:
 
 
 def known_folder_below(root: Path) -> str | None:
-    """The first entry of a folder that is CIFAR's folder or archive, for a message."""
-    for flavor in _FLAVORS:
-        if (root / flavor.folder).is_dir():
-            return flavor.folder
+    """What a folder of torchvision's downloads holds that is meant in its place, for a message."""
+    for folder in (*(flavor.folder for flavor in _FLAVORS), "MNIST/raw", "FashionMNIST/raw"):
+        if (root / folder).is_dir():
+            return folder
     return next((entry.name for entry in sorted(root.glob("cifar-*.tar.gz"))), None)
 
 

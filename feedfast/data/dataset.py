@@ -273,6 +273,8 @@ def open_dataset(
         store, labels, classes = open_npz(paths[0], arrays)
     else:
         store, labels, classes = open_cifar(paths)
+    for kind in classes:
+        refuse_odd_text(kind, f"{name}: classes with names")
     ids = _chosen(name, labels, limit, fraction)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
@@ -292,6 +294,8 @@ def _paths(source: Any) -> list[Path] | None:
 def _open_object(source: Any, limit: int, fraction: float, progress: Callable[[int, int], None] | None) -> Dataset:
     store, labels, sizes, classes = open_object(source, progress)
     name = f"a {type(source).__name__} object"
+    for kind in classes:
+        refuse_odd_text(kind, f"{name}: classes with names")
     ids = _chosen(name, labels, limit, fraction)
     return Dataset(name, "pixels", ids, labels[ids], sizes[ids], classes, pixels_store=store)
 

@@ -75,12 +75,15 @@ def open_train(data: recipes.Data, given: ImageSource | None = None) -> Dataset:
 def said_of(data: Dataset) -> str:
     """Number of images, number and first names of classes, and place, in words."""
     named = ", ".join(data.classes[:_NAMED]) + (", ..." if len(data.classes) > _NAMED else "")
-    classes = f"{len(data.classes):,} classes ({named})" if data.classes else "no labels"
+    classes = f"{len(data.classes):,} class{'' if len(data.classes) == 1 else 'es'} ({named})"
+    classes = classes if data.classes else "no labels"
     return f"{len(data):,} images, {classes}, from {data.source}"
 
 
 def warn_of(data: Dataset) -> None:
-    """Say what looks like an image and is not used, and which forms are not read as elsewhere."""
+    """Say what looks like an image and is not used, which forms are read otherwise, and that a class is alone."""
+    if len(data.classes) == 1:
+        log.warning("data: %s: one class alone, %s: are its folders the classes?", data.source, data.classes[0])
     if data.skipped:
         counts = ", ".join(f"{count:,} {extension}" for extension, count in data.skipped.items())
         log.warning("data: %s: look like images and are not read: %s", data.source, counts)

@@ -236,7 +236,11 @@ def test_mnists_folder_holds_both_splits(shared_data: Path, tmp_path: Path) -> N
     assert len(open_dataset(folder)) == 60_000
     held = open_dataset(folder, split="val")
     assert held.fingerprint() == open_dataset(folder / "t10k-images-idx3-ubyte.gz").fingerprint()
-    for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):  # torchvision keeps both forms
-        (tmp_path / f"{name}.gz").symlink_to(folder / f"{name}.gz")
-        (tmp_path / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
-    assert open_dataset(tmp_path, split="val").name(3) == "t10k-images-idx3-ubyte[3]"
+    raw = tmp_path / "MNIST" / "raw"  # as torchvision downloads it
+    raw.mkdir(parents=True)
+    for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):  # it keeps both forms
+        (raw / f"{name}.gz").symlink_to(folder / f"{name}.gz")
+        (raw / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+    assert open_dataset(raw, split="val").name(3) == "t10k-images-idx3-ubyte[3]"
+    with pytest.raises(RequestError, match=r"found MNIST/raw in it; name .*MNIST/raw$"):
+        open_dataset(tmp_path)

@@ -126,6 +126,12 @@ def test_names_that_are_not_utf8(root: Path) -> None:
         open_dataset(os.fsdecode(os.fsencode(root.parent) + b"/d\xff"))
 
 
+def test_names_of_classes_that_are_not_utf8_in_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((1, 4, 4), np.uint8), labels=[0], classes=["caf\udce9"])
+    with pytest.raises(RequestError, match=r"classes with names in UTF-8, found 'caf\\xe9'"):
+        open_dataset(tmp_path / "x.npz")
+
+
 def test_a_folder_that_cannot_be_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "cat" / "deep").mkdir()
     scandir = os.scandir
