@@ -28,6 +28,7 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame; thos
 _SOF_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive: what libjpeg-turbo decodes everywhere
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a length: TEM, RST0..7
 _PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_SEGMENTS = 1 << 18  # a file made of empty segments alone would be walked for minutes
 _TAIL_BYTES = 4096  # trailing bytes after the end marker are common and harmless; usually fewer than this
 _BMP_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})
 _PNM = re.compile(
@@ -93,11 +94,13 @@ def _scan_jpeg(file: BinaryIO, size: int) -> Header:
     orientation: int | None = None
     adobe = False
     file.seek(2)
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         prefix, marker = struct.unpack(">BB", file.read(2))
         if prefix != 0xFF:
             raise Unreadable(f"damaged JPEG header: 0x{prefix:02x} where a marker was expected")
-        while marker == 0xFF:  # fill bytes before a marker are allowed
+        for _ in range(_MAX_SEGMENTS):
+            if marker != 0xFF:  # fill bytes before a marker are allowed
+                break
             (marker,) = struct.unpack(">B", file.read(1))
         if marker in _BARE:
             continue
@@ -121,6 +124,7 @@ def _scan_jpeg(file: BinaryIO, size: int) -> Header:
             _find_jpeg_end(file, body_at + length - 2, size)
             return Header(height, width, orientation or 1, CMYK_UNMARKED if channels == 4 and not adobe else "")
         file.seek(body_at + length - 2)
+    raise Unreadable(f"more than {_MAX_SEGMENTS} segments before the image data")
 
 
 def _find_jpeg_end(file: BinaryIO, data_at: int, size: int) -> None:
@@ -161,7 +165,7 @@ def _scan_png(file: BinaryIO, size: int) -> Header:
     orientation, remark = 1, ""
     has_data = False
     file.seek(len(_PNG))
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         header = file.read(8)
         if len(header) < 8:
             raise Unreadable("cut short: no PNG end chunk")
@@ -181,6 +185,7 @@ def _scan_png(file: BinaryIO, size: int) -> Header:
                 raise Unreadable("PNG without a header or image data")
             return Header(height, width, orientation, remark)
         file.seek(body_at + length + 4)
+    raise Unreadable(f"more than {_MAX_SEGMENTS} chunks")
 
 
 def _scan_webp(file: BinaryIO, size: int) -> Header:
@@ -192,7 +197,9 @@ def _scan_webp(file: BinaryIO, size: int) -> Header:
         raise Unreadable("cut short: shorter than its WebP header says")
     height = width = 0
     orientation, has_data, at = 1, False, 12
-    while at + 8 <= end:
+    for _ in range(_MAX_SEGMENTS):
+        if at + 8 > end:
+            break
         file.seek(at)
         kind, length = struct.unpack("<4sI", file.read(8))
         if at + 8 + length > end:
@@ -321,7 +328,9 @@ def _scan_jp2(file: BinaryIO, size: int) -> Header:
         return _scan_codestream(file, 0, size)
     at, color = 0, 0
     inner = False
-    while at + 8 <= size:
+    for _ in range(_MAX_SEGMENTS):
+        if at + 8 > size:
+            break
         file.seek(at)
         length, kind = struct.unpack(">I4s", file.read(8))
         body_at = at + 8

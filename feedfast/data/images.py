@@ -62,10 +62,10 @@ OTHER_EXTENSIONS = (
 )  # fmt: skip
 """Names of other images: not read (unless their content is of a format we read), but counted."""
 
-MAX_PIXELS = 1 << 28
-"""Larger images are refused: 768 MiB decoded, more likely a damaged header than a photograph."""
+MAX_PIXELS = 89_478_485
+"""Larger images are refused, as by PIL: 256 MiB decoded, more likely a bomb or a damaged header than a photograph."""
 
-MAX_FILE_BYTES = 1 << 30
+MAX_ENCODED_BYTES = 1 << 28
 """Longer files are refused before they are read."""
 
 _FILES_PER_TASK = 64
@@ -81,7 +81,7 @@ def open_image(path: Path | str) -> BinaryIO:
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from error
     found = os.fstat(fd)
-    if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_FILE_BYTES:
+    if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ENCODED_BYTES:
         return os.fdopen(fd, "rb")
     os.close(fd)
     what = f"{found.st_size} bytes long" if stat.S_ISREG(found.st_mode) else "not a regular file"
@@ -92,7 +92,7 @@ def read_image(path: Path | str) -> bytes:
     """The content of an image file.
 
     Raises:
-        Unreadable: it cannot be opened or read, or is no regular file of at most `MAX_FILE_BYTES`.
+        Unreadable: it cannot be opened or read, or is no regular file of at most `MAX_ENCODED_BYTES`.
     """
     try:
         with open_image(path) as file:

@@ -26,6 +26,8 @@ from feedfast.errors import RequestError
 
 __all__ = ["ObjectStore", "Samples", "open_object"]
 
+MAX_CLASSES = 1 << 20  # each gets a name
+
 _TWICE = 16  # samples asked for a second time on opening
 _ASKING = threading.Lock()  # one for all: a lock in the store could not be pickled
 
@@ -162,7 +164,7 @@ def _label(label: Any, name: str) -> int:
         whole = number == label and not isinstance(label, (str, bytes))
     except (TypeError, ValueError):
         number, whole = 0, False
-    if not whole or not -1 <= number < 2**31:
+    if not whole or not -1 <= number < MAX_CLASSES:
         raise RequestError(f"{name}: expected a class number or None as its label, found {_described(label)}")
     return number
 

@@ -185,6 +185,35 @@ def test_a_file_cut_short(name: str) -> None:
             encoded_header(io.BytesIO(content[:length]))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xd8" + b"\xff" * (1 << 20),
+        b"\xff\xd8\xff\xfe\0\2" + b"\xff\xfe\0\2" * (1 << 19),
+        READ["png-without-a-name"][:33] + b"\0\0\0\0tEXt\0\0\0\0" * (1 << 19),
+        b"RIFF" + struct.pack("<I", 4 + 8 * (1 << 19)) + b"WEBP" + b"JUNK\0\0\0\0" * (1 << 19),
+        READ["lossless.jp2"][:12] + struct.pack(">I4s", 8, b"free") * (1 << 19),
+        READ["lossless.jp2"][:12] + struct.pack(">I4s", 8, b"jp2h") * (1 << 19),
+    ],
+    ids=["fill", "comments", "chunks", "webp", "boxes", "headers"],
+)
+def test_headers_without_end_are_left(content: bytes) -> None:
+    reads = Counted(content)
+    with pytest.raises(Unreadable):
+        encoded_header(reads)
+    assert reads.count < 1 << 20
+
+
+class Counted(io.BytesIO):
+    """A file that counts its reads."""
+
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.count += 1
+        return super().read(size)
+
+
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_a_damaged_file_has_a_header_or_a_reason(data: st.DataObject) -> None:
