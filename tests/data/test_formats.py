@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from feedfast.data import headers
 from feedfast.data.dataset import open_dataset
 from feedfast.data.headers import CMYK_UNMARKED, GRAY_16
 from feedfast.data.images import Unreadable, encoded_header, image_size
@@ -188,20 +189,21 @@ def test_a_file_cut_short(name: str) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xff\xd8" + b"\xff" * (1 << 20),
-        b"\xff\xd8\xff\xfe\0\2" + b"\xff\xfe\0\2" * (1 << 19),
-        READ["png-without-a-name"][:33] + b"\0\0\0\0tEXt\0\0\0\0" * (1 << 19),
-        b"RIFF" + struct.pack("<I", 4 + 8 * (1 << 19)) + b"WEBP" + b"JUNK\0\0\0\0" * (1 << 19),
-        READ["lossless.jp2"][:12] + struct.pack(">I4s", 8, b"free") * (1 << 19),
-        READ["lossless.jp2"][:12] + struct.pack(">I4s", 8, b"jp2h") * (1 << 19),
+        b"\xff\xd8" + b"\xff" * (1 << 12),
+        b"\xff\xd8\xff\xfe\0\2" + b"\xff\xfe\0\2" * (1 << 12),
+        READ["png-without-a-name"][:33] + b"\0\0\0\0tEXt\0\0\0\0" * (1 << 12),
+        b"RIFF" + struct.pack("<I", 4 + 8 * (1 << 12)) + b"WEBP" + b"JUNK\0\0\0\0" * (1 << 12),
+        READ["lossless.jp2"][:12] + struct.pack(">I4s", 8, b"free") * (1 << 12),
+        READ["lossless.jp2"][:12] + struct.pack(">I4s", 8, b"jp2h") * (1 << 12),
     ],
     ids=["fill", "comments", "chunks", "webp", "boxes", "headers"],
 )
-def test_headers_without_end_are_left(content: bytes) -> None:
+def test_headers_without_end_are_left(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "_MAX_SEGMENTS", 100)
     reads = Counted(content)
     with pytest.raises(Unreadable):
         encoded_header(reads)
-    assert reads.count < 1 << 20
+    assert reads.count < 500
 
 
 class Counted(io.BytesIO):
