@@ -39,6 +39,8 @@ CodecName = Literal["f32", "f16", "u8", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
 
+_MEASURED: Final = {"taps", "probe", "published"}  # of a teacher: no part of what it is; taps are compared one by one
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[float, float, float]
 Scalar = str | int | float | bool | None
@@ -53,6 +55,7 @@ class DatasetInfo(_Part):
 
     ``id_space`` is the largest sample id + 1, the length of the ``labels`` array; 0 means ``count`` (ids are
     0..count-1). ``source`` says where they were read from and is no part of the identity: folders move.
+    Nor is ``skipped``: extension → files that looked like images and were not used.
     """
 
     kind: str = Field(max_length=64)
@@ -61,6 +64,7 @@ class DatasetInfo(_Part):
     classes: tuple[str, ...] = Field((), max_length=1 << 20)
     source: str = ""
     id_space: int = Field(0, ge=0, lt=2**32)
+    skipped: dict[str, int] = Field({}, max_length=1 << 10)
 
     @property
     def num_labels(self) -> int:
@@ -195,7 +199,8 @@ class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
     ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits". ``probe`` is
-    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured.
+    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured. ``published``
+    says whether the weights are those that the model's library publishes; None where that was not written down.
     """
 
     name: Name
@@ -207,6 +212,7 @@ class TeacherInfo(_Part):
     std: Triple
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
+    published: bool | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -328,7 +334,7 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "probe"})
+        basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED)
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)
         if tap.factor is not None:
@@ -376,7 +382,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
             if missing:
                 rows.append((f"teachers.{name}", teacher.model, None))
             continue
-        compare(f"teachers.{name}", requested(teacher, {"taps", "probe"}), requested(other, {"taps", "probe"}))
+        compare(f"teachers.{name}", requested(teacher, _MEASURED), requested(other, _MEASURED))
         for tap_name, tap in sorted(teacher.taps.items()):
             other_tap = other.taps.get(tap_name)
             key = f"teachers.{name}.taps.{tap_name}"

@@ -4,9 +4,10 @@ DALI decodes and resamples; it draws nothing. Box, size, window and flip of ever
 are passed in with the bytes, so the pixels of a row do not depend on the batch it is in, on the thread that made it, or
 on where a run was resumed. Output is uint8 NHWC: teachers normalize differently, so normalizing is not done here.
 
-The tests hold it to PIL and torchvision: CPU decoding of JPEG and PNG, whole or by region, with every EXIF orientation,
-equals PIL bit for bit; pad, crop and flip are exact; resizing is PIL's triangle filter with antialiasing to within 1 of
-255, but for the outermost row and column of a *downscaled* box, where DALI repeats the edge pixel.
+The tests hold it to PIL and torchvision: CPU decoding of what `headers.py` lets pass, whole or by region, with EXIF
+orientation, equals PIL bit for bit (16-bit PNG: within 1, and gray is scaled where PIL clips); pad, crop and flip are
+exact; resizing is PIL's triangle filter with antialiasing to within 1 of 255, but for the outermost row and column of a
+*downscaled* box, where DALI repeats the edge pixel.
 
 `graph.py` says what DALI does; only these two import it, when a pipeline is first built.
 """
@@ -233,7 +234,7 @@ class _Feed:
             if not np.array_equal(found, expected):
                 names = [self._dataset.name(position) for position in positions.tolist()]
                 refuse_changed(self._dataset.source, names, self._dataset.ids[positions], found, expected)
-        return data
+        return data if self._dataset.pixels_store is not None else self._dataset.decodable(positions, list(data))
 
     def with_parameters(self, arrays: list[NDArray[Any]]) -> Callable[[], tuple[Any, ...]]:
         """DALI's source: each call gives the next batch of data and of every parameter array."""

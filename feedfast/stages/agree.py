@@ -47,6 +47,14 @@ def refuse_other_recipe(
         CacheMismatchError: with the differing keys in two columns, or the tap that differs.
     """
     found = reader.manifest
+    for spec in recipe.teachers:
+        published, held = published_weights(spec.model, spec.weights), found.teachers.get(spec.name)
+        if held is not None and held.published not in (None, published):
+            expected, there = (("a file", "its library")[value] for value in (published, held.published))
+            raise CacheMismatchError(
+                f"{reader.path}: teachers.{spec.name}.weights: expected weights of {expected} as the recipe says, "
+                f"found those of {there}; mend the recipe, or choose another cache.path"
+            )
     unknown = [spec.name for spec in recipe.teachers if spec.name not in found.teachers]
     if unknown:
         raise CacheMismatchError(

@@ -32,7 +32,10 @@ RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "re
 
 
 class RunLock:
-    """A run folder that is this process's alone until it is closed, or the process ends. A context manager."""
+    """A run folder that is this process's alone until it is closed, or the process ends. A context manager.
+
+    The file goes when the lock does: a refused request leaves none. Whoever took it just before that begins again.
+    """
 
     def __init__(self, out: Path, key: str = "train.out") -> None:
         """Take it.
@@ -41,22 +44,38 @@ class RunLock:
             RequestError: another process has it, or files cannot be locked there; ``key`` begins the message.
         """
         self._fd = -1
-        path = out / LOCK
+        self._path = path = out / LOCK
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._is_ours():
+                self._release()
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            self._release()
             raise RequestError(
                 f"{key}: another process is at work in {out}; expected a folder of its own for each run: wait for that "
                 "one to end, or choose another"
             ) from None
         except OSError as error:
-            self.close()
+            self._release()
             raise RequestError(f"{key}: {path} cannot be locked ({error.strerror}); choose another folder") from error
+
+    def _is_ours(self) -> bool:
+        """Whether the file that is locked is still the one of that name."""
+        if self._fd < 0:
+            return False
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self._path))
+        return False
 
     def close(self) -> None:
         """Give it back."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        self._release()
+
+    def _release(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):

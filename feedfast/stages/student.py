@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from feedfast.data.dataset import Dataset
+from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.files import read_sealed, write_sealed
@@ -56,8 +56,13 @@ from feedfast.tasks import Classify, Task
 log = logging.getLogger(__name__)
 
 
-def run_train(recipe: Recipe) -> dict[str, Any]:
+def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSource | None = None) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
+
+    Args:
+        recipe: what to do.
+        train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
+        val: the same for ``data.val = "python"``.
 
     Returns:
         The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``,
@@ -74,7 +79,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     with me.process_group(pick_device(recipe.train.device, me.local)):
-        return StudentRun(recipe, me).run()
+        return StudentRun(recipe, me, train, val).run()
 
 
 def _save_network(network: nn.Module, path: Path) -> None:
@@ -85,7 +90,9 @@ def _save_network(network: nn.Module, path: Path) -> None:
 class StudentRun:
     """One run of the student stage, opened and built."""
 
-    def __init__(self, recipe: Recipe, me: Worker) -> None:
+    def __init__(
+        self, recipe: Recipe, me: Worker, images: ImageSource | None = None, val_images: ImageSource | None = None
+    ) -> None:
         self.recipe, self.me = recipe, me
         train = recipe.train
         self.device = pick_device(train.device, me.local)
@@ -97,30 +104,33 @@ class StudentRun:
         ensure_dir(self.out, "train.out")
         # The first rank holds it for all; they end together.
         self._lock = RunLock(self.out) if me.first else None
-        self.resumed = check_run_dir(self.out, recipe)
-        self.data = open_train(recipe.data)
-        if len(self.data) < train.batch:
-            raise RequestError(
-                f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
-            )
-        plan = view_plan(recipe.data, recipe.seed)
-        refuse_mixed(self.entries, [operation.op for operation in plan.mixing_operations])
-        val: Dataset | None = open_val(recipe.data, self.data)
-        self.val: Loader | None = None
-        if val is not None:
-            self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
-        self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
-        self.identity = {
-            "data": self.data.fingerprint(),
-            "val": None if val is None else val.fingerprint(),
-            **self.source.identity(),
-        }
-        run = resumed_run(self.out, self.identity) if self.resumed else ""
-        self.normalize = Normalize(*recipe.data.normalization).to(self.device)
-        self.task: Task = Classify(self._num_classes())
-        self.trainer = self._trainer(total_steps(train, len(self.data)))
-        self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
-        self.loop.run = run
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unlock)
+            self.resumed = check_run_dir(self.out, recipe)
+            self.data = open_train(recipe.data, images)
+            if len(self.data) < train.batch:
+                raise RequestError(
+                    f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
+                )
+            plan = view_plan(recipe.data, recipe.seed)
+            refuse_mixed(self.entries, [operation.op for operation in plan.mixing_operations])
+            val: Dataset | None = open_val(recipe.data, self.data, val_images)
+            self.val: Loader | None = None
+            if val is not None:
+                self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
+            self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            self.identity = {
+                "data": self.data.fingerprint(),
+                "val": None if val is None else val.fingerprint(),
+                **self.source.identity(),
+            }
+            run = resumed_run(self.out, self.identity) if self.resumed else ""
+            self.normalize = Normalize(*recipe.data.normalization).to(self.device)
+            self.task: Task = Classify(self._num_classes())
+            self.trainer = self._trainer(total_steps(train, len(self.data)))
+            self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
+            self.loop.run = run
+            undo.pop_all()
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
@@ -251,6 +261,9 @@ class StudentRun:
         self.source.close()
         if self.val is not None:
             self.val.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
 
