@@ -21,7 +21,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from feedfast.errors import RequestError
 
@@ -29,6 +38,17 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Positives = tuple[Positive, Positive, Positive]
+
+
+def _within_unit(value: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= number <= 1 for number in value):
+        scaled = ", ".join(f"{number / 255:.4g}" for number in value)
+        raise ValueError(f"expected numbers in 0..1; if these are of pixels in 0..255, divided by 255: [{scaled}]")
+    return value
+
+
+Mean = Annotated[Triple, AfterValidator(_within_unit)]
+Std = Annotated[Positives, AfterValidator(_within_unit)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 _PACKAGED = files("feedfast") / "recipes"
@@ -61,10 +81,10 @@ class Data(_Section):
         "same samples, a smaller one some of them. An epoch is a pass over what is left; "
         "`train.steps` makes runs on different fractions equally long",
     )
-    mean: Triple | None = Field(
+    mean: Mean | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
-    std: Positives | None = Field(None, description="as `mean`")
+    std: Std | None = Field(None, description="as `mean`")
     check: Literal["fast", "full"] = Field(
         "fast", description="image files: headers and end marks, or a complete decode"
     )
@@ -117,10 +137,19 @@ class Teacher(_Section):
         (),
         description='groups (final, ofd, ofd+margin, stage) or "name=module.path:pre"; [] = what the methods need',
     )
-    mean: Triple | None = Field(
-        None, description="what it was trained with, per channel in 0..1; default: its weights' own, else the data's"
+    mean: Mean | None = Field(
+        None,
+        description="what it was trained with, per channel in 0..1; default: its weights' own (timm's, torchvision's "
+        "published, or of the run that saved them), else the data's",
     )
-    std: Positives | None = Field(None, description="as `mean`")
+    std: Std | None = Field(None, description="as `mean`")
+    size: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        description="pixels, side of its input; images are resized for it on the device. 0 = its own, for published "
+        "weights, those a run saved, and networks of one size; else `data.size`",
+    )
 
 
 class Student(_Section):
