@@ -128,6 +128,14 @@ class Teacher(_Section):
     name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
     model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
     weights: str = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
+    key: str = Field(
+        "", description="which entry of a weights file, as state_dict_ema; needed where it holds several that fit"
+    )
+    prefix: str = Field(
+        "",
+        description="only the entries of a weights file whose names begin with it, as model., are taken, without it; "
+        "one that all names have is found by itself",
+    )
     classes: int = Field(0, ge=0, description="outputs of the model; 0 = the classes of the data set")
     bn: Literal["eval", "batch"] = Field(
         "eval", description="statistics of its batch norms: its own, or those of each batch of `cache.batch` rows"
@@ -156,7 +164,13 @@ class Student(_Section):
     """The network that is trained."""
 
     model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: str | None = Field(None, description="a state_dict file to start from; none = a random start")
+    weights: str | None = Field(
+        None,
+        description='a weights file to start from, "" = the published ones; none = a random start. A classifier of '
+        "another number of classes is left out and starts at random, with a warning",
+    )
+    key: str = Field("", description="as of a teacher")
+    prefix: str = Field("", description="as of a teacher")
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
     )

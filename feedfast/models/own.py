@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from feedfast.models.build import published_file
+
 Triple = tuple[float, float, float]
 
 __all__ = ["OwnInput", "built_size", "own_input"]
@@ -66,6 +68,8 @@ def _torchvision(rest: str, weights: str | Path | None) -> OwnInput | None:
         chosen = published.DEFAULT
     elif weights is not None and str(weights) in published.__members__:
         chosen = published[str(weights)]
+    elif weights is not None:
+        chosen = published_file(rest, weights)
     if chosen is not None:
         made = chosen.transforms()
         mean, std = tuple(map(float, made.mean)), tuple(map(float, made.std))

@@ -230,7 +230,14 @@ def teacher_from_recipe(
     """
     where = f"teachers[{spec.name}]"
     try:
-        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=spec.weights, seed=seed)
+        model = build_model(
+            spec.model,
+            num_classes=outputs_of(spec, classes),
+            weights=spec.weights,
+            seed=seed,
+            key=spec.key,
+            prefix=spec.prefix,
+        )
     except RequestError as error:
         hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
         raise RequestError(f"{where}: {error}{hint}") from error
@@ -250,13 +257,15 @@ def teacher_from_recipe(
     )
 
 
-def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: torch.device) -> FrozenTeacher:
+def teacher_from_manifest(
+    info: TeacherInfo, size: int, spec: recipes.Teacher | None, device: torch.device
+) -> FrozenTeacher:
     """A teacher of a cache, with exactly the taps that are stored.
 
     Args:
         info: the manifest's entry.
         size: side of the cache's pixels.
-        weights: a state_dict file; "" = the model's own pretrained weights.
+        spec: the recipe's entry, which says where its weights are; None = the model's own published ones.
         device: where it runs.
 
     Raises:
@@ -265,7 +274,14 @@ def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: to
     """
     where = f"teachers[{info.name}]"
     try:
-        model = build_model(info.model, num_classes=info.num_classes or None, weights=weights, seed=0)
+        model = build_model(
+            info.model,
+            num_classes=info.num_classes or None,
+            weights=spec.weights if spec else "",
+            seed=0,
+            key=spec.key if spec else "",
+            prefix=spec.prefix if spec else "",
+        )
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
     maps = [tap for tap in info.taps.values() if tap.name != LOGITS and tap.factor is None]
@@ -286,7 +302,7 @@ def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: to
     if teacher.weights_sha256 != info.weights_sha256:
         raise CacheMismatchError(
             f"{where}.weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… "
-            f"in {weights or 'the pretrained weights'}; give --recipe with the right files"
+            f"in {(spec.weights if spec else '') or 'the pretrained weights'}; give --recipe with the right files"
         )
     return teacher
 

@@ -120,7 +120,13 @@ def refuse_other_recipe(
         stored = found.teachers[spec.name]
         sha, network = stored.weights_sha256, None
         if spec.weights and Path(spec.weights).is_file():
-            network = build_model(spec.model, num_classes=stored.num_classes, weights=spec.weights)
+            network = build_model(
+                spec.model,
+                num_classes=stored.num_classes,
+                weights=spec.weights,
+                key=spec.key,
+                prefix=spec.prefix,
+            )
             sha = weights_sha256(network)
         shown = teacher_input(spec, data, network)
         own_size = 0 if shown.size == data.size else shown.size
