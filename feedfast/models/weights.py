@@ -323,7 +323,9 @@ def _refuse_misfit(state: State, own: Mapping[str, Tensor], where: str) -> None:
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
-    if not (missing or unexpected or shapes):
+    kinds = [k for k in own if k in state and state[k].is_floating_point() != own[k].is_floating_point()]
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_nested]
+    if not (missing or unexpected or shapes or kinds or odd):
         return
     parts = []
     if missing:
@@ -333,6 +335,12 @@ def _refuse_misfit(state: State, own: Mapping[str, Tensor], where: str) -> None:
     if shapes:
         lines = (f"{k} expected {list(own[k].shape)}, found {list(state[k].shape)}" for k in shapes)
         parts.append(_listing("of another shape", lines, len(shapes)))
+    if kinds:
+        lines = (f"{k} expected {own[k].dtype}, found {state[k].dtype}" for k in kinds)
+        parts.append(_listing("of another type", lines, len(kinds)))
+    if odd:
+        lines = (f"{k} {state[k].layout} on {state[k].device}" for k in odd)
+        parts.append(_listing("not plain tensors with values", lines, len(odd)))
     raise RequestError(
         f"{where} do not fit: expected {len(own)} tensors, found {len(state)}; " + "; ".join(parts) + _hint(state, own)
     )

@@ -20,14 +20,18 @@ from torch import Tensor
 from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import OFD, StudentOutput, TapInfo
-from feedfast.recipe import Recipe, parse_recipe
+from feedfast.models.build import build_model
+from feedfast.models.taps import Tapped
+from feedfast.recipe import Recipe, load_recipe, parse_recipe
 from feedfast.stages.accuracy import chance_limit, near_chance
 from feedfast.stages.data import open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import FrozenTeacher, load_teachers
+from feedfast.stages.ensemble import FrozenTeacher, load_teachers, tap_requests
+from feedfast.stages.inputs import teacher_input
 from feedfast.stages.inspect import run_inspect
 from feedfast.stages.offline import run_cache
 from feedfast.stages.proof import stored_values
 from feedfast.stages.student import run_train
+from feedfast.stages.trainee import build_methods, method_entries, names_of
 from feedfast.stages.verify import run_verify
 
 pytest.importorskip("timm")
@@ -105,6 +109,7 @@ def test_channels_last_maps_are_stored_as_maps(world: tuple[Recipe, Any], rows: 
     torch.testing.assert_close(found, expected.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_cache_trains_as_live_teachers_do_and_is_verified(world: tuple[Recipe, Any], tmp_path: Path) -> None:
     recipe, _ = world
     found = run_verify(recipe.cache.path, full=True, teachers_percent=100.0, recipe=recipe)
@@ -119,7 +124,7 @@ def test_the_cache_trains_as_live_teachers_do_and_is_verified(world: tuple[Recip
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4", "f16"])
+@pytest.mark.parametrize("codec", ["u8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("u4", "f16"))])
 def test_tokens_in_every_codec(codec: str, tmp_path: Path, rows: tuple[Tensor, Tensor]) -> None:
     given = {"teachers": [{"name": "vit", "model": "networks:vit", "taps": ["mine=norm"]}]}
     recipe = recipe_of(tmp_path, f"cache.codec={codec}", **given)
@@ -214,6 +219,28 @@ def test_normalization_of_pixels_in_0_to_255_is_refused_with_the_division(key: s
     with pytest.raises(RequestError, match=rf"{key}: .*0\.\.1.*divided by 255: \[0\.4854, 0\.456, 0\.4059\]") as caught:
         parse_recipe(tree, (f"{key}=[123.78, 116.28, 103.5]",))
     assert "123.78" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_recipe_of_ten_lines(tmp_path: Path) -> None:
+    """The example: its networks are built with random weights, and its methods meet their maps."""
+    file = Path(__file__).parents[2] / "examples" / "vit_convnext.toml"
+    assert len(file.read_text().splitlines()) == 10
+    recipe = load_recipe(file)
+    shapes = {}
+    for spec in recipe.teachers:
+        network = build_model(spec.model, num_classes=10, seed=0)
+        size = teacher_input(spec, recipe.data, network).size
+        taps = tap_requests(network, ("final",), torch.zeros(2, 3, size, size), spec.name)
+        tapped = Tapped(network, [request.tap for request in taps], torch.zeros(2, 3, size, size))
+        shapes[spec.name] = {tap: TapInfo(shape) for tap, shape in tapped.shapes.items()} | {
+            "logits": TapInfo(tapped.outputs or ())
+        }
+    assert shapes["vit"]["final"].shape == (192, 14, 14)
+    assert shapes["convnext"]["final"].shape == (320, 3, 3)
+    entries = method_entries(recipe.method)
+    assert names_of(entries) == "pfeed + kd"
+    assert len(build_methods(entries, {"final": (512, 3, 3)}, shapes, (10,), 0)) == 2
 
 
 def shown(recipe: Recipe) -> FrozenTeacher:
