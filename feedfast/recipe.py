@@ -127,7 +127,10 @@ class Teacher(_Section):
 
     name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
     model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: str = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
+    weights: str = Field(
+        "",
+        description='a weights file (of torch.save or safetensors); "" = the model\'s own pretrained weights',
+    )
     key: str = Field(
         "", description="which entry of a weights file, as state_dict_ema; needed where it holds several that fit"
     )
@@ -143,7 +146,8 @@ class Teacher(_Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     taps: tuple[str, ...] = Field(
         (),
-        description='groups (final, ofd, ofd+margin, stage) or "name=module.path:pre"; [] = what the methods need',
+        description='groups (final, ofd, ofd+margin, stage) or "name=module.path", with :pre, :post or :end and, of '
+        "tokens, :map or :tokens after it (`feedfast taps MODEL` lists them); [] = what the methods need",
     )
     mean: Mean | None = Field(
         None,

@@ -41,6 +41,18 @@ def swin(num_classes: int = 10) -> nn.Module:
     )
 
 
+class InMapping(nn.Module):
+    """A linear classifier of 16 pixels that returns its logits in a mapping, as many hubs' networks do."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.body = flat(num_classes)
+
+    def forward(self, x: Any) -> dict[str, Any]:
+        """Normalized images [B, 3, 16, 16] → ``{"logits": [B, num_classes], "features": …}``."""
+        return {"logits": self.body(x), "features": x}
+
+
 def flat(num_classes: int = 10) -> nn.Module:
     """A linear classifier of 16 pixels, which has no map at all."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))

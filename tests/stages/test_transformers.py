@@ -29,6 +29,7 @@ from feedfast.stages.ensemble import FrozenTeacher, load_teachers, tap_requests
 from feedfast.stages.inputs import teacher_input
 from feedfast.stages.inspect import run_inspect
 from feedfast.stages.offline import run_cache
+from feedfast.stages.plan import run_plan
 from feedfast.stages.proof import stored_values
 from feedfast.stages.student import run_train
 from feedfast.stages.trainee import build_methods, method_entries, names_of
@@ -219,6 +220,14 @@ def test_normalization_of_pixels_in_0_to_255_is_refused_with_the_division(key: s
     with pytest.raises(RequestError, match=rf"{key}: .*0\.\.1.*divided by 255: \[0\.4854, 0\.456, 0\.4059\]") as caught:
         parse_recipe(tree, (f"{key}=[123.78, 116.28, 103.5]",))
     assert "123.78" in str(caught.value)
+
+
+def test_networks_that_return_mappings_teach_and_learn(tmp_path: Path) -> None:
+    given = {"teachers": [{"name": "a", "model": "networks:InMapping"}], "method": {"name": "kd"}}
+    recipe = recipe_of(tmp_path, "data.size=16", "student.model=networks:InMapping", **given)
+    assert run_cache(recipe)["teachers"]["a"]["top1_rows"] == 100
+    assert run_train(recipe)["val_accuracy"] is not None
+    assert run_plan(recipe)["student_ms"] > 0
 
 
 @pytest.mark.slow
