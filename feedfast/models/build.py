@@ -142,7 +142,7 @@ def _torchvision(
         model: nn.Module = tv.get_model(rest, weights=chosen, **options)
         if num_classes not in (None, published_classes):
             whole, model = model, tv.get_model(rest, weights=None, num_classes=num_classes, **options)
-            load_state(model, whole.state_dict(), f"published weights of torchvision/{rest}", new_head=True)
+            load_state(model, whole.state_dict(), "published weights", f"torchvision/{rest}", new_head=True)
     except Exception as error:
         raise _unfetched(f"torchvision/{rest}", chosen.url, error) from error
     return model, None

@@ -71,15 +71,15 @@ def load_weights(
     path = Path(path)
     where = f"weights {path} of model {name}"
     state = _chosen(_read(path, where), key, prefix, model, _own(model), where)
-    load_state(model, state, where, new_head=new_head)
+    load_state(model, state, f"weights {path}", name, new_head=new_head)
 
 
-def load_state(model: nn.Module, state: State, where: str, *, new_head: bool = False) -> None:
-    """Copy a state_dict into a network of the same names; see `load_weights`."""
+def load_state(model: nn.Module, state: State, what: str, name: str, *, new_head: bool = False) -> None:
+    """Copy a state_dict into the network ``name``; ``what`` it is begins the message. See `load_weights`."""
     own = _own(model)
     if new_head:
-        state = _without_head(state, own, where)
-    _refuse_misfit(state, own, where)
+        state = _without_head(state, own, f"{what} of model {name}")
+    _refuse_misfit(state, own, f"{what} do not fit model {name}")
     model.load_state_dict(state, strict=False)
 
 
@@ -90,7 +90,7 @@ def _own(model: nn.Module) -> State:
 def _read(path: Path, where: str) -> object:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        raise RequestError(f"{where}: expected a weights file, found {found} there")
+        raise RequestError(f"{where}: expected a state_dict file, found {found} there")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, where)
     try:
@@ -342,7 +342,7 @@ def _refuse_misfit(state: State, own: Mapping[str, Tensor], where: str) -> None:
         lines = (f"{k} {state[k].layout} on {state[k].device}" for k in odd)
         parts.append(_listing("not plain tensors with values", lines, len(odd)))
     raise RequestError(
-        f"{where} do not fit: expected {len(own)} tensors, found {len(state)}; " + "; ".join(parts) + _hint(state, own)
+        f"{where}: expected {len(own)} tensors, found {len(state)}; " + "; ".join(parts) + _hint(state, own)
     )
 
 

@@ -233,7 +233,7 @@ def test_networks_that_return_mappings_teach_and_learn(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_recipe_of_ten_lines(tmp_path: Path) -> None:
     """The example: its networks are built with random weights, and its methods meet their maps."""
-    file = Path(__file__).parents[2] / "examples" / "vit_convnext.toml"
+    file = Path(__file__).parents[2] / "docs" / "recipes" / "vit-convnext.toml"
     assert len(file.read_text().splitlines()) == 10
     recipe = load_recipe(file)
     shapes = {}
