@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -49,7 +50,21 @@ def _within_unit(value: tuple[float, float, float]) -> tuple[float, float, float
 
 Mean = Annotated[Triple, AfterValidator(_within_unit)]
 Std = Annotated[Positives, AfterValidator(_within_unit)]
-Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+def _home(text: str) -> str:
+    """``~`` and ``~user`` at the front as the shell would have them; a shell does not, behind ``key=``."""
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        raise ValueError(
+            f"expected a path, {text.partition('/')[0]!r} is nobody's home (./~... is a folder of that name)"
+        )
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_home)]
+Sources = Annotated[tuple[PathText, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Arrays = Annotated[tuple[str, ...], Field(max_length=3)]
 
 _PACKAGED = files("feedfast") / "recipes"
 
@@ -62,9 +77,19 @@ class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
     train: Sources = Field(
-        min_length=1, description="CIFAR binary file(s), an image folder, an .npz or MNIST's …images-idx3-ubyte(.gz)"
+        min_length=1,
+        description="a folder of class folders (or of images); CIFAR's binary file(s), cifar-10-batches-py or .tar.gz; "
+        'an .npz; MNIST\'s folder or …images-idx3-ubyte(.gz); "python" = the object given to run_cache or run_train',
     )
-    val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
+    val: Sources = Field(
+        (),
+        description="the same for validation, with the same classes (of a source with both parts, its test part); "
+        "none = no accuracy",
+    )
+    arrays: Arrays = Field(
+        (), description="names of an .npz's arrays: [images, labels, classes], the last may be left out; none = these"
+    )
+    val_arrays: Arrays = Field((), description="the same for `val`; none = as `arrays`")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
         "pad-crop-flip",
@@ -102,7 +127,7 @@ class Data(_Section):
 class Cache(_Section):
     """What the offline stage stores, and how."""
 
-    path: str = Field("", description='folder of the cache; needed by `cache` and by `train.source = "cache"`')
+    path: PathText = Field("", description='folder of the cache; needed by `cache` and by `train.source = "cache"`')
     views: int = Field(
         4,
         ge=0,
@@ -127,7 +152,7 @@ class Teacher(_Section):
 
     name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
     model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: str = Field(
+    weights: PathText = Field(
         "",
         description='a weights file (of torch.save or safetensors); "" = the model\'s own pretrained weights',
     )
@@ -168,7 +193,7 @@ class Student(_Section):
     """The network that is trained."""
 
     model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: str | None = Field(
+    weights: PathText | None = Field(
         None,
         description='a weights file to start from, "" = the published ones; none = a random start. A classifier of '
         "another number of classes is left out and starts at random, with a warning",
@@ -232,7 +257,7 @@ class Train(_Section):
     compile: bool = Field(False, description="torch.compile the student")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is some")
     threads: int = Field(0, ge=0, description="torch threads on the CPU; 0 = torch's own choice")
-    out: str = Field("runs/student", description="folder of the run; a run that lies there is continued")
+    out: PathText = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
     checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
@@ -285,7 +310,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RequestError: the file is missing or not TOML, an override is not ``key=value``, or a key is unknown or has a
             bad value.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

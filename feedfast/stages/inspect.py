@@ -45,7 +45,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
         (array → codec, shape, bytes per sample, compression, measured errors), ``teachers`` (name → ``top1`` and the
-        labeled pilot rows it is of), ``manifest``, ``report`` (with ``out``).
+        labeled pilot rows it is of), ``data`` (images, classes, first names of classes, files skipped by extension),
+        ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
     manifest = reader.manifest
@@ -106,6 +107,12 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "targets": targets,
         "teachers": {
             name: {"top1": info.top1, "top1_rows": info.top1_rows} for name, info in manifest.teachers.items()
+        },
+        "data": {
+            "images": manifest.dataset.count,
+            "classes": len(manifest.dataset.classes),
+            "first_classes": list(manifest.dataset.classes[:3]),
+            "skipped": manifest.dataset.skipped,
         },
         "manifest": manifest.to_attrs()["feedfast"],
     }
