@@ -222,6 +222,7 @@ def test_normalization_of_pixels_in_0_to_255_is_refused_with_the_division(key: s
     assert "123.78" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_networks_that_return_mappings_teach_and_learn(tmp_path: Path) -> None:
     given = {"teachers": [{"name": "a", "model": "networks:InMapping"}], "method": {"name": "kd"}}
     recipe = recipe_of(tmp_path, "data.size=16", "student.model=networks:InMapping", **given)
@@ -281,6 +282,7 @@ def test_a_model_is_shown_what_its_weights_were_made_for(tmp_path: Path) -> None
     assert (small.mean, small.size) == ((0.5, 0.5, 0.5), 32)
 
 
+@pytest.mark.slow
 def test_images_are_resized_for_a_teacher_and_the_cache_knows(tmp_path: Path) -> None:
     given = {"teachers": [{"name": "vit", "model": "networks:vit", "taps": ["final"]}]}
     recipe = recipe_of(tmp_path, "data.size=16", "cache.codec=f32", **given)
