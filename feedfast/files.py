@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import google_crc32c
 
 from feedfast.errors import FeedfastError
 
 _IOV_MAX: Final = 1024  # buffers one writev takes on Linux and macOS
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+SEAL: Final = "crc32c"
 
 Parts = Sequence[bytes | memoryview]
 
@@ -67,6 +73,57 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """`replace_file` of indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` of an object with a last key, ``crc32c``, over all the others: for what a later run believes."""
+    write_json(path, {**value, SEAL: _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the checksum.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no JSON object, or the checksum is missing or wrong; the text says which.
+    """
+    found: object = json.loads(path.read_bytes())
+    content = found if isinstance(found, dict) else {}
+    seal = content.pop(SEAL, None)
+    if seal != _seal(content):
+        raise ValueError(f"expected the checksum {SEAL} of its content, found {seal!r}: it is damaged or was edited")
+    return content
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    # Over the parsed values and not the bytes: who only reformats a file has changed nothing.
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
+    return f"{google_crc32c.value(text.encode()):08x}"
+
+
+def check_zip(file: Path | io.BytesIO) -> None:
+    """Raise unless every member of a zip file, as ``torch.save`` and ``np.savez`` write them, has its CRC-32.
+
+    torch does not look: a flipped bit in a weight goes unnoticed. What is no zip file at all is let through; whoever
+    reads it will tell.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a member is damaged, or the file is.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch takes a member with MS-DOS's bit for a folder, and gives the memory it meant to fill.
+            wrong = next((entry.filename for entry in archive.infolist() if entry.external_attr & 0x10), None)
+            wrong = wrong or archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged directory: half a dozen types
+        raise ValueError(f"a damaged zip file ({error})") from error
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} in it is damaged: its CRC-32 is another, or it is marked as a folder")
 
 
 def write_all(fd: int, parts: Parts) -> None:

@@ -31,14 +31,16 @@ ATTRIBUTE: Final = "feedfast"
 MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below what hurts
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
 MAX_VIEWS: Final = 65535
+CONTENT_HASH: Final = "crc32c+length"  # what the numbers of ``samples/content`` are
 MAX_CHANNELS: Final = 1 << 20
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
-
-TEACHER_MEASURED: Final = ("probe", "top1", "top1_rows")
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
+
+# of a teacher: no part of what it is; taps are compared one by one
+_MEASURED: Final = {"taps", "probe", "published", "top1", "top1_rows"}
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[float, float, float]
@@ -173,8 +175,9 @@ class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
     ``mean`` and ``std`` are the normalization of its input in 0..1 units; ``size`` is the input's side where pixels
-    are resized for it, 0 = the plan's. Logits are the tap "logits". Measured: ``probe`` is what it computes, per tap
-    the mean and the root mean square over the first rows of view 0; ``top1`` is of ``top1_rows`` labeled pilot rows.
+    are resized for it, 0 = the plan's. Logits are the tap "logits". ``published`` says whether the weights are those
+    that the model's library publishes; None where that was not written down. Measured: ``probe`` is what it computes,
+    per tap the mean and the root mean square over the first rows of view 0; ``top1`` is of ``top1_rows`` labeled rows.
     """
 
     name: Name
@@ -189,6 +192,7 @@ class TeacherInfo(_Part):
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
     top1: float | None = Field(None, ge=0, le=1)
     top1_rows: int = Field(0, ge=0, lt=2**32)
+    published: bool | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -294,7 +298,7 @@ class Manifest(_Part):
         data = self.dataset.model_dump(mode="json", include={"kind", "count", "fingerprint", "id_space"})
         basis: dict[str, Any] = {"format": self.format, "array": array, "dataset": data}
         if array.startswith("samples/"):
-            return basis
+            return basis | ({"hash": CONTENT_HASH} if array == names.CONTENT else {})
         basis["plan"] = self.plan.identity()
         basis["num_rows"] = self.num_rows
         if array in names.VIEWS:
@@ -312,7 +316,7 @@ class Manifest(_Part):
         basis["batch_rows"] = self.batch_rows
         # the key size only where it says something: caches made before there was one keep their digests
         unsaid = set() if teacher.size else {"size"}
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", *TEACHER_MEASURED, *unsaid})
+        basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED | unsaid)
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)
         if tap.factor is not None:
@@ -360,8 +364,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
             if missing:
                 rows.append((f"teachers.{name}", teacher.model, None))
             continue
-        without = {"taps", *TEACHER_MEASURED}
-        compare(f"teachers.{name}", requested(teacher, without), requested(other, without))
+        compare(f"teachers.{name}", requested(teacher, _MEASURED), requested(other, _MEASURED))
         for tap_name, tap in sorted(teacher.taps.items()):
             other_tap = other.taps.get(tap_name)
             key = f"teachers.{name}.taps.{tap_name}"
@@ -397,7 +400,8 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
     teachers = dict(existing.teachers)
     for name, teacher in asked.teachers.items():
         known = teachers.get(name)
-        teachers[name] = known.model_copy(update={"taps": {**teacher.taps, **known.taps}}) if known else teacher
+        both = {key: {**getattr(teacher, key), **getattr(known or teacher, key)} for key in ("taps", "probe")}
+        teachers[name] = (known or teacher).model_copy(update=both)
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
     return existing.model_copy(
         update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}

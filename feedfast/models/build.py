@@ -99,6 +99,15 @@ def build_model(
     return model
 
 
+def published_weights(name: str, weights: str) -> bool:
+    """Whether ``weights`` of a model mean those that its library publishes, and no file."""
+    family, _, rest = name.partition("/")
+    if weights == "" or family != "torchvision":
+        return weights == "" and family in ("torchvision", "timm")
+    tv = importlib.import_module("torchvision.models")
+    return rest in tv.list_models(module=tv) and weights in tv.get_model_weights(rest).__members__
+
+
 def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.Module:
     if weights is not None and str(weights) == "":
         raise RequestError(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
+from feedfast.files import check_zip
 
 __all__ = ["load_state", "load_weights", "weights_sha256"]
 
@@ -93,6 +94,10 @@ def _read(path: Path, where: str) -> object:
         raise RequestError(f"{where}: expected a state_dict file, found {found} there")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, where)
+    try:
+        check_zip(path)
+    except (OSError, ValueError) as damage:
+        raise RequestError(f"{where}: expected a whole file, found {damage}") from damage
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip file, or a damaged one: the next read tells

@@ -9,7 +9,6 @@ The protocol is our reading: the paper's is not known in detail. So it is a repo
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import write_json
+from feedfast.files import read_sealed, write_json
 from feedfast.methods.ft import TAP, Paraphraser, train_paraphraser
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
@@ -235,7 +234,7 @@ def _open_run(path: Path) -> _Run:
             f"run {path}: expected a finished run of `feedfast train`, found no {' and no '.join(missing)}"
         )
     try:
-        recipe = parse_recipe(json.loads((path / RECIPE).read_bytes()), where=str(path / RECIPE))
+        recipe = parse_recipe(read_sealed(path / RECIPE), where=str(path / RECIPE))
     except (OSError, ValueError) as error:
         raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
     except FeedfastError as error:
@@ -248,8 +247,8 @@ def _open_run(path: Path) -> _Run:
     accuracy = None
     if (path / "result.json").is_file():
         try:
-            value = json.loads((path / "result.json").read_bytes()).get("val_accuracy")
-        except (OSError, ValueError, AttributeError):  # only shown
+            value = read_sealed(path / "result.json").get("val_accuracy")
+        except (OSError, ValueError):  # only shown
             value = None
         accuracy = float(value) if isinstance(value, (int, float)) else None
     return _Run(path, recipe, accuracy)
