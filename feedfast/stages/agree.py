@@ -25,9 +25,10 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.base import matching
 from feedfast.models.build import published_weights
-from feedfast.stages.ensemble import FrozenTeacher, Probe, refuse_other_probe, teacher_from_recipe
+from feedfast.stages.ensemble import FrozenTeacher, teacher_from_recipe
 from feedfast.stages.identity import decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import stored_codec
+from feedfast.stages.probe import Probe, refuse_other_probe
 
 
 def refuse_other_recipe(

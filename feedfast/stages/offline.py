@@ -46,10 +46,11 @@ from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
+from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.proof import content_of
 from feedfast.stages.record import Recorder

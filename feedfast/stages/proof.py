@@ -32,7 +32,8 @@ from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.stages.data import Selection
-from feedfast.stages.ensemble import FrozenTeacher, refuse_other_probe
+from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast_kernels import Codes, decode

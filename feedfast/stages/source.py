@@ -38,9 +38,10 @@ from feedfast.methods.ft import FACTOR
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
 from feedfast.stages.data import Selection, pixel_loader
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Probe, load_teachers, method_taps
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
+from feedfast.stages.probe import Probe
 from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
 from feedfast_kernels import Codes, Target
 from feedfast_kernels.codes import CODECS
