@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from feedfast.errors import FeedfastError, PeerFailedError
+from feedfast.errors import FeedfastError, PeerFailedError, RequestError
 from feedfast.recipe import Recipe, load_recipe
 
 app = typer.Typer(
@@ -79,6 +79,13 @@ def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, overrides or ())
 
 
+def _read_optional(recipe: Path | None, overrides: list[str] | None) -> Recipe | None:
+    """The recipe of ``--recipe``, with its overrides."""
+    if recipe is None and overrides:
+        raise RequestError(f"{overrides[0]}: expected --recipe, whose key it overrides, found none")
+    return None if recipe is None else _read(recipe, overrides)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the cache, the runs and report.html")] = Path("runs/demo"),
@@ -135,6 +142,7 @@ def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
+    overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
     replay: Annotated[int, typer.Option(min=0, help="blocks of pixels decoded again and compared; 0 = none")] = 0,
     teachers: Annotated[
@@ -146,7 +154,7 @@ def verify(
     from feedfast.stages.verify import run_verify
 
     document = run_verify(
-        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read(recipe, None) if recipe else None
+        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read_optional(recipe, overrides)
     )
     _print(document)
     raise typer.Exit(0 if document["ok"] else 1)
@@ -180,6 +188,7 @@ def taps(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
+    overrides: Overrides = None,
     recipe: Annotated[
         Path | None, typer.Option(help="also bytes per sample that a cache of its teachers would store for a method")
     ] = None,
@@ -187,7 +196,9 @@ def methods(
     """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
     from feedfast.stages.catalog import run_methods
 
-    _print(run_methods(name, _read(recipe, None) if recipe else None))
+    if name is not None and "=" in name:  # no method: the first override of all methods' recipe
+        name, overrides = None, [name, *(overrides or ())]
+    _print(run_methods(name, _read_optional(recipe, overrides)))
 
 
 @app.command()

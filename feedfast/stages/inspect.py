@@ -75,6 +75,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "per sample": format_bytes(entry["bytes_per_sample"] or 0),
             "ratio": entry["ratio"],
             "rel. RMS error": entry.get("relative_rms_error"),
+            "worst channel": entry.get("worst_channel_rms_error"),
             "signs flipped": entry.get("mask_flip_rate"),
         }
         rows.append(row)

@@ -325,13 +325,14 @@ def _log_fitted(teacher: str, info: TapInfo) -> None:
     """One line on what the pilot found for a tap."""
     flips = f", {info.error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in info.error else ""
     log.info(
-        "pilot: %s/%s %s %s, %s: relative RMS error %s%s",
+        "pilot: %s/%s %s %s, %s: relative RMS error %s (worst channel %s)%s",
         teacher,
         info.name,
         list(info.shape),
         info.codec,
         info.compression,
         f"{info.error['relative_rms_error']:.2%}",
+        f"{info.error['worst_channel_rms_error']:.2%}",
         flips,
     )
 
