@@ -1,13 +1,15 @@
 """The command line: argv → recipe → a stage.
 
 Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
-the check failed, 2 the request was wrong. A user's mistake gets one message that names the key or path, what was
-expected and what was found; a traceback here is always a bug of ours. Stages are imported inside the commands, so
-that `feedfast --help` is instant.
+the check failed, 2 the request was wrong; 130 after Ctrl-C, 143 after SIGTERM, 128 and its number after another signal:
+what is under way is finished first, and the same command continues. A user's mistake gets one message that names the
+key or path, what was expected and what was found; a traceback here is always a bug of ours. Stages are imported inside
+the commands, so that `feedfast --help` is instant.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +22,7 @@ import typer
 
 from feedfast.errors import FeedfastError, PeerFailedError, RequestError
 from feedfast.recipe import Recipe, load_recipe
+from feedfast.stages.interrupt import interruptible
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +41,8 @@ Overrides = Annotated[
 ]
 
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # how typer passes a KeyboardInterrupt on
+CONTINUING = {"cache", "train", "chain", "factors", "demo"}
 
 
 @app.callback()
@@ -66,9 +70,13 @@ def configure_logging(level: int = 0) -> None:
     handler.setFormatter(logging.Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    least = logging.INFO if rank == "0" else logging.WARNING
+    least = logging.INFO if _rank() == "0" else logging.WARNING
     logger.setLevel(min(max(least - 10 * level, logging.DEBUG), logging.ERROR))
+
+
+def _rank() -> str:
+    """This process among its peers, before anything knows better: for who speaks."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -197,7 +205,8 @@ def methods(
     from feedfast.stages.catalog import run_methods
 
     if name is not None and "=" in name:  # no method: the first override of all methods' recipe
-        name, overrides = None, [name, *(overrides or ())]
+        overrides = [name, *(overrides or ())]
+        name = None
     _print(run_methods(name, _read_optional(recipe, overrides)))
 
 
@@ -231,17 +240,22 @@ def reconstruction(
 def main() -> None:
     """Entry point of the ``feedfast`` command."""
     sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would
-    try:
-        app()
-    except PeerFailedError:  # another rank has said why
-        sys.exit(1)
-    except FeedfastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer's way of passing Ctrl-C on
-            print("interrupted; the same command continues", file=sys.stderr)
-        raise
+    with interruptible() as ending:
+        try:
+            app()
+        except PeerFailedError:  # another rank has said why, or has been ended as this one
+            sys.exit(1 if ending.number is None else ending.exit_code)
+        except FeedfastError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
+            print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(1)
+        except SystemExit as end:
+            if end.code != INTERRUPTED:
+                raise
+            again = "continues" if CONTINUING & set(sys.argv[1:]) else "starts again"
+            with contextlib.suppress(OSError):  # the terminal may be what is gone
+                if _rank() == "0":
+                    print(f"interrupted by {ending.name}; the same command {again}", file=sys.stderr)
+            sys.exit(ending.exit_code)

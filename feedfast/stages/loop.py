@@ -25,6 +25,7 @@ from feedfast.methods import Targets
 from feedfast.recipe import Train
 from feedfast.report.run import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
+from feedfast.stages.interrupt import Hold
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule
 from feedfast.stages.source import Source
@@ -110,6 +111,8 @@ class Loop:
         steps_per_epoch: whole batches in a view.
         total: steps of the whole run.
         kept: step of the checkpoint in ``out``, None before the first.
+        reached: steps that the networks have taken; None while they are taking one, or have failed in it.
+        hold: keeps signals back while a step lasts; with several ranks until all have agreed where to stop.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class Loop:
         self.train, self.worker, self.out = train, worker, out
         self.steps_per_epoch, self.total = trainer.schedule.steps_per_epoch, trainer.schedule.total
         self.kept: int | None = None
+        self.reached: int | None = None
+        self.hold = Hold()
         self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -141,11 +146,16 @@ class Loop:
         train, timing = self.train, self.timing
         end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
         remark = ""
+        self.reached, self.hold.busy = step, self.worker.world > 1
         timing.begin()
         for batch in self.batches(step):
             timing.waited()
+            self.hold.busy, self.reached = True, None
             losses = self.trainer.step(step, batch)
             step += 1
+            self.reached, self.hold.busy = step, self.worker.world > 1
+            if self.hold.number is not None and step >= self.worker.agreed_end(step):
+                self.hold.deliver()
             if step % train.log_every == 0 or step == stop:
                 values = {name: float(value) for name, value in losses.items()}
                 self._require_finite(values["loss"], step)
@@ -169,6 +179,11 @@ class Loop:
             save_checkpoint(self.out, self.trainer.student, self.trainer.methods, self.trainer.optimizer, step)
         self.kept = step
         self.timing.checkpointed()
+
+    def rescue(self) -> None:
+        """Before a job ends halfway: a checkpoint of the steps taken since the last, if the networks are sound."""
+        if self.reached and self.reached != self.kept:
+            self.checkpoint(self.reached)
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

@@ -198,15 +198,19 @@ class StudentRun:
             self._prepare()
         events = EventLog(self.out, step) if self.me.first else None
         try:
-            with Meter("train", (stop - step) * train.batch) as meter:
+            with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
                 accuracy = None
                 while step < stop:
                     step = loop.epoch(step, stop, events, meter)
                     accuracy = self._evaluate_if_due(step, stop, events)
                     loop.checkpoint(step)
+                loop.hold.deliver()
                 if accuracy is None:
                     accuracy = self.evaluate()
                 branches = self._branches()
+        except KeyboardInterrupt:
+            loop.rescue()
+            raise
         finally:
             self.close()
             if events is not None:

@@ -398,7 +398,10 @@ def test_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
     assert "zoo/wrn-10-1x" in bad.error
 
 
-def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path, number: int, code: int) -> None:
     # A shell starts background jobs with SIGINT ignored, and children inherit that: the job is given its handler back.
     start = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from feedfast.cli import main; main()"
@@ -410,11 +413,11 @@ def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path) -> None:
             metrics = tmp_path / "out" / "metrics.jsonl"
             while job.poll() is None and not (metrics.exists() and metrics.stat().st_size):
                 time.sleep(0.02)
-            job.send_signal(signal.SIGINT)
+            job.send_signal(number)
             out, err = job.communicate(timeout=60)
         finally:
             job.kill()
-    assert job.returncode == 130, err
+    assert job.returncode == code, err
     assert out == ""
     assert "Traceback" not in err
     assert "continues" in err
