@@ -39,7 +39,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recip
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")
 ]
-
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="go on where the recipe's own method or student could not use the cache")
+]
 
 INTERRUPTED = 130  # how typer passes a KeyboardInterrupt on
 CONTINUING = {"cache", "train", "chain", "factors", "demo"}
@@ -106,21 +108,21 @@ def demo(
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Bytes, time, free disk and break-even of a caching job, before it runs; exit code 1 if it cannot fit."""
+def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
+    """Bytes, time, free disk, break-even and use of a cache, before it is made; exit code 1 if it cannot fit."""
     from feedfast.stages.plan import run_plan
 
-    document = run_plan(_read(recipe, overrides))
+    document = run_plan(_read(recipe, overrides), check=not no_check)
     _print(document)
     raise typer.Exit(0 if document["fits"] else 1)
 
 
 @app.command()
-def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def cache(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
     """Run the teachers once over every view and write the cache; resumes by itself."""
     from feedfast.stages.offline import run_cache
 
-    _print(run_cache(_read(recipe, overrides)))
+    _print(run_cache(_read(recipe, overrides), check=not no_check))
 
 
 @app.command()

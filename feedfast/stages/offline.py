@@ -33,7 +33,7 @@ from feedfast.cache import names
 from feedfast.cache.create import open_for_writing, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
-from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.manifest import held_manifest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
@@ -42,6 +42,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
+from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
@@ -49,13 +50,19 @@ from feedfast.stages.identity import dataset_info, decoder_info, library_version
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import Recorder
+from feedfast.stages.trainee import method_entries
+from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import Worker, pick_device
 
 log = logging.getLogger(__name__)
 
 
-def run_cache(recipe: Recipe) -> dict[str, Any]:
+def run_cache(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
+
+    Args:
+        recipe: what to cache.
+        check: refuse before the first row what the recipe's own student could not use; False = say it and go on.
 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
@@ -72,18 +79,20 @@ def run_cache(recipe: Recipe) -> dict[str, Any]:
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    return OfflineRun(recipe, Worker.from_env()).run()
+    return OfflineRun(recipe, Worker.from_env(), check=check).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, me: Worker) -> None:
-        self.recipe, self.path = recipe, Path(recipe.cache.path)
+    def __init__(self, recipe: Recipe, me: Worker, *, check: bool = True) -> None:
+        self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
+        self.entries = method_entries(recipe.method)
         self.part = me.part(recipe.cache.part)
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
+        say_slow_bf16(recipe, self.device, student=False)
         self.data: Dataset = open_train(recipe.data)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
@@ -94,6 +103,8 @@ class OfflineRun:
         """See `run_cache`."""
         started = time.perf_counter()
         refuse_foreign(self.path)
+        coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
+        refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
@@ -127,7 +138,7 @@ class OfflineRun:
 
     def _prepare(self) -> Manifest:
         """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
-        held = read_manifest(self.path) if (self.path / ROOT).exists() else None
+        held = held_manifest(self.path)
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)

@@ -28,10 +28,11 @@ from feedfast.errors import RequestError
 from feedfast.files import write_json
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
-from feedfast.models.build import build_model, load_weights
+from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
+from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.evaluate import BATCH, evaluate
@@ -43,12 +44,13 @@ from feedfast.stages.source import Source, open_source
 from feedfast.stages.trainee import (
     Trainee,
     build_methods,
-    method_entries,
+    build_student,
     names_of,
     needs_of,
     student_needs_of,
     tap_student,
 )
+from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
 from feedfast.tasks import Classify, Task
 
@@ -91,7 +93,8 @@ class StudentRun:
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
-        self.entries = method_entries(recipe.method)
+        self.entries = trainable_entries(recipe)
+        say_slow_bf16(recipe, self.device, teachers=train.source == "live")
         self.needs = needs_of(self.entries)
         self.resumed = check_run_dir(self.out, recipe)
         self.data = open_train(recipe.data)
@@ -104,11 +107,17 @@ class StudentRun:
         self.val: Loader | None = None
         if val is not None:
             self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
+        # Where the images say how many classes there are, a student that cannot be built is named before a cache.
+        student = self._student() if self.data.classes else None
         self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
         self.normalize = Normalize(*recipe.data.normalization).to(self.device)
         self.task: Task = Classify(self._num_classes())
-        self.trainer = self._trainer(total_steps(train, len(self.data)))
+        student = student or self._student()
+        self.trainer = self._trainer(student, total_steps(train, len(self.data)))
         self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
+
+    def _student(self) -> nn.Module:
+        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
@@ -118,21 +127,8 @@ class StudentRun:
             )
         return found
 
-    def _student(self, seed: int) -> nn.Module:
-        """The bare network; of several branches each starts from a seed of its own."""
-        asked = self.recipe.student
-        if asked.branches == 1:
-            return build_model(asked.model, num_classes=self._num_classes(), weights=asked.weights, seed=seed)
-        seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
-        networks = [build_model(asked.model, num_classes=self._num_classes(), seed=int(s)) for s in seeds]
-        student = Branched(networks, asked.model)
-        if asked.weights is not None:
-            load_weights(student, asked.weights, name=f"{asked.model} with {asked.branches} branches")
-        return student
-
-    def _trainer(self, total: int) -> Trainer:
+    def _trainer(self, student: nn.Module, total: int) -> Trainer:
         recipe, train, seed, size = self.recipe, self.recipe.train, self.recipe.train_seed, self.recipe.data.size
-        student = self._student(seed)
         memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         student = student.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
