@@ -1,58 +1,71 @@
-"""Top-1 of teachers on labeled rows: a teacher that was normalized wrongly, or never got its weights, shows itself.
+"""How good each teacher is on the labeled rows it runs: a teacher at chance computes maps as quietly as any other.
 
-Rows are those of augmented training images, as the teachers see them while caching: the number is no validation
-accuracy, and is told apart from chance, not compared with a paper.
+Wrong normalization, weights that were never loaded, classes in another order: all show here and nowhere else before a
+student is trained. Counted only where a teacher has as many outputs as the data have classes.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
 
 from torch import Tensor
 
-SIGMAS = 3.0  # a guess exceeds chance by more in one of 700 cases
+from feedfast.tasks.classify import Top1
+
+log = logging.getLogger(__name__)
+
+HITS = 5  # expected at the limit: with fewer rows than that chance itself scatters across it
 
 
-@dataclass
-class Top1:
-    """How many labeled rows a teacher got right so far.
+class Accuracies:
+    """Top-1 of some teachers, counted as they run.
 
-    Attributes:
-        classes: of the images; a teacher of other classes is not counted.
-        correct: rows whose largest logit is the label's.
-        rows: labeled rows seen.
+    Args:
+        outputs: teacher → length of its logits.
+        classes: of the data; 0 = no labels.
     """
 
-    classes: int
-    correct: int = 0
-    rows: int = 0
+    def __init__(self, outputs: Mapping[str, int], classes: int) -> None:
+        self.classes = classes
+        self._metrics = {name: Top1() for name, count in outputs.items() if classes > 1 and count == classes}
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits [B, K], labels int64 [B], -1 where there is none; on any devices."""
-        if logits.dim() != 2 or logits.shape[1] != self.classes:
-            return
-        labels = labels.to(logits.device)
-        self.rows += int((labels >= 0).sum())
-        self.correct += int((logits.argmax(1) == labels).sum())
+    def update(self, teacher: str, logits: Tensor, labels: Tensor) -> None:
+        """Take logits [B, K] and labels int64 [B], -1 = unlabeled, into account."""
+        if teacher in self._metrics:
+            self._metrics[teacher].update(logits, labels.to(logits.device))
 
-    @property
-    def value(self) -> float | None:
-        """Share of the labeled rows, None without any."""
-        return self.correct / self.rows if self.rows else None
+    def of(self, teacher: str) -> tuple[float | None, int]:
+        """Top-1 in 0..1 and the number of labeled rows it is of; None and 0 where nothing was counted."""
+        if teacher not in self._metrics:
+            return None, 0
+        metric = self._metrics[teacher]
+        return metric.compute()["accuracy"], int(metric.state()["labeled"])
 
-    @property
-    def near_chance(self) -> bool:
-        """Whether guessing would do as well: within `SIGMAS` standard errors, or a quarter, of 1 / classes."""
-        if not self.rows or self.classes < 2:
-            return False
-        chance = 1 / self.classes
-        error = math.sqrt(chance * (1 - chance) / self.rows)
-        return self.correct / self.rows <= max(chance + SIGMAS * error, 1.25 * chance)
 
-    def warning(self, name: str) -> str:
-        """One sentence for a teacher near chance."""
-        return (
-            f"teachers[{name}]: top-1 {self.correct / max(self.rows, 1):.1%} on {self.rows:,} training rows, "
-            f"chance is {1 / self.classes:.1%}; are weights, mean, std and the order of classes the teacher's own?"
+def chance_limit(classes: int) -> float:
+    """Top-1 below which a teacher counts as near chance: twice chance, or a tenth of the way from chance to 1.
+
+    Whichever is lower: with two classes twice chance would be perfection.
+    """
+    chance = 1 / classes
+    return min(2 * chance, chance + 0.1 * (1 - chance))
+
+
+def near_chance(top1: float | None, rows: int, classes: int) -> bool:
+    """Whether a top-1 counts as near chance: below `chance_limit`, on rows enough to expect 5 hits there."""
+    return top1 is not None and classes > 1 and rows * chance_limit(classes) >= HITS and top1 < chance_limit(classes)
+
+
+def tell_accuracy(teacher: str, top1: float | None, rows: int, classes: int) -> None:
+    """Log a teacher's top-1, as a warning near chance."""
+    if top1 is None:
+        return
+    if near_chance(top1, rows, classes):
+        log.warning(
+            "teachers[%s]: top-1 %.1f %% on %s labeled rows, near chance (%.1f %% of %d classes): are its weights the "
+            "right file, its mean and std those it was trained with, its classes in the order of data.train?",
+            *(teacher, 100 * top1, f"{rows:,}", 100 / classes, classes),
         )
+    else:
+        log.info("teachers[%s]: top-1 %.1f %% on %s labeled rows", teacher, 100 * top1, f"{rows:,}")

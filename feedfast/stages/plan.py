@@ -38,7 +38,7 @@ from feedfast.methods.ft import FACTOR
 from feedfast.models.normalize import Normalize
 from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
-from feedfast.stages.accuracy import Top1
+from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
@@ -67,16 +67,16 @@ class _Measured:
         compression: teacher/tap → raw bytes per stored byte.
         encode_ms: of all taps of a batch.
         teacher_ms: teacher → forward pass of a batch.
-        top1: teacher → how many rows it knew.
+        top1: of the teachers on these batches.
         student_ms: forward and backward pass of the student on a batch.
         batch: rows of a batch.
     """
 
     batch: int
+    top1: Accuracies
     compression: dict[str, float] = field(default_factory=dict)
     encode_ms: float = 0.0
     teacher_ms: dict[str, float] = field(default_factory=dict)
-    top1: dict[str, Top1] = field(default_factory=dict)
     student_ms: float = 0.0
 
 
@@ -93,7 +93,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
         ``teachers_ms`` and ``student_ms`` (one batch, forward, and forward with backward), ``live_over_cached``,
         ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers`` (per teacher ``model``,
-        ``top1`` on ``rows`` training rows, ``near_chance``, ``ms``, ``bytes``, ``bytes_per_view``), ``serves``
+        ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``, ``bytes_per_view``), ``serves``
         (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the recipe's own cannot use it, "" if
         it can), ``bf16_over_fp32``.
 
@@ -171,9 +171,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     }
     if log.isEnabledFor(logging.INFO):
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
-    for name, top1 in measured.top1.items():
-        if top1.near_chance:
-            log.warning("%s", top1.warning(name))
+    for name, entry in document["teachers"].items():
+        if entry["near_chance"]:
+            tell_accuracy(name, entry["top1"], entry["top1_rows"], classes)
     if not document["fits"]:
         log.error("plan: %s", _no_room(document, str(standing), views))
     return document
@@ -231,13 +231,13 @@ def _target(
 def _teacher(
     teacher: FrozenTeacher, measured: _Measured, targets: Mapping[str, Mapping[str, Any]], views: int
 ) -> dict[str, Any]:
-    top1 = measured.top1[teacher.name]
+    top1, rows = measured.top1.of(teacher.name)
     size = sum(entry["bytes"] for key, entry in targets.items() if key.startswith(f"{teacher.name}/"))
     return {
         "model": teacher.source,
-        "top1": top1.value,
-        "rows": top1.rows,
-        "near_chance": top1.near_chance,
+        "top1": top1,
+        "top1_rows": rows,
+        "near_chance": near_chance(top1, rows, measured.top1.classes),
         "ms": measured.teacher_ms[teacher.name],
         "bytes": size,
         "bytes_per_view": size / views,
@@ -250,7 +250,8 @@ def _measure(
     """Run teachers and student on a few batches; progress is shown."""
     batches = _batches(recipe, data, device)
     first = batches[0].images
-    found = _Measured(batch=len(first))
+    outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in teachers.items()}
+    found = _Measured(len(first), Accuracies(outputs, len(data.classes)))
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
@@ -260,7 +261,6 @@ def _measure(
                 found.compression[f"{name}/{tap}"] = ratio
                 found.encode_ms += encode_ms
                 meter.advance(1, f"{name}/{tap}")
-            top1 = found.top1[name] = Top1(len(data.classes))
             times = []
             for number in range(TIMED + 1):
                 batch = batches[number % len(batches)]
@@ -269,7 +269,7 @@ def _measure(
                 _synchronize()
                 times.append((time.perf_counter() - begin) * 1e3 * len(first) / len(batch))
                 if number < len(batches):
-                    top1.add(logits, batch.labels)
+                    found.top1.update(name, logits, batch.labels)
                 meter.advance(1, f"teacher {name}")
             found.teacher_ms[name] = float(np.median(times[1:]))
         found.student_ms = _student_ms(recipe, first, len(data.classes) or 1000, device, meter)

@@ -112,7 +112,7 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
         f"{_count(document['break_even_runs'], 'run')} of this recipe; "
         f"a live step takes {document['live_over_cached']:.1f} times a cached one",
     }
-    rows = max(entry["rows"] for entry in document["teachers"].values())
+    rows = max(entry["top1_rows"] for entry in document["teachers"].values())
     if rows:
         found["top-1"] = f"on the first {rows:,} training images as augmented; ! = near chance"
     found["recipe"] = f"{document['method']} with {recipe.student.model}: {document['unusable'] or 'can use it'}"
