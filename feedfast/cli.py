@@ -196,6 +196,14 @@ def taps(
 
 
 @app.command()
+def doctor() -> None:
+    """What this machine is, the versions that run on it, and whether bf16 pays on its processor."""
+    from feedfast.stages.doctor import run_doctor
+
+    _print(run_doctor())
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
     overrides: Overrides = None,

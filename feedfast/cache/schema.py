@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from feedfast.cache import names
 from feedfast.errors import CacheDamageError, CacheMismatchError
+from feedfast.provenance import Provenance
 from feedfast_kernels.codes import CODECS
 
 FORMAT: Final = 2
@@ -32,6 +33,7 @@ MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below w
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
 MAX_VIEWS: Final = 65535
 MAX_CHANNELS: Final = 1 << 20
+MAX_PASSES: Final = 256
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
@@ -211,7 +213,10 @@ class TeacherInfo(_Part):
 
 
 class Manifest(_Part):
-    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on."""
+    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on.
+
+    ``passes`` are the jobs that wrote to it, for people to read; of very many the first and the newest.
+    """
 
     format: Literal[2] = 2
     dataset: DatasetInfo
@@ -225,6 +230,7 @@ class Manifest(_Part):
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
     versions: dict[str, Scalar] = {}
     created: str = ""
+    passes: tuple[Provenance, ...] = Field((), max_length=MAX_PASSES)
 
     @field_validator("teachers")
     @classmethod

@@ -26,6 +26,7 @@ from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import write_json
 from feedfast.methods.ft import TAP, Paraphraser, train_paraphraser
 from feedfast.models.build import build_model
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.reconstruction import write_reconstruction
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
@@ -95,6 +96,7 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
         FeedfastError: a paraphraser diverged.
     """
     setting.check()
+    job = Provenance.begin()
     runs = _open_runs(paths)
     ensure_dir(out, "out")
     data = runs[0].recipe.data
@@ -123,9 +125,10 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
             taught = names_of(method_entries(run.recipe.method))
             about = {"model": run.recipe.student.model, "method": taught, "val_accuracy": run.accuracy}
             found.append({"name": name, "path": str(run.path), **about, **measured})
-    page = write_reconstruction(out / "reconstruction.html", found, asdict(setting))
+    job = job.finished()
+    page = write_reconstruction(out / "reconstruction.html", found, asdict(setting), job)
     document = {"setting": asdict(setting), "runs": found, "report": str(page)}
-    write_json(out / "reconstruction.json", document)
+    write_json(out / "reconstruction.json", {**document, "provenance": [job.model_dump(mode="json")]})
     return document
 
 

@@ -8,19 +8,26 @@ weights nor a refusal of the corrected recipe.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import write_json
+from feedfast.provenance import Provenance, began_with
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
 
 RECIPE = "recipe.json"
+PROVENANCE = "provenance.json"
 BRANCH = "branch.pt"
-RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html")
+MAX_PROCESSES = 256
+MAX_PROVENANCE_BYTES = 64 << 20  # 64 MiB
+RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html", PROVENANCE)
 
 
 def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
@@ -66,6 +73,25 @@ def start_run_dir(out: Path, recipe: Recipe) -> None:
     for path in (*(out / name for name in RESULTS), *(out / "tensorboard").glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
     write_json(out / RECIPE, comparable(recipe))
+
+
+def record_process(out: Path, process: Provenance) -> None:
+    """Name a process among those that trained the run in ``out``; at its start, and again when it has ended."""
+    known = began_with(processes_of(out), process, MAX_PROCESSES)
+    write_json(out / PROVENANCE, {"processes": [entry.model_dump(mode="json") for entry in known]})
+
+
+def processes_of(out: Path) -> tuple[Provenance, ...]:
+    """The processes that trained the run in ``out``, as far as its file can be read: it is only shown."""
+    path = out / PROVENANCE
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MAX_PROVENANCE_BYTES:
+            return _Processes.model_validate_json(path.read_bytes()).processes
+    return ()
+
+
+class _Processes(BaseModel):
+    processes: tuple[Provenance, ...]
 
 
 def ensure_dir(path: Path, key: str) -> Path:

@@ -23,8 +23,9 @@ from feedfast.errors import FeedfastError
 from feedfast.files import write_text
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
+from feedfast.provenance import Provenance
 from feedfast.report.compare import print_table
-from feedfast.report.run import figure_html, page, table_html
+from feedfast.report.run import figure_html, page, provenance_html, table_html
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.proof import plan_of, source_of, stored_values
@@ -80,6 +81,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         }
         rows.append(row)
     print_table(f"{cache}: {manifest.num_rows:,} rows, {manifest.views} views", rows)
+    print_table("passes", [process.row() for process in manifest.passes])
     document = {
         "path": cache,
         "rows": manifest.num_rows,
@@ -93,7 +95,9 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     if out is not None:
         ensure_dir(out, "--out")
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-        body = f"{table_html(rows)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
+        made = provenance_html(manifest.passes, "How the cache was made")
+        made += provenance_html([Provenance.begin().finished()], "How this page was made")
+        body = f"{table_html(rows)}{_pictures(reader)}{made}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
         write_text(report, page(f"Cache {cache}", body))
         document["report"] = str(report)

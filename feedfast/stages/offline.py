@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.create import open_for_writing, refuse_foreign
+from feedfast.cache.create import open_for_writing, record_pass, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
 from feedfast.cache.manifest import held_manifest
@@ -41,6 +41,7 @@ from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
@@ -88,7 +89,8 @@ class OfflineRun:
     def __init__(self, recipe: Recipe, me: Worker, *, check: bool = True) -> None:
         self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
-        self.part = me.part(recipe.cache.part)
+        self.part, self.first = me.part(recipe.cache.part), me.first
+        self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
@@ -127,12 +129,16 @@ class OfflineRun:
                 self.path,
                 there,
             )
+            if total and self.first:
+                record_pass(self.path, self.provenance)
             computing = time.perf_counter()
             with Meter("cache", total) as meter:
                 for view, rows in work.batches(self.recipe.cache.batch):
                     self._view(recorder, view, rows, meter)
                 writer.close()  # waits until everything is durable
         self.loader.close()
+        if total and self.first:
+            record_pass(self.path, self.provenance.finished())
         now = time.perf_counter()
         return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
 

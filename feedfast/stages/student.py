@@ -30,13 +30,14 @@ from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.evaluate import BATCH, evaluate
-from feedfast.stages.folder import BRANCH, check_run_dir, start_run_dir
+from feedfast.stages.folder import BRANCH, check_run_dir, processes_of, record_process, start_run_dir
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
@@ -88,6 +89,7 @@ class StudentRun:
 
     def __init__(self, recipe: Recipe, me: Worker) -> None:
         self.recipe, self.me = recipe, me
+        self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         train = recipe.train
         self.device = pick_device(train.device, me.local)
         self.out = Path(train.out)
@@ -192,6 +194,9 @@ class StudentRun:
         )
         if step == 0:
             self._prepare()
+        trains = self.me.first and step < stop
+        if trains:
+            record_process(self.out, self.provenance)
         events = EventLog(self.out, step) if self.me.first else None
         try:
             with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
@@ -211,6 +216,8 @@ class StudentRun:
             self.close()
             if events is not None:
                 events.close()
+        if trains:
+            record_process(self.out, self.provenance.finished())
         return self._finish(step, accuracy, branches, events)
 
     def _prepare(self) -> None:
@@ -299,6 +306,7 @@ class StudentRun:
             _save_network(self.trainer.student, self.out / "student.pt")
             if branches:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
-            write_json(held, result)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"))
+            made = processes_of(self.out)
+            write_json(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
+            write_report(self.out, result, self.recipe.model_dump(mode="json"), made)
         return result
