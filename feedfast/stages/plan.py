@@ -68,7 +68,7 @@ class _Measured:
         encode_ms: of all taps of a batch.
         teacher_ms: teacher → forward pass of a batch.
         top1: of the teachers on these batches.
-        student_ms: forward and backward pass of the student on a batch.
+        student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
         batch: rows of a batch.
     """
 
@@ -77,7 +77,7 @@ class _Measured:
     compression: dict[str, float] = field(default_factory=dict)
     encode_ms: float = 0.0
     teacher_ms: dict[str, float] = field(default_factory=dict)
-    student_ms: float = 0.0
+    student_ms: float | None = None
 
 
 def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
-    measured = _measure(recipe, data, teachers, granule, device)
+    measured = _measure(recipe, data, teachers, granule, device, usable=not unusable)
     stored = _stored(recipe, teachers, taps, entries)
     targets = {
         name: _target(
@@ -137,7 +137,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     present = sum(commit.bytes for commit in read_log(path).commits.values())
     free = shutil.disk_usage(standing).free
     per_view = (total - SAMPLE * count) / views
-    teachers_ms = sum(measured.teacher_ms.values())
+    teachers_ms, student_ms = sum(measured.teacher_ms.values()), measured.student_ms
     # A quarter of the fitting rows measures the fit.
     pilot = 1.25 * min(recipe.cache.pilot, PILOT_VIEWS * count)
     seconds = (teachers_ms * (rows + pilot) + measured.encode_ms * rows) / measured.batch / 1e3
@@ -158,8 +158,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "hours": seconds / 3600,
         "images_per_second": rows / seconds,
         "teachers_ms": teachers_ms,
-        "student_ms": measured.student_ms,
-        "live_over_cached": (teachers_ms + measured.student_ms) / measured.student_ms,
+        "student_ms": student_ms,
+        "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / epoch_ms,
         "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
         "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in teachers.items()},
@@ -245,7 +245,13 @@ def _teacher(
 
 
 def _measure(
-    recipe: Recipe, data: Dataset, teachers: Mapping[str, FrozenTeacher], granule: int, device: torch.device
+    recipe: Recipe,
+    data: Dataset,
+    teachers: Mapping[str, FrozenTeacher],
+    granule: int,
+    device: torch.device,
+    *,
+    usable: bool,
 ) -> _Measured:
     """Run teachers and student on a few batches; progress is shown."""
     batches = _batches(recipe, data, device)
@@ -272,7 +278,11 @@ def _measure(
                     found.top1.update(name, logits, batch.labels)
                 meter.advance(1, f"teacher {name}")
             found.teacher_ms[name] = float(np.median(times[1:]))
-        found.student_ms = _student_ms(recipe, first, len(data.classes) or 1000, device, meter)
+        try:
+            found.student_ms = _student_ms(recipe, first, len(data.classes) or 1000, device, meter)
+        except RequestError:
+            if usable:
+                raise
     return found
 
 

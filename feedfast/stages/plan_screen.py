@@ -102,15 +102,15 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
     views, present = recipe.cache.views, document["bytes_present"]
     needed = format_bytes(max(document["bytes"] - present, 0))
     there = f" ({format_bytes(present)} are there already)" if present else ""
-    fit = document["views_that_fit"]
+    fit, ratio = document["views_that_fit"], document["live_over_cached"]
+    faster = "" if ratio is None else f"; a live step takes {ratio:.1f} times a cached one"
     found = {
         "time": f"{_duration(document['seconds'])} to cache {views} view{'s' * (views > 1)}, "
         f"{document['images_per_second']:,.0f} images/s",
         "disk": f"{needed} needed{there}, {format_bytes(document['free_bytes'])} free in {folder}: "
         + (f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"),
         "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "
-        f"{_count(document['break_even_runs'], 'run')} of this recipe; "
-        f"a live step takes {document['live_over_cached']:.1f} times a cached one",
+        f"{_count(document['break_even_runs'], 'run')} of this recipe" + faster,
     }
     rows = max(entry["top1_rows"] for entry in document["teachers"].values())
     if rows:

@@ -17,11 +17,11 @@ import torch
 from feedfast.cache.schema import Manifest
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS, TapInfo
-from feedfast.methods.base import LOGITS, Teachers, matching
+from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
 from feedfast.methods.ft import FACTOR, FT, TAP, factor_channels
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
-from feedfast.stages.ensemble import FrozenTeacher, is_signed
+from feedfast.stages.ensemble import FrozenTeacher, is_signed, tap_requests
 from feedfast.stages.source import manifest_taps
 from feedfast.stages.trainee import (
     Entry,
@@ -115,6 +115,35 @@ def refuse_unusable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cl
         log.warning("%s; going on as asked, for other recipes", error)
         return str(error)
     return ""
+
+
+def refuse_unusable_generations(recipe: Recipe, classes: int) -> None:
+    """Raise unless a student can learn by the recipe's methods from one of its own kind, as in a chain.
+
+    Args:
+        recipe: of any generation but the first.
+        classes: of the images.
+
+    Raises:
+        RequestError: with the sentence that the second generation would end with, hours later.
+    """
+    entries = method_entries(recipe.method)
+    name, (mean, std), size = recipe.teachers[0].name, recipe.data.normalization, recipe.data.size
+    network = build_student(recipe.student.model_copy(update={"weights": None}), classes, recipe.train_seed)
+    groups, where = tap_groups(needs_of(entries)), f"teachers[{name}]"
+    teacher = FrozenTeacher(
+        name,
+        network,
+        lambda example: tap_requests(network, groups, example, where),
+        source=recipe.student.model,
+        bn="eval",
+        precision="fp32",
+        mean=mean,
+        std=std,
+        size=size,
+        device=torch.device("cpu"),
+    )
+    _try(recipe, entries, coming_taps({name: teacher}, None, entries), classes)
 
 
 def _try(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int) -> None:

@@ -60,6 +60,15 @@ def test_it_is_said_before_the_first_row(folder: Path, tmp_path: Path, kind: str
     assert live.code == 2, "no stricter than training itself"
 
 
+def test_a_chain_is_refused_before_its_first_generation(folder: Path, tmp_path: Path) -> None:
+    """Whose student has no maps that it could teach the next one by."""
+    chain = ("chain.generations=2", f"cache.path={tmp_path / 'c.zarr'}", f"train.out={tmp_path / 'out'}")
+    outcome = feedfast("chain", folder / "recipe.toml", *chain, "method.name=ofd", "method.tap_weights=[1, 2]")
+    assert outcome.code == 2
+    assert "method.tap_weights: expected 3 numbers" in outcome.error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_goes_on_when_asked(folder: Path, tmp_path: Path) -> None:
     asked = ("cache.views=1", f"cache.path={tmp_path / 'c.zarr'}", "method.name=at")
     for command in ("plan", "cache"):
@@ -68,6 +77,10 @@ def test_it_goes_on_when_asked(folder: Path, tmp_path: Path) -> None:
         assert "needs the 'stage*' taps of teacher 'a'" in outcome.err
         assert "going on as asked" in outcome.err
     assert outcome.document["rows_written"] == 200
+    nobody = feedfast("plan", folder / "recipe.toml", *asked, "student.model=zoo/wrm-10-1", "--no-check")
+    assert nobody.code == 0, nobody.err
+    assert nobody.document["live_over_cached"] is None
+    assert "stage*" in nobody.document["unusable"]
 
 
 def test_what_the_cache_has_already_counts(folder: Path, tmp_path: Path) -> None:
