@@ -86,10 +86,10 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
         setting: the same for all runs.
 
     Returns:
-        The JSON of `feedfast analyze reconstruction`: ``setting``, ``report``, and per run ``name``, ``path``,
-        ``model``, ``method``, ``val_accuracy``, ``shape`` of the map, ``factors`` (channels), ``train_l1`` and
-        ``test_l1`` (one mean L1 per epoch; that of training is taken while it trains), ``test_mean_abs`` (mean |map|),
-        ``final_l1`` and ``final_relative_l1`` (on the validation images, after the last epoch).
+        The JSON of `feedfast analyze reconstruction`: ``setting``, ``report``, ``provenance``, and per run ``name``,
+        ``path``, ``model``, ``method``, ``val_accuracy``, ``shape`` of the map, ``factors`` (channels), ``train_l1``
+        and ``test_l1`` (one mean L1 per epoch; that of training is taken while it trains), ``test_mean_abs`` (mean
+        |map|), ``final_l1`` and ``final_relative_l1`` (on the validation images, after the last epoch).
 
     Raises:
         RequestError: a folder holds no run, or none that can be compared with the first.
@@ -127,8 +127,9 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
             found.append({"name": name, "path": str(run.path), **about, **measured})
     job = job.finished()
     page = write_reconstruction(out / "reconstruction.html", found, asdict(setting), job)
-    document = {"setting": asdict(setting), "runs": found, "report": str(page)}
-    write_json(out / "reconstruction.json", {**document, "provenance": [job.model_dump(mode="json")]})
+    made = [job.model_dump(mode="json")]
+    document = {"setting": asdict(setting), "runs": found, "report": str(page), "provenance": made}
+    write_json(out / "reconstruction.json", document)
     return document
 
 

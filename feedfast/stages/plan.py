@@ -91,11 +91,11 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         The JSON of `feedfast plan`. Space: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view),
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
-        ``teachers_ms`` and ``student_ms`` (one batch, forward, and forward with backward), ``live_over_cached``,
-        ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers`` (per teacher ``model``,
-        ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``, ``bytes_per_view``), ``serves``
-        (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the recipe's own cannot use it, "" if
-        it can), ``bf16_over_fp32``.
+        ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers``
+        (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
+        ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
+        recipe's own cannot use it, "" if it can), ``bf16_over_fp32``.
 
     Raises:
         RequestError: the recipe cannot be run.
@@ -156,8 +156,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "views_that_fit": min(int(max(free / SPARE + present - SAMPLE * count, 0) / per_view), MAX_VIEWS),
         "seconds": seconds,
         "hours": seconds / 3600,
-        "images_per_second": rows / seconds,
+        "images_per_second": measured.batch / (teachers_ms + measured.encode_ms) * 1e3,
         "teachers_ms": teachers_ms,
+        "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / epoch_ms,
