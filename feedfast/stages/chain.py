@@ -15,7 +15,7 @@ from typing import Any
 
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
-from feedfast.stages.data import open_train
+from feedfast.stages.data import Selection
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import run_train
@@ -40,7 +40,7 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
     world = Worker.from_env().world
     if world > 1:
         raise RequestError(f"chain: expected one process, found {world} ranks; run its stages with torchrun one by one")
-    classes = len(open_train(recipe.data).classes)
+    classes = len(Selection.of(recipe.data).open(recipe.data.check).classes)
     if classes:  # without labels the first generation ends at once, and says so
         refuse_unusable_generations(links[1], classes)
     ensure_dir(Path(recipe.train.out), "train.out")

@@ -38,13 +38,13 @@ from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
-from feedfast.data.dataset import Dataset
+from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.bf16 import say_slow_bf16
-from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
+from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
@@ -58,17 +58,19 @@ from feedfast.stages.worker import Worker, pick_device
 log = logging.getLogger(__name__)
 
 
-def run_cache(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
+def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool = True) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Args:
-        recipe: what to cache.
+        recipe: what to do.
+        train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
         check: refuse before the first row what the recipe's own student could not use; False = say it and go on.
 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
-        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``.
+        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``,
+        ``data`` (see `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -80,13 +82,13 @@ def run_cache(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    return OfflineRun(recipe, Worker.from_env(), check=check).run()
+    return OfflineRun(recipe, Worker.from_env(), train, check=check).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, me: Worker, *, check: bool = True) -> None:
+    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
         self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
         self.part, self.first = me.part(recipe.cache.part), me.first
@@ -95,7 +97,7 @@ class OfflineRun:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         say_slow_bf16(recipe, self.device, student=False)
-        self.data: Dataset = open_train(recipe.data)
+        self.data: Dataset = open_train(recipe.data, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
@@ -335,6 +337,7 @@ class OfflineRun:
             "complete": complete,
             "taps": taps,
             "path": str(self.path),
+            "data": facts_of(self.data),
         }
 
 

@@ -40,7 +40,7 @@ from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
-from feedfast.stages.data import open_train, pixel_loader, view_plan
+from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, stored_codec, tap_row_bytes
 from feedfast.stages.plan_screen import plan_screen, screen_width
@@ -95,7 +95,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
         ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
-        recipe's own cannot use it, "" if it can), ``bf16_over_fp32``.
+        recipe's own cannot use it, "" if it can), ``bf16_over_fp32``; ``data`` (see
+        `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError: the recipe cannot be run.
@@ -169,6 +170,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "method": names_of(entries),
         "unusable": unusable,
         "bf16_over_fp32": ratio,
+        "data": facts_of(data),
     }
     if log.isEnabledFor(logging.INFO):
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
