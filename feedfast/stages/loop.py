@@ -10,7 +10,7 @@ Losses stay on the device and are fetched only when a row of metrics.jsonl is du
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,32 +146,52 @@ class Loop:
         train, timing = self.train, self.timing
         end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
         remark = ""
-        self.reached, self.hold.busy = step, self.worker.world > 1
-        timing.begin()
-        for batch in self.batches(step):
-            timing.waited()
-            self.hold.busy, self.reached = True, None
-            losses = self.trainer.step(step, batch)
-            step += 1
-            self.reached, self.hold.busy = step, self.worker.world > 1
-            if self.hold.number is not None and step >= self.worker.agreed_end(step):
-                self.hold.deliver()
-            if step % train.log_every == 0 or step == stop:
-                values = {name: float(value) for name, value in losses.items()}
-                self._require_finite(values["loss"], step)
-                timing.end()
-                if events is not None:
-                    events.scalars(step, {**values, "lr": self.trainer.schedule.lr(step - 1), **timing.row()})
-                remark = f"loss {values['loss']:.3f}"
-            else:
-                timing.end()
-            meter.advance(train.batch, remark)
-            if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
-                self.checkpoint(step)
-            if step == end:
-                return step
-            timing.begin()
-        raise FeedfastError(f"train: the data loader stopped at step {step}; expected batches up to step {end}")
+        self.reached, batches = step, self.batches(step)
+        try:
+            while step < end:
+                timing.begin()
+                batch = self._next(batches, step)
+                timing.waited()
+                if batch is None:
+                    raise FeedfastError(
+                        f"train: the data loader stopped at step {step}; expected batches up to step {end}"
+                    )
+                self.reached = None
+                losses = self.trainer.step(step, batch)
+                step += 1
+                self.reached = step
+                if step % train.log_every == 0 or step == stop:
+                    values = {name: float(value) for name, value in losses.items()}
+                    self._require_finite(values["loss"], step)
+                    timing.end()
+                    if events is not None:
+                        events.scalars(step, {**values, "lr": self.trainer.schedule.lr(step - 1), **timing.row()})
+                    remark = f"loss {values['loss']:.3f}"
+                else:
+                    timing.end()
+                meter.advance(train.batch, remark)
+                if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
+                    self.checkpoint(step)
+        finally:
+            # Closed here and under the hold: an interrupt in a generator that is thrown away would be lost.
+            self.hold.busy = True
+            if isinstance(batches, Generator):
+                batches.close()
+        self._end_if_asked(step)
+        return step
+
+    def _next(self, batches: Iterator[Batch], step: int) -> Batch | None:
+        """The next batch; while it is waited for, which may be for ever, a signal is not kept back."""
+        self._end_if_asked(step)
+        batch = next(batches, None)
+        self.hold.busy = True
+        return batch
+
+    def _end_if_asked(self, step: int) -> None:
+        """A sound moment: a signal that waits is delivered, with several ranks where all have agreed to end."""
+        self.hold.busy = self.worker.world > 1
+        if self.hold.number is not None and step >= self.worker.agreed_end(step):
+            self.hold.deliver()
 
     def checkpoint(self, step: int) -> None:
         """Write ``checkpoint.pt``; the first rank's suffices, all have the same."""

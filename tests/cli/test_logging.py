@@ -26,7 +26,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_lines_carry_date_and_time_off_a_terminal(recipe: Path) -> None:
     said = feedfast("plan", recipe).err
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} +plan: 200 images", said), said
+    for line in ("data: 200 images", "plan: 200 images"):
+        assert re.search(rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} +{line}", said, re.MULTILINE), said
 
 
 def test_quiet_and_verbose(recipe: Path) -> None:
