@@ -51,5 +51,11 @@ def read_manifest(place: str | Path | Store) -> Manifest:
         raise _damage(f"{file}: {error}") from error
 
 
+def held_manifest(place: str | Path | Store) -> Manifest | None:
+    """The manifest of a cache, None where there is no cache yet; errors as of `read_manifest`."""
+    store = open_store(place)
+    return read_manifest(store) if ROOT in store.names() else None
+
+
 def _damage(message: str) -> CacheDamageError:
     return CacheDamageError(message, [problem("", ROOT, "manifest", message)])

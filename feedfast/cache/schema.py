@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from feedfast.cache import names
 from feedfast.errors import CacheDamageError, CacheMismatchError
+from feedfast.provenance import Provenance
 from feedfast_kernels.codes import CODECS
 
 FORMAT: Final = 2
@@ -33,6 +34,7 @@ MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at onc
 MAX_VIEWS: Final = 65535
 CONTENT_HASH: Final = "crc32c+length"  # what the numbers of ``samples/content`` are
 MAX_CHANNELS: Final = 1 << 20
+MAX_PASSES: Final = 256
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
@@ -221,7 +223,10 @@ class TeacherInfo(_Part):
 
 
 class Manifest(_Part):
-    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on."""
+    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on.
+
+    ``passes`` are the jobs that wrote to it, for people to read; of very many the first and the newest.
+    """
 
     format: Literal[2] = 2
     dataset: DatasetInfo
@@ -235,6 +240,7 @@ class Manifest(_Part):
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
     versions: dict[str, Scalar] = {}
     created: str = ""
+    passes: tuple[Provenance, ...] = Field((), max_length=MAX_PASSES)
 
     @field_validator("teachers")
     @classmethod

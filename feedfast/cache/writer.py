@@ -264,6 +264,7 @@ class CacheWriter:
         if error is None:
             self.close()
             return
-        self._error = self._error or error  # what waits in the queue is dropped; it is computed again on resuming
+        if not isinstance(error, KeyboardInterrupt):  # then what is computed already is written: it takes moments
+            self._error = self._error or error  # what waits in the queue is dropped; it is computed again on resuming
         with contextlib.suppress(BaseException):
             self.close()

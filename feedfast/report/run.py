@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from feedfast.files import wrap_write_errors, write_text
+from feedfast.provenance import Provenance
 
 STYLE = """\
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
@@ -154,11 +155,28 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any]) -> Path:
-    """Draw ``out/report.html`` from ``out/metrics.jsonl``, the run's result and its recipe."""
+def provenance_html(processes: Sequence[Provenance], title: str = "How this was made") -> str:
+    """Who made something, where and when: a table, a line per process, and everything that is known of them."""
+    if not processes:
+        return ""
+    known = json.dumps([process.model_dump(mode="json") for process in processes], indent=2)
+    details = f"<details><summary>versions, machines, recipes</summary><pre>{html.escape(known)}</pre></details>"
+    return f"<h2>{html.escape(title)}</h2>" + table_html([process.row() for process in processes]) + details
+
+
+def write_report(
+    out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any], processes: Sequence[Provenance] = ()
+) -> Path:
+    """Draw ``out/report.html`` from ``out/metrics.jsonl``, the run's result, its recipe and who trained it."""
     rows = read_metrics(out / "metrics.jsonl")
     body = table_html([{"figure": key, "value": value} for key, value in result.items()])
-    body += figure_html(curves(rows)) + "<h2>Recipe</h2><pre>" + html.escape(json.dumps(recipe, indent=2)) + "</pre>"
+    body += (
+        figure_html(curves(rows))
+        + provenance_html(processes)
+        + "<h2>Recipe</h2><pre>"
+        + html.escape(json.dumps(recipe, indent=2))
+        + "</pre>"
+    )
     path = out / "report.html"
     write_text(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
     return path

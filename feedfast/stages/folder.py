@@ -18,8 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel
+
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_sealed, write_sealed
+from feedfast.files import read_sealed, write_json, write_sealed
+from feedfast.provenance import Provenance, began_with
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
 from feedfast.stages.probe import same_outputs
@@ -27,8 +30,11 @@ from feedfast.stages.probe import same_outputs
 RECIPE = "recipe.json"
 IDENTITY = "identity.json"
 LOCK = "run.lock"
+PROVENANCE = "provenance.json"
 BRANCH = "branch.pt"
-RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html")
+MAX_PROCESSES = 256
+MAX_PROVENANCE_BYTES = 64 << 20  # 64 MiB
+RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html", PROVENANCE)
 
 
 class RunLock:
@@ -179,6 +185,25 @@ def start_run_dir(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> str
     write_sealed(out / IDENTITY, identity)
     write_sealed(out / RECIPE, comparable(recipe))
     return _name_of(read_sealed(out / RECIPE), read_sealed(out / IDENTITY))
+
+
+def record_process(out: Path, process: Provenance) -> None:
+    """Name a process among those that trained the run in ``out``; at its start, and again when it has ended."""
+    known = began_with(processes_of(out), process, MAX_PROCESSES)
+    write_json(out / PROVENANCE, {"processes": [entry.model_dump(mode="json") for entry in known]})
+
+
+def processes_of(out: Path) -> tuple[Provenance, ...]:
+    """The processes that trained the run in ``out``, as far as its file can be read: it is only shown."""
+    path = out / PROVENANCE
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MAX_PROVENANCE_BYTES:
+            return _Processes.model_validate_json(path.read_bytes()).processes
+    return ()
+
+
+class _Processes(BaseModel):
+    processes: tuple[Provenance, ...]
 
 
 def ensure_dir(path: Path, key: str) -> Path:

@@ -26,8 +26,9 @@ from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
 from feedfast.models.own import built_size, own_input
+from feedfast.provenance import Provenance
 from feedfast.report.compare import print_table
-from feedfast.report.run import figure_html, page, table_html
+from feedfast.report.run import figure_html, page, provenance_html, table_html
 from feedfast.stages.accuracy import near_chance
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
@@ -82,6 +83,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "per sample": format_bytes(entry["bytes_per_sample"] or 0),
             "ratio": entry["ratio"],
             "rel. RMS error": entry.get("relative_rms_error"),
+            "worst channel": entry.get("worst_channel_rms_error"),
             "signs flipped": entry.get("mask_flip_rate"),
         }
         rows.append(row)
@@ -97,6 +99,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         for name, info in manifest.teachers.items()
     ]
     print_table("teachers, on labeled pilot rows", teachers)
+    print_table("passes", [process.row() for process in manifest.passes])
     document = {
         "path": cache,
         "rows": manifest.num_rows,
@@ -119,7 +122,10 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     if out is not None:
         ensure_dir(out, "--out")
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-        body = f"{table_html(rows)}{table_html(teachers)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
+        made = provenance_html(manifest.passes, "How the cache was made")
+        made += provenance_html([Provenance.begin().finished()], "How this page was made")
+        tables = f"{table_html(rows)}{table_html(teachers)}"
+        body = f"{tables}{_pictures(reader)}{made}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
         write_text(report, page(f"Cache {cache}", body))
         document["report"] = str(report)

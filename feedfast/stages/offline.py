@@ -30,10 +30,10 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.create import open_for_writing, refuse_foreign
+from feedfast.cache.create import open_for_writing, record_pass, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
-from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.manifest import held_manifest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
@@ -42,9 +42,11 @@ from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheDamageError, RequestError
 from feedfast.models.build import published_weights
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
+from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
@@ -54,17 +56,20 @@ from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.proof import content_of
 from feedfast.stages.record import Recorder
+from feedfast.stages.trainee import method_entries
+from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import Worker, pick_device
 
 log = logging.getLogger(__name__)
 
 
-def run_cache(recipe: Recipe, *, train: ImageSource | None = None) -> dict[str, Any]:
+def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool = True) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
+        check: refuse before the first row what the recipe's own student could not use; False = say it and go on.
 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
@@ -83,18 +88,21 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None) -> dict[str, 
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    return OfflineRun(recipe, Worker.from_env(), train).run()
+    return OfflineRun(recipe, Worker.from_env(), train, check=check).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None) -> None:
-        self.recipe, self.path = recipe, Path(recipe.cache.path)
-        self.part = me.part(recipe.cache.part)
+    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
+        self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
+        self.entries = method_entries(recipe.method)
+        self.part, self.first = me.part(recipe.cache.part), me.first
+        self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
+        say_slow_bf16(recipe, self.device, student=False)
         self.data: Dataset = open_train(recipe.data, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
@@ -107,6 +115,8 @@ class OfflineRun:
         """See `run_cache`."""
         started = time.perf_counter()
         refuse_foreign(self.path)
+        coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
+        refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
@@ -129,18 +139,22 @@ class OfflineRun:
                 self.path,
                 there,
             )
+            if total and self.first:
+                record_pass(self.path, self.provenance)
             computing = time.perf_counter()
             with Meter("cache", total) as meter:
                 for view, rows in work.batches(self.recipe.cache.batch):
                     self._view(recorder, view, rows, meter)
                 writer.close()  # waits until everything is durable
         self.loader.close()
+        if total and self.first:
+            record_pass(self.path, self.provenance.finished())
         now = time.perf_counter()
         return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
 
     def _prepare(self) -> Manifest:
         """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
-        held = read_manifest(self.path) if (self.path / ROOT).exists() else None
+        held = held_manifest(self.path)
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)
@@ -354,13 +368,14 @@ def _log_fitted(teacher: str, info: TapInfo) -> None:
     """One line on what the pilot found for a tap."""
     flips = f", {info.error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in info.error else ""
     log.info(
-        "pilot: %s/%s %s %s, %s: relative RMS error %s%s",
+        "pilot: %s/%s %s %s, %s: relative RMS error %s (worst channel %s)%s",
         teacher,
         info.name,
         list(info.shape),
         info.codec,
         info.compression,
         f"{info.error['relative_rms_error']:.2%}",
+        f"{info.error['worst_channel_rms_error']:.2%}",
         flips,
     )
 

@@ -306,12 +306,8 @@ def open_source(
     """
     kind, views, threads = recipe.train.source, recipe.cache.views, recipe.data.threads
     if kind == "none":
-        if needs:
-            raise RequestError(f"train.source: method {method!r} needs targets, expected cache or live, found 'none'")
         return Plain(data, plan, device, views=views, threads=threads)
     if kind == "live":
-        if FACTOR in needs:
-            raise RequestError("method.factors: 'stored' needs train.source='cache', found 'live'; expected 'own'")
         teachers = load_teachers(recipe, len(data.classes), device)
         pilot: list[Tensor] = []
         # Cut as the caching pass cuts them: both sources then have the same margins and probes.

@@ -59,10 +59,11 @@ def test_plan_times_add_up(tmp_path: Path) -> None:
     assert plan["teachers_ms"] > 0
     assert plan["student_ms"] > 0
     assert plan["live_over_cached"] == pytest.approx((plan["teachers_ms"] + plan["student_ms"]) / plan["student_ms"])
-    assert plan["images_per_second"] == pytest.approx(32 / plan["teachers_ms"] * 1e3)
+    assert plan["images_per_second"] == pytest.approx(32 / (plan["teachers_ms"] + plan["encode_ms"]) * 1e3)
     rows = 400 + 160 * 1.25  # two views, and the pilot with the quarter that measures it
-    assert plan["seconds"] == pytest.approx(plan["teachers_ms"] * rows / 32 / 1e3)
-    assert plan["break_even_epochs"] == pytest.approx(rows / 200)
+    batches = plan["teachers_ms"] * rows / 32, plan["encode_ms"] * 400 / 32
+    assert plan["seconds"] == pytest.approx(sum(batches) / 1e3)
+    assert plan["break_even_epochs"] == pytest.approx(rows / 200 + batches[1] / (plan["teachers_ms"] * 200 / 32))
     assert set(plan["targets"]) == {f"{t}/{tap}" for t in "ab" for tap in ("final", "ofd1", "ofd2", "ofd3", "logits")}
 
 
