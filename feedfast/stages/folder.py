@@ -22,7 +22,7 @@ from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, write_sealed
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
-from feedfast.stages.ensemble import same_outputs
+from feedfast.stages.probe import same_outputs
 
 RECIPE = "recipe.json"
 IDENTITY = "identity.json"
