@@ -40,7 +40,11 @@ Difference = tuple[str, Any, Any]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[float, float, float]
-Scalar = str | int | float | bool | None
+Text = Annotated[str, Field(max_length=4096)]
+Scalar = Text | Annotated[int, Field(ge=-(2**63), lt=2**64)] | float | bool | None
+Facts = Annotated[
+    dict[Text, Scalar], Field(max_length=256)
+]  # each array's digest goes over some: no room for megabytes
 
 
 class _Part(BaseModel):
@@ -56,9 +60,9 @@ class DatasetInfo(_Part):
 
     kind: str = Field(max_length=64)
     count: int = Field(ge=1, lt=2**32)
-    fingerprint: dict[str, Any]
-    classes: tuple[str, ...] = Field((), max_length=1 << 20)
-    source: str = ""
+    fingerprint: Facts
+    classes: tuple[Text, ...] = Field((), max_length=1 << 20)
+    source: str = Field("", max_length=1 << 20)
     id_space: int = Field(0, ge=0, lt=2**32)
 
     @property
@@ -94,8 +98,8 @@ class DecoderInfo(_Part):
     """What turned bytes into pixels. Backend and flags are identity; versions serve the message when pixels differ."""
 
     backend: str = Field(max_length=64)
-    flags: dict[str, Scalar] = {}
-    versions: dict[str, Scalar] = {}
+    flags: Facts = {}
+    versions: Facts = {}
 
 
 class FactorInfo(_Part):
@@ -128,8 +132,8 @@ class TapInfo(_Part):
     margin: tuple[float, ...] | None = Field(None, max_length=MAX_CHANNELS)
     codec: CodecName = "u8"
     compression: Compression = "none"
-    fit: dict[str, Any] = {}
-    error: dict[str, Any] = {}
+    fit: Facts = {}
+    error: Facts = {}
 
     @property
     def channels(self) -> int:
@@ -223,8 +227,8 @@ class Manifest(_Part):
     shard_bytes: int = Field(32 << 20, ge=1, le=1 << 31)  # 32 MiB
     batch_rows: int = Field(ge=1, le=1 << 20)
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
-    versions: dict[str, Scalar] = {}
-    created: str = ""
+    versions: Facts = {}
+    created: Text = ""
 
     @field_validator("teachers")
     @classmethod
