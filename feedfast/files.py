@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -160,6 +161,25 @@ def read_file(path: str | Path, most_bytes: int) -> bytes:
         if size > most_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes long, expected at most {most_bytes}", str(path))
         return file.read(size)  # no more than it had: what grows meanwhile has no end
+
+
+def refuse_packed(path: Path) -> None:
+    """Raise if a file of tensors would unpack to more than it holds: torch stores tensors as they are.
+
+    Raises:
+        OSError: as `open_regular`.
+        ValueError: a member is compressed, or they say that they hold more than the file.
+    """
+    with open(open_regular(path), "rb") as file:
+        if not zipfile.is_zipfile(file):
+            return  # torch's old format, whose tensors lie one after another
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+        size = os.fstat(file.fileno()).st_size
+        total = sum(member.file_size for member in members)
+    if packed or total > size:
+        raise ValueError(f"it unpacks to {total} bytes from {size}, expected tensors as torch.save stores them")
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -106,7 +106,9 @@ class Cache(_Section):
     pilot: int = Field(2048, ge=16, le=1 << 24, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
     part: str = Field(
-        "0/1", pattern=r"^[0-9]{1,6}/[0-9]{1,6}$", description="i/n: write every n-th shard from the i-th; under torchrun: rank/world"
+        "0/1",
+        pattern=r"^[0-9]{1,6}/[0-9]{1,6}$",
+        description="i/n: write every n-th shard from the i-th; under torchrun: rank/world",
     )
     threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
 
@@ -188,7 +190,9 @@ class Train(_Section):
     )
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: fractions of the run")
     gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor at every milestone")
-    warmup_epochs: float = Field(0.0, ge=0, le=1e9, description="linear rise of the learning rate before the schedule begins")
+    warmup_epochs: float = Field(
+        0.0, ge=0, le=1e9, description="linear rise of the learning rate before the schedule begins"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay fp32")
     channels_last: bool = Field(True, description="memory format of the student and its images")
     compile: bool = Field(False, description="torch.compile the student")

@@ -215,7 +215,11 @@ class TeacherInfo(_Part):
 
 
 class Manifest(_Part):
-    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on."""
+    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on.
+
+    ``folder`` is the number (inode) of the folder it was written into. A cache that was copied, unpacked or downloaded
+    lies in another one, and the paths in it are then nobody's here.
+    """
 
     format: Literal[2] = 2
     dataset: DatasetInfo
@@ -229,6 +233,7 @@ class Manifest(_Part):
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
     versions: Facts = {}
     created: Text = ""
+    folder: int = Field(0, ge=0, lt=2**64)
 
     @field_validator("teachers")
     @classmethod
@@ -394,6 +399,9 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
         known = teachers.get(name)
         teachers[name] = known.model_copy(update={"taps": {**teacher.taps, **known.taps}}) if known else teacher
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
-    return existing.model_copy(
-        update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}
-    )
+    views = max(existing.views, asked.views)
+    changes: dict[str, Any] = {"teachers": teachers, "views": views, "images": images}
+    if asked.folder:  # whoever extends a cache has named its images
+        changes["folder"] = asked.folder
+        changes["dataset"] = existing.dataset.model_copy(update={"source": asked.dataset.source})
+    return existing.model_copy(update=changes)

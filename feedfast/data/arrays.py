@@ -6,12 +6,11 @@ The two flavors have no header, so they are told apart by arithmetic: the size m
 Where both fit, the labels decide; a file that fits neither is refused with the reason for each.
 
 Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is HWC or gray (HW). Labels of
-CIFAR-100 are the fine ones. Nothing here executes data: npz is read with ``allow_pickle=False``.
+CIFAR-100 are the fine ones. Nothing here executes data: an npz with objects in it is refused.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.npz import read_npz
 from feedfast.errors import RequestError
+from feedfast.files import read_file
 
 __all__ = ["PixelStore", "open_cifar", "open_npz"]
 
 _PIXEL_BYTES = 3 * 32 * 32
+_MAX_CLASSES = 1 << 20  # each gets a name, also where a label is damaged
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,7 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
     Raises:
         RequestError: not a readable npz without pickled objects, or an array has the wrong name, type or shape.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in ("images", "labels", "classes") if name in archive.files}
-            names = archive.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path}: expected an .npz of plain arrays; {error}") from error
+    found, names = read_npz(path, ("images", "labels", "classes"))
     if "images" not in found:
         raise RequestError(f"{path}: expected an array named 'images', found {names}")
     images = found["images"]
@@ -140,9 +137,15 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
     if 0 in images.shape:
         raise RequestError(f"{path}: expected at least one image with pixels, found 'images' of {list(images.shape)}")
     labels = found.get("labels", np.full(len(images), -1, dtype=np.int32))
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < -1 or labels.max() >= 2**31:
+    if (
+        labels.shape != (len(images),)
+        or labels.dtype.kind not in "iu"
+        or labels.min() < -1
+        or labels.max() >= _MAX_CLASSES
+    ):
         raise RequestError(
-            f"{path}: expected 'labels' as {len(images)} integers >= -1, found {labels.dtype} {list(labels.shape)}"
+            f"{path}: expected 'labels' as {len(images)} integers from -1 to {_MAX_CLASSES - 1}, "
+            f"found {labels.dtype} {list(labels.shape)}"
         )
     needed = int(labels.max()) + 1
     classes = tuple(str(c) for c in found["classes"].reshape(-1)) if "classes" in found else _numbers(needed)
@@ -178,7 +181,11 @@ def _records(path: Path, flavor: _Flavor) -> NDArray[np.uint8]:
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
     if not path.is_file():
         return _numbers(count)
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = read_file(path, 1 << 20).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: expected {count} class names; {error}") from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(names) != count:
         raise RequestError(f"{path}: expected {count} class names, found {len(names)}")
     return names

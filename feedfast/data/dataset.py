@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.idx import idx_images_below, is_idx, open_idx
-from feedfast.data.images import EXTENSIONS, Unreadable, encoded_size, scan_images
+from feedfast.data.images import EXTENSIONS, MAX_ENCODED_BYTES, Unreadable, encoded_size, scan_images
 from feedfast.errors import RequestError
+from feedfast.files import read_file
 
 __all__ = ["Dataset", "open_dataset"]
 
@@ -104,7 +105,7 @@ class Dataset:
             path = self.path(int(position))
             size = (int(self.sizes[position, 0]), int(self.sizes[position, 1]))
             try:
-                content = path.read_bytes()
+                content = read_file(path, MAX_ENCODED_BYTES)
                 found = encoded_size(io.BytesIO(content))
             except (OSError, Unreadable) as why:
                 problems.append(f"\n  {path}: {why.strerror if isinstance(why, OSError) else why}")
@@ -135,7 +136,9 @@ class Dataset:
 
     def _hashed(self, positions: NDArray[np.int64]) -> list[int]:
         if self.pixels_store is None:
-            contents: Iterable[Any] = (self.path(position).read_bytes() for position in positions.tolist())
+            contents: Iterable[Any] = (
+                read_file(self.path(position), MAX_ENCODED_BYTES) for position in positions.tolist()
+            )
         else:
             contents = (image.data for image in self.pixels(positions))
         return [int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") for data in contents]

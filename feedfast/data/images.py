@@ -16,6 +16,7 @@ pixels as DALI and PIL's ``exif_transpose`` produce them.
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from feedfast.files import open_regular
+
 __all__ = ["EXTENSIONS", "Unreadable", "encoded_size", "full_check", "image_size", "scan_images"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 
-MAX_PIXELS = 1 << 28
-"""Larger images are refused: 768 MiB decoded, more likely a damaged header than a photograph."""
+MAX_PIXELS = 89_478_485
+"""Larger images are refused, as by PIL: 256 MiB decoded, more likely a bomb or a damaged header than a photograph."""
+
+MAX_ENCODED_BYTES = 1 << 28
+_MAX_SEGMENTS = 1 << 18  # a file made of empty segments alone would be walked for minutes
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame; those three are tables and a reserved code
 _SOF_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive: what libjpeg-turbo decodes everywhere
@@ -52,7 +58,9 @@ def image_size(path: Path | str) -> tuple[int, int]:
         Unreadable: as ``encoded_size``, or the file cannot be opened.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_ENCODED_BYTES:
+                raise Unreadable(f"more than {MAX_ENCODED_BYTES} bytes long")
             return encoded_size(file)
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from error
@@ -145,11 +153,13 @@ def _scan_jpeg(file: BinaryIO) -> tuple[int, int, int]:
     height = width = 0
     orientation: int | None = None
     file.seek(2)
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         prefix, marker = struct.unpack(">BB", file.read(2))
         if prefix != 0xFF:
             raise Unreadable(f"damaged JPEG header: 0x{prefix:02x} where a marker was expected")
-        while marker == 0xFF:  # fill bytes before a marker are allowed
+        for _ in range(_MAX_SEGMENTS):
+            if marker != 0xFF:  # fill bytes before a marker are allowed
+                break
             (marker,) = struct.unpack(">B", file.read(1))
         if marker in _BARE:
             continue
@@ -171,6 +181,7 @@ def _scan_jpeg(file: BinaryIO) -> tuple[int, int, int]:
             _find_jpeg_end(file, body_at + length - 2)
             return height, width, orientation or 1
         file.seek(body_at + length - 2)
+    raise Unreadable(f"more than {_MAX_SEGMENTS} segments before the image data")
 
 
 def _find_jpeg_end(file: BinaryIO, data_at: int) -> None:
@@ -213,7 +224,7 @@ def _scan_png(file: BinaryIO) -> tuple[int, int, int]:
     has_data = False
     size = file.seek(0, io.SEEK_END)
     file.seek(len(_PNG))
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         header = file.read(8)
         if len(header) < 8:
             raise Unreadable("cut short: no PNG end chunk")
@@ -232,3 +243,4 @@ def _scan_png(file: BinaryIO) -> tuple[int, int, int]:
                 raise Unreadable("PNG without a header or image data")
             return height, width, orientation
         file.seek(body_at + length + 4)
+    raise Unreadable(f"more than {_MAX_SEGMENTS} chunks")

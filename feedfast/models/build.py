@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
+from feedfast.files import refuse_packed
 from feedfast.models.zoo import ZOO_NAMES, build_zoo
 
 __all__ = ["build_model", "load_weights", "weights_sha256"]
@@ -263,7 +264,10 @@ def load_weights(model: nn.Module, path: str | Path, *, name: str = "model") -> 
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in expected]
     shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
-    if missing or unexpected or shapes:
+    kinds = [
+        k for k in expected if k in state and state[k].is_floating_point() != expected[k].is_floating_point()
+    ]  # fmt: skip
+    if missing or unexpected or shapes or kinds:
         parts = []
         if missing:
             parts.append(_listing("missing", (f"{k} {list(expected[k].shape)}" for k in missing), len(missing)))
@@ -272,6 +276,9 @@ def load_weights(model: nn.Module, path: str | Path, *, name: str = "model") -> 
         if shapes:
             lines = (f"{k} expected {list(expected[k].shape)}, found {list(state[k].shape)}" for k in shapes)
             parts.append(_listing("of another shape", lines, len(shapes)))
+        if kinds:
+            lines = (f"{k} expected {expected[k].dtype}, found {state[k].dtype}" for k in kinds)
+            parts.append(_listing("of another type", lines, len(kinds)))
         raise RequestError(
             f"weights {path} do not fit model {name}: expected {len(expected)} tensors, found {len(state)}; "
             + "; ".join(parts)
@@ -289,6 +296,7 @@ def _read_state(path: Path, name: str) -> dict[str, Tensor]:
         found = "a folder" if path.is_dir() else "nothing"
         raise RequestError(f"weights of model {name}: expected a state_dict file at {path}, found {found}")
     try:
+        refuse_packed(path)
         loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged or foreign file
         size = path.stat().st_size
@@ -307,6 +315,11 @@ def _read_state(path: Path, name: str) -> dict[str, Tensor]:
             raise RequestError(
                 f"weights {path} of model {name}: expected a mapping of names to tensors (bare, or under 'state_dict' "
                 f"or 'model'), found {key!r}: {type(value).__name__}"
+            )
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+            raise RequestError(
+                f"weights {path} of model {name}: {key}: expected a plain tensor with values, "
+                f"found {value.layout} on {value.device}, {value.dtype}"
             )
     return dict(loaded)
 

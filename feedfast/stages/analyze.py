@@ -9,7 +9,6 @@ The protocol is our reading: the paper's is not known in detail. So it is a repo
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import write_json
+from feedfast.files import read_json, write_json
 from feedfast.methods.ft import TAP, Paraphraser, train_paraphraser
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
@@ -235,11 +234,13 @@ def _open_run(path: Path) -> _Run:
             f"run {path}: expected a finished run of `feedfast train`, found no {' and no '.join(missing)}"
         )
     try:
-        recipe = parse_recipe(json.loads((path / RECIPE).read_bytes()), where=str(path / RECIPE))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
+        recipe = parse_recipe(read_json(path / RECIPE), where=str(path / RECIPE))
     except FeedfastError as error:
         raise RequestError(f"run {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
+    if ":" in recipe.student.model:
+        raise RequestError(f"run {path}: student.model: {recipe.student.model!r} would import code that a folder names")
     if recipe.student.branches > 1:
         raise RequestError(
             f"run {path}: student.branches: expected a network with one final map, found {recipe.student.branches} "
@@ -248,7 +249,7 @@ def _open_run(path: Path) -> _Run:
     accuracy = None
     if (path / "result.json").is_file():
         try:
-            value = json.loads((path / "result.json").read_bytes()).get("val_accuracy")
+            value = read_json(path / "result.json").get("val_accuracy")
         except (OSError, ValueError, AttributeError):  # only shown
             value = None
         accuracy = float(value) if isinstance(value, (int, float)) else None

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from feedfast.errors import FeedfastError
-from feedfast.files import replace_file
+from feedfast.files import refuse_packed, replace_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -41,22 +41,52 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     replace_file(path, [buffer.getbuffer()])
 
 
-def load_checkpoint(out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, total: int
+) -> int:
     """Restore everything `save_checkpoint` wrote; returns the step to continue at.
+
+    Hyperparameters stay those of ``optimizer``: they follow from the recipe.
+
+    Args:
+        out: the run's folder.
+        student: receives its weights.
+        method: receives its weights.
+        optimizer: receives its state.
+        total: steps of the run.
 
     Raises:
         FeedfastError: the file is damaged or belongs to other networks.
     """
     path = out / CHECKPOINT
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
+        refuse_packed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        step = state["step"]
+        if type(step) is not int or not 0 <= step <= total:
+            raise ValueError(f"step: expected 0 to {total}, found {step!r}")  # noqa: TRY301
+        _refuse_not_finite(state)
         student.load_state_dict(state["student"])
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        for group, values in zip(optimizer.param_groups, own, strict=True):
+            group.update(values)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FeedfastError(
             f"{path}: expected a checkpoint of this run, found a damaged or foreign file ({first}); "
             "overwrite=true starts afresh"
         ) from error
+    return step
+
+
+def _refuse_not_finite(tree: Any, key: str = "") -> None:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            _refuse_not_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, Tensor):
+        if tree.layout != torch.strided or tree.is_meta or tree.is_quantized:
+            raise ValueError(f"{key}: expected a plain tensor, found {tree.layout} on {tree.device}, {tree.dtype}")
+        if tree.is_floating_point() and not bool(tree.isfinite().all()):
+            raise ValueError(f"{key}: expected finite values")

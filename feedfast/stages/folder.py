@@ -8,18 +8,18 @@ weights nor a refusal of the corrected recipe.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import write_json
+from feedfast.files import read_json, refuse_links, remove_temporary, write_json
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
 
 RECIPE = "recipe.json"
 BRANCH = "branch.pt"
+TENSORBOARD = "tensorboard"
 RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html")
 
 
@@ -31,6 +31,7 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
         FeedfastError: its ``recipe.json`` is damaged.
     """
     ensure_dir(out, key)
+    refuse_links(out, out / TENSORBOARD)
     held = out / RECIPE
     if recipe.overwrite:
         return False
@@ -43,7 +44,7 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
             )
         return False
     try:
-        theirs = _with_defaults(json.loads(held.read_bytes()))
+        theirs = _with_defaults(read_json(held))
     except (OSError, ValueError) as error:
         raise FeedfastError(f"{held}: cannot be read ({error}); overwrite=true starts afresh") from error
     differing = differences(theirs, comparable(recipe))
@@ -56,14 +57,15 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
 def _with_defaults(tree: Any) -> Any:
     """An older recipe.json with the keys that have come since: a run of yesterday's version can be continued."""
     try:
-        return comparable(parse_recipe(tree))
+        return comparable(parse_recipe(tree if isinstance(tree, dict) else {}))
     except FeedfastError:  # of a version whose keys are no longer known: compared as it is
         return tree
 
 
 def start_run_dir(out: Path, recipe: Recipe) -> None:
-    """Start a run in ``out``: an older result goes, ``recipe.json`` is written."""
-    for path in (*(out / name for name in RESULTS), *(out / "tensorboard").glob("events.out.tfevents.*")):
+    """Start a run in ``out``: an older result goes, also what a killed run left; ``recipe.json`` is written."""
+    remove_temporary(out)
+    for path in (*(out / name for name in RESULTS), *(out / TENSORBOARD).glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
     write_json(out / RECIPE, comparable(recipe))
 

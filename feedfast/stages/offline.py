@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,12 +89,18 @@ class OfflineRun:
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
+        self.resumed = 0  # rows of this part that an earlier run has written
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
     def run(self) -> dict[str, Any]:
         """See `run_cache`."""
         started = time.perf_counter()
         refuse_foreign(self.path)
+        done = self._nothing_to_do()
+        if done is not None:
+            log.info("cache: %s cannot be written to, and holds all that the recipe asks for", self.path)
+            self.loader.close()
+            return self._summary(done, 0, 0, 0.0, time.perf_counter() - started)
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
@@ -105,8 +112,10 @@ class OfflineRun:
             )
             work = recorder.pending
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
-            resumed = manifest.num_rows * manifest.views - total
-            there = f", {resumed:,} rows already there" if resumed else ""
+            self.resumed = max(0, writer.rows - total)  # whole batches are run, also where half of one is there
+            there = f", {self.resumed:,} rows already there" if self.resumed else ""
+            others = manifest.num_rows * manifest.views - writer.rows
+            there += f", {others:,} rows are other parts'" if others else ""
             images = f"{manifest.num_rows:,} images"
             log.info(
                 "cache: %d teachers, %d views of %s → %s%s",
@@ -125,12 +134,44 @@ class OfflineRun:
         now = time.perf_counter()
         return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
 
+    def _nothing_to_do(self) -> Manifest | None:
+        """The manifest of a cache that cannot be written to and need not be; None where there is work to do."""
+        if not (self.path / ROOT).exists() or os.access(self.path, os.W_OK):
+            return None
+        held = read_manifest(self.path)
+        refuse_differences(self.path, self._manifest(held, {}), held)
+        reader = CacheReader(self.path)
+        for name, teacher in self.teachers.items():
+            known = held.teachers[name].taps if name in held.teachers else {}
+            for tap, request in teacher.requests.items():
+                if tap not in known:
+                    return None
+                self._refuse_other_tap(name, tap, request.margin, known[tap])
+            if LOGITS not in known:
+                return None
+        if held.views < self.recipe.cache.views or not reader.complete:
+            return None
+        reader.require(reader.specs, range(held.views))
+        self.resumed = held.num_rows * held.views
+        return held
+
+    def _refuse_empty_views(self, held: Manifest) -> None:
+        """A manifest may promise views that nobody has begun: those are written only when they are asked for."""
+        begun = {commit.view for commit in read_log(self.path).commits.values()}
+        most = max(self.recipe.cache.views, len(begun))
+        if held.views > most:
+            raise CacheMismatchError(
+                f"{self.path}: its manifest says {held.views} views, but its log holds rows of {len(begun)} and the "
+                f"recipe asks for {self.recipe.cache.views}; cache.views={held.views} writes all of them"
+            )
+
     def _prepare(self) -> Manifest:
         """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
         held = read_manifest(self.path) if (self.path / ROOT).exists() else None
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)
+            self._refuse_empty_views(held)
         self._probe(held)
         fitted = self._fit(held, bare.plan.granule)
         manifest = open_for_writing(self.path, self._manifest(held, fitted))
@@ -183,6 +224,7 @@ class OfflineRun:
             teachers=teachers,
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            folder=self.path.stat().st_ino,
         )
 
     def _probe(self, held: Manifest | None) -> None:
@@ -308,7 +350,7 @@ class OfflineRun:
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
         return {
             "rows_written": rows,
-            "rows_resumed": manifest.num_rows * manifest.views - rows,
+            "rows_resumed": self.resumed,
             "bytes": total,
             "bytes_written": written,
             "bytes_per_sample": total / (manifest.num_rows * manifest.views),

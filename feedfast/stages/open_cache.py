@@ -25,7 +25,7 @@ from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.models.normalize import Normalize
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
-from feedfast.stages.proof import check_views, plan_of, replay_pixels, source_of
+from feedfast.stages.proof import check_views, plan_of, replay_pixels, selection_of, source_of
 from feedfast.stages.source import Cached, manifest_taps
 from feedfast.stages.worker import pick_device
 
@@ -242,7 +242,8 @@ def open_cache(
 
     Args:
         path: the cache's folder.
-        data: where the training images are; where the manifest says they were without it.
+        data: where the training images are; without it, where the manifest says they were, unless the cache has been
+            copied since or comes from somebody else.
         threads: reading threads of each stream.
         replay: blocks of pixels decoded again and compared with the teachers' pixels; 0 skips the comparison.
 
@@ -252,9 +253,10 @@ def open_cache(
         CacheDamageError: the cache is incomplete or damaged.
     """
     reader = CacheReader(path, threads=threads)
-    chosen = source_of(reader)
     if data:
-        chosen = replace(chosen, train=(data,) if isinstance(data, str) else tuple(data))
+        chosen = replace(selection_of(reader), train=(data,) if isinstance(data, str) else tuple(data))
+    else:
+        chosen = source_of(reader)
     found = chosen.open()
     expected = reader.manifest.model_copy(update={"dataset": dataset_info(chosen, found)})
     refuse_differences(reader.path, expected, reader.manifest)

@@ -11,7 +11,6 @@ The saved student carries no adapters.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import nn
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
-from feedfast.files import write_json
+from feedfast.files import read_json, remove_temporary, write_json
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model, load_weights
@@ -179,7 +178,10 @@ class StudentRun:
         if self.me.first and not self.resumed:
             start_run_dir(self.out, self.recipe)
         if self.resumed:
-            step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer)
+            step = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.total)
+            loop.kept = step
+            if self.me.first:
+                remove_temporary(self.out)
         stop = min(loop.total, train.max_steps) if train.max_steps else loop.total
         log.info(
             "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
@@ -276,7 +278,8 @@ class StudentRun:
         earlier: dict[str, Any] = {}
         if held.is_file() and not timing.steps:
             with contextlib.suppress(OSError, ValueError):  # a damaged one is written again
-                earlier = json.loads(held.read_bytes())
+                found = read_json(held)
+                earlier = found if isinstance(found, dict) else {}
         result: dict[str, Any] = {
             "val_accuracy": accuracy,
             "final_loss": events.last("loss") if events is not None else None,
