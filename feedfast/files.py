@@ -163,23 +163,29 @@ def read_file(path: str | Path, most_bytes: int) -> bytes:
         return file.read(size)  # no more than it had: what grows meanwhile has no end
 
 
-def refuse_packed(path: Path) -> None:
-    """Raise if a file of tensors would unpack to more than it holds: torch stores tensors as they are.
+def check_archive(path: Path) -> None:
+    """Raise if a file of tensors is damaged, or would unpack to more than it holds: torch stores tensors as they are.
 
     Raises:
         OSError: as `open_regular`.
-        ValueError: a member is compressed, or they say that they hold more than the file.
+        ValueError: a member is compressed or is not what its checksum says, or they hold more than the file.
     """
     with open(open_regular(path), "rb") as file:
         if not zipfile.is_zipfile(file):
             return  # torch's old format, whose tensors lie one after another
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-        size = os.fstat(file.fileno()).st_size
-        total = sum(member.file_size for member in members)
-    if packed or total > size:
-        raise ValueError(f"it unpacks to {total} bytes from {size}, expected tensors as torch.save stores them")
+            packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+            size = os.fstat(file.fileno()).st_size
+            total = sum(member.file_size for member in members)
+            if packed or total > size:
+                raise ValueError(f"it unpacks to {total} bytes from {size}, expected tensors as torch.save stores them")
+            try:
+                damaged = archive.testzip()
+            except Exception as error:  # zipfile raises half a dozen types for what is damaged
+                raise ValueError(f"damaged: {error}") from error
+            if damaged is not None:
+                raise ValueError(f"damaged: {damaged} is not what its checksum says")
 
 
 def parse_json(data: bytes | str) -> Any:

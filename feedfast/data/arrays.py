@@ -144,7 +144,7 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
         or labels.max() >= _MAX_CLASSES
     ):
         raise RequestError(
-            f"{path}: expected 'labels' as {len(images)} integers from -1 to {_MAX_CLASSES - 1}, "
+            f"{path}: expected 'labels' as {len(images)} integers >= -1 and below {_MAX_CLASSES}, "
             f"found {labels.dtype} {list(labels.shape)}"
         )
     needed = int(labels.max()) + 1

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
-from feedfast.files import refuse_packed
+from feedfast.files import check_archive
 from feedfast.models.zoo import ZOO_NAMES, build_zoo
 
 __all__ = ["build_model", "load_weights", "weights_sha256"]
@@ -296,7 +296,7 @@ def _read_state(path: Path, name: str) -> dict[str, Tensor]:
         found = "a folder" if path.is_dir() else "nothing"
         raise RequestError(f"weights of model {name}: expected a state_dict file at {path}, found {found}")
     try:
-        refuse_packed(path)
+        check_archive(path)
         loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged or foreign file
         size = path.stat().st_size

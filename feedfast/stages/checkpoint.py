@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import FeedfastError
-from feedfast.files import refuse_packed, replace_file
+from feedfast.files import check_archive, replace_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -61,7 +61,7 @@ def load_checkpoint(
     path = out / CHECKPOINT
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        refuse_packed(path)
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         step = state["step"]
         if type(step) is not int or not 0 <= step <= total:

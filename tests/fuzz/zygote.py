@@ -29,8 +29,18 @@ EXTRA_BYTES = 6 << 30  # of address space: keeps a runaway input from the machin
 
 def warm() -> None:
     """Import what the commands import."""
-    for name in ("numpy.random", "nvidia.dali.fn", "torch.utils.tensorboard", "torchvision.models"):
+    for name in (
+        "numpy.random", "nvidia.dali.fn", "nvidia.dali.pipeline", "torch.utils.tensorboard", "torch.utils.data",
+        "torchvision.models", "matplotlib.figure", "matplotlib.backends.backend_agg", "feedfast.cli",
+    ):  # fmt: skip
         importlib.import_module(name)
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    Image.init()
+    figure = Figure()
+    figure.subplots().legend(handles=[])
+    figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")  # fonts and projections are found now
     for stage in ("analyze", "catalog", "inspect", "offline", "plan", "student", "verify"):
         importlib.import_module(f"feedfast.stages.{stage}")
 

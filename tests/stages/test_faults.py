@@ -287,7 +287,7 @@ def test_a_change_outside_the_fingerprint_is_found_by_replay(tmp_path: Path) -> 
     changed = next(i for i in range(len(images)) if i not in np.linspace(0, len(images) - 1, 256).astype(int))
     images[changed] = 255 - images[changed]
     np.savez(file, images=images, labels=labels)
-    problems = verified(world, "--replay", "999", "--recipe", str(world.file()))
+    problems = verified(world, "--replay", "999")
     assert [entry["kind"] for entry in problems] == ["pixels"]
     named = f"digits-train.npz[{changed}] (sample {changed}): the image has changed"
     assert named in problems[0]["detail"]
