@@ -341,7 +341,9 @@ def _check_values(node: Any, where: str, key: str) -> None:
             raise RequestError(f"{where}: {key}: expected text of at most {_MAX_TEXT} plain characters, found {what}")
     elif isinstance(node, int):
         if not -(2**63) <= node < 2**63:
-            raise RequestError(f"{where}: {key}: expected a number of at most 63 bits, found {node:.3g}…")
+            raise RequestError(
+                f"{where}: {key}: expected a number of at most 63 bits, found one of {node.bit_length()}"
+            )
     elif isinstance(node, float) and not abs(node) <= _MAX_NUMBER:
         expected = f"a number of at most {_MAX_NUMBER:g}" if math.isfinite(node) else "a finite number"
         raise RequestError(f"{where}: {key}: expected {expected}, found {node}")
