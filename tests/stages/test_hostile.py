@@ -6,7 +6,6 @@ into without a bound, no terminal is told what to do, and what is refused is ref
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,61 +19,24 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Outcome, feedfast
-from small import as_toml, digits_recipe
+from commands import feedfast
+from hostile import CACHE, LOG, copy_world, make_whole, manifest, run
 
 import feedfast as package
-from feedfast.errors import CacheDamageError, FeedfastError, RequestError
-
-CACHE, LOG = "digits.zarr", "digits.zarr/commits/part-0-of-1.jsonl"
-KEYS = ("cache.pilot=32", "cache.batch=16", "train.batch=16", "method.name=kd")
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "verify": ("verify", CACHE, "--full"),
-    "cache": ("cache", "recipe.toml", *KEYS),
-    "train": ("train", "recipe.toml", *KEYS, "overwrite=true"),
-    "resume": ("train", "recipe.toml", *KEYS),
-    "plain": ("train", "recipe.toml", *KEYS, "train.source=none", "method.name=none", "overwrite=true", "data.val=[]"),
-    "images": ("train", "recipe.toml", "data.train=images", "data.val=[]", "data.limit=0", "train.batch=1",
-               "train.source=none", "method.name=none", "overwrite=true"),
-}  # fmt: skip
+from feedfast.errors import RequestError
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 60 digits, and the folder of a run that stands at its second step."""
-    folder = tmp_path_factory.mktemp("hostile")
-    recipe = digits_recipe(folder, (), teachers=1, data={"limit": 6}, train={"epochs": 1})
-    as_toml(recipe, folder / "recipe.toml")
-    assert feedfast("cache", folder / "recipe.toml", *KEYS).code == 0
-    assert feedfast("train", folder / "recipe.toml", *KEYS, "train.max_steps=2").code == 0
-    text = (folder / "recipe.toml").read_text()
-    (folder / "recipe.toml").write_text(text.replace(f"{folder}/", ""))  # what is below is copied
-    return folder
+    return make_whole(tmp_path_factory.mktemp("hostile"))
 
 
 @pytest.fixture
 def world(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to be spoiled, as a stranger's archive would be; the current folder."""
-    folder = tmp_path / "world"
-    shutil.copytree(whole, folder)
-    # runs know the paths of their recipe
-    recipe = folder / "student/recipe.json"
-    recipe.write_text(recipe.read_text().replace(f"{whole}/", ""))
+    """A copy to be spoiled; the current folder."""
+    folder = copy_world(whole, tmp_path / "world")
     monkeypatch.chdir(folder)
     return folder
-
-
-def run(command: str, *arguments: str) -> Outcome:
-    outcome = feedfast(*COMMANDS[command], *arguments)
-    assert "Traceback" not in outcome.err
-    assert not [char for char in outcome.err if ord(char) < 32 and char != "\n"]
-    return outcome
-
-
-def manifest(**changes: Any) -> None:
-    tree = json.loads(Path(CACHE, "zarr.json").read_text())
-    tree["attributes"]["feedfast"].update(changes)
-    Path(CACHE, "zarr.json").write_text(json.dumps(tree))
 
 
 # ---- links
@@ -293,9 +255,10 @@ def test_no_terminal_is_told_what_to_do(world: Path) -> None:
 NUMBERS = [
     "train.warmup_epochs=inf", "train.milestones=[nan]", "train.lr=1e39", "train.weight_decay=inf", "method.weight=inf",
     "method.tau=nan", "method.tau=1e39", "train.checkpoint_minutes=nan", f"train.steps={10**30}", f"data.limit={2**63}",
-    "train.epochs=1" + "0" * 400, f"train.threads={2**62}", "data.threads=1000000", f"cache.batch={2**62}", "cache.part=0/" + "9" * 5000,
-    "cache.part=٣/٤", 'train.out="a\\u0000b"', 'data.train=["a\\u0000b"]', 'cache.path="a\\u0000b"',
-    'teachers.0.weights="a\\u0000b"', 'student.weights="\\u001b[2J"', "train.out=" + "a" * 5000, "data.std=[nan,1,1]",
+    "train.epochs=1" + "0" * 400, f"train.threads={2**62}", "data.threads=1000000", f"cache.batch={2**62}",
+    "cache.part=0/" + "9" * 5000, "cache.part=٣/٤", 'train.out="a\\u0000b"', 'data.train=["a\\u0000b"]',
+    'cache.path="a\\u0000b"', 'teachers.0.weights="a\\u0000b"', 'student.weights="\\u001b[2J"',
+    "train.out=" + "a" * 5000, "data.std=[nan,1,1]",
 ]  # fmt: skip
 
 
@@ -384,119 +347,3 @@ def test_a_run_folder_imports_no_code(world: Path) -> None:
     outcome = feedfast("analyze", "reconstruction", "student")
     assert "would import code that a folder names" in outcome.error
     assert "antigravity" not in sys.modules
-
-
-# ---- what is no damage
-
-
-@pytest.mark.parametrize("path", ["a" * 300, "a\0b", "x/" * 3000])
-def test_odd_paths_are_refused_in_a_sentence(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FeedfastError):
-        package.open_cache(path)
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE])
-def test_what_cannot_be_opened_now_is_not_called_damage(
-    code: int, world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.open
-
-    def refuse(path: Any, *arguments: Any, **more: Any) -> int:
-        if "/codes/c/0/" in str(path):
-            raise OSError(code, os.strerror(code), str(path))
-        return real(path, *arguments, **more)
-
-    monkeypatch.setattr(os, "open", refuse)
-    before = sorted(path for path in world.rglob("*"))
-    outcome = run("train")
-    assert os.strerror(code) in outcome.error
-    assert "That is no damage" in outcome.error
-    assert "delete" not in outcome.error
-    with pytest.raises(FeedfastError) as caught:
-        list(package.open_cache(CACHE, data="digits-train.npz", replay=0).stream(0, 16))
-    assert not isinstance(caught.value, CacheDamageError)
-    listed = run("verify").document["problems"]
-    assert {entry["kind"] for entry in listed} == {"io"}
-    assert sorted(path for path in world.rglob("*") if "student" not in str(path)) == [
-        path for path in before if "student" not in str(path)
-    ]
-
-
-def test_a_cache_that_cannot_be_looked_up_is_not_written_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.stat
-
-    def refuse(path: Any, *arguments: Any, **more: Any) -> Any:
-        if "/codes/c/1/" in str(path):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return real(path, *arguments, **more)
-
-    monkeypatch.setattr(os, "stat", refuse)
-    assert "That is no damage" in run("cache").error
-
-
-def test_a_complete_cache_that_is_read_only_needs_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.access
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: real(path, mode) and (CACHE not in str(path) or mode == os.R_OK)
-    )
-    for path in Path(CACHE).rglob("*"):
-        path.chmod(0o444 if path.is_file() else 0o555)
-    before = {path: path.stat().st_mtime_ns for path in Path(CACHE).rglob("*")}
-    outcome = run("cache")
-    assert outcome.code == 0, outcome.err
-    assert "holds all that the recipe asks for" in outcome.err
-    assert outcome.document["rows_written"] == 0
-    assert outcome.document["complete"] is True
-    assert {path: path.stat().st_mtime_ns for path in Path(CACHE).rglob("*")} == before
-    assert "read-only" in run("cache", "cache.views=3").error
-    for path in Path(CACHE).rglob("*"):
-        path.chmod(0o755)
-
-
-@pytest.mark.slow
-def test_rows_of_other_parts_are_called_that(world: Path) -> None:
-    # 60 rows of a view are one unit, and each part gets one of the two views
-    first = run("cache", "cache.path=new.zarr", "cache.part=0/2")
-    assert "60 rows are other parts'" in first.err
-    assert "already there" not in first.err
-    assert first.document["rows_resumed"] == 0
-    again = run("cache", "cache.path=new.zarr", "cache.part=0/2")
-    assert "60 rows already there, 60 rows are other parts'" in again.err
-    assert again.document["rows_resumed"] == 60
-
-
-@pytest.mark.slow
-def test_what_a_killed_run_left_is_removed_by_the_next(world: Path) -> None:
-    left = [world / "student" / name for name in (".checkpoint.pt.4711.tmp", ".student.pt.1.tmp")]
-    kept = [world / "student" / name for name in (".hidden", "notes.tmp", ".notes.tmp")]
-    for path in (*left, *kept):
-        path.write_bytes(b"x")
-    assert run("resume").code == 0
-    assert not [path for path in left if path.exists()]
-    left[0].touch()
-    assert run("train").code == 0
-    assert not left[0].exists()
-    assert all(path.exists() for path in kept)
-
-
-@pytest.mark.parametrize("damage", ["missing", "{", '{"zarr_format": 3}'])
-@pytest.mark.parametrize("group", ["targets", "targets/a", "targets/a/final", "views"])
-def test_groups_are_looked_at(group: str, damage: str, world: Path) -> None:
-    file = Path(CACHE, group, "zarr.json")
-    file.unlink() if damage == "missing" else file.write_text(damage)
-    problems = run("verify").document["problems"]
-    assert [(entry["array"], entry["shard"], entry["kind"]) for entry in problems] == [(group, "zarr.json", "metadata")]
-
-
-def test_values_beyond_float16_are_named_by_teacher_and_tap(world: Path) -> None:
-    state = torch.load("a.pt", weights_only=True)
-    for name, value in state.items():
-        if name.endswith("bn1.weight"):
-            value *= 1e6
-    torch.save(state, "a.pt")
-    outcome = run("cache", "cache.path=new.zarr", "cache.codec=f16")
-    assert outcome.code == 1
-    assert outcome.error.startswith("teacher 'a', tap '")
-    assert "expected values within float16's 65504" in outcome.error
-    assert "use codec f32" in outcome.error
