@@ -90,7 +90,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def open_in_place(path: Path, flags: int) -> int:
-    """Open a file that is written in place (a lock, a log), or make it; the descriptor.
+    """Open a file that is written in place (a lock, a log), or make it; the descriptor. Not to be cut by ``flags``.
 
     Raises:
         FeedfastError: it is a link, another name of somebody's file, or no ordinary file.

@@ -70,6 +70,7 @@ def load_checkpoint(
         student.load_state_dict(state["student"])
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
+        _refuse_odd_state(optimizer)
         for group, values in zip(optimizer.param_groups, own, strict=True):
             group.update(values)
     except Exception as error:
@@ -79,6 +80,21 @@ def load_checkpoint(
             "overwrite=true starts afresh"
         ) from error
     return step
+
+
+def _refuse_odd_state(optimizer: torch.optim.Optimizer) -> None:
+    """What an optimizer keeps per parameter: torch believes whatever a file says of it, until its next step."""
+    adam = isinstance(optimizer, torch.optim.AdamW)
+    names = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+    for parameter, kept in optimizer.state.items():
+        found = set(kept) if isinstance(kept, dict) else {type(kept).__name__}
+        if not isinstance(parameter, Tensor) or found - names or (adam and names - found):
+            raise ValueError(f"optimizer: expected {sorted(names)} of every parameter, found {sorted(map(str, found))}")
+        for name, value in kept.items():
+            shape = torch.Size([]) if name == "step" else parameter.shape
+            fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+            if not fits and (adam or value is not None):  # momentum begins with None
+                raise ValueError(f"optimizer: {name}: expected a tensor of {list(shape)}, found another")
 
 
 def _refuse_not_finite(tree: Any, key: str = "") -> None:

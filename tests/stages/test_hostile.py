@@ -283,6 +283,9 @@ def odd_checkpoints() -> dict[str, Callable[[dict[str, Any]], Any]]:
         "step nan": lambda state: state.__setitem__("step", float("nan")),
         "sparse": tensor(torch.Tensor.to_sparse),
         "meta": tensor(lambda value: value.to("meta")),
+        "state of the optimizer": lambda state: state["optimizer"]["state"].__setitem__(0, 7),
+        "momentum of another shape": lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3)),
+        "another key": lambda state: state["optimizer"]["state"][0].update(exp_avg=None),
         "not finite": tensor(lambda value: value * float("nan")),
     }
 
