@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hostile import CACHE, copy_world, make_whole, run
 
 import feedfast as package
+from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheDamageError, FeedfastError
 
 
@@ -60,6 +62,26 @@ def test_what_cannot_be_opened_now_is_not_called_damage(
     assert sorted(path for path in world.rglob("*") if "student" not in str(path)) == [
         path for path in before if "student" not in str(path)
     ]
+
+
+def test_open_shards_stay_below_what_a_process_may_open(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 4096))
+    opened = set()
+    real = os.open
+
+    def count(path: Any, *arguments: Any, **more: Any) -> int:
+        descriptor: int = real(path, *arguments, **more)
+        if "/codes/c/" in str(path):
+            opened.add(descriptor)  # a descriptor that has been closed is given again
+        return descriptor
+
+    with CacheReader(CACHE, threads=1) as reader:
+        assert sum(spec.sharded for spec in reader.specs.values()) * reader.manifest.views > 10
+        monkeypatch.setattr(os, "open", count)
+        for array, spec in reader.specs.items():
+            for view in range(spec.num_views if spec.sharded else 0):
+                reader.read_rows(array, view, range(60))
+    assert 0 < len(opened) <= 40 // 4 + 1
 
 
 def test_a_cache_that_cannot_be_looked_up_is_not_written_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
