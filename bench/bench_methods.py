@@ -52,10 +52,11 @@ log = logging.getLogger("feedfast.bench")
 
 RESULTS = Path(__file__).with_name("results_methods.csv")
 COLUMNS = (
-    "date", "commit", "torch", "images", "epochs", "variant", "views", "codec", "seed", "accuracy", "loss",
+    "date", "commit", "device", "torch", "images", "epochs", "variant", "views", "codec", "seed", "accuracy", "loss",
     "bytes_per_sample", "parameters", "teacher_accuracy",
 )  # fmt: skip
 TAPS = ["final", "ofd", "stage"]
+SETTING = ("device", "images", "epochs")
 CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
 
@@ -222,17 +223,21 @@ def record(row: dict[str, Any], path: Path) -> None:
         writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
 
 
-def rows_of(args: argparse.Namespace, images: int) -> list[dict[str, str]]:
-    """Lines of this setting, the last one of each student."""
-    if not args.results.exists():
-        return []
-    with args.results.open(newline="") as file:
-        found = {
-            (row["variant"], row["views"], row["codec"], row["seed"]): row
-            for row in csv.DictReader(file)
-            if (row["images"], row["epochs"]) == (str(images), str(args.epochs))
-        }
-    return list(found.values())
+def settings_of(path: Path) -> dict[tuple[str, ...], list[dict[str, str]]]:
+    """The lines by setting, of each student the last: only students of one setting are compared."""
+    if not path.exists():
+        return {}
+    found: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            student = tuple(row[key] for key in ("variant", "views", "codec", "seed"))
+            found[tuple(row[key] for key in SETTING)][student] = row
+    return {setting: list(rows.values()) for setting, rows in found.items()}
+
+
+def device_name() -> str:
+    """Of what the students are trained on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def run_variants(
@@ -243,7 +248,8 @@ def run_variants(
     ``teachers``: their mean accuracy, for the rows.
     """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    done = {(row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in rows_of(args, images)}
+    here = settings_of(args.results).get((device_name(), str(images), str(args.epochs)), [])
+    done = {(row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in here}
     for seed in range(1, args.seeds + 1):
         for variant, views, codec in jobs:
             if (variant, views, codec, seed) in done or time.monotonic() > args.until:
@@ -255,6 +261,7 @@ def run_variants(
                 {
                     "date": datetime.now(UTC).date().isoformat(),
                     "commit": commit,
+                    "device": device_name(),
                     "torch": torch.__version__,
                     "images": images,
                     "epochs": args.epochs,
@@ -359,7 +366,7 @@ def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) ->
     return parse_recipe(sections)
 
 
-def plot_curves(rows: list[dict[str, str]], out: Path) -> list[str]:
+def plot_curves(rows: list[dict[str, str]], path: Path) -> list[str]:
     """Accuracy against views and against codecs, one line per method with its deviation."""
     import matplotlib
 
@@ -389,7 +396,6 @@ def plot_curves(rows: list[dict[str, str]], out: Path) -> list[str]:
     left.set_ylabel("accuracy of the student, %")
     left.legend()
     figure.tight_layout()
-    path = out / "methods_curves.svg"
     figure.savefig(path)
     plt.close(figure)
     return [str(path)]
@@ -434,15 +440,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 jobs = [(variant, number, "u8") for number in VIEWS for variant in CURVES]
                 jobs += [(variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
             run_variants(args, tree, list(dict.fromkeys(jobs)), images, teachers)
-    rows = rows_of(args, images)
-    main_rows = [row for row in rows if (row["views"], row["codec"]) == (str(args.views), "u8")]
-    document["methods"] = summarize(main_rows, ("variant",))
-    show("students of every method", document["methods"], ("variant",))
-    curves = [row for row in rows if row["variant"] in CURVES]
-    if len({(row["views"], row["codec"]) for row in curves}) > 1:
-        document["curves"] = summarize(curves, ("variant", "views", "codec"))
-        show("views and codecs", document["curves"], ("variant", "views", "codec"))
-        document["plots"] = plot_curves(curves, args.results.parent)
+    document["settings"] = []
+    for setting, rows in settings_of(args.results).items():
+        found: dict[str, Any] = dict(zip(SETTING, setting, strict=True))
+        words = f"{found['images']} images, {found['epochs']} epochs, {found['device']}"
+        found["methods"] = summarize(
+            [r for r in rows if (r["views"], r["codec"]) == (str(args.views), "u8")], ("variant",)
+        )
+        show(f"students of every method: {words}", found["methods"], ("variant",))
+        curves = [row for row in rows if row["variant"] in CURVES]
+        if len({(row["views"], row["codec"]) for row in curves}) > 1:
+            found["curves"] = summarize(curves, ("variant", "views", "codec"))
+            show(f"views and codecs: {words}", found["curves"], ("variant", "views", "codec"))
+            slug = "-".join(setting).lower().replace(" ", "-")
+            found["plots"] = plot_curves(curves, args.results.with_name(f"methods_curves-{slug}.svg"))
+        document["settings"].append(found)
     print(json.dumps(document))
 
 

@@ -41,6 +41,11 @@ Overrides = Annotated[
 INTERRUPTED = 130
 
 
+def _home(path: Path | None) -> Path | None:
+    """``--out=~/x`` as ``--out ~/x``, which a shell expands."""
+    return path and path.expanduser()
+
+
 @app.callback()
 def options(
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="also debugging messages")] = 0,
@@ -88,7 +93,9 @@ def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the cache, the runs and report.html")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(callback=_home, help="folder for the cache, the runs and report.html")] = Path(
+        "runs/demo"
+    ),
     overwrite: Annotated[bool, typer.Option(help="start afresh instead of resuming")] = False,
 ) -> None:
     """Run the whole pipeline on handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
@@ -163,7 +170,8 @@ def verify(
 def inspect(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
     out: Annotated[
-        Path | None, typer.Option(help="folder for inspect.html with pictures of maps; none = no pictures")
+        Path | None,
+        typer.Option(callback=_home, help="folder for inspect.html with pictures of maps; none = no pictures"),
     ] = None,
 ) -> None:
     """Show what a cache holds: manifest, sizes, ratios, measured errors, pictures of maps."""
@@ -200,7 +208,9 @@ def methods(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="one recipe, shown on stderr")] = None,
-    out: Annotated[Path | None, typer.Option(help="a new file it is copied to, instead of being shown")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=_home, help="a new file it is copied to, instead of being shown")
+    ] = None,
 ) -> None:
     """List the packaged recipes, one per setting of the papers; show or copy one of them."""
     from feedfast.stages.catalog import run_recipes
@@ -216,7 +226,9 @@ def reconstruction(
     seed: Annotated[int, typer.Option(min=0, help="of the paraphrasers' start and of the views")] = 0,
     limit: Annotated[int, typer.Option(min=0, help="training images per epoch; 0 = all")] = 0,
     lr: Annotated[float, typer.Option(help="of the paraphrasers' SGD")] = 0.1,
-    out: Annotated[Path, typer.Option(help="folder for reconstruction.html and .json")] = Path("runs/reconstruction"),
+    out: Annotated[Path, typer.Option(callback=_home, help="folder for reconstruction.html and .json")] = Path(
+        "runs/reconstruction"
+    ),
 ) -> None:
     """FEED's analysis: how well a paraphraser of each network's own final maps rebuilds them. A report, no verdict."""
     from feedfast.stages.analyze import Setting, run_reconstruction

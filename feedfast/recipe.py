@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from feedfast.errors import RequestError
 from feedfast.files import deeper_than, read_file
@@ -38,7 +48,21 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Positives = tuple[Positive, Positive, Positive]
-Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+def _home(text: str) -> str:
+    """``~`` and ``~user`` at the front as the shell would have them; a shell does not, behind ``key=``."""
+    path = os.path.expanduser(text)
+    if text.startswith("~") and path == text:
+        raise ValueError(
+            f"expected a path, {text.partition('/')[0]!r} is nobody's home (./~... is a folder of that name)"
+        )
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_home)]
+Sources = Annotated[tuple[PathText, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Arrays = Annotated[tuple[str, ...], Field(max_length=3)]
 
 _PACKAGED = files("feedfast") / "recipes"
 
@@ -51,9 +75,19 @@ class Data(_Section):
     """Where the images are and how a view of them is drawn."""
 
     train: Sources = Field(
-        min_length=1, description="CIFAR binary file(s), an image folder, an .npz or MNIST's …images-idx3-ubyte(.gz)"
+        min_length=1,
+        description="a folder of class folders (or of images); CIFAR's binary file(s), cifar-10-batches-py or .tar.gz; "
+        'an .npz; MNIST\'s folder or …images-idx3-ubyte(.gz); "python" = the object given to run_cache or run_train',
     )
-    val: Sources = Field((), description="the same for validation, with the same classes; none = no accuracy")
+    val: Sources = Field(
+        (),
+        description="the same for validation, with the same classes (of a source with both parts, its test part); "
+        "none = no accuracy",
+    )
+    arrays: Arrays = Field(
+        (), description="names of an .npz's arrays: [images, labels, classes], the last may be left out; none = these"
+    )
+    val_arrays: Arrays = Field((), description="the same for `val`; none = as `arrays`")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
     augment: Literal["pad-crop-flip", "resized-crop-flip", "none"] = Field(
         "pad-crop-flip",
@@ -91,7 +125,7 @@ class Data(_Section):
 class Cache(_Section):
     """What the offline stage stores, and how."""
 
-    path: str = Field("", description='folder of the cache; needed by `cache` and by `train.source = "cache"`')
+    path: PathText = Field("", description='folder of the cache; needed by `cache` and by `train.source = "cache"`')
     views: int = Field(
         4,
         ge=0,
@@ -118,7 +152,7 @@ class Teacher(_Section):
 
     name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
     model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: str = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
+    weights: PathText = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
     classes: int = Field(0, ge=0, le=1 << 20, description="outputs of the model; 0 = the classes of the data set")
     bn: Literal["eval", "batch"] = Field(
         "eval", description="statistics of its batch norms: its own, or those of each batch of `cache.batch` rows"
@@ -138,7 +172,7 @@ class Student(_Section):
     """The network that is trained."""
 
     model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: str | None = Field(None, description="a state_dict file to start from; none = a random start")
+    weights: PathText | None = Field(None, description="a state_dict file to start from; none = a random start")
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
     )
@@ -198,7 +232,7 @@ class Train(_Section):
     compile: bool = Field(False, description="torch.compile the student")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is some")
     threads: int = Field(0, ge=0, le=1024, description="torch threads on the CPU; 0 = torch's own choice")
-    out: str = Field("runs/student", description="folder of the run; a run that lies there is continued")
+    out: PathText = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
     checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
@@ -251,7 +285,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RequestError: the file is missing or not TOML, an override is not ``key=value``, or a key is unknown or has a
             bad value.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = read_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except FileNotFoundError:

@@ -27,7 +27,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 EXAMPLE = """\
 seed = 0
 [data]
-train = "cifar-100-binary/train.bin"     # CIFAR or MNIST files, a folder of JPEG/PNG class folders, or an .npz
+train = "cifar-100-binary/train.bin"     # a folder of class folders, CIFAR, MNIST, an .npz (docs/data.md)
 val = "cifar-100-binary/test.bin"
 [cache]
 path = "runs/c100.zarr"

@@ -56,6 +56,7 @@ class DatasetInfo(_Part):
 
     ``id_space`` is the largest sample id + 1, the length of the ``labels`` array; 0 means ``count`` (ids are
     0..count-1). ``source`` says where they were read from and is no part of the identity: folders move.
+    Nor is ``skipped``: extension → files that looked like images and were not used.
     """
 
     kind: str = Field(max_length=64)
@@ -64,6 +65,7 @@ class DatasetInfo(_Part):
     classes: tuple[Text, ...] = Field((), max_length=1 << 20)
     source: str = Field("", max_length=1 << 20)
     id_space: int = Field(0, ge=0, lt=2**32)
+    skipped: dict[str, int] = Field({}, max_length=1 << 10)
 
     @property
     def num_labels(self) -> int:

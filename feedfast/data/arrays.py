@@ -5,8 +5,8 @@ The two flavors have no header, so they are told apart by arithmetic: the size m
 (CIFAR-10: label, pixels) or 3,074 (CIFAR-100: coarse label, fine label, pixels), and every label must lie in range.
 Where both fit, the labels decide; a file that fits neither is refused with the reason for each.
 
-Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is HWC or gray (HW). Labels of
-CIFAR-100 are the fine ones. Nothing here executes data: an npz with objects in it is refused.
+Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is that, HWC or gray (HW). Labels
+of CIFAR-100 are the fine ones. Nothing here executes data: an npz with objects in it is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from feedfast.data.npz import read_npz
 from feedfast.errors import RequestError
 from feedfast.files import read_file
 
-__all__ = ["PixelStore", "open_cifar", "open_npz"]
+__all__ = ["ARRAYS", "PixelStore", "open_cifar", "open_npz"]
+
+Layout = Literal["CHW", "HWC", "HW"]
 
 _PIXEL_BYTES = 3 * 32 * 32
 _MAX_CLASSES = 1 << 20  # each gets a name, also where a label is damaged
@@ -49,7 +51,7 @@ class PixelStore:
 
     files: tuple[str, ...]  # where each part came from, for messages
     parts: tuple[NDArray[np.uint8], ...]  # each [n, ...] in ``layout``
-    layout: Literal["CHW", "HWC", "HW"]
+    layout: Layout
     size: tuple[int, int]  # height, width
 
     @property
@@ -112,12 +114,17 @@ def open_cifar(paths: Sequence[Path]) -> tuple[PixelStore, NDArray[np.int32], tu
     return store, labels, _class_names(paths[0].parent / flavor.names_file, flavor.label_bounds[-1])
 
 
-def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]]:
-    """An ``.npz`` holding ``images`` and, optionally, ``labels`` and ``classes``.
+ARRAYS = ("images", "labels", "classes")
+"""Names of an ``.npz``'s arrays, where no others are given."""
+
+
+def open_npz(path: Path, arrays: Sequence[str] = ()) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]]:
+    """An ``.npz`` holding images and, optionally, labels and class names.
 
     Args:
-        path: the file. ``images``: uint8 [n, H, W, 3], or gray [n, H, W] or [n, H, W, 1]. ``labels``: integers [n],
-            -1 for unlabeled (all unlabeled if absent). ``classes``: strings, the class names.
+        path: the file. Images: uint8 [n, H, W, 3], [n, 3, H, W], or gray [n, H, W], [n, H, W, 1] or [n, 1, H, W].
+            Labels: integers [n] or [n, 1], -1 for unlabeled (all unlabeled if absent). Class names: strings.
+        arrays: their names, the last ones may be left out; `ARRAYS` without it, where the last two need not be there.
 
     Returns:
         The pixels, the labels int32 [n], and the class names (numbers up to the largest label if not given).
@@ -125,18 +132,30 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
     Raises:
         RequestError: not a readable npz without pickled objects, or an array has the wrong name, type or shape.
     """
-    found, names = read_npz(path, ("images", "labels", "classes"))
-    if "images" not in found:
-        raise RequestError(f"{path}: expected an array named 'images', found {names}")
+    called = dict(zip(ARRAYS, arrays or ARRAYS, strict=False))
+    read, names = read_npz(path, called.values())
+    found = {kind: read[name] for kind, name in called.items() if name in read}
+    lacking = [name for kind, name in called.items() if kind not in found and (arrays or kind == "images")]
+    if lacking:
+        hint = "" if arrays else "; data.arrays = [images, labels] says which are which"
+        raise RequestError(f"{path}: expected an array named {lacking[0]!r}, found {names[:20]}{hint}")
     images = found["images"]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+    planar = images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3)
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or not (images.ndim == 3 or planar or images.shape[3] in (1, 3))
+    ):
         raise RequestError(
-            f"{path}: expected 'images' as uint8 [n, H, W, 3], [n, H, W, 1] or [n, H, W], "
+            f"{path}: expected {called['images']!r} as uint8 [n, H, W, 3], [n, 3, H, W] or gray [n, H, W], "
             f"found {images.dtype} {list(images.shape)}"
         )
     if 0 in images.shape:
-        raise RequestError(f"{path}: expected at least one image with pixels, found 'images' of {list(images.shape)}")
+        raise RequestError(
+            f"{path}: expected at least one image with pixels, found {called['images']!r} of {list(images.shape)}"
+        )
     labels = found.get("labels", np.full(len(images), -1, dtype=np.int32))
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if (
         labels.shape != (len(images),)
         or labels.dtype.kind not in "iu"
@@ -144,17 +163,19 @@ def open_npz(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]
         or labels.max() >= _MAX_CLASSES
     ):
         raise RequestError(
-            f"{path}: expected 'labels' as {len(images)} integers >= -1 and below {_MAX_CLASSES}, "
+            f"{path}: expected {called['labels']!r} as {len(images)} integers >= -1 and below {_MAX_CLASSES}, "
             f"found {labels.dtype} {list(labels.shape)}"
         )
     needed = int(labels.max()) + 1
     classes = tuple(str(c) for c in found["classes"].reshape(-1)) if "classes" in found else _numbers(needed)
     if len(classes) < needed:
-        raise RequestError(f"{path}: expected at least {needed} names in 'classes', found {len(classes)}")
-    gray = images.ndim == 3 or images.shape[3] == 1
-    pixels = np.ascontiguousarray(images.reshape(images.shape[:3]) if gray else images)
-    store = PixelStore((path.name,), (pixels,), "HW" if gray else "HWC", (images.shape[1], images.shape[2]))
-    return store, labels.astype(np.int32), classes
+        raise RequestError(f"{path}: expected at least {needed} names in {called['classes']!r}, found {len(classes)}")
+    height, width = images.shape[2:] if planar else images.shape[1:3]
+    gray = images.size == len(images) * height * width
+    shape = (len(images), height, width) if gray else (len(images), 3 * height * width) if planar else images.shape
+    pixels = np.ascontiguousarray(images.reshape(shape))
+    layout: Layout = "HW" if gray else "CHW" if planar else "HWC"
+    return PixelStore((path.name,), (pixels,), layout, (height, width)), labels.astype(np.int32), classes
 
 
 def _flavor(path: Path) -> _Flavor:

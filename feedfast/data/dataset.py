@@ -4,8 +4,8 @@ A sample is known by a stable id (its place in the complete dataset, whatever ``
 and by its name (a path relative to the source, or file[record]). Everything downstream asks for *positions* into
 ``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
-There are two kinds. ``"pixels"``: equally sized images in arrays (CIFAR binary files, npz, MNIST), see ``arrays.py``.
-``"files"``: encoded JPEG and PNG files of any size, see ``images.py``; they are read here and decoded in the loader.
+There are two kinds. ``"pixels"``: images in arrays (CIFAR, npz, MNIST), see ``arrays.py``, or from a Python object.
+``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +26,27 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
-from feedfast.data.idx import idx_images_below, is_idx, open_idx
-from feedfast.data.images import EXTENSIONS, MAX_ENCODED_BYTES, Unreadable, encoded_size, scan_images
+from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
+from feedfast.data.folder import list_images, refuse_odd_text
+from feedfast.data.headers import CMYK_UNMARKED
+from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
+from feedfast.data.images import Unreadable, encoded_header, for_dali, read_image, scan_images
+from feedfast.data.objects import ObjectStore, Samples, open_object
 from feedfast.errors import RequestError
-from feedfast.files import read_file
 
-__all__ = ["Dataset", "open_dataset"]
+__all__ = ["Dataset", "ImageSource", "open_dataset"]
+
+ImageSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Samples
+"""What `open_dataset` opens: a path, several, or an object that gives samples."""
 
 _SHOWN = 20  # unreadable paths printed; the count covers the rest
 _HASHING_THREADS = 4
 _FRACTION_SEED = 0  # not the recipe's: two recipes' students must be able to share the samples of a fraction
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
-_EXPECTED = "a CIFAR-10/100 binary file (or a list of them), a folder of JPEG/PNG images, an .npz, or MNIST's images"
+_EXPECTED = (
+    "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, MNIST's files, or in "
+    "Python an object whose items are (image, label)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +60,11 @@ class Dataset:
         labels: int32 [n], -1 where there is none.
         sizes: int32 [n, 2], height and width after EXIF orientation.
         classes: class names by label; empty for unlabeled folders.
-        pixels_store: the arrays of a ``"pixels"`` dataset, else None.
+        pixels_store: the arrays of a ``"pixels"`` dataset, or the object that gives them; else None.
         root: folder of a ``"files"`` dataset, else None.
         files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
+        skipped: extension → files that look like images and are no samples.
+        remarks: a remark on the form of some samples' files → how many it was made on.
     """
 
     source: str
@@ -62,9 +73,11 @@ class Dataset:
     labels: NDArray[np.int32]
     sizes: NDArray[np.int32]
     classes: tuple[str, ...]
-    pixels_store: PixelStore | None = None
+    pixels_store: PixelStore | ObjectStore | None = None
     root: Path | None = None
     files: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,8 +98,13 @@ class Dataset:
             raise ValueError(f"{self.source}: samples of kind 'pixels' have no files of their own")
         return self.root / self.files[int(self.ids[position])]
 
-    def pixels(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        """Decoded samples, only for ``kind == "pixels"``: uint8 RGB [b, H, W, 3], copies."""
+    def pixels(
+        self, positions: Sequence[int] | NDArray[np.integer[Any]]
+    ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+        """Decoded samples, only for ``kind == "pixels"``: uint8 RGB [b, H, W, 3], copies.
+
+        Of a Python object, whose images may differ in size, a list of [H, W, 3] where they do.
+        """
         if self.pixels_store is None:
             raise ValueError(f"{self.source}: samples of kind 'files' are encoded; use encoded() or a Loader")
         return self.pixels_store.rgb(self._records(positions))
@@ -105,12 +123,12 @@ class Dataset:
             path = self.path(int(position))
             size = (int(self.sizes[position, 0]), int(self.sizes[position, 1]))
             try:
-                content = read_file(path, MAX_ENCODED_BYTES)
-                found = encoded_size(io.BytesIO(content))
-            except (OSError, Unreadable) as why:
-                problems.append(f"\n  {path}: {why.strerror if isinstance(why, OSError) else why}")
+                content = read_image(path)
+                found = encoded_header(io.BytesIO(content))
+            except Unreadable as why:
+                problems.append(f"\n  {path}: {why}")
                 continue
-            if found != size:
+            if found[:2] != size:
                 problems.append(f"\n  {path}: {found[0]}x{found[1]} pixels, {size[0]}x{size[1]} when opened")
             contents.append(np.frombuffer(content, dtype=np.uint8))
         if problems:
@@ -118,6 +136,24 @@ class Dataset:
                 f"{self.source}: {len(problems)} images have changed since the dataset was opened:{''.join(problems)}"
             )
         return contents
+
+    def decodable(
+        self, positions: Sequence[int] | NDArray[np.integer[Any]], contents: Sequence[NDArray[np.uint8]]
+    ) -> list[NDArray[np.uint8]]:
+        """`encoded` samples as DALI is given them, see `for_dali`.
+
+        Raises:
+            RequestError: files that do not decode, all of them named.
+        """
+        ready, problems, unmarked = [], [], CMYK_UNMARKED in self.remarks
+        for position, content in zip(positions, contents, strict=True):
+            try:
+                ready.append(for_dali(content, unmarked_cmyk=unmarked))
+            except Unreadable as why:
+                problems.append(f"\n  {self.path(int(position))}: {why}")
+        if problems:
+            raise RequestError(f"{self.source}: {len(problems)} images cannot be decoded:{''.join(problems)}")
+        return ready
 
     def content(self, positions: Sequence[int] | NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
         """A hash of each sample's stored bytes (the encoded file, or RGB pixels), to find one that has changed.
@@ -136,9 +172,7 @@ class Dataset:
 
     def _hashed(self, positions: NDArray[np.int64]) -> list[int]:
         if self.pixels_store is None:
-            contents: Iterable[Any] = (
-                read_file(self.path(position), MAX_ENCODED_BYTES) for position in positions.tolist()
-            )
+            contents: Iterable[Any] = (read_image(self.path(position)) for position in positions.tolist())
         else:
             contents = (image.data for image in self.pixels(positions))
         return [int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") for data in contents]
@@ -170,24 +204,31 @@ class Dataset:
 
 
 def open_dataset(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    source: ImageSource,
     *,
     limit: int = 0,
     fraction: float = 1.0,
+    arrays: Sequence[str] = (),
+    split: Literal["train", "val"] = "train",
     check: Literal["fast", "full"] = "fast",
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Open a dataset and look at every image of it.
 
     Args:
-        source: a CIFAR-10/100 binary file or a list of them; a folder of class folders (labels by sorted folder name)
-            or a flat folder (unlabeled) of JPEG/PNG files; an ``.npz`` (``images``, ``labels``, ``classes``); or one of
-            MNIST's files of images (``train-images-idx3-ubyte.gz``), gzipped or not, whose labels lie next to it.
+        source: CIFAR-10 or CIFAR-100: a binary file or a list of them, or Python's batches: a folder
+            (``cifar-10-batches-py``), its archive (``.tar.gz``), or a list of batches. A folder of class folders
+            (labels by sorted folder name) or a flat folder (unlabeled) of image files. An ``.npz`` (``images``,
+            ``labels``, ``classes``). MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
+            gzipped or not, whose labels lie next to it, or their folder. Or an object with ``__len__`` and
+            ``__getitem__`` that gives (image, label), see ``objects.py``.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at
             least one. A function of the class's number and size alone: the same fraction takes the same samples always,
             a smaller one some of those of a larger one.
+        arrays: names of an ``.npz``'s arrays, see `open_npz`.
+        split: which part of a source that holds both (CIFAR's folder or archive, MNIST's folder).
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
         progress: called with (images looked at, total).
 
@@ -204,28 +245,59 @@ def open_dataset(
         raise RequestError(f"fraction: expected a share of the samples, above 0 to 1, found {fraction}")
     if check not in ("fast", "full"):
         raise RequestError(f"check: expected 'fast' or 'full', found {check!r}")
-    one = isinstance(source, (str, os.PathLike))
-    paths = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(item) for item in source]
-    name = str(source) if one else ", ".join(str(path) for path in paths)
+    paths = _paths(source)
+    if paths is None:
+        return _open_object(source, limit, fraction, progress)
+    name = ", ".join(str(path) for path in paths)
     if not paths:
         raise RequestError(f"dataset: expected {_EXPECTED}, found an empty list")
+    for path in paths:
+        refuse_odd_text(str(path), "a path")
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
-    if len(paths) > 1 and any(path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) for path in paths):
-        raise RequestError(f"a list may only name CIFAR binary files, found {name}")
+    whole = [path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) or is_cifar_archive(path) for path in paths]
+    if len(paths) > 1 and any(whole):
+        raise RequestError(f"a list may only name CIFAR binary files or batches, found {name}")
 
-    if paths[0].is_dir():
+    if arrays and paths[0].suffix.lower() != ".npz":
+        raise RequestError(f"arrays: expected an .npz, whose arrays they name, found {name}")
+    idx = idx_of_split(paths[0], split) if paths[0].is_dir() else paths[0] if is_idx(paths[0]) else None
+    if idx is not None:
+        store, labels, classes = open_idx(idx)
+    elif is_cifar_archive(paths[0]) or is_cifar_pickle(paths[0]):
+        store, labels, classes = open_cifar_python(paths, split)
+    elif paths[0].is_dir():
         return _open_folder(paths[0], name, limit, fraction, check == "full", progress)
-    if is_idx(paths[0]):
-        store, labels, classes = open_idx(paths[0])
     elif paths[0].suffix.lower() == ".npz":
-        store, labels, classes = open_npz(paths[0])
+        store, labels, classes = open_npz(paths[0], arrays)
     else:
         store, labels, classes = open_cifar(paths)
+    for kind in classes:
+        refuse_odd_text(kind, f"{name}: classes with names")
     ids = _chosen(name, labels, limit, fraction)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
+
+
+def _paths(source: Any) -> list[Path] | None:
+    """The paths a source names; None if it is an object that gives samples."""
+    if isinstance(source, (str, os.PathLike)):
+        return [Path(source)]
+    if isinstance(source, (list, tuple)) and all(isinstance(item, (str, os.PathLike)) for item in source):
+        return [Path(item) for item in source]
+    if isinstance(source, Samples):
+        return None
+    raise RequestError(f"dataset: expected {_EXPECTED}, found {type(source).__name__}")
+
+
+def _open_object(source: Any, limit: int, fraction: float, progress: Callable[[int, int], None] | None) -> Dataset:
+    store, labels, sizes, classes = open_object(source, progress)
+    name = f"a {type(source).__name__} object"
+    for kind in classes:
+        refuse_odd_text(kind, f"{name}: classes with names")
+    ids = _chosen(name, labels, limit, fraction)
+    return Dataset(name, "pixels", ids, labels[ids], sizes[ids], classes, pixels_store=store)
 
 
 def _open_folder(
@@ -236,59 +308,31 @@ def _open_folder(
     full: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Dataset:
-    flat, folders = _listing(root)
-    if flat and folders:
-        raise RequestError(
-            f"{root}: expected either images or class folders, found both: {len(flat)} images and {len(folders)} "
-            f"folders with images, such as {flat[0]} and {next(iter(folders))}/"
-        )
-    if not flat and not folders and (arrays := idx_images_below(root)):
+    if arrays := idx_images_below(root):
         raise RequestError(f"{root}: holds MNIST's files; expected one of its files of images, {' or '.join(arrays)}")
-    if not flat and not folders:
-        raise RequestError(f"{root}: expected {', '.join(EXTENSIONS)} files or class folders of them, found none")
-    empty = [name for name, files in folders.items() if not files]
-    if empty:
-        raise RequestError(f"{root}: expected images in every class folder, found none in {', '.join(empty)}")
-    classes = tuple(folders)
-    files = tuple(flat) if flat else tuple(file for group in folders.values() for file in group)
-    labels = (
-        np.full(len(files), -1, dtype=np.int32)
-        if flat
-        else np.repeat(np.arange(len(classes), dtype=np.int32), [len(group) for group in folders.values()])
-    )
+    if held := known_folder_below(root):
+        raise RequestError(f"{root}: expected images, found {held} in it; name {root / held}")
+    found = list_images(root)
+    labels = np.array(found.labels, dtype=np.int32)
     ids = _chosen(source, labels, limit, fraction)
-    paths = [root / files[i] for i in ids]
-    sizes, problems = scan_images(paths, full=full, progress=progress)
+    paths = [root / found.files[i] for i in ids]
+    sizes, problems, remarks = scan_images(paths, full=full, progress=progress)
     if problems:
         shown = "".join(f"\n  {paths[i]}: {why}" for i, why in problems[:_SHOWN])
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise RequestError(f"{source}: {len(problems)} of {len(paths)} images are unreadable:{shown}{more}")
-    return Dataset(source, "files", ids, labels[ids], sizes, classes, root=root, files=files)
-
-
-def _listing(root: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Images directly in a folder, and images by class folder (searched in depth); sorted, hidden names skipped."""
-    flat: list[str] = []
-    folders: dict[str, list[str]] = {}
-    for entry in sorted(os.scandir(root), key=lambda e: e.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders[entry.name] = _images_below(root, entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            flat.append(entry.name)
-    if flat and not any(folders.values()):
-        folders = {}  # a flat folder may have unrelated folders next to its images
-    return flat, folders if any(folders.values()) else {}
-
-
-def _images_below(root: Path, folder: str) -> list[str]:
-    found = []
-    for where, below, names in os.walk(root / folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        relative = Path(where).relative_to(root).as_posix()
-        found += [f"{relative}/{n}" for n in sorted(names) if n[0] != "." and n.lower().endswith(EXTENSIONS)]
-    return found
+    return Dataset(
+        source,
+        "files",
+        ids,
+        labels[ids],
+        sizes,
+        found.classes,
+        root=root,
+        files=found.files,
+        skipped=found.skipped,
+        remarks=dict(remarks),
+    )
 
 
 def _chosen(source: str, labels: NDArray[np.int32], limit: int, fraction: float) -> NDArray[np.uint32]:

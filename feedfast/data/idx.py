@@ -14,7 +14,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from feedfast.data.arrays import PixelStore
 from feedfast.errors import RequestError
 from feedfast.files import open_regular
 
-__all__ = ["idx_images_below", "is_idx", "open_idx"]
+__all__ = ["idx_images_below", "idx_of_split", "is_idx", "open_idx"]
 
 _NAME = re.compile(r"(.*)images([-.])idx3(.*?)(\.gz)?")  # train-images-idx3-ubyte.gz
 _MAGIC = 0x0800  # type uint8; the last byte is the number of dimensions
@@ -36,8 +36,16 @@ def is_idx(path: Path) -> bool:
 
 
 def idx_images_below(folder: Path) -> list[str]:
-    """Names of the files of images in a folder."""
-    return sorted(path.name for path in folder.iterdir() if is_idx(path))
+    """Names of the files of images in a folder; of a file that lies there packed and unpacked, the unpacked one."""
+    names = {path.name for path in folder.iterdir() if is_idx(path)}
+    return sorted(name for name in names if name.removesuffix(".gz") == name or name.removesuffix(".gz") not in names)
+
+
+def idx_of_split(folder: Path, split: Literal["train", "val"]) -> Path | None:
+    """The one file of images of a split in a folder: named train, or t10k or test; None where it is none or several."""
+    words = ("train",) if split == "train" else ("t10k", "test")
+    fitting = [name for name in idx_images_below(folder) if any(word in name.lower() for word in words)]
+    return folder / fitting[0] if len(fitting) == 1 else None
 
 
 def open_idx(path: Path) -> tuple[PixelStore, NDArray[np.int32], tuple[str, ...]]:

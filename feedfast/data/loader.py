@@ -4,9 +4,10 @@ DALI decodes and resamples; it draws nothing. Box, size, window and flip of ever
 are passed in with the bytes, so the pixels of a row do not depend on the batch it is in, on the thread that made it, or
 on where a run was resumed. Output is uint8 NHWC: teachers normalize differently, so normalizing is not done here.
 
-The tests hold it to PIL and torchvision: CPU decoding of JPEG and PNG, whole or by region, with every EXIF orientation,
-equals PIL bit for bit; pad, crop and flip are exact; resizing is PIL's triangle filter with antialiasing to within 1 of
-255, but for the outermost row and column of a *downscaled* box, where DALI repeats the edge pixel.
+The tests hold it to PIL and torchvision: CPU decoding of what `headers.py` lets pass, whole or by region, with EXIF
+orientation, equals PIL bit for bit (16-bit PNG: within 1, and gray is scaled where PIL clips); pad, crop and flip are
+exact; resizing is PIL's triangle filter with antialiasing to within 1 of 255, but for the outermost row and column of a
+*downscaled* box, where DALI repeats the edge pixel.
 
 This is the only module that imports DALI, and it does so when a pipeline is first built.
 """
@@ -299,7 +300,7 @@ class _Feed:
         if store is None:
             # Looks at every file before DALI does: one JPEG cut short and one file of no known format in a batch make
             # DALI 2.4.0 crash the process, in most runs, instead of raising.
-            self._read = dataset.encoded
+            self._read = lambda at: dataset.decodable(at, dataset.encoded(at))
         elif store.layout == "CHW":
             self._read = lambda at: store.gather(dataset.ids[at].astype(np.int64))
         else:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from feedfast import recipe as recipes
-from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+PYTHON = ("python",)
+"""``data.train`` or ``data.val`` of a recipe whose images are a Python object that is passed with it."""
+
+_NAMED = 3  # classes in the first line of a job
 
 
 @dataclass(frozen=True)
@@ -21,39 +29,98 @@ class Selection:
     train: tuple[str, ...]
     limit: int = 0
     fraction: float = 1.0
+    arrays: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: recipes.Data) -> Selection:
         """The recipe's."""
-        return cls(data.train, data.limit, data.fraction)
+        return cls(data.train, data.limit, data.fraction, data.arrays)
 
-    def open(self, check: Literal["fast", "full"] = "fast") -> Dataset:
+    def open(self, check: Literal["fast", "full"] = "fast", given: ImageSource | None = None) -> Dataset:
         """The images, looked at.
 
+        Args:
+            check: as of `open_dataset`.
+            given: the object that the images come from, or another place where they lie.
+
         Raises:
-            RequestError: as of `open_dataset`.
+            RequestError: as of `open_dataset`, or the images were a Python object and none is given.
         """
-        return open_dataset(self.train, limit=self.limit, fraction=self.fraction, check=check)
+        source = self.train if given is None else given
+        if source == PYTHON:
+            raise RequestError(
+                'data.train = "python": expected the Python object that the images come from, found none; '
+                "feedfast.run_cache and run_train take it as train=..., feedfast.open_cache as data=..."
+            )
+        return open_dataset(source, limit=self.limit, fraction=self.fraction, arrays=self.arrays, check=check)
 
 
-def open_train(data: recipes.Data) -> Dataset:
-    """The training images, limited and thinned as the recipe says.
+def open_train(data: recipes.Data, given: ImageSource | None = None) -> Dataset:
+    """The training images, limited and thinned as the recipe says; the first line a job says is what they are.
+
+    Args:
+        data: the recipe's section.
+        given: the object they come from, with ``data.train = "python"``.
 
     Raises:
-        RequestError: as of `open_dataset`.
+        RequestError: as of `open_dataset`, or an object is given and not asked for, or the other way round.
     """
-    return Selection.of(data).open(data.check)
+    _refuse_both(data.train, given, "train")
+    found = Selection.of(data).open(data.check, given)
+    log.info("data: %s", said_of(found))
+    warn_of(found)
+    return found
 
 
-def open_val(data: recipes.Data, train: Dataset) -> Dataset | None:
-    """The validation images, None without ``data.val``.
+def said_of(data: Dataset) -> str:
+    """Number of images, number and first names of classes, and place, in words."""
+    named = ", ".join(data.classes[:_NAMED]) + (", ..." if len(data.classes) > _NAMED else "")
+    classes = f"{len(data.classes):,} class{'' if len(data.classes) == 1 else 'es'} ({named})"
+    classes = classes if data.classes else "no labels"
+    return f"{len(data):,} images, {classes}, from {data.source}"
+
+
+def warn_of(data: Dataset) -> None:
+    """Say what looks like an image and is not used, which forms are read otherwise, and that a class is alone."""
+    if len(data.classes) == 1:
+        log.warning("data: %s: one class alone, %s: are its folders the classes?", data.source, data.classes[0])
+    if data.skipped:
+        counts = ", ".join(f"{count:,} {extension}" for extension, count in data.skipped.items())
+        log.warning("data: %s: look like images and are not read: %s", data.source, counts)
+    for remark, count in data.remarks.items():
+        log.warning("data: %s: %s of %s files: %s", data.source, f"{count:,}", f"{len(data):,}", remark)
+
+
+def facts_of(data: Dataset) -> dict[str, Any]:
+    """What JSON documents say of the images: ``images``, ``classes``, ``first_classes``, ``skipped``, ``remarks``."""
+    return {
+        "images": len(data),
+        "classes": len(data.classes),
+        "first_classes": list(data.classes[:_NAMED]),
+        "skipped": dict(data.skipped),
+        "remarks": dict(data.remarks),
+    }
+
+
+def _refuse_both(named: tuple[str, ...], given: object, key: str) -> None:
+    if given is not None and named != PYTHON:
+        raise RequestError(f'data.{key}: expected "python" where an object is passed as {key}=..., found {named}')
+
+
+def open_val(data: recipes.Data, train: Dataset, given: ImageSource | None = None) -> Dataset | None:
+    """The validation images, None without ``data.val``; ``given`` is their object, with ``data.val = "python"``.
 
     Raises:
         RequestError: they have no labels, or a label number means another class than in ``train``.
     """
+    _refuse_both(data.val, given, "val")
     if not data.val:
         return None
-    val = open_dataset(data.val, check=data.check)
+    if data.val == PYTHON and given is None:
+        raise RequestError('data.val = "python": expected the object passed to run_train as val=..., found none')
+    source: ImageSource = data.val if given is None else given
+    val = open_dataset(source, arrays=data.val_arrays or data.arrays, split="val", check=data.check)
+    warn_of(val)
     if not val.classes or not (val.labels >= 0).any():
         raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")
     if not train.classes:

@@ -30,7 +30,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
 from feedfast.models.build import build_model, weights_sha256
-from feedfast.stages.data import Selection
+from feedfast.stages.data import PYTHON, Selection
 
 PACKAGES = (
     "feedfast",
@@ -57,13 +57,18 @@ def library_versions() -> dict[str, str | int | float | bool | None]:
 
 def dataset_info(chosen: Selection, data: Dataset) -> DatasetInfo:
     """The data as a manifest names them; ``source`` keeps the selection: a cache can then be streamed by itself."""
-    paths = [str(Path(path).resolve()) for path in chosen.train]
+    python = chosen.train == PYTHON
+    paths = list(PYTHON) if python else [str(Path(path).resolve()) for path in chosen.train]
+    source = {"train": paths, "limit": chosen.limit, "fraction": chosen.fraction}
+    if chosen.arrays:
+        source["arrays"] = list(chosen.arrays)
     return DatasetInfo(
         kind=data.kind,
         count=len(data),
         fingerprint=data.fingerprint(),
         classes=data.classes,
-        source=json.dumps({"train": paths, "limit": chosen.limit, "fraction": chosen.fraction}),
+        source=json.dumps(source),
+        skipped=dict(data.skipped),
         id_space=int(data.ids[-1]) + 1,
     )
 

@@ -39,7 +39,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
-        (array → codec, shape, bytes per sample, compression, measured errors), ``manifest``, ``report`` (with ``out``).
+        (array → codec, shape, bytes per sample, compression, measured errors), ``data`` (images, classes, first names
+        of classes, files skipped by extension), ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
     manifest = reader.manifest
@@ -87,6 +88,12 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "digest": reader.digest(),
         "complete": reader.complete,
         "targets": targets,
+        "data": {
+            "images": manifest.dataset.count,
+            "classes": len(manifest.dataset.classes),
+            "first_classes": list(manifest.dataset.classes[:3]),
+            "skipped": manifest.dataset.skipped,
+        },
         "manifest": manifest.to_attrs()["feedfast"],
     }
     if out is not None:

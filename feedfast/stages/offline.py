@@ -39,11 +39,11 @@ from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
-from feedfast.data.dataset import Dataset
+from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
-from feedfast.stages.data import Selection, open_train, pixel_loader, view_plan
+from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
@@ -55,13 +55,18 @@ from feedfast.stages.worker import Worker, pick_device
 log = logging.getLogger(__name__)
 
 
-def run_cache(recipe: Recipe) -> dict[str, Any]:
+def run_cache(recipe: Recipe, *, train: ImageSource | None = None) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
+
+    Args:
+        recipe: what to do.
+        train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
-        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``.
+        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``,
+        ``data`` (see `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -73,19 +78,19 @@ def run_cache(recipe: Recipe) -> dict[str, Any]:
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    return OfflineRun(recipe, Worker.from_env()).run()
+    return OfflineRun(recipe, Worker.from_env(), train).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, me: Worker) -> None:
+    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None) -> None:
         self.recipe, self.path = recipe, Path(recipe.cache.path)
         self.part = me.part(recipe.cache.part)
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-        self.data: Dataset = open_train(recipe.data)
+        self.data: Dataset = open_train(recipe.data, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
@@ -360,6 +365,7 @@ class OfflineRun:
             "complete": complete,
             "taps": taps,
             "path": str(self.path),
+            "data": facts_of(self.data),
         }
 
 

@@ -12,7 +12,6 @@ Batches are those of `feedfast train`: the same source makes them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ import torch
 
 from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
-from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.models.normalize import Normalize
+from feedfast.stages.data import warn_of
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, replay_pixels, selection_of, source_of
@@ -172,7 +172,7 @@ class OpenedCache:
 
     def evaluation(
         self,
-        images: str | Sequence[str],
+        images: ImageSource,
         batch_size: int = 256,
         *,
         device: str | torch.device = "cpu",
@@ -183,7 +183,7 @@ class OpenedCache:
         """Validation images as batches without targets, resized and cropped as torchvision evaluates; re-iterable.
 
         Args:
-            images: a folder, CIFAR file(s), .npz or MNIST's file of images, with the classes of the training images.
+            images: anything `feedfast.data.dataset.open_dataset` opens, with the classes of the training images.
             batch_size: rows per batch.
             device: where tensors are put.
             normalize: as of `stream`.
@@ -193,7 +193,8 @@ class OpenedCache:
         Raises:
             RequestError: no such images, or other classes than those of the cache.
         """
-        found = open_dataset(images)
+        found = open_dataset(images, split="val")
+        warn_of(found)
         classes = self.manifest.dataset.classes
         if classes and found.classes != classes[: len(found.classes)]:
             raise CacheMismatchError(
@@ -235,15 +236,13 @@ def _reopened(path: str, threads: int, data: Dataset) -> OpenedCache:
     return OpenedCache(CacheReader(path, threads=threads), data)
 
 
-def open_cache(
-    path: str | Path, *, data: str | Sequence[str] | None = None, threads: int = 2, replay: int = 2
-) -> OpenedCache:
+def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: int = 2, replay: int = 2) -> OpenedCache:
     """Open a cache together with the images it was made from.
 
     Args:
         path: the cache's folder.
-        data: where the training images are; without it, where the manifest says they were, unless the cache has been
-            copied since or comes from somebody else.
+        data: where the training images are, or the Python object that gives them; without it, where the manifest says
+            they were, unless the cache has been copied since or comes from somebody else.
         threads: reading threads of each stream.
         replay: blocks of pixels decoded again and compared with the teachers' pixels; 0 skips the comparison.
 
@@ -252,12 +251,10 @@ def open_cache(
         CacheMismatchError: the images are not those of the cache, or decode to other pixels.
         CacheDamageError: the cache is incomplete or damaged.
     """
-    reader = CacheReader(path, threads=threads)
-    if data:
-        chosen = replace(selection_of(reader), train=(data,) if isinstance(data, str) else tuple(data))
-    else:
-        chosen = source_of(reader)
-    found = chosen.open()
+    reader = CacheReader(Path(path).expanduser(), threads=threads)
+    chosen = source_of(reader) if data is None else selection_of(reader)
+    found = chosen.open(given=data)
+    warn_of(found)
     expected = reader.manifest.model_copy(update={"dataset": dataset_info(chosen, found)})
     refuse_differences(reader.path, expected, reader.manifest)
     reader.require([*names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(reader.manifest.views))

@@ -33,7 +33,7 @@ from feedfast.models.normalize import Normalize
 from feedfast.models.taps import Tapped
 from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
-from feedfast.stages.data import open_train, pixel_loader, view_plan
+from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
 from feedfast.stages.progress import format_bytes
@@ -52,7 +52,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         The JSON of `feedfast plan`: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view), ``targets`` (per
         teacher/tap the same), ``bytes_present``, ``free_bytes``, ``fits``, ``seconds``, ``images_per_second``,
         ``teachers_ms`` and ``student_ms`` (one batch, forward, and forward with backward), ``live_over_cached``,
-        ``break_even_epochs``.
+        ``break_even_epochs``, ``data`` (see `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError: the recipe cannot be run.
@@ -136,6 +136,7 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         "student_ms": student_ms,
         "live_over_cached": (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / (teachers_ms * epoch_batches),
+        "data": facts_of(data),
     }
 
 

@@ -234,7 +234,8 @@ def selection_of(reader: CacheReader) -> Selection:
         source = parse_json(reader.manifest.dataset.source)
         # caches made before there were fractions do not name one
         fraction = float(source.get("fraction", 1.0))
-        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction)
+        arrays = tuple(str(name) for name in source.get("arrays", ()))
+        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
 

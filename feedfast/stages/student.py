@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from feedfast.data.dataset import Dataset
+from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.files import read_json, remove_temporary, write_json
@@ -54,8 +54,13 @@ from feedfast.tasks import Classify, Task
 log = logging.getLogger(__name__)
 
 
-def run_train(recipe: Recipe) -> dict[str, Any]:
+def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSource | None = None) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
+
+    Args:
+        recipe: what to do.
+        train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
+        val: the same for ``data.val = "python"``.
 
     Returns:
         The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``,
@@ -72,7 +77,7 @@ def run_train(recipe: Recipe) -> dict[str, Any]:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     with me.process_group(pick_device(recipe.train.device, me.local)):
-        return StudentRun(recipe, me).run()
+        return StudentRun(recipe, me, train, val).run()
 
 
 def _save_network(network: nn.Module, path: Path) -> None:
@@ -83,7 +88,9 @@ def _save_network(network: nn.Module, path: Path) -> None:
 class StudentRun:
     """One run of the student stage, opened and built."""
 
-    def __init__(self, recipe: Recipe, me: Worker) -> None:
+    def __init__(
+        self, recipe: Recipe, me: Worker, images: ImageSource | None = None, val_images: ImageSource | None = None
+    ) -> None:
         self.recipe, self.me = recipe, me
         train = recipe.train
         self.device = pick_device(train.device, me.local)
@@ -93,13 +100,13 @@ class StudentRun:
         self.entries = method_entries(recipe.method)
         self.needs = needs_of(self.entries)
         self.resumed = check_run_dir(self.out, recipe)
-        self.data = open_train(recipe.data)
+        self.data = open_train(recipe.data, images)
         if len(self.data) < train.batch:
             raise RequestError(
                 f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
             )
         plan = view_plan(recipe.data, recipe.seed)
-        val: Dataset | None = open_val(recipe.data, self.data)
+        val: Dataset | None = open_val(recipe.data, self.data, val_images)
         self.val: Loader | None = None
         if val is not None:
             self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)

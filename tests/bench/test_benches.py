@@ -58,7 +58,9 @@ def test_the_bench_of_methods_counts_as_statistics_do(tmp_path: Path, capsys: py
     assert [(row["variant"], row["seed"]) for row in rows] == [(name, seed) for seed in "12" for name in variants]
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     plain, kd = ([float(row["accuracy"]) for row in rows if row["variant"] == name] for name in ("plain", "kd"))
-    found = next(line for line in document["methods"] if line["variant"] == "kd")
+    (setting,) = document["settings"]
+    assert (setting["device"], setting["images"], setting["epochs"]) == (rows[0]["device"], "200", "2")
+    found = next(line for line in setting["methods"] if line["variant"] == "kd")
     differences = np.subtract(kd, plain)
     low, high = stats.t.interval(0.95, 1, differences.mean(), stats.sem(differences)) if differences.std() else (0, 0)
     assert found["mean"] == pytest.approx(np.mean(kd))

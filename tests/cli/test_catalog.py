@@ -52,6 +52,13 @@ def test_one_is_copied_and_never_over_a_file(tmp_path: Path) -> None:
     assert target.read_text() == "mine"
 
 
+def test_a_tilde_that_the_shell_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--out=~/x`: a shell expands ~ only where a word begins."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert feedfast("recipes", "lp-mnist", "--out=~/copied.toml").code == 0
+    assert (tmp_path / "copied.toml").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

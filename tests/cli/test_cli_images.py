@@ -52,6 +52,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     deep = np.random.default_rng(0).integers(0, 65535, (20, 30), dtype=np.uint16)
     Image.fromarray(deep).save(folder / "dog" / "deep.png")
     (folder / "dog" / "notes.txt").write_text("not an image, and not called one")
+    photograph(folder / "dog" / "moving.gif", (30, 20, 3))
+    photograph(folder / "cat" / "moving.gif", (30, 20, 3))
     return folder
 
 
@@ -79,7 +81,17 @@ def test_odd_images_are_cached_as_they_are_trained(recipe: Path, zoo: Path, tmp_
         "teachers.0.classes=10",
     )
     cache = tmp_path / "odd.zarr"
-    assert feedfast("cache", recipe, *more, f"teachers.0.weights={weights}", f"cache.path={cache}").code == 0
+    more = (*more, f"teachers.0.weights={weights}", f"cache.path={cache}")
+    outcomes = [feedfast("plan", recipe, *more), feedfast("cache", recipe, *more), feedfast("inspect", cache)]
+    for outcome in outcomes:  # what the images are, and what was passed over, is said by all that open them
+        assert outcome.code == 0, outcome.err
+        facts = {"images": 18, "classes": 2, "first_classes": ["cat", "dog"], "skipped": {".gif": 2}}
+        assert facts.items() <= outcome.document["data"].items()
+    for outcome in outcomes[:2]:
+        first, second = outcome.err.splitlines()[:2]
+        assert f"data: 18 images, 2 classes (cat, dog), from {zoo}" in first
+        assert f"data: {zoo}: look like images and are not read: 2 .gif" in second
+        assert "1 of 18 files: 16-bit gray PNG" in outcome.err
     outcome = feedfast("verify", cache, "--full", "--replay", "9")
     assert outcome.code == 0, outcome.err
     assert outcome.document["replayed"] > 0

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from feedfast.errors import RequestError
-from feedfast.recipe import load_recipe, parse_recipe
+from feedfast.methods import METHODS
+from feedfast.recipe import Recipe, load_recipe, parse_recipe
 from feedfast.stages.folder import comparable, differences
 
 MINIMAL = {"data": {"train": "images"}}
@@ -104,6 +106,49 @@ def test_one_method_or_several() -> None:
     assert differences(comparable(parse_recipe(two)), comparable(parse_recipe(two, ["method.0.tau=3.0"]))) == [
         ("method.0.tau", 2.0, 3.0)
     ]
+
+
+TEXTS = {
+    "Teacher.name", "Teacher.model", "Teacher.taps", "Student.model", "MethodEntry.name", "Cache.part", "Train.device",
+    "Data.arrays", "Data.val_arrays",
+}  # fmt: skip
+PATHS = {"Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Train.out"}
+
+
+def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """A model and those of its fields, however they are nested."""
+    found = {model}
+    for field in model.model_fields.values():
+        parts = [field.annotation]
+        while parts:
+            part = parts.pop()
+            parts += get_args(part)
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= sections(part)
+    return found
+
+
+def test_a_tilde_is_expanded_in_every_path_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key that takes text is a path or is known not to be one: a new path key cannot be forgotten."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    expanded, kept = set(), set()
+    options = {method.Options for method in METHODS.values()}
+    for model in sorted(sections(Recipe) | options, key=lambda model: model.__qualname__):
+        for key, field in model.model_fields.items():
+            taken = TypeAdapter(Annotated[field.annotation, key, *field.metadata])
+            for value in ("~/x", ["~/x"]):
+                try:
+                    found = taken.validate_python(value)
+                except ValidationError:
+                    continue
+                where = expanded if found in ("/home/somebody/x", ("/home/somebody/x",)) else kept
+                where.add(f"{model.__qualname__}.{key}")
+    assert expanded == PATHS
+    assert {key for key in kept if not key.endswith("Options.tap")} <= TEXTS
+    recipe = parse_recipe(MINIMAL, ["train.out=~/x", "cache.path=~"])
+    assert (recipe.train.out, recipe.cache.path) == ("/home/somebody/x", "/home/somebody")
+    with pytest.raises(RequestError, match=r"train.out: expected a path, '~nobody-at-all' is nobody's home"):
+        parse_recipe(MINIMAL, ["train.out=~nobody-at-all/x"])
 
 
 @pytest.mark.parametrize("text", [None, "= 3", "seed = 'x'"])

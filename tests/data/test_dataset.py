@@ -214,7 +214,7 @@ def test_real_folder_sizes(shared_data: Path) -> None:
 
 
 def test_folder_refuses(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"not found: .*nowhere.*; expected a CIFAR"):
+    with pytest.raises(RequestError, match=r"not found: .*nowhere.*; expected CIFAR"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(RequestError, match="empty list"):
         open_dataset([])
@@ -241,7 +241,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 BROKEN = {
     "empty": (b"", "empty file"),
-    "text": (b"<html>404 not found</html>", "neither JPEG nor PNG"),
+    "text": (b"<html>404 not found</html>", "none of JPEG, PNG"),
     "cut": (encoded()[:-300], "no JPEG end marker"),
     "no-end": (encoded()[:-2], "no JPEG end marker"),
     "header-only": (encoded()[:200], "cut short inside a header|no JPEG end marker"),
@@ -344,7 +344,7 @@ def test_damage_never_escapes(tmp_path_factory: pytest.TempPathFactory, base: by
         content[at % len(content)] = value
     path = tmp_path_factory.getbasetemp() / "fuzzed.jpg"
     path.write_bytes(bytes(content[: len(content) - cut % len(content)]) if cut % 3 == 0 else bytes(content))
-    sizes, problems = scan_images([path], full=False)
+    sizes, problems, _ = scan_images([path], full=False)
     assert (sizes.min() > 0) != bool(problems)
 
 
@@ -385,3 +385,23 @@ def test_files_that_change(tmp_path: Path) -> None:
         "dog/1.jpg: empty file",
         "dog/2.jpg: 43x61 pixels, 30x42 when opened",
     ]
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 8, 3), (3, 3, 9, 8), (3, 1, 9, 8)])
+def test_npz_with_other_names(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As Keras and others write them: two splits in one file, planes or pixels, labels in a column."""
+    images = RNG.integers(0, 256, shape, dtype=np.uint8)
+    np.savez(
+        tmp_path / "x.npz", x_train=images, y_train=np.array([[2], [0], [1]]), x_test=images[:1], names=["a", "b", "c"]
+    )
+    data = open_dataset(tmp_path / "x.npz", arrays=("x_train", "y_train", "names"))
+    expected = images if shape[3] == 3 else images.transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(data.pixels(range(3)), np.broadcast_to(expected, (3, 9, 8, 3)))
+    assert (data.labels.tolist(), data.classes) == ([2, 0, 1], ("a", "b", "c"))
+    assert open_dataset(tmp_path / "x.npz", arrays=("x_test",)).labels.tolist() == [-1]
+    with pytest.raises(RequestError, match=r"named 'images', found \['x_train', .*; data\.arrays = \[images, labels\]"):
+        open_dataset(tmp_path / "x.npz")
+    with pytest.raises(RequestError, match="named 'y_tets'"):
+        open_dataset(tmp_path / "x.npz", arrays=("x_test", "y_tets"))
+    with pytest.raises(RequestError, match=r"arrays: expected an \.npz"):
+        open_dataset(class_folders(tmp_path / "x"), arrays=("x_test",))

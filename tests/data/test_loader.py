@@ -44,7 +44,7 @@ def photos(shared_data: Path) -> Dataset:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> Path:
-    """A folder with every EXIF orientation as JPEG and PNG, gray, palette, CMYK, alpha, odd and tiny sizes."""
+    """Every EXIF orientation as JPEG and PNG, some in other formats; gray, palette, CMYK, alpha, odd and tiny sizes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8))
     scene = noise.resize((171, 118), Image.Resampling.BICUBIC)
     for orientation in range(1, 9):
@@ -55,6 +55,13 @@ def drawn(tmp_path: Path) -> Path:
         scene.save(tmp_path / f"o{orientation}-progressive.JPEG", exif=exif, progressive=True)
         scene.convert("L").save(tmp_path / f"o{orientation}-gray.jpg", exif=exif)
         scene.save(tmp_path / f"o{orientation}.png", exif=exif)
+    for orientation in (1, 3, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        scene.save(tmp_path / f"o{orientation}.webp", exif=exif)
+        scene.save(tmp_path / f"o{orientation}.tif", tiffinfo={0x0112: orientation}, compression="tiff_lzw")
+    for name in ("x.bmp", "x.ppm", "x.jp2"):
+        scene.save(tmp_path / name)
     for mode in ("L", "LA", "RGBA", "P", "1"):
         scene.convert(mode).save(tmp_path / f"{mode}.png")
     scene.convert("CMYK").save(tmp_path / "cmyk.jpg")
@@ -298,7 +305,7 @@ def test_changed_files_are_named_before_they_are_decoded(drawn: Path) -> None:
     for stream in (loader.evaluation(), loader.stream(0, np.arange(len(data)))):
         with pytest.raises(RequestError, match="4 images have changed") as caught:
             list(stream)
-        for said in ("o2-0.jpg: No such", "o3-1.jpg: cut", "o5.png: neither", "o6-2.jpg: 118x171 pixels, 171x118 when"):
+        for said in ("o2-0.jpg: No such", "o3-1.jpg: cut", "o5.png: none of", "o6-2.jpg: 118x171 pixels, 171x118 when"):
             assert said in str(caught.value)
 
 

@@ -6,6 +6,7 @@ Its commands are run on it first: they must end well, and their numbers are what
 from __future__ import annotations
 
 import gzip
+import pickle
 import shutil
 import sys
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ TARGETS = {
                                                  "data.check=full", *PLAIN)), (False, False)),
     "idx": Target(("mnist/*",), "bytes", (("train", "recipe.toml", "data.train=mnist/train-images-idx3-ubyte.gz",
                                            *PLAIN),), (False,)),
+    "pickles": Target(("cifar-10-batches-py/*",), "bytes",
+                      (("train", "recipe.toml", "data.train=cifar-10-batches-py", *PLAIN),), (False,)),
     "cifar": Target(("cifar/*",), "bytes", (("train", "recipe.toml", "data.train=cifar/data_batch_1.bin", *PLAIN),),
                     (False,)),
 }  # fmt: skip
@@ -92,7 +95,8 @@ def make_world(folder: Path) -> None:
         place = folder / "images" / f"class{label}"
         place.mkdir(parents=True)
         for number, (name, mode) in enumerate((("a.png", "RGB"), ("b.jpg", "RGB"), ("c.png", "L"), ("d.jpeg", "L"),
-                                               ("e.png", "P"), ("f.jpg", "CMYK"), ("g.jpg", "RGB"))):  # fmt: skip
+                                               ("e.png", "P"), ("h.webp", "RGB"), ("g.jpg", "RGB"), ("i.bmp", "RGB"),
+                                               ("j.tif", "RGB"), ("k.jp2", "RGB"), ("l.ppm", "RGB"))):  # fmt: skip
             pixels = rng.integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
             options = {"progressive": True} if name == "g.jpg" else {}
             Image.fromarray(pixels).convert(mode).save(place / name, **options)
@@ -106,6 +110,14 @@ def make_world(folder: Path) -> None:
     (mnist / "train-labels-idx1-ubyte").write_bytes(np.array([0x801, 40], ">u4").tobytes() + labels.tobytes())
     cifar = folder / "cifar"
     cifar.mkdir()
+    python = folder / "cifar-10-batches-py"
+    python.mkdir()
+    for number in range(1, 6):
+        batch = {b"data": rng.integers(0, 256, (8, 3072), dtype=np.uint8), b"labels": list(range(8))}
+        (python / f"data_batch_{number}").write_bytes(pickle.dumps(batch, protocol=2))
+    (python / "batches.meta").write_bytes(
+        pickle.dumps({b"label_names": [b"kind%d" % n for n in range(10)]}, protocol=2)
+    )
     records = rng.integers(0, 256, (20, 3073), dtype=np.uint8)
     records[:, 0] = np.arange(20) % 10
     (cifar / "data_batch_1.bin").write_bytes(records.tobytes())
