@@ -32,6 +32,8 @@ MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below w
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
 MAX_VIEWS: Final = 65535
 MAX_CHANNELS: Final = 1 << 20
+MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from it, goes over them
+MAX_FACTORS: Final = 4  # per teacher; likewise
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
@@ -131,7 +133,7 @@ class TapInfo(_Part):
     shape: tuple[int, ...] = Field(min_length=1, max_length=3)
     transform: Literal["none", "margin", "factor"] = "none"
     factor: FactorInfo | None = None
-    margin: tuple[float, ...] | None = Field(None, max_length=MAX_CHANNELS)
+    margin: tuple[float, ...] | None = Field(None, max_length=MAX_MARGINS)
     codec: CodecName = "u8"
     compression: Compression = "none"
     fit: Facts = {}
@@ -211,6 +213,8 @@ class TeacherInfo(_Part):
                 source is None or source.factor is not None or source.shape[1:] != tap.shape[1:] or len(tap.shape) != 3
             ):
                 raise ValueError(f"tap {tap.name!r} holds factors of {tap.factor.source!r}, found no such map")
+        if sum(tap.factor is not None for tap in self.taps.values()) > MAX_FACTORS:
+            raise ValueError(f"expected at most {MAX_FACTORS} taps of factors")
         if self.name == "zarr.json":
             raise ValueError("a teacher cannot be called 'zarr.json'")
         return self
