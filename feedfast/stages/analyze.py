@@ -97,6 +97,7 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
     runs = _open_runs(paths)
     ensure_dir(out, "out")
     data = runs[0].recipe.data
+    log.info("images: %s, as %s names them", ", ".join([*data.train, *data.val])[:500], runs[0].path / RECIPE)
     train = open_train(data)
     val = open_val(data, train)
     if val is None:
