@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -21,12 +22,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import google_crc32c
+
 from feedfast.errors import FeedfastError
 
 _IOV_MAX: Final = 1024  # buffers one writev takes on Linux and macOS
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MAX_JSON_BYTES: Final = 16 << 20  # 16 MiB; parsed it takes some 30 times that at worst
 _MAX_DEPTH: Final = 64
+
+SEAL: Final = "crc32c"
 
 Parts = Sequence[bytes | memoryview]
 
@@ -163,31 +168,6 @@ def read_file(path: str | Path, most_bytes: int) -> bytes:
         return file.read(size)  # no more than it had: what grows meanwhile has no end
 
 
-def check_archive(path: Path) -> None:
-    """Raise if a file of tensors is damaged, or would unpack to more than it holds: torch stores tensors as they are.
-
-    Raises:
-        OSError: as `open_regular`.
-        ValueError: a member is compressed or is not what its checksum says, or they hold more than the file.
-    """
-    with open(open_regular(path), "rb") as file:
-        if not zipfile.is_zipfile(file):
-            return  # torch's old format, whose tensors lie one after another
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-            size = os.fstat(file.fileno()).st_size
-            total = sum(member.file_size for member in members)
-            if packed or total > size:
-                raise ValueError(f"it unpacks to {total} bytes from {size}, expected tensors as torch.save stores them")
-            try:
-                damaged = archive.testzip()
-            except Exception as error:  # zipfile raises half a dozen types for what is damaged
-                raise ValueError(f"damaged: {error}") from error
-            if damaged is not None:
-                raise ValueError(f"damaged: {damaged} is not what its checksum says")
-
-
 def parse_json(data: bytes | str) -> Any:
     """JSON from anybody's file.
 
@@ -230,6 +210,64 @@ def deeper_than(tree: Any, depth: int) -> bool:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"expected finite numbers, found {name}")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json` of an object with a last key, ``crc32c``, over all the others: for what a later run believes."""
+    write_json(path, {**value, SEAL: _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the checksum.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no JSON object, or the checksum is missing or wrong; the text says which.
+    """
+    found: object = read_json(path)
+    content = found if isinstance(found, dict) else {}
+    seal = content.pop(SEAL, None)
+    if seal != _seal(content):
+        raise ValueError(f"expected the checksum {SEAL} of its content, found {seal!r}: it is damaged or was edited")
+    return content
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    # Over the parsed values and not the bytes: who only reformats a file has changed nothing.
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
+    return f"{google_crc32c.value(text.encode()):08x}"
+
+
+def check_zip(file: Path | io.BytesIO) -> None:
+    """Raise unless every member of a zip file, as ``torch.save`` writes it, has its CRC-32 and is stored as it is.
+
+    torch does not look: a flipped bit in a weight goes unnoticed, and a compressed member unpacks to whatever it likes.
+    What is no zip file at all is let through; whoever reads it will tell.
+
+    Raises:
+        OSError: it cannot be read, or is no ordinary file.
+        ValueError: a member is damaged or compressed, or the file is damaged.
+    """
+    with open(open_regular(file), "rb") if isinstance(file, Path) else file as opened:
+        if not zipfile.is_zipfile(opened):
+            return
+        size = opened.seek(0, io.SEEK_END)
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                members = archive.infolist()
+                packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in members)
+                total = sum(entry.file_size for entry in members)
+                # torch takes a member with MS-DOS's bit for a folder, and gives the memory it meant to fill.
+                wrong = next((entry.filename for entry in members if entry.external_attr & 0x10), None)
+                wrong = wrong or (None if packed or total > size else archive.testzip())
+        except OSError:
+            raise
+        except Exception as error:  # a damaged directory: half a dozen types
+            raise ValueError(f"a damaged zip file ({error})") from error
+    if wrong is not None:
+        raise ValueError(f"{wrong!r} in it is damaged: its CRC-32 is another, or it is marked as a folder")
+    if packed or total > size:
+        raise ValueError(f"it unpacks to {total} bytes from {size}, expected tensors as torch.save stores them")
 
 
 def write_all(fd: int, parts: Parts) -> None:

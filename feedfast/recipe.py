@@ -234,6 +234,11 @@ class Train(_Section):
     threads: int = Field(0, ge=0, le=1024, description="torch threads on the CPU; 0 = torch's own choice")
     out: PathText = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
+    check_teachers: bool = Field(
+        True,
+        description="build the recipe's teachers once and compare weights, taps and normalization with those of the "
+        "cache; false: the cache alone says what they are, on machines that have neither their code nor their weights",
+    )
     checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
     log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")

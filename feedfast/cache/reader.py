@@ -86,9 +86,14 @@ class CacheReader:
         self._spec(array, view)
         return self._commits.get((array, view), {})
 
-    def digest(self) -> str:
-        """Sha256 (hex) over all committed objects in canonical order."""
-        return digest_of(self.log.commits.values())
+    def digest(self, arrays: Iterable[str] | None = None, views: int | None = None) -> str:
+        """Sha256 (hex) over the committed objects in canonical order: of some arrays, of the first views."""
+        wanted = set(self.specs if arrays is None else arrays)
+        return digest_of(
+            commit
+            for commit in self.log.commits.values()
+            if commit.array in wanted and (views is None or not self.specs[commit.array].views or commit.view < views)
+        )
 
     @property
     def complete(self) -> bool:

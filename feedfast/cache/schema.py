@@ -31,6 +31,7 @@ ATTRIBUTE: Final = "feedfast"
 MAX_ROW_BYTES: Final = 256 << 20  # 256 MiB: far above any real map, far below what hurts
 MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at once, per array
 MAX_VIEWS: Final = 65535
+CONTENT_HASH: Final = "crc32c+length"  # what the numbers of ``samples/content`` are
 MAX_CHANNELS: Final = 1 << 20
 MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from it, goes over them
 MAX_FACTORS: Final = 4  # per teacher; likewise
@@ -39,6 +40,8 @@ MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 CodecName = Literal["f32", "f16", "u8", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
+
+_MEASURED: Final = {"taps", "probe", "published"}  # of a teacher: no part of what it is; taps are compared one by one
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[float, float, float]
@@ -179,7 +182,8 @@ class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
     ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits". ``probe`` is
-    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured.
+    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured. ``published``
+    says whether the weights are those that the model's library publishes; None where that was not written down.
     """
 
     name: Name
@@ -191,6 +195,7 @@ class TeacherInfo(_Part):
     std: Triple
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
+    published: bool | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -303,7 +308,7 @@ class Manifest(_Part):
         data = self.dataset.model_dump(mode="json", include={"kind", "count", "fingerprint", "id_space"})
         basis: dict[str, Any] = {"format": self.format, "array": array, "dataset": data}
         if array.startswith("samples/"):
-            return basis
+            return basis | ({"hash": CONTENT_HASH} if array == names.CONTENT else {})
         basis["plan"] = self.plan.identity()
         basis["num_rows"] = self.num_rows
         if array in names.VIEWS:
@@ -319,7 +324,7 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "probe"})
+        basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED)
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)
         if tap.factor is not None:
@@ -367,7 +372,7 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
             if missing:
                 rows.append((f"teachers.{name}", teacher.model, None))
             continue
-        compare(f"teachers.{name}", requested(teacher, {"taps", "probe"}), requested(other, {"taps", "probe"}))
+        compare(f"teachers.{name}", requested(teacher, _MEASURED), requested(other, _MEASURED))
         for tap_name, tap in sorted(teacher.taps.items()):
             other_tap = other.taps.get(tap_name)
             key = f"teachers.{name}.taps.{tap_name}"
@@ -403,7 +408,8 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
     teachers = dict(existing.teachers)
     for name, teacher in asked.teachers.items():
         known = teachers.get(name)
-        teachers[name] = known.model_copy(update={"taps": {**teacher.taps, **known.taps}}) if known else teacher
+        both = {key: {**getattr(teacher, key), **getattr(known or teacher, key)} for key in ("taps", "probe")}
+        teachers[name] = (known or teacher).model_copy(update=both)
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
     views = max(existing.views, asked.views)
     changes: dict[str, Any] = {"teachers": teachers, "views": views, "images": images}

@@ -35,6 +35,8 @@ def put_small(ledger: Ledger, array: str, values: Array, view: int | None = None
         )
     if holds_fill(spec, values):
         raise FeedfastError(f"{array}: holds {spec.fill}, which means a missing value")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise FeedfastError(f"{array}: expected finite values, found {int((~np.isfinite(values)).sum())} that are not")
     with manifest_lock(ledger.store):
         if ledger.missing(array):
             ledger.refresh(array)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from feedfast.data.annotations import ClassLabels
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
+from feedfast.data.content import content_hash
 from feedfast.data.folder import list_images, refuse_odd_text
 from feedfast.data.headers import CMYK_UNMARKED
 from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
@@ -137,6 +138,22 @@ class Dataset:
             )
         return contents
 
+    def stored(
+        self, positions: Sequence[int] | NDArray[np.integer[Any]]
+    ) -> list[NDArray[np.uint8]] | NDArray[np.uint8]:
+        """Some samples as they are stored: `encoded` files, or copies of pixels.
+
+        Pixels are uint8 RGB [b, H, W, 3]; of a store of planes (CIFAR) they are [b, 3, H, W], as in the file.
+
+        Raises:
+            RequestError: as `encoded`.
+        """
+        if self.pixels_store is None:
+            return self.encoded(positions)
+        if self.pixels_store.layout == "CHW":
+            return self.pixels_store.gather(self._records(positions))
+        return self.pixels(positions)
+
     def decodable(
         self, positions: Sequence[int] | NDArray[np.integer[Any]], contents: Sequence[NDArray[np.uint8]]
     ) -> list[NDArray[np.uint8]]:
@@ -156,26 +173,22 @@ class Dataset:
         return ready
 
     def content(self, positions: Sequence[int] | NDArray[np.integer[Any]] | None = None) -> NDArray[np.uint64]:
-        """A hash of each sample's stored bytes (the encoded file, or RGB pixels), to find one that has changed.
+        """A hash of each sample's bytes (see `stored` and `content_hash`), to find one that has changed.
 
         Args:
             positions: which samples; None = all. Their bytes are all read, by a few threads.
 
         Returns:
-            uint64 [n]: the first eight bytes of BLAKE2b, little-endian; 2^64 - 1, which no cache can hold, is one less.
+            uint64 [n].
+
+        Raises:
+            RequestError: as `encoded`.
         """
         wanted = np.arange(len(self)) if positions is None else np.asarray(positions, dtype=np.int64)
         parts = [wanted[at : at + 256] for at in range(0, len(wanted), 256)]
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            hashed = [value for part in pool.map(self._hashed, parts) for value in part]
-        return np.minimum(np.array(hashed, dtype=np.uint64), np.uint64(2**64 - 2))
-
-    def _hashed(self, positions: NDArray[np.int64]) -> list[int]:
-        if self.pixels_store is None:
-            contents: Iterable[Any] = (read_image(self.path(position)) for position in positions.tolist())
-        else:
-            contents = (image.data for image in self.pixels(positions))
-        return [int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") for data in contents]
+            hashed = list(pool.map(lambda part: content_hash(self.stored(part)), parts))
+        return np.concatenate([np.empty(0, np.uint64), *hashed])
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies this selection of samples: JSON-able, the same on every machine and wherever the files lie.

@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from feedfast.data.batch import Batch
+from feedfast.data.content import content_hash, refuse_changed
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import Geometry, evaluation_geometry, view_geometry
 from feedfast.data.images import Unreadable, full_check
@@ -69,6 +70,8 @@ class Loader:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:i"``: where images are resampled (and decoded) and tensors end up.
         threads: DALI's CPU threads; None means the CPUs this process may use, at most 16.
         prefetch: batches DALI works ahead, >= 1.
+        content: uint64 [sample], by position, what `Dataset.content` once said of each: every sample is compared as it
+            is read. None compares nothing.
 
     Raises:
         RequestError: a number is out of range or the device does not exist.
@@ -83,6 +86,7 @@ class Loader:
         device: str | torch.device = "cpu",
         threads: int | None = None,
         prefetch: int = 2,
+        content: NDArray[np.uint64] | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("threads", threads or 1), ("prefetch", prefetch)):
             if value < 1:
@@ -93,6 +97,7 @@ class Loader:
         self.device = _device(device)
         self.threads = threads or min(16, len(os.sched_getaffinity(0)))
         self.prefetch = prefetch
+        self.content = content
         self._latest_view: tuple[int, _View] | None = None
         self._streams: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
@@ -114,6 +119,7 @@ class Loader:
         Raises:
             RequestError: rows outside the dataset; while iterating, images that cannot be read or decoded, all of the
                 batches in flight named by path.
+            CacheMismatchError: while iterating, samples whose bytes are not those of ``content``.
         """
         rows_n = np.asarray(rows, dtype=np.int64)
         if rows_n.ndim != 1 or (rows_n.size and (rows_n.min() < 0 or rows_n.max() >= len(self.dataset))):
@@ -184,7 +190,7 @@ class Loader:
             thread_name_prefix="feedfast-read",
         )
         try:
-            feed = _Feed(self.dataset, work.positions, parts, reader, ahead=self.prefetch + 1)
+            feed = _Feed(self.dataset, work.positions, parts, reader, ahead=self.prefetch + 1, content=self.content)
             pipeline = self._pipeline(work.geometry, feed)
             # A CUDA stream of its own: waiting for the copy must not wait for the consumer's kernels.
             cuda: Any = torch.cuda  # parts of it carry no types
@@ -288,6 +294,7 @@ class _Feed:
         reader: ThreadPoolExecutor,
         *,
         ahead: int,
+        content: NDArray[np.uint64] | None,
     ) -> None:
         self.fed = 0  # batches handed to DALI
         self._parts = parts
@@ -295,16 +302,18 @@ class _Feed:
         self._reader = reader
         self._ahead = ahead
         self._pending: deque[Future[Any]] = deque()
-        store = dataset.pixels_store
-        self._read: Callable[[NDArray[np.int64]], Any]
-        if store is None:
-            # Looks at every file before DALI does: one JPEG cut short and one file of no known format in a batch make
-            # DALI 2.4.0 crash the process, in most runs, instead of raising.
-            self._read = lambda at: dataset.decodable(at, dataset.encoded(at))
-        elif store.layout == "CHW":
-            self._read = lambda at: store.gather(dataset.ids[at].astype(np.int64))
-        else:
-            self._read = dataset.pixels
+        self._dataset, self._content = dataset, content
+
+    def _read(self, positions: NDArray[np.int64]) -> Any:
+        # Looks at every file before DALI does: one JPEG cut short and one file of no known format in a batch make
+        # DALI 2.4.0 crash the process, in most runs, instead of raising.
+        data = self._dataset.stored(positions)
+        if self._content is not None:
+            found, expected = content_hash(data), self._content[positions]
+            if not np.array_equal(found, expected):
+                names = [self._dataset.name(position) for position in positions.tolist()]
+                refuse_changed(self._dataset.source, names, self._dataset.ids[positions], found, expected)
+        return data if self._dataset.pixels_store is not None else self._dataset.decodable(positions, list(data))
 
     def with_parameters(self, arrays: list[NDArray[Any]]) -> Callable[[], tuple[Any, ...]]:
         """DALI's source: each call gives the next batch of data and of every parameter array."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
-from feedfast.files import check_archive
+from feedfast.files import check_zip
 from feedfast.models.zoo import ZOO_NAMES, build_zoo
 
 __all__ = ["build_model", "load_weights", "weights_sha256"]
@@ -89,6 +89,15 @@ def build_model(
     if weights is not None and str(weights) != "":
         load_weights(model, weights, name=name)
     return model
+
+
+def published_weights(name: str, weights: str) -> bool:
+    """Whether ``weights`` of a model mean those that its library publishes, and no file."""
+    family, _, rest = name.partition("/")
+    if weights == "" or family != "torchvision":
+        return weights == "" and family in ("torchvision", "timm")
+    tv = importlib.import_module("torchvision.models")
+    return rest in tv.list_models(module=tv) and weights in tv.get_model_weights(rest).__members__
 
 
 def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.Module:
@@ -296,7 +305,10 @@ def _read_state(path: Path, name: str) -> dict[str, Tensor]:
         found = "a folder" if path.is_dir() else "nothing"
         raise RequestError(f"weights of model {name}: expected a state_dict file at {path}, found {found}")
     try:
-        check_archive(path)
+        check_zip(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"weights {path} of model {name}: expected a whole file, found {error}") from error
+    try:
         loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged or foreign file
         size = path.stat().st_size

@@ -22,7 +22,7 @@ from torch import Tensor
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_json, write_json
+from feedfast.files import read_sealed, write_json
 from feedfast.methods.ft import TAP, Paraphraser, train_paraphraser
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
@@ -235,7 +235,7 @@ def _open_run(path: Path) -> _Run:
             f"run {path}: expected a finished run of `feedfast train`, found no {' and no '.join(missing)}"
         )
     try:
-        recipe = parse_recipe(read_json(path / RECIPE), where=str(path / RECIPE))
+        recipe = parse_recipe(read_sealed(path / RECIPE), where=str(path / RECIPE))
     except FeedfastError as error:
         raise RequestError(f"run {path}: {error}") from error
     except (OSError, ValueError) as error:
@@ -250,8 +250,8 @@ def _open_run(path: Path) -> _Run:
     accuracy = None
     if (path / "result.json").is_file():
         try:
-            value = read_json(path / "result.json").get("val_accuracy")
-        except (OSError, ValueError, AttributeError):  # only shown
+            value = read_sealed(path / "result.json").get("val_accuracy")
+        except (OSError, ValueError):  # only shown
             value = None
         accuracy = float(value) if isinstance(value, (int, float)) else None
     return _Run(path, recipe, accuracy)

@@ -6,7 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from feedfast import recipe as recipes
 from feedfast.data.dataset import Dataset, ImageSource, open_dataset
@@ -152,6 +154,13 @@ def view_plan(data: recipes.Data, seed: int) -> ViewPlan:
     return ViewPlan(seed=seed, size=data.size, augment=data.augment, flip=data.flip)
 
 
-def pixel_loader(data: Dataset, plan: ViewPlan, batch_size: int, device: torch.device, threads: int = 0) -> Loader:
-    """The loader of a stage's pixels; ``threads`` 0 = one per core."""
-    return Loader(data, plan, batch_size=batch_size, device=str(device), threads=threads or None)
+def pixel_loader(
+    data: Dataset,
+    plan: ViewPlan,
+    batch_size: int,
+    device: torch.device,
+    threads: int = 0,
+    content: NDArray[np.uint64] | None = None,
+) -> Loader:
+    """The loader of a stage's pixels; ``threads`` 0 = one per core, ``content`` as of `Loader`."""
+    return Loader(data, plan, batch_size=batch_size, device=str(device), threads=threads or None, content=content)

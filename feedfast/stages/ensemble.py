@@ -14,6 +14,7 @@ is in; they are reproducible only because offline batches are cut at fixed rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from feedfast import recipe as recipes
 from feedfast.cache.schema import TeacherInfo
 from feedfast.cache.transform import Transform
-from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
 from feedfast.methods.base import tap_groups
 from feedfast.models.build import build_model, weights_sha256
@@ -167,6 +168,11 @@ class FrozenTeacher:
         for tap, values in self(images).items():
             first = values[:PROBE_ROWS].double()
             found[tap] = (float(first.mean()), float(first.square().mean().sqrt()))
+            if not math.isfinite(found[tap][1]):
+                raise FeedfastError(
+                    f"teacher {self.name!r}, tap {tap!r}: expected finite maps, found NaN or infinity; "
+                    "are the weights and the normalization right?"
+                )
         return found
 
     @property
@@ -208,6 +214,7 @@ def teacher_from_recipe(
     classes: int,
     seed: int,
     device: torch.device,
+    without_weights: bool = False,
 ) -> FrozenTeacher:
     """A teacher as a recipe describes it.
 
@@ -218,13 +225,15 @@ def teacher_from_recipe(
         classes: of the images; 0 = they have no labels.
         seed: of a network without weights.
         device: where it runs.
+        without_weights: leave it as it was born: for its taps and shapes alone.
 
     Raises:
         RequestError: it cannot be built, has no such taps, or is no classifier.
     """
     where = f"teachers[{spec.name}]"
+    weights = None if without_weights else spec.weights
     try:
-        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=spec.weights, seed=seed)
+        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=weights, seed=seed)
     except RequestError as error:
         hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
         raise RequestError(f"{where}: {error}{hint}") from error
@@ -290,15 +299,28 @@ def refuse_other_probe(name: str, precision: str, stored: Probe, found: Probe) -
     Raises:
         CacheMismatchError: the mean or the root mean square of a tap has moved.
     """
-    for tap, (mean, rms) in stored.items():
-        if tap in found:
-            moved = max(abs(found[tap][0] - mean), abs(found[tap][1] - rms))
-            if not moved <= PROBE_TOLERANCE[precision] * max(rms, 1e-12):
-                raise CacheMismatchError(
-                    f"teachers[{name}], tap {tap!r}: with the same weights it computes something else than when the "
-                    f"cache was made: mean and root mean square expected {mean:.6g} and {rms:.6g}, found "
-                    f"{found[tap][0]:.6g} and {found[tap][1]:.6g}; is it the same code and input size?"
-                )
+    common = [tap for tap in stored if tap in found]
+    if not common:
+        raise CacheMismatchError(
+            f"teachers[{name}]: expected a probe of what it computed when the cache was made, found none of "
+            f"{sorted(found)} in the manifest; choose another cache.path"
+        )
+    for tap in common:
+        if not same_outputs(precision, {tap: stored[tap]}, {tap: found[tap]}):
+            raise CacheMismatchError(
+                f"teachers[{name}], tap {tap!r}: with the same weights it computes something else than when the "
+                f"cache was made: mean and root mean square expected {stored[tap][0]:.6g} and {stored[tap][1]:.6g}, "
+                f"found {found[tap][0]:.6g} and {found[tap][1]:.6g}; is it the same code and input size?"
+            )
+
+
+def same_outputs(precision: str, one: Probe, two: Probe) -> bool:
+    """Whether two probes have the same taps, and equal values up to what other kernels round."""
+    tolerance = PROBE_TOLERANCE.get(precision, 0.0)
+    return one.keys() == two.keys() and all(
+        max(abs(two[tap][0] - mean), abs(two[tap][1] - rms)) <= tolerance * max(rms, 1e-12)
+        for tap, (mean, rms) in one.items()
+    )
 
 
 def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:

@@ -1,36 +1,104 @@
 """The folder of a run: whose it is, and what in it may be replaced.
 
-``recipe.json`` says which recipe a folder belongs to. An existing result is resumed or refused, and replaced only
-with ``overwrite=true``. Checking (`check_run_dir`) and starting (`start_run_dir`) are two steps: nothing is written or
-removed before data, teachers, cache and networks have all been opened. A typo in a recipe must cost neither yesterday's
-weights nor a refusal of the corrected recipe.
+``recipe.json`` says which recipe a folder belongs to, ``identity.json`` what the run was trained on: a recipe names
+files, and files change. An existing result is resumed or refused, and replaced only with ``overwrite=true``. Checking
+(`check_run_dir`, `resumed_run`) and starting (`start_run_dir`) are two steps: nothing is written or removed before
+data, teachers, cache and networks have all been opened. A typo in a recipe must cost neither yesterday's weights nor a
+refusal of the corrected recipe. All of that, and the run, happens under the folder's lock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_json, refuse_links, remove_temporary, write_json
+from feedfast.files import read_sealed, refuse_links, remove_temporary, write_sealed
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
+from feedfast.stages.ensemble import same_outputs
 
 RECIPE = "recipe.json"
+IDENTITY = "identity.json"
+LOCK = "run.lock"
 BRANCH = "branch.pt"
 TENSORBOARD = "tensorboard"
 RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html")
 
 
+class RunLock:
+    """A run folder that is this process's alone until it is closed, or the process ends. A context manager.
+
+    The file goes when the lock does: a refused request leaves none. Whoever took it just before that begins again.
+    """
+
+    def __init__(self, out: Path, key: str = "train.out") -> None:
+        """Take it.
+
+        Raises:
+            RequestError: another process has it, or files cannot be locked there; ``key`` begins the message.
+        """
+        self._fd = -1
+        self._path = path = out / LOCK
+        try:
+            while not self._is_ours():
+                self._release()
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release()
+            raise RequestError(
+                f"{key}: another process is at work in {out}; expected a folder of its own for each run: wait for that "
+                "one to end, or choose another"
+            ) from None
+        except OSError as error:
+            self._release()
+            raise RequestError(f"{key}: {path} cannot be locked ({error.strerror}); choose another folder") from error
+
+    def _is_ours(self) -> bool:
+        """Whether the file that is locked is still the one of that name."""
+        if self._fd < 0:
+            return False
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self._path))
+        return False
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        self._release()
+
+    def _release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
-    """Whether ``out`` holds an earlier part of this very run. Makes the folder, which shows that it can be made.
+    """Whether ``out``, an existing folder, holds an earlier part of this very run.
 
     Raises:
-        RequestError: it holds another run or somebody's results, or it cannot be made or written to.
+        RequestError: it holds another run or somebody's results.
         FeedfastError: its ``recipe.json`` is damaged.
     """
-    ensure_dir(out, key)
     refuse_links(out, out / TENSORBOARD)
     held = out / RECIPE
     if recipe.overwrite:
@@ -44,7 +112,7 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
             )
         return False
     try:
-        theirs = _with_defaults(read_json(held))
+        theirs = _with_defaults(read_sealed(held))
     except (OSError, ValueError) as error:
         raise FeedfastError(f"{held}: cannot be read ({error}); overwrite=true starts afresh") from error
     differing = differences(theirs, comparable(recipe))
@@ -62,12 +130,58 @@ def _with_defaults(tree: Any) -> Any:
         return tree
 
 
-def start_run_dir(out: Path, recipe: Recipe) -> None:
-    """Start a run in ``out``: an older result goes, also what a killed run left; ``recipe.json`` is written."""
+def resumed_run(out: Path, identity: Mapping[str, Any], key: str = "train.out") -> str:
+    """The name of the run in ``out``, which was trained on what it is to be continued with.
+
+    Args:
+        out: its folder, of which `check_run_dir` said that it can be continued.
+        identity: what this run would be trained on.
+        key: begins the message.
+
+    Raises:
+        RequestError: it was trained on something else.
+        FeedfastError: a file of it is damaged or missing.
+    """
+    held = out / IDENTITY
+    try:
+        theirs = read_sealed(held)
+    except (OSError, ValueError) as error:
+        raise FeedfastError(f"{held}: cannot be read ({error}); overwrite=true starts afresh") from error
+    differing = _moved(theirs, json.loads(json.dumps(identity)))
+    if differing:
+        lines = "".join(f"\n  {name}: there {there!r}, here {here!r}" for name, there, here in differing)
+        raise RequestError(
+            f"{key}: {out} was trained on something else; put the old data, cache and teachers back, choose another "
+            f"folder, or say overwrite=true; found{lines}"
+        )
+    return _name_of(read_sealed(out / RECIPE), theirs)
+
+
+def _moved(there: dict[str, Any], here: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """`differences`, but what teachers compute is a measurement: it may differ by what other kernels round."""
+    both = [{**tree, "teachers": dict(tree.get("teachers", {}))} for tree in (there, here)]
+    for name in both[0]["teachers"].keys() & both[1]["teachers"].keys():
+        one, two = (tree["teachers"][name] for tree in both)
+        if same_outputs(one["precision"], one["outputs"], two["outputs"]):
+            both[1]["teachers"][name] = {**two, "outputs": one["outputs"]}
+    return differences(both[0], both[1])
+
+
+def _name_of(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What a checkpoint calls the run it is of: 16 hex digits over recipe and identity as they are stored."""
+    text = json.dumps([recipe, identity], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def start_run_dir(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> str:
+    """Start a run in ``out``: an older result goes, recipe and identity are written; returns the run's name."""
     remove_temporary(out)
     for path in (*(out / name for name in RESULTS), *(out / TENSORBOARD).glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
-    write_json(out / RECIPE, comparable(recipe))
+    # The identity first: a folder with a recipe and without it would be one of an unknown run.
+    write_sealed(out / IDENTITY, identity)
+    write_sealed(out / RECIPE, comparable(recipe))
+    return _name_of(read_sealed(out / RECIPE), read_sealed(out / IDENTITY))
 
 
 def ensure_dir(path: Path, key: str) -> Path:
@@ -90,7 +204,17 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json")
     tree.pop("overwrite")
     for section, keys in {
-        "train": ("out", "max_steps", "threads", "replay", "log_every", "checkpoint_minutes", "eval_every", "device"),
+        "train": (
+            "out",
+            "max_steps",
+            "threads",
+            "replay",
+            "check_teachers",
+            "log_every",
+            "checkpoint_minutes",
+            "eval_every",
+            "device",
+        ),
         "data": ("threads", "check"),
         "cache": ("threads", "part"),
     }.items():

@@ -1,35 +1,28 @@
-"""What a run and a cache must agree on before one feeds the other, and the sentences when they do not.
+"""The parts of a manifest that follow from a recipe and its data, and the table of what differs between two manifests.
 
-A cache is named by its manifest. This module writes the parts of a manifest that follow from a recipe and its data,
-and compares a recipe with the manifest of an existing cache: same images, same view plan, and under each teacher's
-name the same model with the same weights. The student stage can do that without a teacher in memory; weights are
-compared by hash where their file is still there, and trusted to the manifest where it is not.
+A cache is named by its manifest. Whether a recipe agrees with one is asked in `feedfast.stages.agree`.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from feedfast import recipe as recipes
-from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import (
     DatasetInfo,
     DecoderInfo,
     Manifest,
     PlanInfo,
-    TeacherInfo,
     describe_differences,
     differences,
 )
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
-from feedfast.models.build import build_model, weights_sha256
 from feedfast.stages.data import PYTHON, Selection
 
 PACKAGES = (
@@ -95,53 +88,6 @@ def changed_versions(manifest: Manifest, decoder: Mapping[str, Any]) -> dict[str
     here = {**library_versions(), **decoder_info(decoder).versions}
     both = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys())}
     return {key: (old, new) for key, (old, new) in both.items() if old != new}
-
-
-def refuse_other_recipe(
-    reader: CacheReader, dataset: DatasetInfo, plan: ViewPlan, data: recipes.Data, specs: Sequence[recipes.Teacher]
-) -> None:
-    """Raise unless ``reader``'s cache was made from these images, this plan and these teachers.
-
-    Args:
-        reader: the cache.
-        dataset: the images, as `dataset_info` describes them.
-        plan: their views.
-        data: normalization of teachers that have none of their own.
-        specs: the recipe's teachers.
-
-    Raises:
-        CacheMismatchError: with the differing keys in two columns.
-    """
-    found = reader.manifest
-    teachers: dict[str, TeacherInfo] = {}
-    unknown = [spec.name for spec in specs if spec.name not in found.teachers]
-    if unknown:
-        raise CacheMismatchError(
-            f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; "
-            "run `feedfast cache` with this recipe to add them"
-        )
-    mean, std = data.normalization
-    for spec in specs:
-        stored = found.teachers[spec.name]
-        sha = stored.weights_sha256
-        if spec.weights and Path(spec.weights).is_file():
-            sha = weights_sha256(build_model(spec.model, num_classes=stored.num_classes, weights=spec.weights))
-        own = {
-            "model": spec.model,
-            "weights_sha256": sha,
-            "bn": spec.bn,
-            "precision": spec.precision,
-            "mean": spec.mean or mean,
-            "std": spec.std or std,
-        }
-        teachers[spec.name] = stored.model_copy(update=own)
-    asked = {
-        "dataset": dataset,
-        "plan": plan_info(plan),
-        "num_rows": dataset.count,
-        "teachers": teachers,
-    }
-    refuse_differences(reader.path, found.model_copy(update=asked), found)
 
 
 def refuse_differences(path: Path | str, expected: Manifest, found: Manifest) -> None:

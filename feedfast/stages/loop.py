@@ -110,6 +110,7 @@ class Loop:
         steps_per_epoch: whole batches in a view.
         total: steps of the whole run.
         kept: step of the checkpoint in ``out``, None before the first.
+        run: the run's name, which its checkpoints carry.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Loop:
         self.train, self.worker, self.out = train, worker, out
         self.steps_per_epoch, self.total = trainer.schedule.steps_per_epoch, trainer.schedule.total
         self.kept: int | None = None
+        self.run = ""
         self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -164,9 +166,14 @@ class Loop:
         raise FeedfastError(f"train: the data loader stopped at step {step}; expected batches up to step {end}")
 
     def checkpoint(self, step: int) -> None:
-        """Write ``checkpoint.pt``; the first rank's suffices, all have the same."""
+        """Write ``checkpoint.pt``; the first rank's suffices, all have the same.
+
+        Raises:
+            FeedfastError: as `write_state`; the last good checkpoint stays.
+        """
         if self.worker.first:
-            save_checkpoint(self.out, self.trainer.student, self.trainer.methods, self.trainer.optimizer, step)
+            trainer = self.trainer
+            save_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, step, self.run)
         self.kept = step
         self.timing.checkpointed()
 

@@ -20,7 +20,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -41,14 +41,17 @@ from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
-from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.models.build import published_weights
 from feedfast.recipe import Recipe
+from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
 from feedfast.stages.progress import Meter, format_bytes
+from feedfast.stages.proof import content_of
 from feedfast.stages.record import Recorder
 from feedfast.stages.worker import Worker, pick_device
 
@@ -148,10 +151,10 @@ class OfflineRun:
         reader = CacheReader(self.path)
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if name in held.teachers else {}
-            for tap, request in teacher.requests.items():
+            for tap in teacher.requests:
                 if tap not in known:
                     return None
-                self._refuse_other_tap(name, tap, request.margin, known[tap])
+                refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
             if LOGITS not in known:
                 return None
         if held.views < self.recipe.cache.views or not reader.complete:
@@ -176,6 +179,9 @@ class OfflineRun:
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)
+            # A lost one is written again below, a damaged one is refused by the writer.
+            with suppress(CacheDamageError):
+                self.loader.content = content_of(CacheReader(self.path), self.data)
             self._refuse_empty_views(held)
         self._probe(held)
         fitted = self._fit(held, bare.plan.granule)
@@ -189,11 +195,15 @@ class OfflineRun:
                 )
                 if ours and not array.sharded and writer.missing(name):
                     writer.put(name, self._small(name, array, fitted))
+            content = writer.stored(names.CONTENT)
+            assert content is not None  # written above, if not before
+            self.loader.content = content[self.data.ids]  # also of a new cache: images may change while the pass runs
         return manifest
 
     def _manifest(self, held: Manifest | None, fitted: dict[tuple[str, str], Fitted]) -> Manifest:
         """The manifest this recipe asks for; taps are those of ``fitted`` and those already held."""
         recipe = self.recipe
+        weights = {spec.name: spec.weights for spec in recipe.teachers}
         teachers = {}
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
@@ -216,6 +226,7 @@ class OfflineRun:
                 std=teacher.std,
                 taps=taps,
                 probe=self.probes.get(name, {}),
+                published=published_weights(teacher.source, weights[name]),
             )
         return Manifest(
             dataset=dataset_info(Selection.of(recipe.data), self.data),
@@ -259,9 +270,9 @@ class OfflineRun:
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
-            for tap, request in teacher.requests.items():
+            for tap in teacher.requests:
                 if tap in known:
-                    self._refuse_other_tap(name, tap, request.margin, known[tap])
+                    refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
                 if tap not in known or names.scale(name, tap) not in durable:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
@@ -274,23 +285,6 @@ class OfflineRun:
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
         return out
-
-    def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
-        request = self.teachers[name].requests[tap].tap
-        asked = {
-            "path": request.path,
-            "position": request.position,
-            "transform": "margin" if margin else "none",
-            "codec": self.recipe.cache.codec,
-            "shape": self.teachers[name].shapes[tap],
-        }
-        for key, value in asked.items():
-            found = getattr(known, key)
-            if value != found:
-                raise CacheMismatchError(
-                    f"{self.path}: targets/{name}/{tap}: {key}: expected {value!r} as the recipe says, "
-                    f"found {found!r}; choose another tap name or cache.path"
-                )
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
         """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""

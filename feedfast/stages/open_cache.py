@@ -248,7 +248,7 @@ def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: in
 
     Raises:
         RequestError: no cache there, or its images are not.
-        CacheMismatchError: the images are not those of the cache, or decode to other pixels.
+        CacheMismatchError: the images are not those of the cache, decode to other pixels, or cannot be compared.
         CacheDamageError: the cache is incomplete or damaged.
     """
     reader = CacheReader(Path(path).expanduser(), threads=threads)
@@ -261,5 +261,5 @@ def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: in
     cache = OpenedCache(reader, found)
     check_views(reader, found, cache.plan, reader.manifest.views)
     if reader.manifest.images == "replay":
-        replay_pixels(reader, found, cache.plan, blocks=replay, views=reader.manifest.views, seed=0)
+        replay_pixels(reader, found, cache.plan, blocks=replay, views=reader.manifest.views)
     return cache

@@ -6,7 +6,8 @@ them; a difference means another decoder, another version or another data set, a
 versions. *Teachers*: a share of the rows is run through the teachers again, encoded again and compared with what is
 stored, so that what the codec loses is no difference.
 
-Training runs the first two by itself; `feedfast verify` offers all three, after the checksums.
+Training runs the first two by itself; `feedfast verify` offers all three, after the checksums. Which blocks and rows
+are looked at differs from run to run: what the first run missed, a later one may find.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from feedfast.cache import names
 from feedfast.cache.blocks import row_sums
@@ -30,7 +32,7 @@ from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import parse_json
 from feedfast.stages.data import Selection
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import FrozenTeacher, refuse_other_probe
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast_kernels import Codes, decode
@@ -77,36 +79,39 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
                 )
 
 
-def replay_pixels(
-    reader: CacheReader,
-    data: Dataset,
-    plan: ViewPlan,
-    *,
-    blocks: int,
-    views: int,
-    seed: int,
-    threads: int | None = None,
-) -> int:
+def content_of(reader: CacheReader, data: Dataset) -> NDArray[np.uint64]:
+    """What `Dataset.content` said of each sample when the cache was made, by position: for `Loader`.
+
+    Raises:
+        CacheDamageError: not committed, or damaged.
+    """
+    found: NDArray[np.uint64] = reader.read_array(names.CONTENT)[data.ids]
+    return found
+
+
+def replay_pixels(reader: CacheReader, data: Dataset, plan: ViewPlan, *, blocks: int, views: int) -> int:
     """Decode ``blocks`` blocks of pixels again, spread over the views, and compare checksums.
 
     Decoding here is always that of the CPU or GPU the manifest names, whatever the training device is.
 
     Returns:
-        How many blocks were compared; 0 where the manifest names a GPU and there is none.
+        How many blocks were compared; 0 only where none was asked for.
 
     Raises:
         CacheMismatchError: a sample's stored bytes or pixels differ; the message names it, or holds both sides' library
-            versions.
+            versions. Or nothing could be compared: the manifest names a GPU and there is none.
     """
     if not blocks:
         return 0
     manifest = reader.manifest
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng()
     device = "cuda" if manifest.decoder.backend == "dali-mixed" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        log.warning("replay: %s was decoded on a GPU and none is here; pixels not compared", reader.path)
-        return 0
-    loader = Loader(data, plan, batch_size=BLOCK_ROWS, device=device, threads=threads)
+        raise CacheMismatchError(
+            f"{reader.path}: its images were decoded on a GPU, and none is here to decode {blocks} blocks again and "
+            "compare; run this on a machine with a GPU, or ask for no comparison (train.replay=0)"
+        )
+    loader = Loader(data, plan, batch_size=BLOCK_ROWS, device=device, content=content_of(reader, data))
     compared = 0
     try:
         for view in sorted(rng.choice(views, size=min(views, blocks), replace=False).tolist()):
@@ -117,25 +122,18 @@ def replay_pixels(
             picked = rng.choice(starts, size=min(share, len(starts)), replace=False) if len(starts) else starts
             for start in sorted(picked.tolist()):
                 rows = np.arange(start, min(start + BLOCK_ROWS, manifest.num_rows))
-                _refuse_other_content(reader, data, plan.order(view, data.ids)[rows])
                 found = np.concatenate([row_sums(batch.images.cpu().numpy()) for batch in loader.stream(view, rows)])
                 if (found != sums[rows]).any():
                     raise other_pixels(reader, view, rows[found != sums[rows]], loader.describe())
                 compared += 1
     finally:
         loader.close()
-    return compared
-
-
-def _refuse_other_content(reader: CacheReader, data: Dataset, ids: np.ndarray) -> None:
-    """Raise unless the stored bytes of some samples are those the cache was made from."""
-    positions = np.searchsorted(data.ids, ids)
-    expected, found = reader.read_array(names.CONTENT)[ids], data.content(positions)
-    for position in positions[found != expected].tolist():
+    if not compared:
         raise CacheMismatchError(
-            f"{reader.path}: {data.name(position)} (sample {data.ids[position]}): the image has changed since "
-            "the cache was made; put the old one back, or cache again"
+            f"{reader.path}: {names.SUMS}: expected the checksums of at least one block of pixels to compare with, "
+            "found none; run `feedfast cache` with this recipe to complete it"
         )
+    return compared
 
 
 def recompute_teachers(
@@ -148,7 +146,8 @@ def recompute_teachers(
     """Run ``percent`` % of the batches of every view through the teachers again and compare with what is stored.
 
     A map, encoded and decoded, must agree with the stored one to a cosine of at least `MIN_COSINE` (float64), for every
-    batch. Batches are the cache's own, so a teacher on batch statistics can be checked too.
+    batch. Batches are the cache's own, so a teacher on batch statistics can be checked too. A cosine does not see a
+    factor, so what the teachers compute on the first batch is also compared with the probe in the manifest.
 
     Returns:
         The problems, and per array the smallest cosine of a stored batch with the teacher's exact maps: that one shows
@@ -159,8 +158,11 @@ def recompute_teachers(
     picks = max(1, round(percent / 100 * total))
     problems: list[Problem] = []
     smallest: dict[str, float] = {}
-    loader = Loader(data, plan, batch_size=size)
-    rng = np.random.default_rng(0)
+    loader = Loader(data, plan, batch_size=size, content=content_of(reader, data))
+    rng = np.random.default_rng()
+    if not teachers:
+        problems.append(problem("", "", "teacher", "there is no teacher to compare with"))
+    problems += _other_probes(reader, loader, teachers)
     with Meter("recompute", picks * size * manifest.views) as meter:
         for view in range(manifest.views):
             chosen = np.sort(rng.choice(total, size=picks, replace=False))
@@ -187,6 +189,22 @@ def recompute_teachers(
                 meter.advance(len(batch.rows))
     loader.close()
     return problems, smallest
+
+
+def _other_probes(reader: CacheReader, loader: Loader, teachers: dict[str, FrozenTeacher]) -> list[Problem]:
+    manifest = reader.manifest
+    if loader.describe()["backend"] != manifest.decoder.backend:
+        log.warning("verify: %s was decoded on a GPU; its teachers' probes are not compared here", reader.path)
+        return []
+    first = next(iter(loader.stream(0, np.arange(min(manifest.num_rows, loader.batch_size))))).images
+    problems = []
+    for name, teacher in teachers.items():
+        stored = manifest.teachers[name]
+        try:
+            refuse_other_probe(name, stored.precision, stored.probe, teacher.probe(first))
+        except CacheMismatchError as error:
+            problems.append(problem(names.codes(name, names.LOGITS), "", "teacher", str(error)))
+    return problems
 
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:

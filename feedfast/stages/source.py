@@ -6,9 +6,9 @@ baseline that both are timed against. Recording (live, and filling the cache as 
 
 Codes stay codes: a u8 map travels to the device as uint8 and is dequantized inside the loss.
 
-A cache is checked against the recipe before anything trains: same data, same plan, same teachers with the same
-weights, every needed shard present; the stored order and crops must be those of the plan; and a few blocks of pixels
-are decoded again and compared with the checksums taken when the teachers saw them.
+A cache is checked against the recipe before anything trains (`feedfast.stages.agree`), and every needed shard must be
+there; the stored order and crops must be those of the plan; a few blocks of pixels are decoded again and compared with
+the checksums taken when the teachers saw them; and the bytes of every sample are compared as they are read.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from feedfast.methods import TapInfo, Targets
 from feedfast.methods.base import matching
 from feedfast.methods.ft import FACTOR
 from feedfast.recipe import Recipe
+from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
 from feedfast.stages.data import Selection, pixel_loader
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
-from feedfast.stages.identity import dataset_info, refuse_other_recipe
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Probe, load_teachers, method_taps
+from feedfast.stages.identity import dataset_info
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
-from feedfast.stages.proof import check_views, plan_of, replay_pixels
+from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
 from feedfast_kernels import Codes, Target
 from feedfast_kernels.codes import CODECS
 
@@ -81,6 +82,9 @@ class Source(Protocol):
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """The targets of `batches`, without images where they need not be decoded."""
 
+    def identity(self) -> dict[str, Any]:
+        """What names the targets, as JSON values: a run may only be continued with the same."""
+
     def close(self) -> None:
         """Stop whatever is still read ahead; the source can be used again."""
 
@@ -100,17 +104,25 @@ class Plain:
         """See `Source`."""
         if self._loader is None or self._loader.batch_size != batch_size:
             self.close()
-            self._loader = pixel_loader(self.data, self.plan, batch_size, self.device, self._threads)
+            self._loader = pixel_loader(self.data, self.plan, batch_size, self.device, self._threads, self._content())
         return self._loader.stream(view, rows, start_batch=start)
 
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`."""
         return (batch.targets for batch in self.batches(view, rows, batch_size))
 
+    def identity(self) -> dict[str, Any]:
+        """See `Source`: there are no targets."""
+        return {}
+
     def close(self) -> None:
         """See `Source`."""
         if self._loader is not None:
             self._loader.close()
+
+    def _content(self) -> NDArray[np.uint64] | None:
+        """What every sample is compared with as it is read; None where nobody knows."""
+        return None
 
 
 class Live(Plain):
@@ -126,9 +138,11 @@ class Live(Plain):
         *,
         views: int,
         threads: int = 0,
+        probes: Mapping[str, Probe] | None = None,
     ) -> None:
+        """``probes``: what each teacher computes on the first batch; part of `identity`."""
         super().__init__(data, plan, device, views=views, threads=threads)
-        self.teachers, self.taps = teachers, taps
+        self.teachers, self.taps, self.probes = teachers, taps, probes or {}
         self.classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
         # As a cache of these teachers holds them: OFD floors at the margin itself, other methods read maps as they are.
         self._floors = {
@@ -141,6 +155,19 @@ class Live(Plain):
         """See `Source`."""
         for batch in super().batches(view, rows, batch_size, start):
             yield replace(batch, targets=self.targets(batch.images))
+
+    def identity(self) -> dict[str, Any]:
+        """See `Source`: weights, and what they compute, which changed code would change."""
+        return {
+            "teachers": {
+                name: {
+                    "weights_sha256": teacher.weights_sha256,
+                    "precision": teacher.precision,
+                    "outputs": {tap: list(values) for tap, values in self.probes.get(name, {}).items()},
+                }
+                for name, teacher in self.teachers.items()
+            }
+        }
 
     def targets(self, images: Tensor) -> dict[str, dict[str, Target]]:
         """One forward pass of every teacher on uint8 pixels [B, H, W, 3]."""
@@ -202,6 +229,17 @@ class Cached(Plain):
         """See `Source`. Nothing is decoded."""
         arrays = [array for array in self.arrays if array != names.PIXELS]
         return (self._targets(item) for item in self.reader.stream(arrays, view, rows, batch_size))
+
+    def identity(self) -> dict[str, Any]:
+        """See `Source`: a digest of the objects it reads, so that a cache may grow meanwhile."""
+        scales = [
+            names.scale(teacher, tap) for _, teacher, tap, codec, _, _ in self._entries if CODECS[codec].quantized
+        ]
+        arrays = {*self.arrays, *scales, *names.VIEWS, names.CONTENT, names.SUMS}
+        return {"cache": self.reader.digest(arrays, self.views)}
+
+    def _content(self) -> NDArray[np.uint64]:
+        return content_of(self.reader, self.data)
 
     def _with_targets(self, pixels: Iterator[Batch], items: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
         for batch, item in zip(pixels, items, strict=True):
@@ -275,15 +313,19 @@ def open_source(
             raise RequestError("method.factors: 'stored' needs train.source='cache', found 'live'; expected 'own'")
         teachers = load_teachers(recipe, len(data.classes), device)
         pilot: list[Tensor] = []
-        if any(teacher.needs_pilot for teacher in teachers.values()):
-            # Cut as the caching pass cuts them: both sources then have the same margins.
-            with pixel_loader(data, plan, recipe.cache.batch, device, threads) as cutter:
+        # Cut as the caching pass cuts them: both sources then have the same margins and probes.
+        with pixel_loader(data, plan, recipe.cache.batch, device, threads) as cutter:
+            first = next(iter(cutter.stream(0, np.arange(min(len(data), recipe.cache.batch))))).images
+            if any(teacher.needs_pilot for teacher in teachers.values()):
                 pilot, _ = pilot_pixels(cutter, recipe.cache.pilot)
+            probes = {name: teacher.probe(first) for name, teacher in teachers.items()}
+            refuse_other_outputs(recipe, dataset_info(Selection.of(recipe.data), data), cutter, teachers, probes)
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
         plan = mixing_plan(plan, row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, plan.size))
-        return Live(data, plan, device, teachers, taps if needs else {}, views=views, threads=threads)
+        taps = taps if needs else {}
+        return Live(data, plan, device, teachers, taps, views=views, threads=threads, probes=probes)
     return _open_cached(recipe, data, plan, device, needs, method)
 
 
@@ -294,7 +336,7 @@ def _open_cached(
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
     dataset = dataset_info(Selection.of(recipe.data), data)
-    refuse_other_recipe(reader, dataset, plan, recipe.data, recipe.teachers)
+    refuse_other_recipe(reader, dataset, plan, recipe, needs)
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:
         raise CacheMismatchError(
@@ -316,7 +358,7 @@ def _open_cached(
     reader.require([*source.arrays, *names.VIEWS, names.LABEL, names.CONTENT, names.SUMS], range(views))
     check_views(reader, data, plan, views)
     if not source.stored_images:
-        replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views, seed=recipe.seed)
+        replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views)
     return source
 
 

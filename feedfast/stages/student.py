@@ -24,17 +24,17 @@ from torch import nn
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
-from feedfast.files import read_json, remove_temporary, write_json
+from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
-from feedfast.stages.checkpoint import load_checkpoint, write_state
+from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.evaluate import BATCH, evaluate
-from feedfast.stages.folder import BRANCH, check_run_dir, start_run_dir
+from feedfast.stages.folder import BRANCH, RunLock, check_run_dir, ensure_dir, resumed_run, start_run_dir
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
@@ -99,22 +99,35 @@ class StudentRun:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
         self.entries = method_entries(recipe.method)
         self.needs = needs_of(self.entries)
-        self.resumed = check_run_dir(self.out, recipe)
-        self.data = open_train(recipe.data, images)
-        if len(self.data) < train.batch:
-            raise RequestError(
-                f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
-            )
-        plan = view_plan(recipe.data, recipe.seed)
-        val: Dataset | None = open_val(recipe.data, self.data, val_images)
-        self.val: Loader | None = None
-        if val is not None:
-            self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
-        self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
-        self.normalize = Normalize(*recipe.data.normalization).to(self.device)
-        self.task: Task = Classify(self._num_classes())
-        self.trainer = self._trainer(total_steps(train, len(self.data)))
-        self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
+        ensure_dir(self.out, "train.out")
+        # The first rank holds it for all; they end together.
+        self._lock = RunLock(self.out) if me.first else None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unlock)
+            self.resumed = check_run_dir(self.out, recipe)
+            self.data = open_train(recipe.data, images)
+            if len(self.data) < train.batch:
+                raise RequestError(
+                    f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
+                )
+            plan = view_plan(recipe.data, recipe.seed)
+            val: Dataset | None = open_val(recipe.data, self.data, val_images)
+            self.val: Loader | None = None
+            if val is not None:
+                self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
+            self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            self.identity = {
+                "data": self.data.fingerprint(),
+                "val": None if val is None else val.fingerprint(),
+                **self.source.identity(),
+            }
+            run = resumed_run(self.out, self.identity) if self.resumed else ""
+            self.normalize = Normalize(*recipe.data.normalization).to(self.device)
+            self.task: Task = Classify(self._num_classes())
+            self.trainer = self._trainer(total_steps(train, len(self.data)))
+            self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
+            self.loop.run = run
+            undo.pop_all()
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
@@ -180,12 +193,18 @@ class StudentRun:
 
     def run(self) -> dict[str, Any]:
         """See `run_train`."""
+        try:
+            return self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> dict[str, Any]:
         train, loop, trainer = self.recipe.train, self.loop, self.trainer
         step = 0
         if self.me.first and not self.resumed:
-            start_run_dir(self.out, self.recipe)
+            loop.run = start_run_dir(self.out, self.recipe, self.identity)
         if self.resumed:
-            step = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.total)
+            step = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.total, loop.run)
             loop.kept = step
             if self.me.first:
                 remove_temporary(self.out)
@@ -205,6 +224,8 @@ class StudentRun:
         )
         if step == 0:
             self._prepare()
+            start = {"student": trainer.student.state_dict(), "method": trainer.methods.state_dict()}
+            require_finite(f"train: before the first step of {self.out}", start)
         events = EventLog(self.out, step) if self.me.first else None
         try:
             with Meter("train", (stop - step) * train.batch) as meter:
@@ -217,7 +238,6 @@ class StudentRun:
                     accuracy = self.evaluate()
                 branches = self._branches()
         finally:
-            self.close()
             if events is not None:
                 events.close()
         return self._finish(step, accuracy, branches, events)
@@ -237,10 +257,15 @@ class StudentRun:
                 torch.distributed.broadcast(value, 0)
 
     def close(self) -> None:
-        """Stop what is read ahead."""
+        """Stop what is read ahead, and give the folder back."""
         self.source.close()
         if self.val is not None:
             self.val.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def evaluate(self) -> float | None:
         """Top-1 accuracy of the bare student on ``data.val``, the same on every rank; None without it."""
@@ -285,8 +310,7 @@ class StudentRun:
         earlier: dict[str, Any] = {}
         if held.is_file() and not timing.steps:
             with contextlib.suppress(OSError, ValueError):  # a damaged one is written again
-                found = read_json(held)
-                earlier = found if isinstance(found, dict) else {}
+                earlier = read_sealed(held)
         result: dict[str, Any] = {
             "val_accuracy": accuracy,
             "final_loss": events.last("loss") if events is not None else None,
@@ -309,6 +333,6 @@ class StudentRun:
             _save_network(self.trainer.student, self.out / "student.pt")
             if branches:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
-            write_json(held, result)
+            write_sealed(held, result)
             write_report(self.out, result, self.recipe.model_dump(mode="json"))
         return result

@@ -71,7 +71,7 @@ def run_verify(
         try:
             refuse_differences(reader.path, reader.manifest.model_copy(update=expected), reader.manifest)
             check_views(reader, data, plan, reader.manifest.views)
-            replayed = replay_pixels(reader, data, plan, blocks=replay, views=reader.manifest.views, seed=0)
+            replayed = replay_pixels(reader, data, plan, blocks=replay, views=reader.manifest.views)
             if replay and not replayed:
                 problems.append(problem(names.SUMS, "", "pixels", "--replay: there was nothing to compare with"))
         except CacheDamageError as error:

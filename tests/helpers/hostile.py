@@ -10,6 +10,8 @@ from typing import Any
 from commands import Outcome, feedfast
 from small import as_toml, digits_recipe
 
+from feedfast.files import read_sealed, write_sealed
+
 CACHE, LOG = "digits.zarr", "digits.zarr/commits/part-0-of-1.jsonl"
 KEYS = ("cache.pilot=32", "cache.batch=16", "train.batch=16", "method.name=kd")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -38,7 +40,7 @@ def copy_world(whole: Path, folder: Path) -> Path:
     """A copy to be spoiled, as a stranger's archive would be."""
     shutil.copytree(whole, folder)
     recipe = folder / "student/recipe.json"  # runs know the paths of their recipe
-    recipe.write_text(recipe.read_text().replace(f"{whole}/", ""))
+    write_sealed(recipe, json.loads(json.dumps(read_sealed(recipe)).replace(f"{whole}/", "")))
     return folder
 
 

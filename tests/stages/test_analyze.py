@@ -17,6 +17,7 @@ from small import digits_recipe
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
+from feedfast.files import read_sealed, write_sealed
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
 from feedfast.stages.analyze import Setting, run_reconstruction
@@ -132,11 +133,11 @@ def test_what_cannot_be_compared_is_refused(runs: Path, tmp_path: Path) -> None:
     def changed(name: str, **keys: Any) -> Path:
         folder = tmp_path / name
         shutil.copytree(runs / "narrow", folder)
-        tree = json.loads((folder / "recipe.json").read_text())
+        tree = read_sealed(folder / "recipe.json")
         for key, value in keys.items():
             section, word = key.split("__")
             tree[section][word] = value
-        (folder / "recipe.json").write_text(json.dumps(tree))
+        write_sealed(folder / "recipe.json", tree)
         return folder
 
     first = runs / "narrow"
