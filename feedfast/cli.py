@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from feedfast.errors import FeedfastError, PeerFailedError, RequestError
+from feedfast.errors import FeedfastError, PeerFailedError, RequestError, printable
 from feedfast.recipe import Recipe, load_recipe
 from feedfast.stages.interrupt import interruptible
 
@@ -74,7 +74,7 @@ def configure_logging(level: int = 0) -> None:
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.of_the_command_line = True  # type: ignore[attr-defined]
-    handler.setFormatter(logging.Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_Printable("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
     least = logging.INFO if _rank() == "0" else logging.WARNING
@@ -84,6 +84,13 @@ def configure_logging(level: int = 0) -> None:
 def _rank() -> str:
     """This process among its peers, before anything knows better: for who speaks."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+class _Printable(logging.Formatter):
+    """Lines quote file names, manifests and log lines of strangers: a terminal must not obey them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -273,7 +280,7 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
         except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
-            print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
             sys.exit(1)
         except SystemExit as end:
             if end.code != INTERRUPTED:

@@ -35,6 +35,8 @@ MAX_VIEWS: Final = 65535
 CONTENT_HASH: Final = "crc32c+length"  # what the numbers of ``samples/content`` are
 MAX_CHANNELS: Final = 1 << 20
 MAX_PASSES: Final = 256
+MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from it, goes over them
+MAX_FACTORS: Final = 4  # per teacher; likewise
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
@@ -46,7 +48,11 @@ _MEASURED: Final = {"taps", "probe", "published", "top1", "top1_rows"}
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[float, float, float]
-Scalar = str | int | float | bool | None
+Text = Annotated[str, Field(max_length=4096)]
+Scalar = Text | Annotated[int, Field(ge=-(2**63), lt=2**64)] | float | bool | None
+Facts = Annotated[
+    dict[Text, Scalar], Field(max_length=256)
+]  # each array's digest goes over some: no room for megabytes
 
 
 class _Part(BaseModel):
@@ -63,9 +69,9 @@ class DatasetInfo(_Part):
 
     kind: str = Field(max_length=64)
     count: int = Field(ge=1, lt=2**32)
-    fingerprint: dict[str, Any]
-    classes: tuple[str, ...] = Field((), max_length=1 << 20)
-    source: str = ""
+    fingerprint: Facts
+    classes: tuple[Text, ...] = Field((), max_length=1 << 20)
+    source: str = Field("", max_length=1 << 20)
     id_space: int = Field(0, ge=0, lt=2**32)
     skipped: dict[str, int] = Field({}, max_length=1 << 10)
 
@@ -102,8 +108,8 @@ class DecoderInfo(_Part):
     """What turned bytes into pixels. Backend and flags are identity; versions serve the message when pixels differ."""
 
     backend: str = Field(max_length=64)
-    flags: dict[str, Scalar] = {}
-    versions: dict[str, Scalar] = {}
+    flags: Facts = {}
+    versions: Facts = {}
 
 
 class FactorInfo(_Part):
@@ -133,11 +139,11 @@ class TapInfo(_Part):
     shape: tuple[int, ...] = Field(min_length=1, max_length=3)
     transform: Literal["none", "margin", "factor"] = "none"
     factor: FactorInfo | None = None
-    margin: tuple[float, ...] | None = Field(None, max_length=MAX_CHANNELS)
+    margin: tuple[float, ...] | None = Field(None, max_length=MAX_MARGINS)
     codec: CodecName = "u8"
     compression: Compression = "none"
-    fit: dict[str, Any] = {}
-    error: dict[str, Any] = {}
+    fit: Facts = {}
+    error: Facts = {}
 
     @property
     def channels(self) -> int:
@@ -217,6 +223,8 @@ class TeacherInfo(_Part):
                 source is None or source.factor is not None or source.shape[1:] != tap.shape[1:] or len(tap.shape) != 3
             ):
                 raise ValueError(f"tap {tap.name!r} holds factors of {tap.factor.source!r}, found no such map")
+        if sum(tap.factor is not None for tap in self.taps.values()) > MAX_FACTORS:
+            raise ValueError(f"expected at most {MAX_FACTORS} taps of factors")
         if self.name == "zarr.json":
             raise ValueError("a teacher cannot be called 'zarr.json'")
         return self
@@ -226,6 +234,8 @@ class Manifest(_Part):
     """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on.
 
     ``passes`` are the jobs that wrote to it, for people to read; of very many the first and the newest.
+    ``folder`` is the number (inode) of the folder it was written into. A cache that was copied, unpacked or downloaded
+    lies in another one, and the paths in it are then nobody's here.
     """
 
     format: Literal[2] = 2
@@ -238,9 +248,10 @@ class Manifest(_Part):
     shard_bytes: int = Field(32 << 20, ge=1, le=1 << 31)  # 32 MiB
     batch_rows: int = Field(ge=1, le=1 << 20)
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
-    versions: dict[str, Scalar] = {}
-    created: str = ""
+    versions: Facts = {}
+    created: Text = ""
     passes: tuple[Provenance, ...] = Field((), max_length=MAX_PASSES)
+    folder: int = Field(0, ge=0, lt=2**64)
 
     @field_validator("teachers")
     @classmethod
@@ -409,6 +420,9 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
         both = {key: {**getattr(teacher, key), **getattr(known or teacher, key)} for key in ("taps", "probe")}
         teachers[name] = (known or teacher).model_copy(update=both)
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
-    return existing.model_copy(
-        update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}
-    )
+    views = max(existing.views, asked.views)
+    changes: dict[str, Any] = {"teachers": teachers, "views": views, "images": images}
+    if asked.folder:  # whoever extends a cache has named its images
+        changes["folder"] = asked.folder
+        changes["dataset"] = existing.dataset.model_copy(update={"source": asked.dataset.source})
+    return existing.model_copy(update=changes)

@@ -98,6 +98,11 @@ class CacheWriter:
         """Committed objects found missing or of another length at opening; they are to be written again."""
         return self._ledger.damaged
 
+    @property
+    def rows(self) -> int:
+        """Rows of all views that belong to this writer's part."""
+        return self._division.rows(self.manifest.views)
+
     def missing(self, array: str) -> set[tuple[int, int]]:
         """(view, shard) of every object of an array neither committed nor on its way, whichever part it belongs to."""
         return self._ledger.missing(array)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from feedfast.errors import printable
 from feedfast.files import write_text
 from feedfast.provenance import Provenance
 from feedfast.report.run import figure_html, page, provenance_html, read_metrics, show, table_html
@@ -24,13 +25,14 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log a table (INFO); nothing without rows."""
     if not rows or not log.isEnabledFor(logging.INFO):
         return
-    table = Table(title=Text(title))
+    # as text, not markup: names of files and of other people's taps stand here
+    table = Table(title=Text(printable(title)))
     for key in rows[0]:
         # What names a row is never cut short; the other columns wrap.
         first = key == next(iter(rows[0]))
-        table.add_column(key, justify="left" if first else "right", no_wrap=first, overflow="fold")
+        table.add_column(Text(printable(key)), justify="left" if first else "right", no_wrap=first, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(show(value)) for value in row.values()))  # no markup: [final] is a word of a command
+        table.add_row(*(Text(printable(show(value))) for value in row.values()))
     console = Console(stderr=True)
     width = max(100, console.width) if console.is_terminal else 160  # a log file has no edge to wrap at
     text = Console(width=width, no_color=True)

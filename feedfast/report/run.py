@@ -12,11 +12,12 @@ import contextlib
 import html
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from feedfast.files import wrap_write_errors, write_text
+from feedfast.files import open_in_place, open_regular, parse_json, wrap_write_errors, write_text
 from feedfast.provenance import Provenance
 
 STYLE = """\
@@ -28,6 +29,7 @@ img{max-width:100%}
 pre{background:#f6f6f6;padding:1em;overflow:auto}
 """
 
+_MAX_ROW_BYTES = 1 << 20
 NO_LOSS = ("step", "epoch", "lr", "images_per_second", "data_wait_fraction")  # of the numbers in a row
 
 
@@ -42,7 +44,7 @@ class EventLog:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = kept
         with wrap_write_errors(self.path):
-            self._file = self.path.open("a")
+            self._file = os.fdopen(open_in_place(self.path, os.O_WRONLY | os.O_APPEND), "w")
         with wrap_write_errors(out / "tensorboard"):
             self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -73,18 +75,19 @@ class EventLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a torn last line (a kill while writing) is left out."""
+    """The rows of a metrics.jsonl, numbers by name; what follows a torn line (a kill while writing) is left out."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+    with open(open_regular(path), "rb") as file:
+        while line := file.readline(_MAX_ROW_BYTES):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                break
+            if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(_is_number, row.values())):
+                break
+            rows.append(row)
     return rows
 
 

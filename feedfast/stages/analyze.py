@@ -99,6 +99,7 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
     runs = _open_runs(paths)
     ensure_dir(out, "out")
     data = runs[0].recipe.data
+    log.info("images: %s, as %s names them", ", ".join([*data.train, *data.val])[:500], runs[0].path / RECIPE)
     train = open_train(data)
     val = open_val(data, train)
     if val is None:
@@ -239,10 +240,12 @@ def _open_run(path: Path) -> _Run:
         )
     try:
         recipe = parse_recipe(read_sealed(path / RECIPE), where=str(path / RECIPE))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
     except FeedfastError as error:
         raise RequestError(f"run {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
+    if ":" in recipe.student.model:
+        raise RequestError(f"run {path}: student.model: {recipe.student.model!r} would import code that a folder names")
     if recipe.student.branches > 1:
         raise RequestError(
             f"run {path}: student.branches: expected a network with one final map, found {recipe.student.branches} "

@@ -62,6 +62,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         target = names.parse(array)
         info = manifest.teachers[target.teacher].taps[target.tap] if target else None
         entry: dict[str, Any] = {
+            **(info.error if info else {}),
             "dtype": str(spec.dtype),
             "row_shape": list(spec.row_shape),
             "codec": info.codec if info else None,
@@ -71,7 +72,6 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "bytes": stored,
             "bytes_per_sample": stored / count if count else None,
             "ratio": count * spec.row_bytes / stored if stored else None,
-            **(info.error if info else {}),
         }
         targets[array] = entry
         row = {
@@ -106,7 +106,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "views": manifest.views,
         "bytes": sum(commit.bytes for commit in reader.log.commits.values()),
         "digest": reader.digest(),
-        "complete": not reader.missing(),
+        "complete": reader.complete,
         "targets": targets,
         "teachers": {
             name: {"top1": info.top1, "top1_rows": info.top1_rows} for name, info in manifest.teachers.items()
@@ -139,7 +139,7 @@ def _pictures(reader: CacheReader) -> str:
     complete = [
         array
         for array, spec in reader.specs.items()
-        if spec.sharded and names.parse(array) and not reader.missing([array], [0])
+        if spec.sharded and names.parse(array) and len(reader.committed(array, 0)) == spec.num_shards
     ]
     maps = []
     rows = np.arange(min(SHOWN, reader.manifest.num_rows))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,7 +41,7 @@ from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
-from feedfast.errors import CacheDamageError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.models.build import published_weights
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
@@ -109,12 +110,18 @@ class OfflineRun:
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
         outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in self.teachers.items()}
         self.pilot_accuracy, self.accuracy = (Accuracies(outputs, len(self.data.classes)) for _ in range(2))
+        self.resumed = 0  # rows of this part that an earlier run has written
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
     def run(self) -> dict[str, Any]:
         """See `run_cache`."""
         started = time.perf_counter()
         refuse_foreign(self.path)
+        done = self._nothing_to_do()
+        if done is not None:
+            log.info("cache: %s cannot be written to, and holds all that the recipe asks for", self.path)
+            self.loader.close()
+            return self._summary(done, 0, 0, 0.0, time.perf_counter() - started)
         coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
         refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
         with _one_at_a_time(self.path):
@@ -128,8 +135,10 @@ class OfflineRun:
             )
             work = recorder.pending
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
-            resumed = manifest.num_rows * manifest.views - total
-            there = f", {resumed:,} rows already there" if resumed else ""
+            self.resumed = max(0, writer.rows - total)  # whole batches are run, also where half of one is there
+            there = f", {self.resumed:,} rows already there" if self.resumed else ""
+            others = manifest.num_rows * manifest.views - writer.rows
+            there += f", {others:,} rows are other parts'" if others else ""
             images = f"{manifest.num_rows:,} images"
             log.info(
                 "cache: %d teachers, %d views of %s → %s%s",
@@ -152,6 +161,37 @@ class OfflineRun:
         now = time.perf_counter()
         return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
 
+    def _nothing_to_do(self) -> Manifest | None:
+        """The manifest of a cache that cannot be written to and need not be; None where there is work to do."""
+        held = held_manifest(self.path)
+        if held is None or os.access(self.path, os.W_OK):
+            return None
+        refuse_differences(self.path, self._manifest(held, {}), held)
+        reader = CacheReader(self.path)
+        for name, teacher in self.teachers.items():
+            known = held.teachers[name].taps if name in held.teachers else {}
+            for tap in teacher.requests:
+                if tap not in known:
+                    return None
+                refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
+            if LOGITS not in known:
+                return None
+        if held.views < self.recipe.cache.views or not reader.complete:
+            return None
+        reader.require(reader.specs, range(held.views))
+        self.resumed = held.num_rows * held.views
+        return held
+
+    def _refuse_empty_views(self, held: Manifest) -> None:
+        """A manifest may promise views that nobody has begun: those are written only when they are asked for."""
+        begun = {commit.view for commit in read_log(self.path).commits.values()}
+        most = max(self.recipe.cache.views, len(begun))
+        if held.views > most:
+            raise CacheMismatchError(
+                f"{self.path}: its manifest says {held.views} views, but its log holds rows of {len(begun)} and the "
+                f"recipe asks for {self.recipe.cache.views}; cache.views={held.views} writes all of them"
+            )
+
     def _prepare(self) -> Manifest:
         """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
         held = held_manifest(self.path)
@@ -161,6 +201,7 @@ class OfflineRun:
             # A lost one is written again below, a damaged one is refused by the writer.
             with suppress(CacheDamageError):
                 self.loader.content = content_of(CacheReader(self.path), self.data)
+            self._refuse_empty_views(held)
         self._probe(held)
         fitted = self._fit(held, bare.plan.granule)
         manifest = open_for_writing(self.path, self._manifest(held, fitted))
@@ -220,6 +261,7 @@ class OfflineRun:
             teachers=teachers,
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            folder=self.path.stat().st_ino,
         )
 
     def _probe(self, held: Manifest | None) -> None:
@@ -340,7 +382,7 @@ class OfflineRun:
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
         return {
             "rows_written": rows,
-            "rows_resumed": manifest.num_rows * manifest.views - rows,
+            "rows_resumed": self.resumed,
             "bytes": total,
             "bytes_written": written,
             "bytes_per_sample": total / (manifest.num_rows * manifest.views),

@@ -142,7 +142,12 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
         for part in (sample.fit, sample.held_out or sample.fit)
     )
     assert sample.first is not None
-    scale, compression, error = fit_values(fit, unseen, sample.first, codec, transform, signed=is_signed(request.tap))
+    try:
+        scale, compression, error = fit_values(
+            fit, unseen, sample.first, codec, transform, signed=is_signed(request.tap)
+        )
+    except FeedfastError as why:  # beyond float16
+        raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: {why}") from why
     info = TapInfo(
         name=name,
         path=request.tap.path,

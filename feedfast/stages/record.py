@@ -140,7 +140,7 @@ def encode_rows(
     """A float map [batch, channel, …] as stored rows, channels last, and how many values saturated.
 
     Raises:
-        ValueError: a value is not finite, or too large for float16.
+        FeedfastError: a value is not finite, or too large for float16.
     """
     if CODECS[codec].quantized:
         if values.is_cuda:  # `encode` skips this check on CUDA to avoid a sync; `.cpu()` below syncs anyway
@@ -158,7 +158,7 @@ def _require_finite(stored: Tensor, values: Tensor) -> None:
     if torch.isfinite(stored.float().sum()) or torch.isfinite(stored).all():
         return
     if torch.isfinite(values).all():
-        raise ValueError(
+        raise FeedfastError(
             f"expected values within float16's 65504, found {float(values.abs().max()):.4g}; use codec f32"
         )
-    raise ValueError("expected finite values, got NaN or infinity")
+    raise FeedfastError("expected finite values, got NaN or infinity")

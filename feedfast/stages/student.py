@@ -24,7 +24,7 @@ from torch import nn
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
-from feedfast.files import read_sealed, write_sealed
+from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
@@ -211,7 +211,10 @@ class StudentRun:
         if self.me.first and not self.resumed:
             loop.run = start_run_dir(self.out, self.recipe, self.identity)
         if self.resumed:
-            step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.run)
+            step = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.total, loop.run)
+            loop.kept = step
+            if self.me.first:
+                remove_temporary(self.out)
         stop = min(loop.total, train.max_steps) if train.max_steps else loop.total
         log.info(
             "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
