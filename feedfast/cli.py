@@ -183,7 +183,9 @@ def inspect(
 @app.command()
 def taps(
     model: Annotated[str, typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory")],
-    size: Annotated[int, typer.Option(min=4, max=2048, help="pixels, side of the input")] = 32,
+    size: Annotated[
+        int | None, typer.Option(min=4, max=2048, help="pixels, side of the input; default: the model's own, else 32")
+    ] = None,
     classes: Annotated[int, typer.Option(min=1, help="outputs of the classifier")] = 100,
 ) -> None:
     """List the tappable places of a model: path, shape, bytes, activation, hazards, and which method wants which."""

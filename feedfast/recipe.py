@@ -50,6 +50,17 @@ Positive = Annotated[FiniteFloat, Field(gt=0)]
 Positives = tuple[Positive, Positive, Positive]
 
 
+def _within_unit(value: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= number <= 1 for number in value):
+        scaled = ", ".join(f"{number / 255:.4g}" for number in value)
+        raise ValueError(f"expected numbers in 0..1; if these are of pixels in 0..255, divided by 255: [{scaled}]")
+    return value
+
+
+Mean = Annotated[Triple, AfterValidator(_within_unit)]
+Std = Annotated[Positives, AfterValidator(_within_unit)]
+
+
 def _home(text: str) -> str:
     """``~`` and ``~user`` at the front as the shell would have them; a shell does not, behind ``key=``."""
     path = os.path.expanduser(text)
@@ -104,10 +115,10 @@ class Data(_Section):
         "same samples, a smaller one some of them. An epoch is a pass over what is left; "
         "`train.steps` makes runs on different fractions equally long",
     )
-    mean: Triple | None = Field(
+    mean: Mean | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
-    std: Positives | None = Field(None, description="as `mean`")
+    std: Std | None = Field(None, description="as `mean`")
     check: Literal["fast", "full"] = Field(
         "fast", description="image files: headers and end marks, or a complete decode"
     )
@@ -152,7 +163,18 @@ class Teacher(_Section):
 
     name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
     model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: PathText = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
+    weights: PathText = Field(
+        "",
+        description='a weights file (of torch.save or safetensors); "" = the model\'s own pretrained weights',
+    )
+    key: str = Field(
+        "", description="which entry of a weights file, as state_dict_ema; needed where it holds several that fit"
+    )
+    prefix: str = Field(
+        "",
+        description="only the entries of a weights file whose names begin with it, as model., are taken, without it; "
+        "one that all names have is found by itself",
+    )
     classes: int = Field(0, ge=0, le=1 << 20, description="outputs of the model; 0 = the classes of the data set")
     bn: Literal["eval", "batch"] = Field(
         "eval", description="statistics of its batch norms: its own, or those of each batch of `cache.batch` rows"
@@ -160,19 +182,35 @@ class Teacher(_Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     taps: tuple[str, ...] = Field(
         (),
-        description='groups (final, ofd, ofd+margin, stage) or "name=module.path:pre"; [] = what the methods need',
+        description='groups (final, ofd, ofd+margin, stage) or "name=module.path", with :pre, :post or :end and, of '
+        "tokens, :map or :tokens after it (`feedfast taps MODEL` lists them); [] = what the methods need",
     )
-    mean: Triple | None = Field(
-        None, description="what it was trained with, per channel in 0..1; default: its weights' own, else the data's"
+    mean: Mean | None = Field(
+        None,
+        description="what it was trained with, per channel in 0..1; default: its weights' own (timm's, torchvision's "
+        "published, or of the run that saved them), else the data's",
     )
-    std: Positives | None = Field(None, description="as `mean`")
+    std: Std | None = Field(None, description="as `mean`")
+    size: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        description="pixels, side of its input; images are resized for it on the device. 0 = its own, for published "
+        "weights, those a run saved, and networks of one size; else `data.size`",
+    )
 
 
 class Student(_Section):
     """The network that is trained."""
 
     model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: PathText | None = Field(None, description="a state_dict file to start from; none = a random start")
+    weights: PathText | None = Field(
+        None,
+        description='a weights file to start from, "" = the published ones; none = a random start. A classifier of '
+        "another number of classes is left out and starts at random, with a warning",
+    )
+    key: str = Field("", description="as of a teacher")
+    prefix: str = Field("", description="as of a teacher")
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
     )

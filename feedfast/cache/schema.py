@@ -36,6 +36,8 @@ MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from 
 MAX_FACTORS: Final = 4  # per teacher; likewise
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
+TEACHER_MEASURED: Final = ("probe", "top1", "top1_rows")
+
 CodecName = Literal["f32", "f16", "u8", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
@@ -122,14 +124,14 @@ class FactorInfo(_Part):
 class TapInfo(_Part):
     """One stored feature map.
 
-    ``shape`` is (C, H, W) or (C,). ``margin`` is OFD's margin per channel, which its loss needs whatever was
-    stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
+    ``shape`` is (C, H, W), (C, N) of tokens or (C,). ``margin`` is OFD's margin per channel, which its loss needs
+    whatever was stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
     and ``error`` hold the pilot's measurements; like ``compression`` and ``margin`` they are found, not requested.
     """
 
     name: Name
     path: str = Field(max_length=512)
-    position: Literal["pre", "post"]
+    position: Literal["pre", "post", "end"]
     shape: tuple[int, ...] = Field(min_length=1, max_length=3)
     transform: Literal["none", "margin", "factor"] = "none"
     factor: FactorInfo | None = None
@@ -152,8 +154,6 @@ class TapInfo(_Part):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if len(self.shape) == 2:
-            raise ValueError(f"shape must be (C, H, W) or (C,), found {list(self.shape)}")
         if min(self.shape) < 1 or self.channels > MAX_CHANNELS or max((0, *self.shape[1:])) > 1 << 16:
             raise ValueError(
                 f"shape {list(self.shape)} has an extent outside 1..{1 << 16} (channels: 1..{MAX_CHANNELS})"
@@ -178,8 +178,9 @@ class TapInfo(_Part):
 class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
-    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits". ``probe`` is
-    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured.
+    ``mean`` and ``std`` are the normalization of its input in 0..1 units; ``size`` is the input's side where pixels
+    are resized for it, 0 = the plan's. Logits are the tap "logits". Measured: ``probe`` is what it computes, per tap
+    the mean and the root mean square over the first rows of view 0; ``top1`` is of ``top1_rows`` labeled pilot rows.
     """
 
     name: Name
@@ -189,8 +190,11 @@ class TeacherInfo(_Part):
     precision: Literal["fp32", "bf16"] = "fp32"
     mean: Triple
     std: Triple
+    size: int = Field(0, ge=0, le=8192)
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
+    top1: float | None = Field(None, ge=0, le=1)
+    top1_rows: int = Field(0, ge=0, lt=2**32)
 
     @property
     def row_bytes(self) -> int:
@@ -319,7 +323,9 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", "probe"})
+        # the key size only where it says something: caches made before there was one keep their digests
+        unsaid = set() if teacher.size else {"size"}
+        basis["teacher"] = teacher.model_dump(mode="json", exclude={"taps", *TEACHER_MEASURED, *unsaid})
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)
         if tap.factor is not None:
@@ -367,7 +373,8 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
             if missing:
                 rows.append((f"teachers.{name}", teacher.model, None))
             continue
-        compare(f"teachers.{name}", requested(teacher, {"taps", "probe"}), requested(other, {"taps", "probe"}))
+        without = {"taps", *TEACHER_MEASURED}
+        compare(f"teachers.{name}", requested(teacher, without), requested(other, without))
         for tap_name, tap in sorted(teacher.taps.items()):
             other_tap = other.taps.get(tap_name)
             key = f"teachers.{name}.taps.{tap_name}"

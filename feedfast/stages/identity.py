@@ -31,6 +31,7 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
 from feedfast.models.build import build_model, weights_sha256
 from feedfast.stages.data import PYTHON, Selection
+from feedfast.stages.inputs import teacher_input
 
 PACKAGES = (
     "feedfast",
@@ -106,7 +107,7 @@ def refuse_other_recipe(
         reader: the cache.
         dataset: the images, as `dataset_info` describes them.
         plan: their views.
-        data: normalization of teachers that have none of their own.
+        data: normalization and size of teachers that have none of their own.
         specs: the recipe's teachers.
 
     Raises:
@@ -120,19 +121,30 @@ def refuse_other_recipe(
             f"{reader.path}: expected teachers {unknown}, found {sorted(found.teachers)}; "
             "run `feedfast cache` with this recipe to add them"
         )
-    mean, std = data.normalization
     for spec in specs:
         stored = found.teachers[spec.name]
-        sha = stored.weights_sha256
+        sha, network = stored.weights_sha256, None
         if spec.weights and Path(spec.weights).is_file():
-            sha = weights_sha256(build_model(spec.model, num_classes=stored.num_classes, weights=spec.weights))
+            network = build_model(
+                spec.model,
+                num_classes=stored.num_classes,
+                weights=spec.weights,
+                key=spec.key,
+                prefix=spec.prefix,
+            )
+            sha = weights_sha256(network)
+        shown = teacher_input(spec, data, network)
+        own_size = 0 if shown.size == data.size else shown.size
+        # Without the network its own input may not be known: then the manifest's holds where the recipe has none.
+        known = network is not None or not (spec.weights or ":" in spec.model)
         own = {
             "model": spec.model,
             "weights_sha256": sha,
             "bn": spec.bn,
             "precision": spec.precision,
-            "mean": spec.mean or mean,
-            "std": spec.std or std,
+            "mean": shown.mean if known or spec.mean else stored.mean,
+            "std": shown.std if known or spec.std else stored.std,
+            "size": own_size if network is not None or spec.size else stored.size,
         }
         teachers[spec.name] = stored.model_copy(update=own)
     asked = {

@@ -21,10 +21,14 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.files import write_text
+from feedfast.methods import METHODS
+from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
+from feedfast.models.own import built_size, own_input
 from feedfast.report.compare import print_table
 from feedfast.report.run import figure_html, page, table_html
+from feedfast.stages.accuracy import near_chance
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.proof import plan_of, source_of, stored_values
@@ -32,6 +36,7 @@ from feedfast.stages.proof import plan_of, source_of, stored_values
 log = logging.getLogger(__name__)
 
 SHOWN = 6
+TAPS_SIZE = 32  # pixels; of a network that does not say what it wants
 
 
 def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
@@ -39,8 +44,9 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
-        (array → codec, shape, bytes per sample, compression, measured errors), ``data`` (images, classes, first names
-        of classes, files skipped by extension), ``manifest``, ``report`` (with ``out``).
+        (array → codec, shape, bytes per sample, compression, measured errors), ``teachers`` (name → ``top1`` and the
+        labeled pilot rows it is of), ``data`` (images, classes, first names of classes, files skipped by extension),
+        ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
     manifest = reader.manifest
@@ -80,6 +86,17 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         }
         rows.append(row)
     print_table(f"{cache}: {manifest.num_rows:,} rows, {manifest.views} views", rows)
+    teachers = [
+        {
+            "teacher": name,
+            "model": info.model,
+            "px": info.size or manifest.plan.size,
+            "top-1": "not measured" if info.top1 is None else f"{info.top1:.1%} of {info.top1_rows:,} rows",
+            "judged": "near chance" if near_chance(info.top1, info.top1_rows, info.num_classes) else "",
+        }
+        for name, info in manifest.teachers.items()
+    ]
+    print_table("teachers, on labeled pilot rows", teachers)
     document = {
         "path": cache,
         "rows": manifest.num_rows,
@@ -88,6 +105,9 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "digest": reader.digest(),
         "complete": reader.complete,
         "targets": targets,
+        "teachers": {
+            name: {"top1": info.top1, "top1_rows": info.top1_rows} for name, info in manifest.teachers.items()
+        },
         "data": {
             "images": manifest.dataset.count,
             "classes": len(manifest.dataset.classes),
@@ -99,7 +119,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     if out is not None:
         ensure_dir(out, "--out")
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-        body = f"{table_html(rows)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
+        body = f"{table_html(rows)}{table_html(teachers)}{_pictures(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
         write_text(report, page(f"Cache {cache}", body))
         document["report"] = str(report)
@@ -145,14 +165,23 @@ def _pictures(reader: CacheReader) -> str:
     return "<h2>Maps (mean over channels), first rows of view 0</h2>" + figure_html(figure)
 
 
-def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
+def run_taps(model: str, size: int | None, classes: int) -> dict[str, Any]:
     """Describe the tappable places of a model with random weights.
 
+    Args:
+        model: as in a recipe.
+        size: pixels, side of the input; None = the model's own, else 32.
+        classes: outputs of the classifier.
+
     Returns:
-        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry a place, with the fields of
-        `feedfast.models.doctor.TapPlace`).
+        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry per place, with the fields of
+        `feedfast.models.doctor.TapPlace`), ``methods`` (method → what to write as ``teachers.N.taps`` for it, [] where
+        this network has none of the places it needs).
     """
     network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
+    if size is None:
+        own = own_input(model, None, network)
+        size = (own.size if own is not None else built_size(network)) or TAPS_SIZE
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
     hazards = dict.fromkeys(hazard for row in rows for hazard in row["hazards"])
     notes = {hazard: number for number, hazard in enumerate(hazards, 1)}
@@ -161,6 +190,7 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
             "path": row["path"],
             "kind": row["kind"],
             "shape": "x".join(map(str, row["shape"])),
+            "layout": row["layout"],
             "u8 bytes": row["values"],
             "positions": ", ".join(row["positions"]),
             "for": ", ".join(row["suggestions"]),
@@ -171,4 +201,21 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     print_table(f"{model} at {size} px", shown)
     for hazard, number in notes.items():
         log.info("hazard %d: %s", number, hazard)
-    return {"model": model, "size": size, "taps": rows}
+    suggested = _suggested([spec for row in rows for spec in row["specs"]])
+    print_table(
+        "taps per method",
+        [{"method": name, "taps": ", ".join(specs) or "name them by hand"} for name, specs in suggested.items()],
+    )
+    return {"model": model, "size": size, "taps": rows, "methods": suggested}
+
+
+def _suggested(specs: list[str]) -> dict[str, list[str]]:
+    """Method → the taps of a teacher that it needs; methods of logits alone need none and are left out."""
+    by_name = {spec.partition("=")[0]: spec for spec in specs}
+    out = {}
+    for name, kind in METHODS.items():
+        groups = [need for need in kind.needs if need != LOGITS]
+        found = [matching((need,), by_name) for need in groups]
+        if groups:
+            out[name] = [by_name[tap] for taps in found for tap in taps] if all(found) else []
+    return out

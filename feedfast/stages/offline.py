@@ -43,6 +43,7 @@ from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
+from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
 from feedfast.stages.folder import ensure_dir
@@ -65,8 +66,9 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None) -> dict[str, 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
-        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``,
-        ``data`` (see `feedfast.stages.data.facts_of`).
+        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction),
+        ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``path``, ``data``
+        (see `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -94,6 +96,8 @@ class OfflineRun:
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
+        outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in self.teachers.items()}
+        self.pilot_accuracy, self.accuracy = (Accuracies(outputs, len(self.data.classes)) for _ in range(2))
         self.resumed = 0  # rows of this part that an earlier run has written
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
@@ -214,8 +218,10 @@ class OfflineRun:
                 precision=teacher.precision,
                 mean=teacher.mean,
                 std=teacher.std,
+                size=0 if teacher.size == recipe.data.size else teacher.size,
                 taps=taps,
                 probe=self.probes.get(name, {}),
+                **dict(zip(("top1", "top1_rows"), self.pilot_accuracy.of(name), strict=True)),
             )
         return Manifest(
             dataset=dataset_info(Selection.of(recipe.data), self.data),
@@ -258,6 +264,8 @@ class OfflineRun:
         }
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
+            if held is None or name not in held.teachers:
+                wanted[name] = []  # a new one, of which perhaps only logits are asked: its accuracy is measured
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
             for tap, request in teacher.requests.items():
                 if tap in known:
@@ -266,14 +274,22 @@ class OfflineRun:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
             return {}
-        fit, held_out = pilot_pixels(self.loader, self.recipe.cache.pilot)
+        fit, held_out, labels = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
-            entries = run_pilot(self.teachers[name], taps, fit, held_out, self.recipe.cache.codec, granule)
+            codec = self.recipe.cache.codec
+            entries = run_pilot(
+                *(self.teachers[name], taps, fit, held_out, codec, granule),
+                seen=partial(self._seen, name, labels),
+            )
+            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes))
             for tap, entry in entries.items():
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
         return out
+
+    def _seen(self, teacher: str, labels: list[Any], number: int, logits: torch.Tensor) -> None:
+        self.pilot_accuracy.update(teacher, logits, labels[number])
 
     def _refuse_other_tap(self, name: str, tap: str, margin: bool, known: TapInfo) -> None:
         request = self.teachers[name].requests[tap].tap
@@ -327,6 +343,8 @@ class OfflineRun:
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
             wanted = recorder.wants(view, start, stop)
             maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wanted}
+            for name, found in maps.items():
+                self.accuracy.update(name, found[LOGITS], batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), maps)
             meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
 
@@ -364,9 +382,19 @@ class OfflineRun:
             "digest": cache_digest(self.path),
             "complete": complete,
             "taps": taps,
+            "teachers": {name: self._top1(name, manifest) for name in self.teachers},
             "path": str(self.path),
             "data": facts_of(self.data),
         }
+
+    def _top1(self, name: str, manifest: Manifest) -> dict[str, Any]:
+        """Of the rows this job ran; of the pilot where it ran none."""
+        top1, rows = self.accuracy.of(name)
+        if not rows:
+            top1, rows = manifest.teachers[name].top1, manifest.teachers[name].top1_rows
+        classes = len(self.data.classes)
+        tell_accuracy(name, top1, rows, classes)
+        return {"top1": top1, "top1_rows": rows, "near_chance": near_chance(top1, rows, classes)}
 
 
 def _log_fitted(teacher: str, info: TapInfo) -> None:

@@ -30,7 +30,7 @@ from feedfast.cache.schema import CodecName
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
-from feedfast.models.taps import Tapped
+from feedfast.models.taps import Tapped, logits_of
 from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
@@ -164,7 +164,7 @@ def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.devi
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            student(normalize(images)).float().logsumexp(1).sum().backward()
+            logits_of(student(normalize(images))).float().logsumexp(1).sum().backward()
 
     return _median_ms(step)
 

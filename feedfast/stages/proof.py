@@ -203,11 +203,10 @@ def scale_of(reader: CacheReader, teacher: str, tap: str) -> tuple[torch.Tensor,
 
 
 def decode_rows(rows: torch.Tensor, codec: CodecName, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Stored rows of a tap, channels last, as float32 [row, channel, height, width] or [row, channel]."""
+    """Stored rows of a tap, channels last, as float32 [row, channel, …]: height and width, tokens, or nothing more."""
     if codec == "u8" or codec == "u4":
         return decode(Codes(rows, offset, step, codec))
-    values = rows.float()
-    return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
+    return rows.float().movedim(-1, 1)
 
 
 def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Recorder:
             view: which view.
             start: row of the first sample; the others follow it.
             pixels: uint8 [B, H, W, 3], as the teachers saw them.
-            maps: teacher → tap → float map [B, C, H, W] or [B, C], for the teachers that `wants` named.
+            maps: teacher → tap → float map [B, C, H, W], [B, C, N] or [B, C], for the teachers that `wants` named.
 
         Raises:
             CacheMismatchError: the pixels are not those that earlier teachers saw.
@@ -137,7 +137,7 @@ def other_pixels(reader: CacheReader, view: int, rows: np.ndarray, decoder: Mapp
 def encode_rows(
     values: Tensor, codec: str, offset: Tensor, step: Tensor, transform: Transform
 ) -> tuple[np.ndarray, Tensor]:
-    """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
+    """A float map [batch, channel, …] as stored rows, channels last, and how many values saturated.
 
     Raises:
         FeedfastError: a value is not finite, or too large for float16.
@@ -148,7 +148,7 @@ def encode_rows(
         codes, saturated = encode(values, offset, step, codec=codec, margin_C=transform.floor(values.device))
         return codes.cpu().numpy(), saturated
     values = transform.teacher(values)
-    last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
+    last = values.movedim(1, -1)
     stored = last.to(torch.float32 if codec == "f32" else torch.float16)
     _require_finite(stored, last)
     return stored.cpu().numpy(), torch.zeros((), dtype=torch.int64)

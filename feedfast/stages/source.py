@@ -244,7 +244,7 @@ class Cached(Plain):
             if CODECS[codec].quantized:
                 value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
-                value = data.permute(0, 3, 1, 2) if data.dim() == 4 else data.float()
+                value = data.movedim(-1, 1) if data.dim() > 2 else data.float()
             out.setdefault(teacher, {})[tap] = value
         return out
 
@@ -278,7 +278,7 @@ def open_source(
         if any(teacher.needs_pilot for teacher in teachers.values()):
             # Cut as the caching pass cuts them: both sources then have the same margins.
             with pixel_loader(data, plan, recipe.cache.batch, device, threads) as cutter:
-                pilot, _ = pilot_pixels(cutter, recipe.cache.pilot)
+                pilot, *_ = pilot_pixels(cutter, recipe.cache.pilot)
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}

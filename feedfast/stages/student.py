@@ -128,12 +128,21 @@ class StudentRun:
         """The bare network; of several branches each starts from a seed of its own."""
         asked = self.recipe.student
         if asked.branches == 1:
-            return build_model(asked.model, num_classes=self._num_classes(), weights=asked.weights, seed=seed)
+            return build_model(
+                asked.model,
+                num_classes=self._num_classes(),
+                weights=asked.weights,
+                seed=seed,
+                key=asked.key,
+                prefix=asked.prefix,
+                new_head=True,
+            )
         seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
         networks = [build_model(asked.model, num_classes=self._num_classes(), seed=int(s)) for s in seeds]
         student = Branched(networks, asked.model)
         if asked.weights is not None:
-            load_weights(student, asked.weights, name=f"{asked.model} with {asked.branches} branches")
+            name = f"{asked.model} with {asked.branches} branches"
+            load_weights(student, asked.weights, name=name, key=asked.key, prefix=asked.prefix)
         return student
 
     def _trainer(self, total: int) -> Trainer:

@@ -109,6 +109,21 @@ def test_taps(model: str, size: int, final: str | None) -> None:
         assert place["path"] in outcome.err
 
 
+def test_taps_of_a_transformer() -> None:
+    """At the network's own size; layouts, and what to write for each method."""
+    outcome = feedfast("taps", "networks:vit")
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["size"] == 32
+    places = {place["path"]: place for place in outcome.document["taps"]}
+    assert places["norm"]["layout"] == "tokens (1 + 4x4)"
+    assert places["patch_embed.proj"]["layout"] == "map"
+    assert places["head"]["layout"] == "vector"
+    assert outcome.document["methods"]["pfeed"] == ["final=norm:post"]
+    assert outcome.document["methods"]["ofd"] == ["ofd1=blocks.0:post", "ofd2=blocks.1:post"]
+    assert "kd" not in outcome.document["methods"]
+    assert "final=norm:post" in outcome.err.replace("\n", "")
+
+
 def test_the_same_command_again_continues(recipe: Path) -> None:
     cached = feedfast("cache", recipe).document
     assert (cached["rows_written"], cached["rows_resumed"]) == (0, 400)

@@ -196,7 +196,7 @@ BOMBS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "npz": (npz_bomb, "plain", "[1000000, 1000, 1000, 3] is not 0 bytes"),
     "labels": (huge_label, "plain", "integers >= -1 and below 1048576"),
     "image": (image_bomb, "images", "16000x16000 pixels"),
-    "weights": (weights_bomb, "cache", "are not one"),
+    "weights": (weights_bomb, "cache", "unpacks to 67"),
 }  # fmt: skip
 
 
