@@ -18,7 +18,7 @@ from typing import Any
 from harness import Tally, Zygote, complaints, keep_input, numbers
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from mutations import BYTES, Mutation, apply, plans
-from worlds import SETUP, TARGETS, Target, make_world
+from subjects import SETUP, TARGETS, Target, make_world
 
 ROUND = 12  # inputs of one target before the next has its turn
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import fuzz
-from worlds import TARGETS
+from subjects import TARGETS
 
 SECONDS = float(os.environ.get("FEEDFAST_FUZZ_SECONDS", "60"))
 SEED = int(os.environ.get("FEEDFAST_FUZZ_SEED", "0"))

@@ -129,7 +129,7 @@ def test_the_cache_trains_as_live_teachers_do_and_is_verified(world: tuple[Recip
 def test_tokens_in_every_codec(codec: str, tmp_path: Path, rows: tuple[Tensor, Tensor]) -> None:
     given = {"teachers": [{"name": "vit", "model": "networks:vit", "taps": ["mine=norm"]}]}
     recipe = recipe_of(tmp_path, f"cache.codec={codec}", **given)
-    cached = run_cache(recipe)["taps"]["vit/mine"]
+    cached = run_cache(recipe, check=False)["taps"]["vit/mine"]  # a cache for others: no method reads it
     reader = CacheReader(recipe.cache.path)
     vit, caught = network_of("vit"), {}
     vit.norm.register_forward_hook(lambda _, __, out: caught.update(norm=out))
@@ -302,5 +302,5 @@ def test_images_are_resized_for_a_teacher_and_the_cache_knows(tmp_path: Path) ->
     assert run_verify(recipe.cache.path, teachers_percent=100.0, recipe=recipe)["ok"]
     run_train(recipe)
     other = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"size": 16}),)})
-    with pytest.raises((CacheMismatchError, RequestError), match=r"size"):
+    with pytest.raises((CacheMismatchError, RequestError), match=r"\[2, 3, 16, 16\]: Input height"):
         run_train(other.model_copy(update={"train": other.train.model_copy(update={"out": str(tmp_path / "other")})}))
