@@ -1,13 +1,15 @@
 """The command line: argv → recipe → a stage.
 
 Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
-the check failed, 2 the request was wrong. A user's mistake gets one message that names the key or path, what was
-expected and what was found; a traceback here is always a bug of ours. Stages are imported inside the commands, so
-that `feedfast --help` is instant.
+the check failed, 2 the request was wrong; 130 after Ctrl-C, 143 after SIGTERM, 128 and its number after another signal:
+what is under way is finished first, and the same command continues. A user's mistake gets one message that names the
+key or path, what was expected and what was found; a traceback here is always a bug of ours. Stages are imported inside
+the commands, so that `feedfast --help` is instant.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,8 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from feedfast.errors import FeedfastError, PeerFailedError
+from feedfast.errors import FeedfastError, PeerFailedError, RequestError, printable
 from feedfast.recipe import Recipe, load_recipe
+from feedfast.stages.interrupt import interruptible
 
 app = typer.Typer(
     add_completion=False,
@@ -36,9 +39,12 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recip
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")
 ]
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="go on where the recipe's own method or student could not use the cache")
+]
 
-
-INTERRUPTED = 130
+INTERRUPTED = 130  # how typer passes a KeyboardInterrupt on
+CONTINUING = {"cache", "train", "chain", "factors", "demo"}
 
 
 def _home(path: Path | None) -> Path | None:
@@ -68,12 +74,23 @@ def configure_logging(level: int = 0) -> None:
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.of_the_command_line = True  # type: ignore[attr-defined]
-    handler.setFormatter(logging.Formatter("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
+    handler.setFormatter(_Printable("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    least = logging.INFO if rank == "0" else logging.WARNING
+    least = logging.INFO if _rank() == "0" else logging.WARNING
     logger.setLevel(min(max(least - 10 * level, logging.DEBUG), logging.ERROR))
+
+
+def _rank() -> str:
+    """This process among its peers, before anything knows better: for who speaks."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+class _Printable(logging.Formatter):
+    """Lines quote file names, manifests and log lines of strangers: a terminal must not obey them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -82,6 +99,13 @@ def _print(document: Mapping[str, Any]) -> None:
 
 def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, overrides or ())
+
+
+def _read_optional(recipe: Path | None, overrides: list[str] | None) -> Recipe | None:
+    """The recipe of ``--recipe``, with its overrides."""
+    if recipe is None and overrides:
+        raise RequestError(f"{overrides[0]}: expected --recipe, whose key it overrides, found none")
+    return None if recipe is None else _read(recipe, overrides)
 
 
 @app.command()
@@ -98,21 +122,21 @@ def demo(
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Bytes, time, free disk and break-even of a caching job, before it runs; exit code 1 if it cannot fit."""
+def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
+    """Bytes, time, free disk, break-even and use of a cache, before it is made; exit code 1 if it cannot fit."""
     from feedfast.stages.plan import run_plan
 
-    document = run_plan(_read(recipe, overrides))
+    document = run_plan(_read(recipe, overrides), check=not no_check)
     _print(document)
     raise typer.Exit(0 if document["fits"] else 1)
 
 
 @app.command()
-def cache(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def cache(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
     """Run the teachers once over every view and write the cache; resumes by itself."""
     from feedfast.stages.offline import run_cache
 
-    _print(run_cache(_read(recipe, overrides)))
+    _print(run_cache(_read(recipe, overrides), check=not no_check))
 
 
 @app.command()
@@ -142,6 +166,7 @@ def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache folder")],
+    overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
     replay: Annotated[int, typer.Option(min=0, help="blocks of pixels decoded again and compared; 0 = none")] = 0,
     teachers: Annotated[
@@ -153,7 +178,7 @@ def verify(
     from feedfast.stages.verify import run_verify
 
     document = run_verify(
-        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read(recipe, None) if recipe else None
+        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read_optional(recipe, overrides)
     )
     _print(document)
     raise typer.Exit(0 if document["ok"] else 1)
@@ -176,7 +201,9 @@ def inspect(
 @app.command()
 def taps(
     model: Annotated[str, typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory")],
-    size: Annotated[int, typer.Option(min=4, max=2048, help="pixels, side of the input")] = 32,
+    size: Annotated[
+        int | None, typer.Option(min=4, max=2048, help="pixels, side of the input; default: the model's own, else 32")
+    ] = None,
     classes: Annotated[int, typer.Option(min=1, help="outputs of the classifier")] = 100,
 ) -> None:
     """List the tappable places of a model: path, shape, bytes, activation, hazards, and which method wants which."""
@@ -186,8 +213,17 @@ def taps(
 
 
 @app.command()
+def doctor() -> None:
+    """What this machine is, the versions that run on it, and whether bf16 pays on its processor."""
+    from feedfast.stages.doctor import run_doctor
+
+    _print(run_doctor())
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
+    overrides: Overrides = None,
     recipe: Annotated[
         Path | None, typer.Option(help="also bytes per sample that a cache of its teachers would store for a method")
     ] = None,
@@ -195,7 +231,10 @@ def methods(
     """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
     from feedfast.stages.catalog import run_methods
 
-    _print(run_methods(name, _read(recipe, None) if recipe else None))
+    if name is not None and "=" in name:  # no method: the first override of all methods' recipe
+        overrides = [name, *(overrides or ())]
+        name = None
+    _print(run_methods(name, _read_optional(recipe, overrides)))
 
 
 @app.command()
@@ -232,17 +271,22 @@ def reconstruction(
 def main() -> None:
     """Entry point of the ``feedfast`` command."""
     sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would
-    try:
-        app()
-    except PeerFailedError:  # another rank has said why
-        sys.exit(1)
-    except FeedfastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer's way of passing Ctrl-C on
-            print("interrupted; the same command continues", file=sys.stderr)
-        raise
+    with interruptible() as ending:
+        try:
+            app()
+        except PeerFailedError:  # another rank has said why, or has been ended as this one
+            sys.exit(1 if ending.number is None else ending.exit_code)
+        except FeedfastError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
+            print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
+            sys.exit(1)
+        except SystemExit as end:
+            if end.code != INTERRUPTED:
+                raise
+            again = "continues" if CONTINUING & set(sys.argv[1:]) else "starts again"
+            with contextlib.suppress(OSError):  # the terminal may be what is gone
+                if _rank() == "0":
+                    print(f"interrupted by {ending.name}; the same command {again}", file=sys.stderr)
+            sys.exit(ending.exit_code)

@@ -6,13 +6,29 @@ The command line turns the class into the exit code and prints the sentence with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# C0 but for tab and newline, DEL and C1; marks that turn the direction of text; halves of characters, which no stream
+# can write
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text from anybody's file as a terminal may show it: control characters spelled out, so that none is obeyed."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 class FeedfastError(ValueError):
-    """Base of every error feedfast raises on purpose; the job or the check failed."""
+    """Base of every error feedfast raises on purpose; the job or the check failed.
+
+    Its message is printable whatever names of strangers it quotes.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class RequestError(FeedfastError):

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -34,11 +36,29 @@ from pydantic import (
 )
 
 from feedfast.errors import RequestError
+from feedfast.files import deeper_than, read_file
+
+MAX_RECIPE_BYTES: Final = 1 << 18  # 256 KiB; the longest packaged one has 3
+_MAX_DEPTH: Final = 8
+_MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
+_MAX_NUMBER: Final = 1e18  # two of them multiplied are a float32 still
+_MANY_PARTS: Final = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Positives = tuple[Positive, Positive, Positive]
+
+
+def _within_unit(value: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= number <= 1 for number in value):
+        scaled = ", ".join(f"{number / 255:.4g}" for number in value)
+        raise ValueError(f"expected numbers in 0..1; if these are of pixels in 0..255, divided by 255: [{scaled}]")
+    return value
+
+
+Mean = Annotated[Triple, AfterValidator(_within_unit)]
+Std = Annotated[Positives, AfterValidator(_within_unit)]
 
 
 def _home(text: str) -> str:
@@ -98,14 +118,14 @@ class Data(_Section):
         "same samples, a smaller one some of them. An epoch is a pass over what is left; "
         "`train.steps` makes runs on different fractions equally long",
     )
-    mean: Triple | None = Field(
+    mean: Mean | None = Field(
         None, description="per channel in 0..1; default: CIFAR's at 32 px and below, else ImageNet's"
     )
-    std: Positives | None = Field(None, description="as `mean`")
+    std: Std | None = Field(None, description="as `mean`")
     check: Literal["fast", "full"] = Field(
         "fast", description="image files: headers and end marks, or a complete decode"
     )
-    threads: int = Field(0, ge=0, description="decoding threads; 0 = one per core")
+    threads: int = Field(0, ge=0, le=1024, description="decoding threads; 0 = one per core")
 
     @property
     def normalization(self) -> tuple[Triple, Triple]:
@@ -130,11 +150,13 @@ class Cache(_Section):
     images: Literal["replay", "stored"] = Field(
         "replay", description="replay: pixels are decoded again; stored: the cache keeps them too, as uint8"
     )
-    batch: int = Field(128, ge=1, description="teacher batch size in rows; part of the cache's identity")
-    pilot: int = Field(2048, ge=16, description="samples the codec is fitted on")
+    batch: int = Field(128, ge=1, le=1 << 20, description="teacher batch size in rows; part of the cache's identity")
+    pilot: int = Field(2048, ge=16, le=1 << 24, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
     part: str = Field(
-        "0/1", pattern=r"^\d+/\d+$", description="i/n: write every n-th shard from the i-th; under torchrun: rank/world"
+        "0/1",
+        pattern=r"^[0-9]{1,6}/[0-9]{1,6}$",
+        description="i/n: write every n-th shard from the i-th; under torchrun: rank/world",
     )
     threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
 
@@ -144,27 +166,54 @@ class Teacher(_Section):
 
     name: Name = Field(description="its folder in the cache, and its key in `batch.targets`")
     model: str = Field(description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: PathText = Field("", description='a state_dict file; "" = the model\'s own pretrained weights')
-    classes: int = Field(0, ge=0, description="outputs of the model; 0 = the classes of the data set")
+    weights: PathText = Field(
+        "",
+        description='a weights file (of torch.save or safetensors); "" = the model\'s own pretrained weights',
+    )
+    key: str = Field(
+        "", description="which entry of a weights file, as state_dict_ema; needed where it holds several that fit"
+    )
+    prefix: str = Field(
+        "",
+        description="only the entries of a weights file whose names begin with it, as model., are taken, without it; "
+        "one that all names have is found by itself",
+    )
+    classes: int = Field(0, ge=0, le=1 << 20, description="outputs of the model; 0 = the classes of the data set")
     bn: Literal["eval", "batch"] = Field(
         "eval", description="statistics of its batch norms: its own, or those of each batch of `cache.batch` rows"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     taps: tuple[str, ...] = Field(
         (),
-        description='groups (final, ofd, ofd+margin, stage) or "name=module.path:pre"; [] = what the methods need',
+        description='groups (final, ofd, ofd+margin, stage) or "name=module.path", with :pre, :post or :end and, of '
+        "tokens, :map or :tokens after it (`feedfast taps MODEL` lists them); [] = what the methods need",
     )
-    mean: Triple | None = Field(
-        None, description="what it was trained with, per channel in 0..1; default: its weights' own, else the data's"
+    mean: Mean | None = Field(
+        None,
+        description="what it was trained with, per channel in 0..1; default: its weights' own (timm's, torchvision's "
+        "published, or of the run that saved them), else the data's",
     )
-    std: Positives | None = Field(None, description="as `mean`")
+    std: Std | None = Field(None, description="as `mean`")
+    size: int = Field(
+        0,
+        ge=0,
+        le=2048,
+        description="pixels, side of its input; images are resized for it on the device. 0 = its own, for published "
+        "weights, those a run saved, and networks of one size; else `data.size`",
+    )
 
 
 class Student(_Section):
     """The network that is trained."""
 
     model: str = Field("zoo/wrn-16-1", description="zoo/…, torchvision/…, timm/… or package.module:factory")
-    weights: PathText | None = Field(None, description="a state_dict file to start from; none = a random start")
+    weights: PathText | None = Field(
+        None,
+        description='a weights file to start from, "" = the published ones; none = a random start. A classifier of '
+        "another number of classes is left out and starts at random, with a warning",
+    )
+    key: str = Field("", description="as of a teacher")
+    prefix: str = Field("", description="as of a teacher")
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
     )
@@ -200,12 +249,12 @@ class Train(_Section):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; none = the recipe's seed"
     )
-    epochs: int = Field(30, ge=1, description="passes over the data; each uses the next view")
+    epochs: int = Field(30, ge=1, le=1 << 32, description="passes over the data; each uses the next view")
     steps: int = Field(
         0, ge=0, description="length of the run in steps instead of epochs, e.g. the same for every data.fraction"
     )
     max_steps: int = Field(0, ge=0, description="stop after this many steps; 0 = by epochs alone")
-    batch: int = Field(128, ge=1, description="global batch, over all ranks")
+    batch: int = Field(128, ge=1, le=1 << 24, description="global batch, over all ranks")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="for the student and the methods' adapters")
     lr: float = Field(0.1, gt=0, description="the highest learning rate of the run")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
@@ -216,12 +265,14 @@ class Train(_Section):
     )
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: fractions of the run")
     gamma: float = Field(0.1, gt=0, le=1, description="step schedule: factor at every milestone")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear rise of the learning rate before the schedule begins")
+    warmup_epochs: float = Field(
+        0.0, ge=0, le=1e9, description="linear rise of the learning rate before the schedule begins"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay fp32")
     channels_last: bool = Field(True, description="memory format of the student and its images")
     compile: bool = Field(False, description="torch.compile the student")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: CUDA where there is some")
-    threads: int = Field(0, ge=0, description="torch threads on the CPU; 0 = torch's own choice")
+    threads: int = Field(0, ge=0, le=1024, description="torch threads on the CPU; 0 = torch's own choice")
     out: PathText = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
     check_teachers: bool = Field(
@@ -282,18 +333,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except FileNotFoundError:
         name = path.name.removesuffix(".toml")
         packaged = (
             f"; feedfast recipes {name} --out {name}.toml copies the packaged one" if name in _packaged_names() else ""
         )
         raise RequestError(f"recipe {path}: expected a TOML file, found nothing there{packaged}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"recipe {path}: expected a readable TOML file: {error}") from None
+    except OSError as error:
+        raise RequestError(f"recipe {path}: expected a readable TOML file: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"recipe {path}: expected a TOML file, which is UTF-8: {error}") from None
     try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tree = _toml(text)
+    except ValueError as error:
         raise RequestError(f"recipe {path}: not valid TOML: {error}") from None
     return parse_recipe(tree, overrides, where=str(path))
 
@@ -325,13 +378,55 @@ def _packaged_names() -> list[str]:
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
     """Validate a nested mapping as a recipe, after applying ``key=value`` overrides (see the module docstring)."""
+    if deeper_than(tree, _MAX_DEPTH):
+        raise RequestError(f"{where}: expected keys and lists at most {_MAX_DEPTH} deep, found deeper ones")
     copy: dict[str, Any] = json.loads(json.dumps(tree, default=str))
     for override in overrides:
         _override(copy, override)
+    _check_values(copy, where, "")
     try:
         return Recipe.model_validate(copy)
     except ValidationError as error:
         raise RequestError(f"{where}: " + "; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """TOML from anybody's file.
+
+    Raises:
+        ValueError: not TOML, nested too deeply, or a number of thousands of digits.
+    """
+    # looked for first: tomllib takes time that grows with the square of a key's parts
+    if _MANY_PARTS.search(text):
+        raise ValueError("nested too deeply")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _check_values(node: Any, where: str, key: str) -> None:
+    """Refuse what no key can mean, wherever it stands: numbers out of all bounds, control characters, endless text."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _check_values(name, where, key)
+            _check_values(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            _check_values(value, where, f"{key}.{number}")
+    elif isinstance(node, str):
+        found = next((char for char in node if ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 or char == "\x7f"), "")
+        if found or len(node) > _MAX_TEXT:
+            what = f"the character {found!r}" if found else f"{len(node)} characters"
+            raise RequestError(f"{where}: {key}: expected text of at most {_MAX_TEXT} plain characters, found {what}")
+    elif isinstance(node, int):
+        if not -(2**63) <= node < 2**63:
+            raise RequestError(
+                f"{where}: {key}: expected a number of at most 63 bits, found one of {node.bit_length()}"
+            )
+    elif isinstance(node, float) and not abs(node) <= _MAX_NUMBER:
+        expected = f"a number of at most {_MAX_NUMBER:g}" if math.isfinite(node) else "a finite number"
+        raise RequestError(f"{where}: {key}: expected {expected}, found {node}")
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -339,11 +434,15 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise RequestError(f"override {text!r}: expected key=value, for example train.epochs=5")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        value = _toml(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
+    except ValueError as error:
+        raise RequestError(f"override {key!r}: {error}") from None
     node: Any = tree
     *parents, leaf = key.split(".")
+    if len(parents) >= _MAX_DEPTH:
+        raise RequestError(f"override {key[:80]!r}…: expected a key of at most {_MAX_DEPTH} parts")
     methods = tree.get("method")
     if parents == ["method"] and isinstance(methods, list) and len(methods) == 1:
         parents.append("0")  # method.name=… means the only [[method]] as it means [method]
@@ -359,7 +458,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 
 def _element(node: list[Any], index: str, key: str) -> Any:
-    if not index.isdigit() or int(index) >= len(node):
+    if not re.fullmatch("[0-9]{1,6}", index) or int(index) >= len(node):
         raise RequestError(f"override {key!r}: expected a number below {len(node)} after the list, found {index!r}")
     return node[int(index)]
 
@@ -384,4 +483,5 @@ def _sentence(item: Mapping[str, Any]) -> str:
     message: str = item["msg"].removeprefix("Value error, ")
     if not where:
         return message
-    return f"{where}: {message[0].lower()}{message[1:]}, found {item['input']!r}"
+    found = repr(item["input"])
+    return f"{where}: {message[0].lower()}{message[1:]}, found {found if len(found) <= 200 else found[:200] + '…'}"

@@ -8,13 +8,27 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from feedfast.errors import FeedfastError
-from feedfast.files import make_dirs, replace_file, wrap_write_errors, write_all, write_json, write_text
+from feedfast.errors import FeedfastError, printable
+from feedfast.files import (
+    check_zip,
+    make_dirs,
+    open_in_place,
+    parse_json,
+    read_file,
+    refuse_links,
+    remove_temporary,
+    replace_file,
+    wrap_write_errors,
+    write_all,
+    write_json,
+    write_text,
+)
 
 OLD, NEW = b"old content", [b"new ", memoryview(b"content"), b"", b" of several parts"]
 STEPS = ("open", "writev", "fsync", "close", "rename", "open", "fsync", "close")  # the last three: the folder
@@ -205,3 +219,99 @@ def test_failures_of_other_writers_are_said_in_the_same_words(tmp_path: Path) ->
     ):
         with pytest.raises(FeedfastError, match=words), wrap_write_errors(tmp_path / "log"):
             raise error
+
+
+# ---- files of strangers
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(OLD)
+    (tmp_path / f".f.{os.getpid()}.tmp").symlink_to(tmp_path / "victim")
+    replace_file(tmp_path / "f", NEW)
+    assert (tmp_path / "victim").read_bytes() == OLD
+    assert sorted(os.listdir(tmp_path)) == ["f", "victim"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder"])
+def test_only_a_file_of_its_own_is_written_in_place(kind: str, tmp_path: Path) -> None:
+    path, victim = tmp_path / "log", tmp_path / "victim"
+    victim.write_bytes(OLD)
+    if kind.endswith("k") and kind != "hard link":
+        path.symlink_to(victim if kind == "link" else tmp_path / "new")
+    elif kind == "hard link":
+        os.link(victim, path)
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(FeedfastError, match=r"log: expected a file or folder of its own, found "):
+        open_in_place(path, os.O_RDWR)
+    assert victim.read_bytes() == OLD
+    assert not (tmp_path / "new").exists()
+
+
+def test_links_are_refused_below_a_folder_and_not_above_it(tmp_path: Path) -> None:
+    (tmp_path / "real/a/b").mkdir(parents=True)
+    (tmp_path / "cache").symlink_to(tmp_path / "real")
+    refuse_links(tmp_path / "cache", tmp_path / "cache/a/b/missing/too")
+    (tmp_path / "real/a/c").symlink_to(tmp_path)
+    for below in ("a/c", "a/c/x/y"):
+        with pytest.raises(FeedfastError, match=f"cache/a/c: .* a link to {tmp_path}"):
+            refuse_links(tmp_path / "cache", tmp_path / "cache" / below)
+
+
+def test_what_is_read_is_an_ordinary_file_of_bounded_length(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(10))
+    assert read_file(tmp_path / "f", 10) == bytes(10)
+    with pytest.raises(OSError, match="10 bytes long, expected at most 9"):
+        read_file(tmp_path / "f", 9)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(OSError, match="not an ordinary file"):
+            read_file(path, 10)
+    with pytest.raises(OSError, match="null byte"):
+        read_file("a\0b", 10)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 66 + "]" * 66, '{"a":' * 5000, "NaN", "[-Infinity]", "9" * 5000, "", "{", "\ud800"]
+)
+def test_json_of_strangers_is_bounded(text: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_json(text)
+    assert len(str(caught.value)) < 300
+    assert parse_json("[" * 60 + "]" * 60)
+    assert parse_json(b'{"a": [1, 2.5, null, "x"]}') == {"a": [1, 2.5, None, "x"]}
+
+
+def test_archives_of_tensors_hold_what_they_say(tmp_path: Path) -> None:
+    for packing, words in ((zipfile.ZIP_STORED, None), (zipfile.ZIP_DEFLATED, "unpacks to 4096 bytes from")):
+        with zipfile.ZipFile(tmp_path / "z", "w", packing) as archive:
+            archive.writestr("data/0", bytes(4096))
+        if words is None:
+            check_zip(tmp_path / "z")
+            content = bytearray((tmp_path / "z").read_bytes())
+            content[1000] ^= 1
+            (tmp_path / "z").write_bytes(content)
+            words = "'data/0' in it is damaged: its CRC-32 is another"
+        with pytest.raises(ValueError, match=words):
+            check_zip(tmp_path / "z")
+    (tmp_path / "old").write_bytes(b"torch's old format is no zip")
+    check_zip(tmp_path / "old")
+
+
+def test_only_temporary_files_are_removed(tmp_path: Path) -> None:
+    kept = {"f", ".f", "f.1.tmp", ".f.tmp", ".f.x.tmp"}
+    for name in (*kept, ".f.1.tmp", ".checkpoint.pt.4711.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.1.tmp").mkdir()
+    remove_temporary(tmp_path)
+    assert set(os.listdir(tmp_path)) == kept | {".folder.1.tmp"}
+    remove_temporary(tmp_path / "missing")
+
+
+def test_no_text_is_obeyed() -> None:
+    assert printable("größer ≥ 1\n\t→ 你好 🙂") == "größer ≥ 1\n\t→ 你好 🙂"
+    odd = [chr(code) for code in (*range(9), 11, 12, 13, *range(14, 32), *range(127, 160), 0x200F, 0x202E, 0xD800)]
+    for char in odd:
+        assert printable(f"a{char}b") == "a" + repr(char)[1:-1].replace("\\x0b", "\\x0b") + "b"
+        assert char not in str(FeedfastError(char))
+        str(FeedfastError(char)).encode()

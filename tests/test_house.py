@@ -27,10 +27,12 @@ ALLOWED = {
     "recipe": set(),
     "errors": set(),
     "files": set(),
+    "provenance": set(),
     "kernels": set(),
 }
 # errors: one family for all rooms. files: every room that writes, writes whole files, and one writer does it durably.
-COMMON = {"errors", "files"}
+# provenance: caches, runs and pages say in the same words how they were made.
+COMMON = {"errors", "files", "provenance"}
 SOURCES = sorted((ROOT / "feedfast").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 

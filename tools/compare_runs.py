@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from feedfast.provenance import Provenance
 from feedfast.report.compare import print_table, write_comparison
 
 SHOWN = ("method", "source", "val_accuracy", "step_ms", "images_per_second", "data_wait_fraction", "seconds")
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [{"run": name, **{key: result.get(key) for key in SHOWN}} for name, result in results.items()]
     print_table("runs", rows)
     if args.out is not None:
-        write_comparison(args.out, "Runs", rows, {run.name: run for run in args.runs}, results)
+        write_comparison(args.out, "Runs", rows, {run.name: run for run in args.runs}, results, Provenance.begin())
     print(json.dumps({"runs": rows, "report": str(args.out) if args.out else None}))
     return 0
 

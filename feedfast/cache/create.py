@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from feedfast.cache.layout import array_specs, group_metadata
 from feedfast.cache.manifest import ROOT, read_manifest
-from feedfast.cache.schema import Manifest, describe_differences, differences, merge
+from feedfast.cache.schema import MAX_PASSES, Manifest, describe_differences, differences, merge
 from feedfast.cache.store import COMMITS, Store, open_store
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
+from feedfast.provenance import Provenance, began_with
 
 _LOCK: Final = ".lock-manifest"
 _LOCK_PATIENCE_S: Final = 60.0
@@ -58,6 +59,19 @@ def open_for_writing(place: str | Path | Store, manifest: Manifest) -> Manifest:
             groups.update(parents)
             _put_metadata(store, name, spec.zarr_metadata())
     return merged
+
+
+def record_pass(place: str | Path | Store, job: Provenance) -> None:
+    """Name a job among the manifest's passes; with the same start, command and machine it is the same job.
+
+    Raises:
+        As of `open_for_writing`.
+    """
+    store = open_store(place)
+    with manifest_lock(store):
+        held = read_manifest(store)
+        passes = began_with(held.passes, job, MAX_PASSES)
+        _put_metadata(store, "", group_metadata(held.model_copy(update={"passes": passes}).to_attrs()))
 
 
 def refuse_foreign(place: str | Path | Store) -> None:

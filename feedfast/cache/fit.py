@@ -148,7 +148,8 @@ def measure(
     The reference is the value the loss would see without a cache: ``max(value, margin)`` where a margin is given.
 
     Returns:
-        ``relative_rms_error`` ‖decoded − t‖ / ‖t‖ (of zeros: 0 if exact, else 1), ``cosine`` between both,
+        ``relative_rms_error`` ‖decoded − t‖ / ‖t‖ (of zeros: 0 if exact, else 1), ``worst_channel_rms_error`` the
+        largest of the channels' own (one that dwarfs the others hides them in the tap's), ``cosine`` between both,
         ``saturated_fraction`` of values beyond the outermost code by more than half a step, and, for maps before an
         activation, ``mask_flip_rate``: the fraction whose sign test ``t > 0`` changes, which is what OFD's partial L2
         branches on.
@@ -156,19 +157,26 @@ def measure(
     target = values if margin is None else np.maximum(values, margin)
     decoded = round_trip(values, offset, step, codec, margin)
     wanted, found = target.astype(np.float64), decoded.astype(np.float64)
-    wrong, norm = float(((found - wanted) ** 2).sum()), float((wanted**2).sum())
+    wrong_C, norm_C = ((found - wanted) ** 2).sum(axis=0), (wanted**2).sum(axis=0)
+    wrong, norm = float(wrong_C.sum()), float(norm_C.sum())
     cosine = float((wanted * found).sum()) / max(np.sqrt(norm * float((found**2).sum())), np.finfo(np.float64).tiny)
     top = CODECS[codec].top_code
     if top is not None:
         outside = (target > offset + (top + 0.5) * step) | (target < offset - 0.5 * step)
     else:
         outside = np.abs(target) > (F16_MAX if codec == "f16" else np.inf)
-    error = 0.0 if wrong == 0 else float(np.sqrt(wrong / norm)) if norm > 0 else 1.0
     result = {
-        "relative_rms_error": error,
+        "relative_rms_error": _relative_error(wrong, norm),
+        "worst_channel_rms_error": max(map(_relative_error, wrong_C.tolist(), norm_C.tolist())),
         "cosine": 1.0 if wrong == 0 else cosine,
         "saturated_fraction": float(outside.mean()),
     }
     if pre_activation:
         result["mask_flip_rate"] = float(((target > 0) != (decoded > 0)).mean())
     return result
+
+
+def _relative_error(squared_error: float, squared_norm: float) -> float:
+    if squared_error == 0:
+        return 0.0
+    return float(np.sqrt(squared_error / squared_norm)) if squared_norm > 0 else 1.0

@@ -1,6 +1,7 @@
 """Arrays: from a manifest to shapes, shards, blocks, object keys and the `zarr.json` any Zarr v3 implementation reads.
 
-Layout, all little-endian: maps ``[view, row, height, width, channel]``, vectors and logits ``[view, row, channel]``.
+Layout, all little-endian: maps ``[view, row, height, width, channel]``, tokens ``[view, row, token, channel]``, vectors
+and logits ``[view, row, channel]``.
 
 Target and pixel arrays are sharded along rows alone. A *shard* (one object, ``c/VIEW/SHARD/0/0/0``) is the unit of
 writing, committing and retrying; a *block* (inner chunk) is the unit of reading and checking. Rows are padded to
@@ -226,7 +227,11 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         per_block = block_rows_for(row_bytes, manifest.plan.granule)
         per_shard = shard_rows_for(row_bytes, per_block, manifest.shard_bytes)
         padded = -(-rows // per_shard) * per_shard
-        dims = ("view", "row", *{3: ("height", "width", "channel"), 1: ("channel",), 0: ()}[len(row)])
+        dims = (
+            "view",
+            "row",
+            *{3: ("height", "width", "channel"), 2: ("token", "channel"), 1: ("channel",), 0: ()}[len(row)],
+        )
         specs[name] = ArraySpec(
             name=name,
             shape=(views, padded, *row),

@@ -104,7 +104,7 @@ class Ledger:
 
     def _open_log(self) -> Log:
         key = f"{COMMITS}/{log_name(self.part)}"
-        log = self.store.open_log(key, lambda data: parse_log(data, key)[1])
+        log = self.store.open_log(key, lambda lines: parse_log(lines, key)[1])
         if log is None:
             i, n = self.part
             raise RequestError(f"{self.store.where()}: part {i}/{n} is already being written by another process")

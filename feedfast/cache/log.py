@@ -23,10 +23,11 @@ from pydantic import AfterValidator, ConfigDict, NonNegativeInt, StringConstrain
 from feedfast.cache import names
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import COMMITS, Store, open_store
-from feedfast.errors import CacheDamageError
+from feedfast.cache.store import COMMITS, MAX_LINE_BYTES, Store, open_store, refuse_not_damage
+from feedfast.errors import CacheDamageError, FeedfastError
 
-MAX_LINE_BYTES: Final = 1 << 20  # 1 MiB; a line is about 300 bytes
+MAX_PROBLEMS: Final = 1000  # of one kind that are listed; the rest is counted
+_EVERYTHING: Final = 1 << 63
 Problem = dict[str, str]
 
 
@@ -130,31 +131,42 @@ def log_name(part: tuple[int, int]) -> str:
     return f"part-{part[0]}-of-{part[1]}.jsonl"
 
 
-def parse_log(data: bytes, name: str) -> tuple[list[Commit], int, list[Problem]]:
+def parse_log(lines: Iterable[bytes], name: str) -> tuple[list[Commit], int, list[Problem]]:
     """The commits in one log file, the length of its sound part in bytes, and problems.
 
     The last line is torn (``log-torn``) when it lacks its newline or cannot be parsed; the sound part ends before it.
     An unreadable line further up is reported as ``log-damaged`` and skipped: only the tail of an append-only log can
-    be torn.
+    be torn. What follows a line that no writer writes so long, or a thousand unreadable ones, is not looked at.
+
+    Args:
+        lines: as of `Store.lines`.
+        name: of the file, for the problems.
     """
     commits: list[Commit] = []
     problems: list[Problem] = []
     sound = 0
-    lines = data.split(b"\n")
+    unreadable: tuple[int, str] | None = None  # the line before this one: torn if it was the last
     for number, line in enumerate(lines, 1):
-        last = number >= len(lines) - 1  # split leaves an empty piece after the final newline
-        if number == len(lines):
-            if line:
-                problems.append(problem("", name, "log-torn", f"line {number} is incomplete ({len(line)} bytes)"))
-            break
+        if unreadable is not None:
+            problems.append(problem("", name, "log-damaged", unreadable[1]))
+            sound += unreadable[0]
+            unreadable = None
+        if len(line) > MAX_LINE_BYTES or len(problems) >= MAX_PROBLEMS:
+            why = (
+                f"longer than {MAX_LINE_BYTES} bytes" if len(line) > MAX_LINE_BYTES else "as unreadable as many others"
+            )
+            problems.append(problem("", name, "log-damaged", f"line {number} is {why}; the rest is not read"))
+            return commits, _EVERYTHING, problems
+        if not line.endswith(b"\n"):
+            problems.append(problem("", name, "log-torn", f"line {number} is incomplete ({len(line)} bytes)"))
+            return commits, sound, problems
         try:
-            commits.append(Commit.from_line(line))
+            commits.append(Commit.from_line(line[:-1]))
+            sound += len(line)
         except ValueError as error:
-            kind = "log-torn" if last and not lines[-1] else "log-damaged"
-            problems.append(problem("", name, kind, f"line {number} is unreadable: {error}"))
-            if kind == "log-torn":
-                break
-        sound += len(line) + 1
+            unreadable = len(line), f"line {number} is unreadable: {error}"
+    if unreadable is not None:
+        problems.append(problem("", name, "log-torn", unreadable[1]))
     return commits, sound, problems
 
 
@@ -196,14 +208,21 @@ def fit_of(array: str, commits: Mapping[tuple[str, str], Commit]) -> str:
 
 
 def read_log(place: str | Path | Store) -> Log:
-    """All logs of a cache as one; problems are returned, not raised. Without logs: an empty log."""
+    """All logs of a cache as one; problems are returned, not raised. Without logs: an empty log.
+
+    Raises:
+        FeedfastError: a log cannot be opened or read.
+    """
     store = open_store(place)
     commits: list[Commit] = []
     problems: list[Problem] = []
     for name in store.names(COMMITS):
         if name.endswith(".jsonl"):
             key = f"{COMMITS}/{name}"
-            found, _, wrong = parse_log(store.read(key), key)
+            try:
+                found, _, wrong = parse_log(store.lines(key), key)
+            except OSError as error:
+                raise FeedfastError(f"{store.where(key)}: cannot be read: {error.strerror or error}") from error
             commits += found
             problems += wrong
     return collect(commits, problems)
@@ -263,12 +282,16 @@ def check_length(expected: int, find: Callable[[], int]) -> tuple[str, str] | No
 
     Returns:
         None, or kind ``missing``, ``io`` or ``length`` and what was found.
+
+    Raises:
+        FeedfastError: it may not be opened, or not now (`feedfast.cache.store.refuse_not_damage`).
     """
     try:
         found = find()
     except FileNotFoundError:
         return "missing", f"committed with {expected} bytes, but there is no file"
     except OSError as error:
+        refuse_not_damage(error)
         return "io", f"committed with {expected} bytes, but it cannot be opened: {error.strerror}"
     return None if found == expected else ("length", f"committed with {expected} bytes, the file has {found}")
 

@@ -6,17 +6,17 @@ it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Final
 
 from feedfast.cache.log import problem
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import Store, open_store
+from feedfast.cache.store import Store, open_store, refuse_not_damage
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.files import MAX_JSON_BYTES, parse_json
 
 ROOT: Final = "zarr.json"
-MAX_MANIFEST_BYTES: Final = 64 << 20  # 64 MiB
+MAX_MANIFEST_BYTES: Final = MAX_JSON_BYTES
 
 
 def read_manifest(place: str | Path | Store) -> Manifest:
@@ -26,21 +26,23 @@ def read_manifest(place: str | Path | Store) -> Manifest:
         RequestError: there is no cache at ``place``.
         CacheMismatchError: it is of another format.
         CacheDamageError: what is there is no sound manifest, or an implausibly large one (kind ``manifest``).
+        FeedfastError: it may not be read, or not now.
     """
     store = open_store(place)
     file = store.where(ROOT)
     try:
-        size = store.size(ROOT)
-        if size > MAX_MANIFEST_BYTES:
-            raise _damage(f"{file}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
-        data = store.read(ROOT)
+        found = store.open(ROOT)
+        data = store.read(ROOT) if found.size <= MAX_MANIFEST_BYTES else b""
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{store.where()}: expected a feedfast cache, found no {ROOT} in it") from None
     except OSError as error:
+        refuse_not_damage(error, file)
         raise _damage(f"{file}: cannot be read: {error.strerror}") from error
+    if found.size > MAX_MANIFEST_BYTES:
+        raise _damage(f"{file}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {found.size}")
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data)
+    except ValueError as error:
         raise _damage(f"{file}: not readable as JSON: {error}") from error
     attributes = content.get("attributes") if isinstance(content, dict) else None
     try:
@@ -49,6 +51,12 @@ def read_manifest(place: str | Path | Store) -> Manifest:
         raise CacheMismatchError(f"{file}: {error}") from error
     except CacheDamageError as error:
         raise _damage(f"{file}: {error}") from error
+
+
+def held_manifest(place: str | Path | Store) -> Manifest | None:
+    """The manifest of a cache, None where there is no cache yet; errors as of `read_manifest`."""
+    store = open_store(place)
+    return read_manifest(store) if ROOT in store.names() else None
 
 
 def _damage(message: str) -> CacheDamageError:

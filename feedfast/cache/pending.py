@@ -22,7 +22,14 @@ class Division:
         # part: its image is decoded, and each teacher runs, once.
         self._unit = unit_rows(dict(specs))
         self._units = -(-num_rows // self._unit)
-        self._part = part
+        self._part, self._num_rows = part, num_rows
+
+    def rows(self, num_views: int) -> int:
+        """Rows of all views that belong to this part."""
+        index, parts = self._part
+        mine = range(index, num_views * self._units, parts)
+        # the last unit of a view may be short
+        return sum(min(self._unit, self._num_rows - unit % self._units * self._unit) for unit in mine)
 
     def holds(self, spec: ArraySpec, view: int, shard: int) -> bool:
         """Whether a shard belongs to this part."""

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from feedfast.cache import names
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import Commit, Problem, check_length, check_log, digest_of, problem, read_log
+from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_length, check_log, digest_of, problem, read_log
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
 from feedfast.cache.shards import ArrayView, ShardFiles, read_small
@@ -95,6 +95,11 @@ class CacheReader:
             if commit.array in wanted and (views is None or not self.specs[commit.array].views or commit.view < views)
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether every object of the manifest is committed."""
+        return len(self.log.commits) == sum(spec.num_views * spec.num_shards for spec in self.specs.values())
+
     def missing(
         self, arrays: Iterable[str] | None = None, views: Iterable[int] | None = None
     ) -> list[tuple[str, int, int]]:
@@ -117,7 +122,7 @@ class CacheReader:
 
         Raises:
             RequestError: no such array or view.
-            CacheDamageError: kinds ``incomplete``, ``missing``, ``length`` and ``io``, all of them in ``problems``.
+            CacheDamageError: kinds ``incomplete``, ``missing``, ``length`` and ``io``; ``problems`` holds a thousand.
         """
         views = list(views)
         problems: list[Problem] = []
@@ -125,6 +130,8 @@ class CacheReader:
             spec = self._spec(array)
             for view in views if spec.views else [0]:
                 problems += self._absent(self._source(array, view), range(spec.num_shards))
+                if len(problems) >= MAX_PROBLEMS:
+                    raise _damage(self.path, problems)
         if problems:
             raise _damage(self.path, problems)
 
@@ -260,6 +267,8 @@ class CacheReader:
     def _absent(self, source: ArrayView, shards: Iterable[int]) -> list[Problem]:
         problems: list[Problem] = []
         for shard in shards:
+            if len(problems) >= MAX_PROBLEMS:
+                break  # a manifest may promise more than any disk holds
             key, expected = source.spec.key(source.view, shard), source.sizes.get(shard)
             if expected is None:
                 problems.append(problem(source.spec.name, key, "incomplete", "not committed"))
@@ -285,10 +294,9 @@ def _damage(path: Path, problems: Sequence[Problem]) -> CacheDamageError:
     lines = [f"  {entry['array']} {entry['shard']}: {entry['kind']}: {entry['detail']}" for entry in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  … and {len(problems) - _SHOWN} more")
+    count = f"{len(problems)} or more" if len(problems) >= MAX_PROBLEMS else str(len(problems))
     if all(entry["kind"] == "incomplete" for entry in problems):
-        head = f"{path}: the cache is incomplete, {len(problems)} objects are not committed; run feedfast cache"
+        head = f"{path}: the cache is incomplete, {count} objects are not committed; run feedfast cache"
     else:
-        head = (
-            f"{path}: {len(problems)} problems; feedfast verify lists them, feedfast cache computes lost shards again"
-        )
+        head = f"{path}: {count} problems; feedfast verify lists them, feedfast cache computes lost shards again"
     return CacheDamageError("\n".join([head, *lines]), problems)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from feedfast.cache import names
 from feedfast.errors import CacheDamageError, CacheMismatchError
+from feedfast.provenance import Provenance
 from feedfast_kernels.codes import CODECS
 
 FORMAT: Final = 2
@@ -33,17 +34,25 @@ MAX_BLOCK_BYTES: Final = 1 << 30  # 1 GiB: what a reader may have to hold at onc
 MAX_VIEWS: Final = 65535
 CONTENT_HASH: Final = "crc32c+length"  # what the numbers of ``samples/content`` are
 MAX_CHANNELS: Final = 1 << 20
+MAX_PASSES: Final = 256
+MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from it, goes over them
+MAX_FACTORS: Final = 4  # per teacher; likewise
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
 
-_MEASURED: Final = {"taps", "probe", "published"}  # of a teacher: no part of what it is; taps are compared one by one
+# of a teacher: no part of what it is; taps are compared one by one
+_MEASURED: Final = {"taps", "probe", "published", "top1", "top1_rows"}
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[float, float, float]
-Scalar = str | int | float | bool | None
+Text = Annotated[str, Field(max_length=4096)]
+Scalar = Text | Annotated[int, Field(ge=-(2**63), lt=2**64)] | float | bool | None
+Facts = Annotated[
+    dict[Text, Scalar], Field(max_length=256)
+]  # each array's digest goes over some: no room for megabytes
 
 
 class _Part(BaseModel):
@@ -60,9 +69,9 @@ class DatasetInfo(_Part):
 
     kind: str = Field(max_length=64)
     count: int = Field(ge=1, lt=2**32)
-    fingerprint: dict[str, Any]
-    classes: tuple[str, ...] = Field((), max_length=1 << 20)
-    source: str = ""
+    fingerprint: Facts
+    classes: tuple[Text, ...] = Field((), max_length=1 << 20)
+    source: str = Field("", max_length=1 << 20)
     id_space: int = Field(0, ge=0, lt=2**32)
     skipped: dict[str, int] = Field({}, max_length=1 << 10)
 
@@ -122,8 +131,8 @@ class DecoderInfo(_Part):
     """What turned bytes into pixels. Backend and flags are identity; versions serve the message when pixels differ."""
 
     backend: str = Field(max_length=64)
-    flags: dict[str, Scalar] = {}
-    versions: dict[str, Scalar] = {}
+    flags: Facts = {}
+    versions: Facts = {}
 
 
 class FactorInfo(_Part):
@@ -142,22 +151,22 @@ class FactorInfo(_Part):
 class TapInfo(_Part):
     """One stored feature map.
 
-    ``shape`` is (C, H, W) or (C,). ``margin`` is OFD's margin per channel, which its loss needs whatever was
-    stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
+    ``shape`` is (C, H, W), (C, N) of tokens or (C,). ``margin`` is OFD's margin per channel, which its loss needs
+    whatever was stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
     and ``error`` hold the pilot's measurements; like ``compression`` and ``margin`` they are found, not requested.
     """
 
     name: Name
     path: str = Field(max_length=512)
-    position: Literal["pre", "post"]
+    position: Literal["pre", "post", "end"]
     shape: tuple[int, ...] = Field(min_length=1, max_length=3)
     transform: Literal["none", "margin", "factor"] = "none"
     factor: FactorInfo | None = None
-    margin: tuple[float, ...] | None = Field(None, max_length=MAX_CHANNELS)
+    margin: tuple[float, ...] | None = Field(None, max_length=MAX_MARGINS)
     codec: CodecName = "u8"
     compression: Compression = "none"
-    fit: dict[str, Any] = {}
-    error: dict[str, Any] = {}
+    fit: Facts = {}
+    error: Facts = {}
 
     @property
     def channels(self) -> int:
@@ -172,8 +181,6 @@ class TapInfo(_Part):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        if len(self.shape) == 2:
-            raise ValueError(f"shape must be (C, H, W) or (C,), found {list(self.shape)}")
         if min(self.shape) < 1 or self.channels > MAX_CHANNELS or max((0, *self.shape[1:])) > 1 << 16:
             raise ValueError(
                 f"shape {list(self.shape)} has an extent outside 1..{1 << 16} (channels: 1..{MAX_CHANNELS})"
@@ -198,9 +205,10 @@ class TapInfo(_Part):
 class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
-    ``mean`` and ``std`` are the normalization of its input in 0..1 units. Logits are the tap "logits". ``probe`` is
-    what it computes: per tap the mean and the root mean square over the first rows of view 0, measured. ``published``
-    says whether the weights are those that the model's library publishes; None where that was not written down.
+    ``mean`` and ``std`` are the normalization of its input in 0..1 units; ``size`` is the input's side where pixels
+    are resized for it, 0 = the plan's. Logits are the tap "logits". ``published`` says whether the weights are those
+    that the model's library publishes; None where that was not written down. Measured: ``probe`` is what it computes,
+    per tap the mean and the root mean square over the first rows of view 0; ``top1`` is of ``top1_rows`` labeled rows.
     """
 
     name: Name
@@ -210,8 +218,11 @@ class TeacherInfo(_Part):
     precision: Literal["fp32", "bf16"] = "fp32"
     mean: Triple
     std: Triple
+    size: int = Field(0, ge=0, le=8192)
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
+    top1: float | None = Field(None, ge=0, le=1)
+    top1_rows: int = Field(0, ge=0, lt=2**32)
     published: bool | None = None
 
     @property
@@ -235,13 +246,20 @@ class TeacherInfo(_Part):
                 source is None or source.factor is not None or source.shape[1:] != tap.shape[1:] or len(tap.shape) != 3
             ):
                 raise ValueError(f"tap {tap.name!r} holds factors of {tap.factor.source!r}, found no such map")
+        if sum(tap.factor is not None for tap in self.taps.values()) > MAX_FACTORS:
+            raise ValueError(f"expected at most {MAX_FACTORS} taps of factors")
         if self.name == "zarr.json":
             raise ValueError("a teacher cannot be called 'zarr.json'")
         return self
 
 
 class Manifest(_Part):
-    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on."""
+    """The whole cache. ``num_rows`` is rows per view before padding; ``batch_rows`` the batch the teachers ran on.
+
+    ``passes`` are the jobs that wrote to it, for people to read; of very many the first and the newest.
+    ``folder`` is the number (inode) of the folder it was written into. A cache that was copied, unpacked or downloaded
+    lies in another one, and the paths in it are then nobody's here.
+    """
 
     format: Literal[2] = 2
     dataset: DatasetInfo
@@ -253,8 +271,10 @@ class Manifest(_Part):
     shard_bytes: int = Field(32 << 20, ge=1, le=1 << 31)  # 32 MiB
     batch_rows: int = Field(ge=1, le=1 << 20)
     teachers: dict[Name, TeacherInfo] = Field({}, max_length=256)
-    versions: dict[str, Scalar] = {}
-    created: str = ""
+    versions: Facts = {}
+    created: Text = ""
+    passes: tuple[Provenance, ...] = Field((), max_length=MAX_PASSES)
+    folder: int = Field(0, ge=0, lt=2**64)
 
     @field_validator("teachers")
     @classmethod
@@ -334,7 +354,9 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED)
+        # the key size only where it says something: caches made before there was one keep their digests
+        unsaid = set() if teacher.size else {"size"}
+        basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED | unsaid)
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)
         if tap.factor is not None:
@@ -421,6 +443,9 @@ def merge(existing: Manifest, asked: Manifest) -> Manifest:
         both = {key: {**getattr(teacher, key), **getattr(known or teacher, key)} for key in ("taps", "probe")}
         teachers[name] = (known or teacher).model_copy(update=both)
     images = "stored" if "stored" in (existing.images, asked.images) else "replay"
-    return existing.model_copy(
-        update={"teachers": teachers, "views": max(existing.views, asked.views), "images": images}
-    )
+    views = max(existing.views, asked.views)
+    changes: dict[str, Any] = {"teachers": teachers, "views": views, "images": images}
+    if asked.folder:  # whoever extends a cache has named its images
+        changes["folder"] = asked.folder
+        changes["dataset"] = existing.dataset.model_copy(update={"source": asked.dataset.source})
+    return existing.model_copy(update=changes)

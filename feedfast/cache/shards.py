@@ -14,9 +14,10 @@ It does not decide which shards exist (the log does), does not turn codes into v
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from feedfast.cache.assemble import holds_fill
 from feedfast.cache.blocks import crc32c, decompress, index_length, parse_index
 from feedfast.cache.layout import NO_CHUNK, ArraySpec
 from feedfast.cache.log import check_length, object_key, problem
-from feedfast.cache.store import Object, Store
+from feedfast.cache.store import Object, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,7 +78,7 @@ class ArrayView:
             entry["block"] = str(block)
         cure = (
             ""
-            if kind in ("incomplete", "missing", "length")
+            if kind in ("incomplete", "missing", "length", "io")
             else "; delete the file to have feedfast cache write it again"
         )
         return CacheDamageError(f"{path}: {detail} [{kind}: {where}]{cure}", [entry])
@@ -115,6 +116,7 @@ class CommittedObject:
         try:
             got = self._object.read(targets, offset)
         except OSError as error:
+            refuse_not_damage(error, self.source.store.where(self.source.object_key(self.number)))
             raise self.source.damage("io", self.number, f"cannot be read: {error.strerror}") from error
         if got < sum(target.nbytes for target in targets):
             detail = f"the file ends at byte {offset + got}, it was longer when it was opened"
@@ -211,8 +213,8 @@ class ShardFiles:
     """The shards opened last, so that their indexes are read and checked once; safe to share between threads."""
 
     def __init__(self, limit: int = 256) -> None:
-        """Keep at most ``limit`` files open (the usual limit of a process is 1024)."""
-        self._limit = limit
+        """Keep at most ``limit`` files open, and no more than a quarter of what this process may open."""
+        self._limit = min(limit, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._open: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -264,12 +266,27 @@ def read_small(source: ArrayView, number: int = 0) -> Bytes:
     Raises:
         CacheDamageError: what `CommittedObject` raises, or kind ``checksum``.
     """
-    file, expected = CommittedObject(source, number), source.spec.block_bytes + 4
-    if file.size != expected:
-        raise source.damage("length", number, f"the array takes {expected} bytes, committed are {file.size}")
-    data, stored = np.empty(expected - 4, np.uint8), np.empty(4, np.uint8)
-    file.read([data, stored], 0)
-    if crc32c(data) != int(stored.view("<u4")[0]):
+    return np.concatenate([np.empty(0, np.uint8), *small_pieces(source, number, source.spec.block_bytes)])
+
+
+def small_pieces(source: ArrayView, number: int, piece_bytes: int) -> Iterator[Bytes]:
+    """`read_small` in pieces; the checksum is known to be right when the last has been taken.
+
+    Args:
+        source: a view of an array that is not sharded.
+        number: of the object.
+        piece_bytes: a multiple of the size of a value.
+    """
+    file, size = CommittedObject(source, number), source.spec.block_bytes
+    if file.size != size + 4:
+        raise source.damage("length", number, f"the array takes {size + 4} bytes, committed are {file.size}")
+    found, stored = 0, np.empty(4, np.uint8)
+    for offset in range(0, size, max(piece_bytes, 1)):
+        piece = np.empty(min(piece_bytes, size - offset), np.uint8)
+        file.read([piece], offset)
+        found = crc32c(piece, found)
+        yield piece
+    file.read([stored], size)
+    if found != int(stored.view("<u4")[0]):
         raise source.damage("checksum", number, "the array does not match its crc32c")
     source.check_block_identity(number, 0, stored)
-    return data

@@ -94,7 +94,7 @@ def _read(ledger: Ledger, spec: ArraySpec, view: int) -> Array:
     commit = ledger.commits[spec.name, key]
     where = f"{ledger.store.where()}: {spec.name} {key}"
     try:
-        data = ledger.store.read(object_key(spec.name, key))
+        data = ledger.store.read(object_key(spec.name, key), spec.block_bytes + 4)
     except OSError as error:
         entry = problem(spec.name, key, "missing", str(error.strerror))
         raise CacheDamageError(f"{where}: {error.strerror}", [entry]) from error

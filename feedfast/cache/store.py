@@ -17,17 +17,41 @@ import errno
 import fcntl
 import itertools
 import os
-import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from feedfast.errors import RequestError
-from feedfast.files import Parts, fsync_dir, make_dirs, replace_file, write_all, write_error
+from feedfast.errors import FeedfastError, RequestError
+from feedfast.files import (
+    MAX_JSON_BYTES,
+    Parts,
+    fsync_dir,
+    make_dirs,
+    open_in_place,
+    open_regular,
+    refuse_links,
+    replace_file,
+    write_all,
+    write_error,
+)
 
 COMMITS: Final = "commits"  # the folder of logs and locks
+MAX_LINE_BYTES: Final = 1 << 20  # 1 MiB; a line of a log is about 300 bytes
+_PIECE_BYTES: Final = 1 << 20
+# What says nothing about the bytes on the disk: the same call may succeed later, or for somebody else.
+_NOT_DAMAGE: Final = {
+    errno.EACCES: "permission to read it is needed",
+    errno.EPERM: "permission to read it is needed",
+    errno.EMFILE: "ulimit -n allows this process more open files",
+    errno.ENFILE: "this machine has too many open files",
+    errno.ENOMEM: "run again when memory is free",
+    errno.EINTR: "run again",
+    errno.ESTALE: "mount its file system again",
+    errno.ETIMEDOUT: "its file system does not answer; run again",
+    errno.ENAMETOOLONG: "give a shorter path",
+}
 _temporary = itertools.count()
 
 
@@ -41,15 +65,12 @@ class Object:
             OSError: there is none, it cannot be opened, or it is no ordinary file.
         """
         self._fd = -1
-        # without O_NONBLOCK a pipe in the place of a file would block forever
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not an ordinary file")
-        self.size = status.st_size
+        self._fd = open_regular(path)
+        self.size = os.fstat(self._fd).st_size
 
     def __del__(self) -> None:
-        if self._fd >= 0:
+        # at the end of a process the modules may be gone before the objects are
+        if self._fd >= 0 and os is not None and contextlib is not None:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
 
@@ -155,15 +176,28 @@ class Store:
         """
         return Object(self._prefix + key)
 
-    def read(self, key: str) -> bytes:
-        """The whole of an object or log.
+    def read(self, key: str, most_bytes: int = MAX_JSON_BYTES) -> bytes:
+        """The whole of an object.
+
+        Raises:
+            OSError: there is none, it cannot be read, or it is longer than ``most_bytes``.
+        """
+        found = self.open(key)
+        if found.size > most_bytes:
+            raise OSError(errno.EFBIG, f"{found.size} bytes long, expected at most {most_bytes}")
+        data = bytearray(found.size)
+        return bytes(data[: found.read([memoryview(data)], 0)])
+
+    def lines(self, key: str) -> Iterator[bytes]:
+        """The lines of a log one after another, newline included; the last may lack it.
+
+        A line of more than `MAX_LINE_BYTES` is cut after one byte more, and ends the iteration: whatever the log's
+        length, a few MiB are held.
 
         Raises:
             OSError: there is none, or it cannot be read.
         """
-        found = self.open(key)
-        data = bytearray(found.size)
-        return bytes(data[: found.read([memoryview(data)], 0)])
+        return _lines(self.open(key))
 
     def size(self, key: str) -> int:
         """Bytes of an object, without opening it.
@@ -189,6 +223,8 @@ class Store:
             raise RequestError(f"{path}: expected a directory or nothing, found a file at {file}") from None
         except OSError as error:
             raise RequestError(f"{path}: cannot be listed: {error.strerror}") from error
+        except ValueError as error:  # a NUL, or a character that no file name can hold
+            raise RequestError(f"{path}: no path of this system: {error}") from error
 
     # ---- writing
 
@@ -198,6 +234,7 @@ class Store:
         Raises:
             RequestError: it cannot be made.
         """
+        refuse_links(self.root, self.root / COMMITS)
         try:
             make_dirs(self.root.absolute() / COMMITS)
         except OSError as error:
@@ -217,6 +254,8 @@ class Store:
         target = self.root / key
         # All temporary files lie in one folder, so that what a killed writer left is found by listing it.
         temporary = self.root / COMMITS / f".tmp-{owner}-{os.getpid()}-{next(_temporary)}"
+        refuse_links(self.root, target.parent)
+        refuse_links(self.root, temporary.parent)
         try:
             make_dirs(target.parent)
         except OSError as error:
@@ -225,20 +264,25 @@ class Store:
 
     def sweep(self, dead: Callable[[str], bool]) -> None:
         """Remove what unfinished `put` calls left behind, of all owners of whom ``dead`` is true."""
+        refuse_links(self.root, self.root / COMMITS)
         for name in self.names(COMMITS):
             if name.startswith(".tmp-") and dead(name.removeprefix(".tmp-").rsplit("-", 2)[0]):
                 (self.root / COMMITS / name).unlink(missing_ok=True)
 
-    def open_log(self, key: str, sound_bytes: Callable[[bytes], int]) -> Log | None:
+    def open_log(self, key: str, sound_bytes: Callable[[Iterable[bytes]], int]) -> Log | None:
         """Open a log for appending, or make it; None while another process has it open.
 
         Args:
             key: its key.
-            sound_bytes: given what the log holds, the length of its sound part; the torn line after that is cut off.
+            sound_bytes: given the lines of the log as `lines` yields them, the length of its sound part; the torn line
+                after that is cut off.
+
+        Raises:
+            FeedfastError: it cannot be opened, or not by this name (a link).
         """
         file = self.root / key
         new = not file.exists()
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = self._in_place(key, os.O_RDWR | os.O_APPEND)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, fd)
             if not _flock(fd, fcntl.LOCK_EX):
@@ -246,9 +290,8 @@ class Store:
             if new:
                 os.fsync(fd)
                 fsync_dir(file.parent)
-            data = file.read_bytes()
-            sound = sound_bytes(data)
-            if sound < len(data):
+            sound = sound_bytes(self.lines(key))
+            if sound < os.fstat(fd).st_size:
                 os.ftruncate(fd, sound)
                 os.fsync(fd)
             undo.pop_all()
@@ -261,7 +304,7 @@ class Store:
 
     def lock(self, key: str, *, patience_s: float = 0.0) -> Lock | None:
         """Take a lock, waiting for it up to ``patience_s`` seconds; None if another holds it for that long."""
-        fd = os.open(self.root / key, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = self._in_place(key, os.O_RDWR)
         if _flock(fd, fcntl.LOCK_EX, patience_s=patience_s):
             return Lock(fd)
         os.close(fd)
@@ -273,7 +316,7 @@ class Store:
         Returns:
             The shared lock, or, while others hold it who mean something else, the value they mean.
         """
-        fd = os.open(self.root / key, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = self._in_place(key, os.O_RDWR)
         deadline = time.monotonic() + 1.0
         while True:
             if _flock(fd, fcntl.LOCK_EX):
@@ -289,6 +332,41 @@ class Store:
                 return found
             fcntl.flock(fd, fcntl.LOCK_UN)
             time.sleep(0.02)
+
+    def _in_place(self, key: str, flags: int) -> int:
+        file = self.root / key
+        refuse_links(self.root, file.parent)
+        try:
+            return open_in_place(file, flags)
+        except OSError as error:
+            raise write_error(error, file) from error
+
+
+def _lines(found: Object) -> Iterator[bytes]:
+    piece = bytearray(_PIECE_BYTES)
+    rest, at = b"", 0
+    while got := found.read([memoryview(piece)], at):
+        at += got
+        *whole, rest = (rest + piece[:got]).split(b"\n")
+        for line in whole:
+            yield line + b"\n"
+        if len(rest) > MAX_LINE_BYTES:
+            break
+    if rest:
+        yield rest
+
+
+def refuse_not_damage(error: OSError, where: str = "") -> None:
+    """Raise if an error says nothing about what is stored, such as a missing permission or too many open files.
+
+    Raises:
+        FeedfastError: never a `CacheDamageError`: nothing is to be deleted or written again.
+    """
+    if error.errno in _NOT_DAMAGE:
+        raise FeedfastError(
+            f"{where or error.filename}: cannot be read: {error.strerror}. That is no damage: "
+            f"{_NOT_DAMAGE[error.errno]}"
+        ) from error
 
 
 def open_store(place: str | Path | Store) -> Store:

@@ -6,7 +6,8 @@ crc32c and sha256 of its commit line, each index, each block's own checksum, and
 damaged object is reported by block where the damage can be placed, otherwise as a whole.
 
 Kinds: ``manifest``, ``metadata``, ``log-torn``, ``log-damaged``, ``log-duplicate``, ``manifest-digest``,
-``incomplete``, ``missing``, ``length``, ``io``, and with the full check ``index``, ``checksum`` and ``fill``.
+``incomplete``, ``missing``, ``length``, ``io``, and with the full check ``index``, ``checksum`` and ``fill``. Of each
+the first thousand are listed: a manifest may promise more than any disk holds.
 
 It says whether the cache holds what was written, not whether that was right: recomputing pixels and teachers is
 `feedfast.stages.proof`. It changes nothing.
@@ -16,20 +17,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.blocks import crc32c
-from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import Commit, Problem, check_log, object_key, problem, read_log
+from feedfast.cache.layout import ArraySpec, array_specs, group_metadata
+from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_log, object_key, problem, read_log
 from feedfast.cache.manifest import ROOT, read_manifest
-from feedfast.cache.shards import ArrayView, CommittedObject, OpenShard, read_small, thread_buffer
+from feedfast.cache.shards import ArrayView, CommittedObject, OpenShard, small_pieces, thread_buffer
 from feedfast.cache.store import Store, open_store
-from feedfast.errors import CacheDamageError
+from feedfast.errors import CacheDamageError, FeedfastError
+from feedfast.files import parse_json
 
 _PIECE_BYTES = 4 << 20  # 4 MiB: what is hashed at a time
 _THREADS = 2
@@ -59,42 +62,99 @@ def verify_cache(
         return error.problems
     specs = array_specs(manifest)
     log = read_log(store)
-    problems = check_log(manifest, specs, log)
-    broken = {(entry["array"], entry["shard"]) for entry in problems}
+    listed = _Listed()
+    listed.extend(check_log(manifest, specs, log))
+    listed.extend(_check_groups(store, specs))
+    broken = {(entry["array"], entry["shard"]) for entry in listed.problems}
     tasks: list[tuple[ArrayView, int, Commit]] = []
+    by_array: dict[str, list[Commit]] = {}
+    for commit in log.commits.values():
+        if (commit.array, commit.shard) not in broken:
+            by_array.setdefault(commit.array, []).append(commit)
     for spec in specs.values():
-        problems += _check_metadata(store, spec)
-        known = {}
-        for commit in log.of(spec.name):
-            if (commit.array, commit.shard) not in broken:
-                known[spec.locate(commit.shard)] = commit
-        for view in range(spec.num_views):
-            sizes = {shard: known[view, shard].bytes for shard in range(spec.num_shards) if (view, shard) in known}
-            sums = {shard: known[view, shard].block_sums for shard in sizes}
+        listed.extend(_check_metadata(store, spec))
+        known: dict[int, dict[int, Commit]] = {}
+        for commit in by_array.get(spec.name, ()):
+            view, shard = spec.locate(commit.shard)
+            known.setdefault(view, {})[shard] = commit
+        for view, shards in sorted(known.items()):
+            sizes = {shard: commit.bytes for shard, commit in shards.items()}
+            sums = {shard: commit.block_sums for shard, commit in shards.items()}
             source = ArrayView(spec, store, view, sizes, sums)
-            for shard in range(spec.num_shards):
-                commit_of = known.get((view, shard))
-                key = spec.key(view, shard)
-                if commit_of is not None:
-                    tasks.append((source, shard, commit_of))
-                elif (spec.name, key) not in broken:
-                    problems.append(problem(spec.name, key, "incomplete", "not committed; feedfast cache writes it"))
+            tasks += [(source, shard, commit) for shard, commit in sorted(shards.items())]
+        _list_uncommitted(listed, spec, known, broken)
     done, total = 0, sum(commit.bytes for _, _, commit in tasks)
     with ThreadPoolExecutor(_THREADS) as pool:
         checked = pool.map(lambda task: list(_check_object(*task, full=full)), tasks)
         for (_, _, commit), found in zip(tasks, checked, strict=True):
-            problems += found
+            listed.extend(found)
             done += commit.bytes
             if full and progress is not None:
                 progress(done, total)
-    return problems
+    return listed.all()
+
+
+class _Listed:
+    """Problems, at most `MAX_PROBLEMS` of a kind; of the others how many there were."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._counts: Counter[str] = Counter()
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        for entry in problems:
+            if self.room(entry["kind"]):
+                self.problems.append(entry)
+            self._counts[entry["kind"]] += 1
+
+    def room(self, kind: str) -> int:
+        return max(0, MAX_PROBLEMS - self._counts[kind])
+
+    def count(self, kind: str, number: int) -> None:
+        self._counts[kind] += number
+
+    def all(self) -> list[Problem]:
+        more = {kind: number - MAX_PROBLEMS for kind, number in self._counts.items() if number > MAX_PROBLEMS}
+        return self.problems + [problem("", "", kind, f"and {number} more of these") for kind, number in more.items()]
+
+
+def _list_uncommitted(
+    listed: _Listed, spec: ArraySpec, known: Mapping[int, Mapping[int, Commit]], broken: Container[tuple[str, str]]
+) -> None:
+    """Objects without a commit line; no step is taken for those that are only counted."""
+    lacking = spec.num_views * spec.num_shards - sum(map(len, known.values()))
+    for view in range(spec.num_views):
+        for shard in range(spec.num_shards):
+            if not lacking or not listed.room("incomplete"):
+                listed.count("incomplete", lacking)
+                return
+            if shard in known.get(view, ()):
+                continue
+            lacking -= 1
+            key = spec.key(view, shard)
+            if (spec.name, key) not in broken:
+                detail = "not committed; feedfast cache writes it"
+                listed.extend([problem(spec.name, key, "incomplete", detail)])
+
+
+def _check_groups(store: Store, specs: Mapping[str, ArraySpec]) -> Iterator[Problem]:
+    """Another Zarr reader finds arrays through their groups; the root's is the manifest."""
+    parents = [str(parent) for name in specs for parent in reversed(PurePosixPath(name).parents) if parent.name]
+    for group in dict.fromkeys(parents):
+        try:
+            found = parse_json(store.read(object_key(group, ROOT)))
+        except (OSError, ValueError) as error:
+            yield problem(group, ROOT, "metadata", f"cannot be read: {error}")
+            continue
+        if found != group_metadata():
+            yield problem(group, ROOT, "metadata", f"expected a plain group, found {json.dumps(found)[:200]}")
 
 
 def _check_metadata(store: Store, spec: ArraySpec) -> Iterator[Problem]:
     """Another Zarr reader believes the array's own `zarr.json`: it must say what the manifest says."""
     try:
-        found = json.loads(store.read(object_key(spec.name, ROOT)))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(store.read(object_key(spec.name, ROOT)))
+    except (OSError, ValueError) as error:
         yield problem(spec.name, ROOT, "metadata", f"cannot be read: {error}")
         return
     expected = spec.zarr_metadata()
@@ -119,13 +179,17 @@ def _check_object(source: ArrayView, number: int, commit: Commit, *, full: bool)
             yield from source.damage("checksum", number, f"the object differs from its commit line: {wrong}").problems
     except CacheDamageError as error:
         yield from error.problems
+    except FeedfastError as error:  # not damage, but not known to be sound either
+        yield problem(source.spec.name, source.spec.key(source.view, number), "io", str(error))
 
 
 def _check_blocks(source: ArrayView, number: int) -> Iterator[Problem]:
     spec = source.spec
     if not spec.sharded:
-        data = read_small(source, number)
-        if holds_fill(spec, data.view(spec.dtype)):
+        filled = False
+        for piece in small_pieces(source, number, _PIECE_BYTES):  # to the end: the checksum comes last
+            filled |= holds_fill(spec, piece.view(spec.dtype))
+        if filled:
             yield from source.damage("fill", number, "a committed value is the fill value").problems
         return
     shard = OpenShard(source, number)

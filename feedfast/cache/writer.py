@@ -98,6 +98,11 @@ class CacheWriter:
         """Committed objects found missing or of another length at opening; they are to be written again."""
         return self._ledger.damaged
 
+    @property
+    def rows(self) -> int:
+        """Rows of all views that belong to this writer's part."""
+        return self._division.rows(self.manifest.views)
+
     def missing(self, array: str) -> set[tuple[int, int]]:
         """(view, shard) of every object of an array neither committed nor on its way, whichever part it belongs to."""
         return self._ledger.missing(array)
@@ -264,6 +269,7 @@ class CacheWriter:
         if error is None:
             self.close()
             return
-        self._error = self._error or error  # what waits in the queue is dropped; it is computed again on resuming
+        if not isinstance(error, KeyboardInterrupt):  # then what is computed already is written: it takes moments
+            self._error = self._error or error  # what waits in the queue is dropped; it is computed again on resuming
         with contextlib.suppress(BaseException):
             self.close()

@@ -6,12 +6,11 @@ The two flavors have no header, so they are told apart by arithmetic: the size m
 Where both fit, the labels decide; a file that fits neither is refused with the reason for each.
 
 Pixels keep their stored layout until a batch is gathered: CIFAR is planar (CHW), npz is that, HWC or gray (HW). Labels
-of CIFAR-100 are the fine ones. Nothing here executes data: npz is read with ``allow_pickle=False``.
+of CIFAR-100 are the fine ones. Nothing here executes data: an npz with objects in it is refused.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.npz import read_npz
 from feedfast.errors import RequestError
+from feedfast.files import read_file
 
 __all__ = ["ARRAYS", "PixelStore", "open_cifar", "open_npz"]
 
 Layout = Literal["CHW", "HWC", "HW"]
 
 _PIXEL_BYTES = 3 * 32 * 32
+_MAX_CLASSES = 1 << 20  # each gets a name, also where a label is damaged
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,8 @@ def open_npz(path: Path, arrays: Sequence[str] = ()) -> tuple[PixelStore, NDArra
         RequestError: not a readable npz without pickled objects, or an array has the wrong name, type or shape.
     """
     called = dict(zip(ARRAYS, arrays or ARRAYS, strict=False))
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            found = {kind: archive[name] for kind, name in called.items() if name in archive.files}
-            names = archive.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path}: expected an .npz of plain arrays; {error}") from error
+    read, names = read_npz(path, called.values())
+    found = {kind: read[name] for kind, name in called.items() if name in read}
     lacking = [name for kind, name in called.items() if kind not in found and (arrays or kind == "images")]
     if lacking:
         hint = "" if arrays else "; data.arrays = [images, labels] says which are which"
@@ -158,9 +156,14 @@ def open_npz(path: Path, arrays: Sequence[str] = ()) -> tuple[PixelStore, NDArra
         )
     labels = found.get("labels", np.full(len(images), -1, dtype=np.int32))
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < -1 or labels.max() >= 2**31:
+    if (
+        labels.shape != (len(images),)
+        or labels.dtype.kind not in "iu"
+        or labels.min() < -1
+        or labels.max() >= _MAX_CLASSES
+    ):
         raise RequestError(
-            f"{path}: expected {called['labels']!r} as {len(images)} integers >= -1, "
+            f"{path}: expected {called['labels']!r} as {len(images)} integers >= -1 and below {_MAX_CLASSES}, "
             f"found {labels.dtype} {list(labels.shape)}"
         )
     needed = int(labels.max()) + 1
@@ -199,7 +202,11 @@ def _records(path: Path, flavor: _Flavor) -> NDArray[np.uint8]:
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
     if not path.is_file():
         return _numbers(count)
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = read_file(path, 1 << 20).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: expected {count} class names; {error}") from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(names) != count:
         raise RequestError(f"{path}: expected {count} class names, found {len(names)}")
     return names

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from feedfast.data.arrays import PixelStore
 from feedfast.data.pickles import PickleError, read_pickle
 from feedfast.errors import RequestError
+from feedfast.files import open_regular
 
 __all__ = ["is_cifar_archive", "is_cifar_pickle", "known_folder_below", "open_cifar_python"]
 
@@ -155,6 +157,7 @@ def _unpacked(archive: Path, split: Split) -> tuple[_Flavor, dict[str, bytes], b
     found: dict[str, dict[str, bytes]] = {flavor.folder: {} for flavor in _FLAVORS}
     wanted = {f.folder: {*f.splits[split], f.meta} for f in _FLAVORS}
     try:
+        os.close(open_regular(archive))  # no pipe or device
         opened: Any = open(archive, "rb") if archive.suffix.lower() == ".tar" else gzip.open(archive, "rb")  # noqa: SIM115
         with opened as file, tarfile.open(fileobj=_Bounded(file), mode="r|") as members:
             for member in members:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import struct
 import zlib
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from feedfast.data.arrays import PixelStore
 from feedfast.errors import RequestError
+from feedfast.files import open_regular
 
 __all__ = ["idx_images_below", "idx_of_split", "is_idx", "open_idx"]
 
@@ -83,6 +85,7 @@ def _labels_of(path: Path) -> Path:
 
 
 def _opened(path: Path) -> IO[bytes]:
+    os.close(open_regular(path))  # no pipe or device
     return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
 
 
@@ -117,7 +120,7 @@ def _content(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         content: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r", offset=head_bytes)
     else:
         try:
-            with gzip.open(path, "rb") as file:
+            with _opened(path) as file:
                 file.read(head_bytes)
                 content = np.frombuffer(file.read(expected + 1), dtype=np.uint8)
         except (OSError, EOFError, zlib.error) as error:

@@ -72,7 +72,7 @@ def describe(code: int, parameters: NDArray[np.float32]) -> str:
 def _describe_affine(a: float, b: float, x: float, c: float, d: float, y: float) -> str:
     """The pure moves of the policies by their names; others by their turn and scale."""
     if a == d == 1 and b == c == 0:
-        return f"shifted {-y:.0f},{-x:.0f}"
+        return f"shifted {round(-y)},{round(-x)}"
     if a == d == 1 and (b == 0 or c == 0):
         return f"sheared {b or c:+.2f} along {'x' if b else 'y'}"
     scale = 1 / math.sqrt(abs(a * d - b * c))

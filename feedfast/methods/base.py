@@ -28,7 +28,7 @@ from feedfast_kernels import Target
 LOGITS = "logits"
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tap name -> (C, H, W), or (C,) for a vector, of one sample of the student."""
+"""Tap name -> (C, H, W), (C, N) for tokens or (C,) for a vector, of one sample of the student."""
 
 Targets = Mapping[str, Mapping[str, Target]]
 """Teacher name -> tap name -> target. "logits" is a float [B, K]; other taps are maps or vectors."""
@@ -42,7 +42,7 @@ class TapInfo:
     """One tap of one teacher, as a method needs to know it.
 
     Attributes:
-        shape: (C, H, W), or (C,) for a vector, of one sample.
+        shape: (C, H, W), (C, N) for tokens or (C,) for a vector, of one sample.
         margin: fp32 [C], OFD's lower bound of a pre-activation map, or None.
     """
 
@@ -60,7 +60,7 @@ class StudentOutput:
 
     Attributes:
         output: what the network returns, with gradient; for a classifier logits [B, K].
-        taps: tap name -> [B, C, H, W] or [B, C], with gradient.
+        taps: tap name -> [B, C, H, W], [B, C, N] or [B, C], with gradient.
         ids: int64 [B], which samples these are; None unless a method `remembers`.
     """
 

@@ -31,6 +31,11 @@ TAP = "final"
 FACTOR = "factor"
 
 
+def factor_channels(channels: int, rate: float) -> int:
+    """Channels of the factors of a map of ``channels``."""
+    return max(round(channels * rate), 1)
+
+
 class Paraphraser(nn.Module):
     """Autoencoder of maps: C -> C -> kC -> kC, and back by transposed convolutions; the grid stays as it is.
 
@@ -40,7 +45,7 @@ class Paraphraser(nn.Module):
     def __init__(self, channels: int, rate: float) -> None:
         """``rate``: k, channels of the factors per channel of the map."""
         super().__init__()
-        self.factors = max(round(channels * rate), 1)
+        self.factors = factor_channels(channels, rate)
         widths = ((channels, channels), (channels, self.factors), (self.factors, self.factors))
         encoder: list[nn.Module] = []
         decoder: list[nn.Module] = []

@@ -168,9 +168,11 @@ def paired_maps(
             theirs = _tap(infos, tap, f"teacher {name!r}")
             maps = len(ours) == 3 and len(theirs.shape) == 3
             if not maps or (ours[1:] != theirs.shape[1:] and not pooled):
+                tokens = 2 in (len(ours), len(theirs.shape))
+                hint = "; tokens become the map of their grid with :map after the tap's path" if tokens else ""
                 raise RequestError(
                     f"tap {tap!r}: expected maps{'' if pooled else ' of equal height and width'}, "
-                    f"found (C, H, W) = {ours} of the student and {theirs.shape} of teacher {name!r}"
+                    f"found (C, H, W) = {ours} of the student and {theirs.shape} of teacher {name!r}{hint}"
                 )
             yield name, tap, ours, theirs
 

@@ -5,34 +5,35 @@
 fp32, in train mode as their libraries leave them; moving and freezing is the caller's business.
 
 Two promises. A seed makes initialization reproducible and the process's random state is as it was afterwards: the
-weights of teacher *b* cannot depend on whether teacher *a* was built first. And a weight file is data: only plain
-tensors are unpickled (``weights_only=True``), and every key and shape is compared before anything is copied, so a
-wrong file ends in one sentence that says what was expected and what was found.
+weights of teacher *b* cannot depend on whether teacher *a* was built first. And a weight file is data
+(`feedfast.models.weights`), so a wrong one ends in one sentence that says what was expected and what was found.
 
-Not here: downloading anything but the weights a library publishes for its own model, and replacing classifier heads
-(published weights come with their own classes; asking for another number of classes is refused, not improvised).
+Not here: downloading anything but the weights a library publishes for its own model. A classifier of another number of
+classes is replaced only where it is asked for (a student's start); a teacher with a random head would teach noise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import importlib
 import inspect
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from feedfast.errors import RequestError
-from feedfast.files import check_zip
+from feedfast.models.weights import load_state, load_weights, weights_sha256
 from feedfast.models.zoo import ZOO_NAMES, build_zoo
 
 __all__ = ["build_model", "load_weights", "weights_sha256"]
+
+log = logging.getLogger(__name__)
 
 ZOO_CLASSES = 100  # CIFAR-100, what the zoo's networks were published on
 
@@ -46,6 +47,9 @@ def build_model(
     num_classes: int | None = None,
     weights: str | Path | None = None,
     seed: int | None = None,
+    key: str = "",
+    prefix: str = "",
+    new_head: bool = False,
 ) -> nn.Module:
     """Build a network.
 
@@ -60,6 +64,10 @@ def build_model(
             A factory brings its own weights: None and "" both keep what it returned.
         seed: seeds the initialization. None draws from the global generator, unless a file replaces the weights anyway.
             Only torch's CPU generator is seeded, so a factory that draws from NumPy is not covered.
+        key: of a weights file, see `load_weights`.
+        prefix: likewise.
+        new_head: whether weights of another number of classes are taken without their classifier, which then stays
+            as it was initialized and is reported; of files and published weights.
 
     Returns:
         The network, on the CPU.
@@ -76,9 +84,9 @@ def build_model(
         if slash and family == "zoo":
             model = _zoo(rest, num_classes, weights)
         elif slash and family == "torchvision":
-            model, weights = _torchvision(rest, num_classes, weights)
+            model, weights = _torchvision(rest, num_classes, weights, new_head)
         elif slash and family == "timm":
-            model = _timm(rest, num_classes, weights)
+            model = _timm(rest, num_classes, weights, new_head)
         elif ":" in name:
             model = _factory(name, num_classes)
         else:
@@ -87,7 +95,7 @@ def build_model(
                 + _guess(name)
             )
     if weights is not None and str(weights) != "":
-        load_weights(model, weights, name=name)
+        load_weights(model, weights, name=name, key=key, prefix=prefix, new_head=new_head)
     return model
 
 
@@ -109,7 +117,9 @@ def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.M
     return build_zoo(rest, ZOO_CLASSES if num_classes is None else num_classes)
 
 
-def _torchvision(rest: str, num_classes: int | None, weights: str | Path | None) -> tuple[nn.Module, str | Path | None]:
+def _torchvision(
+    rest: str, num_classes: int | None, weights: str | Path | None, new_head: bool
+) -> tuple[nn.Module, str | Path | None]:
     """The network and what is left to load into it (a file, or None)."""
     tv = importlib.import_module("torchvision.models")  # half a second of imports that zoo users need not pay
 
@@ -128,19 +138,33 @@ def _torchvision(rest: str, num_classes: int | None, weights: str | Path | None)
             options["num_classes"] = num_classes
         if rest in _AUXILIARY:
             options["init_weights"] = True
+            # these two files expect a further normalization inside, which torchvision adds for published weights
+            options["transform_input"] = published_file(rest, weights) is not None
         return tv.get_model(rest, weights=None, **options), weights
-    _same_classes(f"torchvision/{rest}", len(chosen.meta["categories"]), num_classes)
+    published_classes = len(chosen.meta["categories"])
+    if not new_head:
+        _same_classes(f"torchvision/{rest}", published_classes, num_classes)
     try:
         # Proves that the file holds plain tensors only; torchvision's own call below then reads the same cached file
         # (it renames keys of some old files, which is why its loader is used and not ours).
         chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
         model: nn.Module = tv.get_model(rest, weights=chosen, **options)
+        if num_classes not in (None, published_classes):
+            whole, model = model, tv.get_model(rest, weights=None, num_classes=num_classes, **options)
+            load_state(model, whole.state_dict(), "published weights", f"torchvision/{rest}", new_head=True)
     except Exception as error:
         raise _unfetched(f"torchvision/{rest}", chosen.url, error) from error
     return model, None
 
 
-def _timm(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.Module:
+def published_file(rest: str, weights: str | Path | None) -> Any:
+    """The set of torchvision's published weights whose file this is by its name (resnet18-f37072fd.pth), or None."""
+    tv = importlib.import_module("torchvision.models")
+    name = Path(weights).name if weights is not None else ""
+    return next((entry for entry in tv.get_model_weights(rest) if entry.url.rpartition("/")[2] == name), None)
+
+
+def _timm(rest: str, num_classes: int | None, weights: str | Path | None, new_head: bool) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
@@ -158,9 +182,17 @@ def _timm(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.
     except RuntimeError as error:  # timm's word for a pretrained tag it does not have
         raise RequestError(f"model timm/{rest} cannot be built: {_first_line(error)}") from error
     try:
-        model = timm.create_model(rest, pretrained=True)
+        # timm leaves a head of another number of classes at random by itself
+        model = timm.create_model(rest, pretrained=True, **(options if new_head else {}))
     except Exception as error:
         raise _unfetched(f"timm/{rest}", "the Hugging Face hub", error) from error
+    published_classes = int((getattr(model, "pretrained_cfg", None) or {}).get("num_classes", 0))
+    if new_head and num_classes not in (None, published_classes):
+        log.warning(
+            "published weights of timm/%s: %d classes and not %d: the new classifier starts at random",
+            *(rest, published_classes, num_classes),
+        )
+        return model
     _same_classes(f"timm/{rest}", int(getattr(model, "num_classes", 0)), num_classes)
     return model
 
@@ -251,105 +283,3 @@ def _unfetched(name: str, where: str, error: Exception) -> RequestError:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300]
-
-
-def load_weights(model: nn.Module, path: str | Path, *, name: str = "model") -> None:
-    """Copy a state_dict file into a network, all of it or nothing.
-
-    Accepts a bare state_dict, or one under the key ``state_dict`` or ``model``; the prefixes ``module.`` (data
-    parallel) and ``_orig_mod.`` (torch.compile) are dropped when every key has them and the network's own keys do not.
-    ``num_batches_tracked`` may be absent, as in files of early PyTorch: evaluation does not read it.
-
-    Args:
-        model: receives the weights, on its own device and in its own dtype.
-        path: a file written by ``torch.save``; read with ``weights_only=True``.
-        name: the model's name, for messages.
-
-    Raises:
-        RequestError: no such file, not a file of plain tensors, or keys or shapes that differ.
-    """
-    state = _strip(_read_state(Path(path), name), model.state_dict().keys())
-    expected = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in expected]
-    shapes = [k for k in expected if k in state and state[k].shape != expected[k].shape]
-    if missing or unexpected or shapes:
-        parts = []
-        if missing:
-            parts.append(_listing("missing", (f"{k} {list(expected[k].shape)}" for k in missing), len(missing)))
-        if unexpected:
-            parts.append(_listing("not expected", (f"{k} {list(state[k].shape)}" for k in unexpected), len(unexpected)))
-        if shapes:
-            lines = (f"{k} expected {list(expected[k].shape)}, found {list(state[k].shape)}" for k in shapes)
-            parts.append(_listing("of another shape", lines, len(shapes)))
-        raise RequestError(
-            f"weights {path} do not fit model {name}: expected {len(expected)} tensors, found {len(state)}; "
-            + "; ".join(parts)
-        )
-    model.load_state_dict(state, strict=False)
-
-
-def _listing(what: str, items: Iterable[str], count: int, shown: int = 4) -> str:
-    few = [item for item, _ in zip(items, range(shown), strict=False)]
-    return f"{count} {what}: " + ", ".join(few) + (", …" if count > shown else "")
-
-
-def _read_state(path: Path, name: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise RequestError(f"weights of model {name}: expected a state_dict file at {path}, found {found}")
-    try:
-        check_zip(path)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"weights {path} of model {name}: expected a whole file, found {error}") from error
-    try:
-        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for a damaged or foreign file
-        size = path.stat().st_size
-        raise RequestError(
-            f"weights {path} of model {name}: expected a state_dict of plain tensors written by torch.save "
-            f"(read with weights_only=True), found {size} bytes that are not one ({type(error).__name__})"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not loaded:
-        what = "an empty mapping" if isinstance(loaded, Mapping) else type(loaded).__name__
-        raise RequestError(f"weights {path} of model {name}: expected a mapping of names to tensors, found {what}")
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise RequestError(
-                f"weights {path} of model {name}: expected a mapping of names to tensors (bare, or under 'state_dict' "
-                f"or 'model'), found {key!r}: {type(value).__name__}"
-            )
-    return dict(loaded)
-
-
-def _strip(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    names = set(own)
-    while True:
-        for prefix in ("module.", "_orig_mod."):
-            wrapped = all(k.startswith(prefix) for k in state) and not any(k.startswith(prefix) for k in names)
-            if state and wrapped:
-                state = {k.removeprefix(prefix): v for k, v in state.items()}
-                break
-        else:
-            return state
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Identity of a network's weights: sha256 over name, dtype, shape and bytes of each entry of the sorted state_dict.
-
-    The same for any device, memory format and `torch.compile` or data-parallel wrapper; different when one bit differs,
-    buffers (batch norm statistics) included.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    for name, tensor in sorted(_strip(tensors, ()).items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

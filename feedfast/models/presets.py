@@ -14,25 +14,32 @@ at the same places, for hints and attention maps; MobileNetV2/V3's, and a basic 
 | zoo MobileNetV1, n=4 | point-wise convolution of blocks 3, 5, 11, 13 | its own |
 | torchvision MobileNetV2/V3, n=4 | the expansion of the next strided block; at the end the last block | its own |
 | VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
+| torchvision ConvNeXt, Swin, n=4; ViT, n=4: blocks at even depths | their ends, linear | none |
 | others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.models.branched import Branched
-from feedfast.models.taps import Tap
+from feedfast.models.layout import prefix_tokens
+from feedfast.models.taps import Tap, tap_layout
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
 from feedfast.models.zoo_fitnet import FitNet
 from feedfast.models.zoo_pyramid import PyramidBasic, PyramidNet
 
+# Tokens count as the map of their grid, without class token and registers. Without a batch norm the margin is measured.
+
 __all__ = ["GROUPS", "preset_taps"]
+
+Place = TypeVar("Place")
 
 GROUPS = ("final", "ofd", "stage")
 BRANCH = "branch"  # of a student of parallel branches: branch1.final, branch1.logits, branch2.final, ...
@@ -61,7 +68,7 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
     if places is None:
         seen = trace(model, _example(model) if example is None else example)
         places = {
-            "final": lambda: _final(_last_map(model, seen)),
+            "final": lambda: (_last_map(model, seen),),
             "ofd": lambda: tuple(_before_activation(name, call, seen) for name, call in _ends(model, seen, "ofd")),
             "stage": lambda: tuple(Tap(name, call.path, "post") for name, call in _ends(model, seen, "stage")),
         }
@@ -132,7 +139,27 @@ def _table(model: nn.Module) -> _Places | None:
             "ofd": lambda: _pre(_before_pooling(model)[-_STAGES:]),
             "stage": lambda: _post(path for path, _ in _before_pooling(model)[-_STAGES:]),
         }
+    if kind in ("torchvision.ConvNeXt", "torchvision.SwinTransformer"):
+        # ConvNeXt's classifier begins with a norm after the pooling; Swin's map is normed, then pooled
+        ends = [f"features.{i}" for i in (1, 3, 5, 7)]
+        final = "features" if kind == "torchvision.ConvNeXt" else "permute"
+        return {"final": lambda: _final(final), "ofd": lambda: _linear(ends), "stage": lambda: _post(ends)}
+    if kind == "torchvision.VisionTransformer":
+        blocks = [f"encoder.layers.{name}" for name, _ in model.get_submodule("encoder.layers").named_children()]
+        even = _evenly(blocks)
+        return {"final": lambda: _final("encoder"), "ofd": lambda: _linear(even), "stage": lambda: _post(even)}
     return None
+
+
+def _linear(paths: Iterable[str]) -> tuple[Tap, ...]:
+    """Ends of stages that no activation follows: their outputs, whose margins are measured."""
+    return tuple(Tap(f"ofd{i}", path, "post") for i, path in enumerate(paths, start=1))
+
+
+def _evenly(places: Sequence[Place]) -> list[Place]:
+    """At most four of the places, at even depths, with the last."""
+    count = min(_STAGES, len(places))
+    return [places[(i + 1) * len(places) // count - 1] for i in range(count)]
 
 
 def _pre(places: Sequence[tuple[str, str | None]]) -> tuple[Tap, ...]:
@@ -224,55 +251,98 @@ def _example(model: nn.Module) -> Tensor:
     return torch.zeros((1, *(shape or (3, side, side))), device=first.device, dtype=first.dtype)
 
 
-def _last_map(model: nn.Module, seen: Trace) -> str:
+def _last_map(model: nn.Module, seen: Trace) -> Tap:
     """The outermost module whose output is what the last global pooling receives.
 
-    Without a global pooling (AlexNet flattens its map): the module that returned the last map, if no tokens follow.
+    Where functions have worked on that output in place before it was pooled (DenseNet's last ReLU), it is tapped at the
+    end of the pass. Without a pooling of a module's output (AlexNet flattens its map, a ViT takes its class token): the
+    module that returned the last map or the last tokens.
     """
-    if getattr(model, "output_fmt", "NCHW") != "NCHW":  # timm's word for maps that are [B, H, W, C] inside
-        raise RequestError(f"taps 'final': {type(model).__name__} keeps its maps channels-last inside; {_BY_HAND}")
-    maps = [c for c in seen.calls if isinstance(c.output, Tensor) and c.output.dim() == 4 and c.path]
-    if seen.pools:
-        pooled, version = seen.pools[-1].inputs[0], seen.pools[-1].versions[0]
-        made = [c for c in maps if c.output is pooled]
-        # Prefer who returned it in its last state; DenseNet's is activated in place by a function after `features`.
-        made = [c for c in made if c.version == version] or made
+    outputs = [c for c in seen.calls if isinstance(c.output, Tensor) and c.output.dim() in (3, 4) and c.path]
+    pool = seen.pools[-1] if seen.pools else None
+    late = False
+    made: list[Call] = []
+    if pool is not None:
+        pooled, version = pool.inputs[0], pool.versions[0]
+        made = [c for c in outputs if c.output is pooled]
+        now = [c for c in made if c.version == version]
+        late = bool(made) and not now
+        if late and pooled._version != version:
+            made = []  # written to once more after it was pooled: no moment to take it at
+        made = now or made
         made = [c for c in made if not isinstance(c.module, nn.Identity)] or made
-    else:
-        tokens = [c.started for c in seen.calls if isinstance(c.output, Tensor) and c.output.dim() == 3]
-        last = next((c for c in reversed(maps) if "Pool" not in type(c.module).__name__), None)
-        made = [c for c in maps if last is not None and c.output is last.output and c.started > max(tokens, default=-1)]
+    tokens = _last_tokens(model, outputs)
+    if not made and tokens and (pool is None or pool.inputs[0].dim() == 3 or tokens[-1].started > pool.started):
+        if not isinstance(tokens[-1].module, nn.Linear) and _gridded(
+            model, seen, tokens[-1]
+        ):  # VOLO: an auxiliary head
+            made = [c for c in tokens if not isinstance(c.module, nn.Identity)] or tokens
+    elif not made and pool is None:
+        last = next((c for c in reversed(outputs) if "Pool" not in type(c.module).__name__), None)
+        made = [c for c in outputs if last is not None and c.output is last.output]
     if not made:
+        functions = [f.name for f in seen.functions if pool is not None and f.output is pool.inputs[0]]
+        cause = f" (a function, {functions[0]}, makes it: use a module instead)" if functions else ""
         raise RequestError(
-            f"taps 'final': {type(model).__name__} has no module that returns its last map before pooling; {_BY_HAND}"
+            f"taps 'final': {type(model).__name__} has no module that returns its last map before pooling{cause}; "
+            f"{_BY_HAND}"
         )
-    return min(made, key=lambda c: (c.path.count("."), -c.started)).path
+    path = min(made, key=lambda c: (c.path.count("."), -c.started)).path
+    return Tap("final", path, "end" if late else "post")
+
+
+def _last_tokens(model: nn.Module, outputs: Sequence[Call]) -> list[Call]:
+    """The calls that returned the last tokens of a pass; class tokens alone are not meant."""
+    few = max(1, prefix_tokens(model))
+    tokens = [(c, c.output) for c in outputs if isinstance(c.output, Tensor) and c.output.dim() == 3]
+    tokens = [(c, output) for c, output in tokens if output.shape[1] > few]
+    return [c for c, output in tokens if output is tokens[-1][1]]
+
+
+def _gridded(model: nn.Module, seen: Trace, call: Call) -> bool:
+    """Whether a call returned tokens whose places are known."""
+    assert isinstance(call.output, Tensor)
+    try:
+        tap_layout(model, Tap("final", call.path), seen, call.output)
+    except RequestError:
+        return False
+    return True
 
 
 def _ends(model: nn.Module, seen: Trace, group: str) -> list[tuple[str, Call]]:
     """Names and calls of the stages timm knows of its networks, from stride 4 on; for others of ``layer1``, ``layer2``,
-    … if there are three."""
+    … if there are three. Of a network of one stride (ViT, Mixer), blocks at even depths."""
     info = getattr(model, "feature_info", None)
-    stages: dict[int, tuple[str, int | None]] = {}
-    for entry in list(getattr(info, "info", info) or []):
-        if isinstance(entry, dict) and int(entry.get("reduction", 0)) >= 4:
-            stages[int(entry["reduction"])] = (str(entry.get("module", "")), entry.get("num_chs"))
-    if not stages and len(_layers(model)) >= 3:
-        stages = {i: (path, None) for i, path in enumerate(_layers(model))}
+    entries = [entry for entry in list(getattr(info, "info", info) or []) if isinstance(entry, dict)]
+    places = [
+        (int(entry["reduction"]), str(entry.get("module", "")), entry.get("num_chs"))
+        for entry in entries
+        if int(entry.get("reduction", 0)) >= 4
+    ]
+    if len({reduction for reduction, _, _ in places}) > 1:
+        places = list({place[0]: place for place in places}.values())
+    elif places:
+        places = _evenly(places)
+    elif len(_layers(model)) >= 3:
+        places = [(0, path, None) for path in _layers(model)]
     modules = dict(model.named_modules())
-    calls = [(seen.of(modules[path])[-1:] if path in modules else [], width) for path, width in stages.values()]
-    if not stages or any(not call for call, _ in calls):
+    calls = [(seen.of(modules[path])[-1:] if path in modules else [], width) for _, path, width in places]
+    if not places or any(not call for call, _ in calls):
         raise RequestError(f"taps {group!r}: the stages of {type(model).__name__} are not known; {_BY_HAND}")
     ends = [(call[0], width) for call, width in calls][-_STAGES:]
-    for call, width in ends:
-        output = call.output
-        if not isinstance(output, Tensor) or output.dim() != 4 or (width is not None and output.shape[1] != width):
-            shape = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+    found = []
+    for i, (call, width) in enumerate(ends, start=1):
+        tap, output = Tap(f"{group}{i}", call.path), call.output
+        if not isinstance(output, Tensor):
+            raise RequestError(f"taps {group!r}: expected {call.path} to return a map, found {type(output).__name__}")
+        shape = tap_layout(model, tap, seen, output).arranged(output, as_map=True).shape[1:]
+        if len(shape) != 3 or (width is not None and shape[0] != width):
             channels = "channels" if width is None else width
             raise RequestError(
-                f"taps {group!r}: expected {call.path} to return [{channels}, height, width], found {shape}"
+                f"taps {group!r}: expected {call.path} to return [{channels}, height, width], found {list(shape)}"
             )
-    return [(f"{group}{i}", call) for i, (call, _) in enumerate(ends, start=1)]
+        found.append((tap.name, call))
+    return found
 
 
 def _before_activation(name: str, call: Call, seen: Trace) -> Tap:

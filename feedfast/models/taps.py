@@ -1,7 +1,8 @@
 """Taps: keeping named feature maps of a forward pass, exactly as the network computed them.
 
-A tap is a module path and a side: ``post`` is what the module returns, ``pre`` what its last activation receives. Three
-things make that harder than a forward hook, and each has cost published code its correctness:
+A tap is a module path and a side: ``post`` is what the module returns, ``pre`` what its last activation receives,
+``end`` what functions in place have made of the output when the pass ends (DenseNet's last ReLU). Three things make
+that harder than a forward hook, and each has cost published code its correctness:
 
 * an in-place ReLU overwrites what a hook was given, so the "pre-activation" map silently becomes the activated one;
 * one ReLU module may run several times in a block (torchvision's Bottleneck: three), so a hook must know which call;
@@ -9,8 +10,7 @@ things make that harder than a forward hook, and each has cost published code it
 
 `Tapped` therefore watches the network once on an example (`trace`) and resolves each tap to one call of one module.
 What is overwritten later is copied at that call; everything else is handed on as produced: no detach, no cast, no
-change of memory format. A forward pass that goes another way than the example's raises instead of returning a wrong
-map.
+change of memory; axes are viewed channels first (see `layout`). A pass that goes another way than the example's raises.
 
 Not here: networks already compiled or scripted, several forward passes of one `Tapped` at once (use one each), and
 activations that are called as functions, which no hook sees: asking for such a pre-activation map is refused.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,15 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.errors import FeedfastError, RequestError
+from feedfast.models.layout import Layout, layout_of
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace, undisturbed
 
-__all__ = ["Tap", "Tapped", "bn_parameters", "find_module", "parse_tap"]
+__all__ = ["Tap", "Tapped", "bn_parameters", "find_module", "logits_of", "parse_tap", "tap_layout"]
 
 # A block's own activation runs up to three times (Bottleneck); one that serves a whole network stays in place, for the
 # memory it saves everywhere else.
 _FEW_CALLS = 3
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+# What methods read is a map; tokens under such a name become one.
+_MAP_NAME = re.compile(r"final|(ofd|stage)\d+")
 
 
 @dataclass(frozen=True)
@@ -47,29 +50,48 @@ class Tap:
         name: what recipe, cache and methods call its map: letters, digits, ``.``, ``_``, ``-``.
         path: dotted module path as in ``model.named_modules()``.
         position: "post": the output of the module at ``path``; "pre": the input of the last activation called inside it
-            (of the module itself if it is an activation). Of a module called several times, the last call is meant.
+            (of the module itself if it is an activation); "end": as "post", after functions have worked on it in place.
+            Of a module called several times, the last call is meant.
         bn: path of the batch norm whose gamma and beta describe the map before its activation; None if there is none.
+        form: of tokens: "map" = [C, h, w] without the prefix tokens, "tokens" = [C, N] with them; None = a map under a
+            name that methods read (final, ofd1, stage1, …), else tokens. What is no tokens stays as it is.
     """
 
     name: str
     path: str
-    position: Literal["post", "pre"] = "post"
+    position: Literal["post", "pre", "end"] = "post"
     bn: str | None = None
+    form: Literal["map", "tokens"] | None = None
+
+    @property
+    def wants_map(self) -> bool:
+        """Whether tokens are to leave as a map without prefix tokens."""
+        return self.form == "map" or (self.form is None and _MAP_NAME.fullmatch(self.name) is not None)
 
 
 def parse_tap(text: str) -> Tap:
-    """Read ``name=module.path``, ``name=module.path:pre`` or ``name=module.path:post``.
+    """Read ``name=module.path``, with ``:pre``, ``:post`` or ``:end`` and with ``:map`` or ``:tokens`` after it.
 
     Raises:
         RequestError: another form; the message quotes it.
     """
     name, equals, place = text.partition("=")
-    path, colon, position = place.partition(":")
+    path, *words = place.split(":")
     if not equals or not _NAME.fullmatch(name) or name in {".", ".."} or not path:
         raise RequestError(f"tap {text!r}: expected name=module.path or name=module.path:pre")
-    if colon and position not in {"pre", "post"}:
-        raise RequestError(f"tap {text!r}: expected :pre or :post after the path, found {colon + position!r}")
-    return Tap(name, path, "pre" if position == "pre" else "post")
+    position = [word for word in words if word in ("pre", "post", "end")]
+    form = [word for word in words if word in ("map", "tokens")]
+    if len(position) > 1 or len(form) > 1 or len(position) + len(form) != len(words):
+        raise RequestError(
+            f"tap {text!r}: expected :pre, :post or :end and, of tokens, :map or :tokens after the path, "
+            f"found {':' + ':'.join(words)!r}"
+        )
+    return Tap(
+        name,
+        path,
+        position=position[0] if position else "post",  # type: ignore[arg-type]
+        form=form[0] if form else None,  # type: ignore[arg-type]
+    )
 
 
 def find_module(model: nn.Module, path: str, what: str) -> nn.Module:
@@ -191,12 +213,14 @@ class Tapped(nn.Module):
         model: the bare network; save and evaluate this one.
         taps: the taps in the order given, with the batch norm of each hand-written ``pre`` tap filled in where the
             example's pass showed one directly before the activation (or before the residual sum).
-        shapes: of each tap's map without the batch, usually (channel, height, width).
+        shapes: of each tap's map without the batch: (channel, height, width), (channel, token) or (channel,).
+        layouts: of each tap's tensor inside the network.
         outputs: shape of the network's own output without the batch, None if it is no tensor.
 
     Raises:
-        RequestError: a path that is not in the network or never called, an output that is no tensor, a pre-activation
-            map that only a function call sees, a network that cannot run on the example.
+        RequestError: a path that is not in the network or never called, an output that is no tensor or whose layout
+            cannot be told, a pre-activation map that only a function call sees, a network that cannot run on the
+            example.
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], example: Tensor) -> None:
@@ -213,14 +237,18 @@ class Tapped(nn.Module):
         self.model = model
         self.taps: tuple[Tap, ...] = tuple(taps)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.layouts: dict[str, Layout] = {}
+        self._as_map = tuple(tap.wants_map for tap in self.taps)
         self.outputs: tuple[int, ...] | None
         self._expected: tuple[int, ...] = ()
         self._recorder = _Recorder(len(self.taps))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._copies: tuple[bool, ...] = ()
         self._copies_training: tuple[bool, ...] = ()
+        self._writes: tuple[int, ...] = ()
         seen = trace(model, example)
-        self.outputs = tuple(seen.output.shape[1:]) if isinstance(seen.output, Tensor) else None
+        output = logits_of(seen.output)
+        self.outputs = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
         if self.taps:
             self._install(seen)
             try:
@@ -234,6 +262,9 @@ class Tapped(nn.Module):
         for slot, tap in enumerate(self.taps):
             call, bn = _resolve(self.model, tap, seen)
             resolved.append(replace(tap, bn=tap.bn or bn))
+            tensor = call.input if tap.position == "pre" else call.output
+            assert isinstance(tensor, Tensor)  # `_resolve` has looked
+            self.layouts[tap.name] = tap_layout(self.model, tap, seen, tensor)
             expected.append(len(seen.of(call.module)))
             if tap.position == "pre":
                 # out of place: the same numbers, and one pass over memory less than copying the input
@@ -257,13 +288,24 @@ class Tapped(nn.Module):
                 _, copies, originals, versions = recorder.stop()
             # Content as well as version: writing through .data or a foreign kernel leaves no version behind.
             self._copies = tuple(
-                original._version != version or not torch.equal(original, copy)
-                for original, version, copy in zip(originals, versions, copies, strict=True)
+                tap.position != "end" and (original._version != version or not torch.equal(original, copy))
+                for tap, original, version, copy in zip(self.taps, originals, versions, copies, strict=True)
+            )
+            self._writes = tuple(
+                original._version - (version or 0) if tap.position == "end" else 0
+                for tap, original, version in zip(self.taps, originals, versions, strict=True)
             )
         # An in-place dropout writes only while training, which the example's pass does not see.
         drops = any(getattr(m, "inplace", False) and "drop" in type(m).__name__.lower() for m in self.model.modules())
-        self._copies_training = everything if drops else self._copies
-        self.shapes = {tap.name: tuple(copy.shape[1:]) for tap, copy in zip(self.taps, copies, strict=True)}
+        training = tuple(tap.position != "end" for tap in self.taps) if drops else self._copies
+        self._copies_training = training
+        self.shapes = {name: tuple(value.shape[1:]) for name, value in self._arranged(copies).items()}
+
+    def _arranged(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {
+            tap.name: self.layouts[tap.name].arranged(value, as_map=as_map)
+            for tap, value, as_map in zip(self.taps, maps, self._as_map, strict=True)
+        }
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the network.
@@ -272,8 +314,9 @@ class Tapped(nn.Module):
             x: normalized images ``[B, 3, H, W]``.
 
         Returns:
-            The network's own output, and the map of each tap ``[B, …]`` by name, in dtype, layout and autograd graph as
-            the network produced it.
+            The network's own output (its logits, where they come in a tuple or an object, see `logits_of`), and the map
+            of each tap by name, ``[B, C, H, W]``, ``[B, C, N]`` or ``[B, C]``, a view with the dtype, memory and
+            autograd graph that the network gave it.
 
         Raises:
             FeedfastError: the network behaved differently from the example's pass, so a map cannot be trusted.
@@ -281,7 +324,7 @@ class Tapped(nn.Module):
         recorder = self._recorder
         recorder.start(self._copies_training if self.model.training else self._copies)
         try:
-            logits = self.model(x)
+            logits = logits_of(self.model(x))
         finally:
             counts, maps, originals, versions = recorder.stop()
         for slot, tap in enumerate(self.taps):
@@ -290,13 +333,14 @@ class Tapped(nn.Module):
                     f"tap {tap.name} ({tap.path}:{tap.position}): its module was called {counts[slot]} times, expected "
                     f"{self._expected[slot]} as on the example; the map would be of another place"
                 )
-            written = versions[slot] is not None and originals[slot]._version != versions[slot]
+            version = versions[slot]
+            written = version is not None and originals[slot]._version != version + self._writes[slot]
             if written and not recorder.copies[slot]:
                 raise FeedfastError(
                     f"tap {tap.name} ({tap.path}:{tap.position}): its map was overwritten after it was captured, which "
                     f"did not happen on the example; make the operation that follows it out of place"
                 )
-        return logits, {tap.name: maps[slot] for slot, tap in enumerate(self.taps)}
+        return logits, self._arranged(maps)
 
     def remove(self) -> None:
         """Take the hooks off the network; this `Tapped` cannot run afterwards. Activations stay out of place."""
@@ -314,7 +358,7 @@ def _resolve(model: nn.Module, tap: Tap, seen: Trace) -> tuple[Call, str | None]
             f"{what}: the module at {tap.path!r} is never called in a forward pass; name one inside or around it"
         )
     scope = calls[-1]
-    if tap.position == "post":
+    if tap.position != "pre":
         if not isinstance(scope.output, Tensor):
             raise RequestError(
                 f"{what}: expected {tap.path!r} to return a tensor, found {type(scope.output).__name__}; "
@@ -332,3 +376,35 @@ def _resolve(model: nn.Module, tap: Tap, seen: Trace) -> tuple[Call, str | None]
     if last.input is None:
         raise RequestError(f"{what}: the activation {last.path} is not called with a tensor as first argument")
     return last, seen.batch_norm_before(last)
+
+
+def tap_layout(model: nn.Module, tap: Tap, seen: Trace, tensor: Tensor) -> Layout:
+    """The layout of a tap's tensor, which must be what the tap wants of it.
+
+    Raises:
+        RequestError: it cannot be told, or a map is wanted of tokens that form no known grid.
+    """
+    where = f"tap {tap.name} ({tap.path}:{tap.position})"
+    assert isinstance(seen.input, Tensor)
+    try:
+        found = layout_of(model, seen, tensor, seen.input.shape[0])
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}; name another module (feedfast taps lists them)") from None
+    if found.is_tokens and tap.wants_map and found.grid is None:
+        raise RequestError(
+            f"{where}: expected tokens that form a grid, found {list(tensor.shape[1:])} per sample, which no "
+            f"convolution's grid explains; another tap name, or :tokens after the path, keeps them as tokens"
+        )
+    return found
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in what a network returns: itself, ``.logits``, ``["logits"]``, a tuple's first; else as it is."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    return found if isinstance(found, Tensor) and found.dim() == 2 else output

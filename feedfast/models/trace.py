@@ -96,6 +96,7 @@ class Trace:
     functions: list[Operator] = field(default_factory=list)  # activations outside any activation module
     sums: list[Operator] = field(default_factory=list)
     pools: list[Operator] = field(default_factory=list)
+    input: Tensor | None = None
     output: object = None
 
     def of(self, module: nn.Module) -> list[Call]:
@@ -160,8 +161,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_global(x: Tensor, out: Tensor) -> bool:
-    """[B, C, H, W] → [B, C] or [B, C, 1, 1]."""
-    return x.dim() == 4 and out.shape[:2] == x.shape[:2] and out.numel() == x.shape[0] * x.shape[1]
+    """[B, C, H, W], [B, H, W, C] or [B, N, C] → one number per sample and channel, its axes of extent 1 kept or not."""
+    if x.dim() not in (3, 4) or out.dim() not in (2, x.dim()):
+        return False
+    first = x.dim() == 4 and out.shape[:2] == x.shape[:2] and out.numel() == x.shape[0] * x.shape[1]
+    last = out.shape[0] == x.shape[0] and out.shape[-1] == x.shape[-1] and out.numel() == x.shape[0] * x.shape[-1]
+    return first or last
 
 
 @contextlib.contextmanager
@@ -189,7 +194,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     Raises:
         RequestError: the network cannot run on this example.
     """
-    record = Trace()
+    record = Trace(input=example)
     stack: list[Call] = []
     counts: dict[nn.Module, int] = {}
     clock = iter(range(1 << 62))

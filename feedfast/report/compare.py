@@ -11,9 +11,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from feedfast.errors import printable
 from feedfast.files import write_text
-from feedfast.report.run import figure_html, page, read_metrics, show, table_html
+from feedfast.provenance import Provenance
+from feedfast.report.run import figure_html, page, provenance_html, read_metrics, show, table_html
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +25,14 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log a table (INFO); nothing without rows."""
     if not rows or not log.isEnabledFor(logging.INFO):
         return
-    table = Table(title=title)
+    # as text, not markup: names of files and of other people's taps stand here
+    table = Table(title=Text(printable(title)))
     for key in rows[0]:
         # What names a row is never cut short; the other columns wrap.
         first = key == next(iter(rows[0]))
-        table.add_column(key, justify="left" if first else "right", no_wrap=first, overflow="fold")
+        table.add_column(Text(printable(key)), justify="left" if first else "right", no_wrap=first, overflow="fold")
     for row in rows:
-        table.add_row(*(show(value) for value in row.values()))
+        table.add_row(*(Text(printable(show(value))) for value in row.values()))
     console = Console(stderr=True)
     width = max(100, console.width) if console.is_terminal else 160  # a log file has no edge to wrap at
     text = Console(width=width, no_color=True)
@@ -38,7 +42,12 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_comparison(
-    path: Path, title: str, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Path], details: Mapping[str, Any]
+    path: Path,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, Path],
+    details: Mapping[str, Any],
+    made: Provenance,
 ) -> Path:
     """One page: the table, the curves of every run in ``runs`` (name → its output folder), and ``details`` as JSON.
 
@@ -63,5 +72,6 @@ def write_comparison(
     body = table_html(rows) + figure_html(figure)
     for name, value in details.items():
         body += f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=2))}</pre>"
+    body += provenance_html([made])
     write_text(path, page(title, body))
     return path

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from feedfast.files import write_text
-from feedfast.report.run import figure_html, page, table_html
+from feedfast.provenance import Provenance
+from feedfast.report.run import figure_html, page, provenance_html, table_html
 
 NOTE = (
     "A paraphraser (autoencoder of factor transfer) per network, trained on that network's own final maps of the "
@@ -47,7 +48,9 @@ def reconstruction_curves(runs: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def write_reconstruction(path: Path, runs: Sequence[Mapping[str, Any]], setting: Mapping[str, Any]) -> Path:
+def write_reconstruction(
+    path: Path, runs: Sequence[Mapping[str, Any]], setting: Mapping[str, Any], made: Provenance
+) -> Path:
     """Write the page; see `feedfast.stages.analyze.run_reconstruction` for what ``runs`` hold."""
     rows = [
         {
@@ -65,5 +68,6 @@ def write_reconstruction(path: Path, runs: Sequence[Mapping[str, Any]], setting:
     ]
     body = f"<p>{html.escape(NOTE)}</p>" + table_html(rows) + figure_html(reconstruction_curves(runs))
     body += "<h2>Setting</h2><pre>" + html.escape(json.dumps(setting, indent=2)) + "</pre>"
+    body += provenance_html([made])
     write_text(path, page("Reconstruction of final maps", body))
     return path

@@ -12,11 +12,13 @@ import contextlib
 import html
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from feedfast.files import wrap_write_errors, write_text
+from feedfast.files import open_in_place, open_regular, parse_json, wrap_write_errors, write_text
+from feedfast.provenance import Provenance
 
 STYLE = """\
 body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
@@ -27,6 +29,7 @@ img{max-width:100%}
 pre{background:#f6f6f6;padding:1em;overflow:auto}
 """
 
+_MAX_ROW_BYTES = 1 << 20
 NO_LOSS = ("step", "epoch", "lr", "images_per_second", "data_wait_fraction")  # of the numbers in a row
 
 
@@ -41,7 +44,7 @@ class EventLog:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = kept
         with wrap_write_errors(self.path):
-            self._file = self.path.open("a")
+            self._file = os.fdopen(open_in_place(self.path, os.O_WRONLY | os.O_APPEND), "w")
         with wrap_write_errors(out / "tensorboard"):
             self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -72,18 +75,19 @@ class EventLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a torn last line (a kill while writing) is left out."""
+    """The rows of a metrics.jsonl, numbers by name; what follows a torn line (a kill while writing) is left out."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+    with open(open_regular(path), "rb") as file:
+        while line := file.readline(_MAX_ROW_BYTES):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                break
+            if not isinstance(row, dict) or type(row.get("step")) is not int or not all(map(_is_number, row.values())):
+                break
+            rows.append(row)
     return rows
 
 
@@ -154,12 +158,35 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def write_report(out: Path, result: Mapping[str, Any], recipe: Mapping[str, Any], more: str = "") -> Path:
-    """Draw ``out/report.html`` from ``out/metrics.jsonl``, the run's result and its recipe; ``more`` is HTML."""
+def provenance_html(processes: Sequence[Provenance], title: str = "How this was made") -> str:
+    """Who made something, where and when: a table, a line per process, and everything that is known of them."""
+    if not processes:
+        return ""
+    known = json.dumps([process.model_dump(mode="json") for process in processes], indent=2)
+    details = f"<details><summary>versions, machines, recipes</summary><pre>{html.escape(known)}</pre></details>"
+    return f"<h2>{html.escape(title)}</h2>" + table_html([process.row() for process in processes]) + details
+
+
+def write_report(
+    out: Path,
+    result: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    processes: Sequence[Provenance] = (),
+    more: str = "",
+) -> Path:
+    """Draw ``out/report.html``.
+
+    Args:
+        out: the run's folder, with its ``metrics.jsonl``.
+        result: of the run.
+        recipe: of the run.
+        processes: who trained it.
+        more: HTML to be shown below the curves.
+    """
     rows = read_metrics(out / "metrics.jsonl")
     body = table_html([{"figure": key, "value": value} for key, value in result.items()])
     listing = html.escape(json.dumps(recipe, indent=2))
-    body += f"{figure_html(curves(rows))}{more}<h2>Recipe</h2><pre>{listing}</pre>"
+    body += f"{figure_html(curves(rows))}{more}{provenance_html(processes)}<h2>Recipe</h2><pre>{listing}</pre>"
     path = out / "report.html"
     write_text(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
     return path

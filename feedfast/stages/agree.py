@@ -25,9 +25,10 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.base import matching
 from feedfast.models.build import published_weights
-from feedfast.stages.ensemble import FrozenTeacher, Probe, refuse_other_probe, teacher_from_recipe
+from feedfast.stages.ensemble import FrozenTeacher, teacher_from_recipe
 from feedfast.stages.identity import decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import stored_codec
+from feedfast.stages.probe import Probe, refuse_other_probe
 
 
 def refuse_other_recipe(
@@ -72,7 +73,8 @@ def refuse_other_recipe(
         "num_rows": dataset.count,
         "batch_rows": recipe.cache.batch,
         "teachers": {
-            spec.name: _asked(spec, built.get(spec.name), found.teachers[spec.name]) for spec in recipe.teachers
+            spec.name: _asked(spec, built.get(spec.name), found.teachers[spec.name], recipe.data.size)
+            for spec in recipe.teachers
         },
     }
     refuse_differences(reader.path, found.model_copy(update=asked), found)
@@ -126,6 +128,7 @@ def refuse_other_outputs(
             "precision": teacher.precision,
             "mean": teacher.mean,
             "std": teacher.std,
+            "size": 0 if teacher.size == loader.plan.size else teacher.size,
         }
         asked = {
             "dataset": dataset,
@@ -172,15 +175,16 @@ def _refuse_other(path: Path, teacher: str, known: TapInfo, asked: dict[str, Any
             )
 
 
-def _asked(spec: recipes.Teacher, built: FrozenTeacher | None, stored: TeacherInfo) -> TeacherInfo:
-    """The manifest's entry of a teacher, with what the recipe says of it."""
+def _asked(spec: recipes.Teacher, built: FrozenTeacher | None, stored: TeacherInfo, size: int) -> TeacherInfo:
+    """The manifest's entry of a teacher, with what the recipe says of it; ``size`` is the views'."""
     own: dict[str, Any] = {"model": spec.model, "bn": spec.bn, "precision": spec.precision}
     if built is not None:
-        own |= {"mean": built.mean, "std": built.std}
+        own |= {"mean": built.mean, "std": built.std, "size": 0 if built.size == size else built.size}
         if not published_weights(spec.model, spec.weights):
             own["weights_sha256"] = built.weights_sha256
     else:
         own |= {key: value for key, value in (("mean", spec.mean), ("std", spec.std)) if value is not None}
+        own |= {"size": 0 if spec.size == size else spec.size} if spec.size else {}
     return stored.model_copy(update=own)
 
 

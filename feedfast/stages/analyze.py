@@ -25,6 +25,7 @@ from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, write_json
 from feedfast.methods.ft import TAP, Paraphraser, train_paraphraser
 from feedfast.models.build import build_model
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.reconstruction import write_reconstruction
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
@@ -84,19 +85,21 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
         setting: the same for all runs.
 
     Returns:
-        The JSON of `feedfast analyze reconstruction`: ``setting``, ``report``, and per run ``name``, ``path``,
-        ``model``, ``method``, ``val_accuracy``, ``shape`` of the map, ``factors`` (channels), ``train_l1`` and
-        ``test_l1`` (one mean L1 per epoch; that of training is taken while it trains), ``test_mean_abs`` (mean |map|),
-        ``final_l1`` and ``final_relative_l1`` (on the validation images, after the last epoch).
+        The JSON of `feedfast analyze reconstruction`: ``setting``, ``report``, ``provenance``, and per run ``name``,
+        ``path``, ``model``, ``method``, ``val_accuracy``, ``shape`` of the map, ``factors`` (channels), ``train_l1``
+        and ``test_l1`` (one mean L1 per epoch; that of training is taken while it trains), ``test_mean_abs`` (mean
+        |map|), ``final_l1`` and ``final_relative_l1`` (on the validation images, after the last epoch).
 
     Raises:
         RequestError: a folder holds no run, or none that can be compared with the first.
         FeedfastError: a paraphraser diverged.
     """
     setting.check()
+    job = Provenance.begin()
     runs = _open_runs(paths)
     ensure_dir(out, "out")
     data = runs[0].recipe.data
+    log.info("images: %s, as %s names them", ", ".join([*data.train, *data.val])[:500], runs[0].path / RECIPE)
     train = open_train(data)
     val = open_val(data, train)
     if val is None:
@@ -122,8 +125,10 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
             taught = names_of(method_entries(run.recipe.method))
             about = {"model": run.recipe.student.model, "method": taught, "val_accuracy": run.accuracy}
             found.append({"name": name, "path": str(run.path), **about, **measured})
-    page = write_reconstruction(out / "reconstruction.html", found, asdict(setting))
-    document = {"setting": asdict(setting), "runs": found, "report": str(page)}
+    job = job.finished()
+    page = write_reconstruction(out / "reconstruction.html", found, asdict(setting), job)
+    made = [job.model_dump(mode="json")]
+    document = {"setting": asdict(setting), "runs": found, "report": str(page), "provenance": made}
     write_json(out / "reconstruction.json", document)
     return document
 
@@ -235,10 +240,12 @@ def _open_run(path: Path) -> _Run:
         )
     try:
         recipe = parse_recipe(read_sealed(path / RECIPE), where=str(path / RECIPE))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
     except FeedfastError as error:
         raise RequestError(f"run {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"run {path}: {RECIPE} cannot be read: {error}") from error
+    if ":" in recipe.student.model:
+        raise RequestError(f"run {path}: student.model: {recipe.student.model!r} would import code that a folder names")
     if recipe.student.branches > 1:
         raise RequestError(
             f"run {path}: student.branches: expected a network with one final map, found {recipe.student.branches} "

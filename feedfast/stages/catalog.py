@@ -26,6 +26,7 @@ from feedfast.report.compare import print_table
 from feedfast.stages.data import open_train
 from feedfast.stages.ensemble import outputs_of, tap_requests
 from feedfast.stages.folder import ensure_dir
+from feedfast.stages.inputs import teacher_input
 from feedfast.stages.pilot import stored_codec, tap_row_bytes
 from feedfast.stages.progress import format_bytes
 
@@ -118,7 +119,7 @@ def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str,
     shapes: dict[str, Shapes] = {}
     missing: dict[str, dict[str, str]] = {}
     for spec in recipe.teachers:
-        shapes[spec.name], missing[spec.name] = _teacher_shapes(spec, recipe.data.size, classes, groups)
+        shapes[spec.name], missing[spec.name] = _teacher_shapes(spec, recipe.data, classes, groups)
     costs: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         refused = [
@@ -156,7 +157,7 @@ def _classes(recipe: Recipe) -> int:
 
 
 def _teacher_shapes(
-    spec: recipes.Teacher, size: int, classes: int, groups: Sequence[str]
+    spec: recipes.Teacher, data: recipes.Data, classes: int, groups: Sequence[str]
 ) -> tuple[Shapes, dict[str, str]]:
     """Shapes of a teacher's taps and logits, and by group why it has none of it.
 
@@ -167,6 +168,7 @@ def _teacher_shapes(
         model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=None, seed=0).eval()
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
+    size = teacher_input(spec, data, model).size
     example = torch.zeros(2, 3, size, size)
     by_hand = tap_requests(model, [text for text in spec.taps if "=" in text], example, where)
     taps: dict[str, Tap] = {request.tap.name: request.tap for request in by_hand}

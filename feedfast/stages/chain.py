@@ -15,10 +15,12 @@ from typing import Any
 
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
+from feedfast.stages.data import Selection
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import run_train
 from feedfast.stages.trainee import method_entries, names_of, needs_of
+from feedfast.stages.usable import refuse_unusable_generations
 from feedfast.stages.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
     world = Worker.from_env().world
     if world > 1:
         raise RequestError(f"chain: expected one process, found {world} ranks; run its stages with torchrun one by one")
+    classes = len(Selection.of(recipe.data).open(recipe.data.check).classes)
+    if classes:  # without labels the first generation ends at once, and says so
+        refuse_unusable_generations(links[1], classes)
     ensure_dir(Path(recipe.train.out), "train.out")
     results: list[dict[str, Any]] = []
     for number, link in enumerate(links, start=1):

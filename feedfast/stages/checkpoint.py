@@ -85,25 +85,69 @@ def _require_run(found: object, run: str) -> None:
 
 
 def load_checkpoint(
-    out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, run: str
+    out: Path, student: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, total: int, run: str
 ) -> int:
     """Restore everything `save_checkpoint` wrote; returns the step to continue at.
+
+    Hyperparameters stay those of ``optimizer``: they follow from the recipe.
+
+    Args:
+        out: the run's folder.
+        student: receives its weights.
+        method: receives its weights.
+        optimizer: receives its state.
+        total: steps of the run.
+        run: its name.
 
     Raises:
         FeedfastError: the file is damaged, or of another run or other networks.
     """
     path = out / CHECKPOINT
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         _require_run(state["run"], run)
+        step = state["step"]
+        if type(step) is not int or not 0 <= step <= total:
+            raise ValueError(f"step: expected 0 to {total}, found {step!r}")  # noqa: TRY301
+        _refuse_not_finite(state)
         student.load_state_dict(state["student"])
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        _refuse_odd_state(optimizer)
+        for group, values in zip(optimizer.param_groups, own, strict=True):
+            group.update(values)
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FeedfastError(
             f"{path}: expected a checkpoint of this run, found a damaged or foreign file ({first}); "
             "overwrite=true starts afresh"
         ) from error
+    return step
+
+
+def _refuse_odd_state(optimizer: torch.optim.Optimizer) -> None:
+    """What an optimizer keeps per parameter: torch believes whatever a file says of it, until its next step."""
+    adam = isinstance(optimizer, torch.optim.AdamW)
+    names = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+    for parameter, kept in optimizer.state.items():
+        found = set(kept) if isinstance(kept, dict) else {type(kept).__name__}
+        if not isinstance(parameter, Tensor) or found - names or (adam and names - found):
+            raise ValueError(f"optimizer: expected {sorted(names)} of every parameter, found {sorted(map(str, found))}")
+        for name, value in kept.items():
+            shape = torch.Size([]) if name == "step" else parameter.shape
+            fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+            if not fits and (adam or value is not None):  # momentum begins with None
+                raise ValueError(f"optimizer: {name}: expected a tensor of {list(shape)}, found another")
+
+
+def _refuse_not_finite(tree: Any, key: str = "") -> None:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            _refuse_not_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, Tensor):
+        if tree.layout != torch.strided or tree.is_meta or tree.is_quantized:
+            raise ValueError(f"{key}: expected a plain tensor, found {tree.layout} on {tree.device}, {tree.dtype}")
+        if tree.is_floating_point() and not bool(tree.isfinite().all()):
+            raise ValueError(f"{key}: expected finite values")

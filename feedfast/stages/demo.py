@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from feedfast.files import write_json
+from feedfast.provenance import Provenance
 from feedfast.recipe import parse_recipe
 from feedfast.report.compare import print_table, write_comparison
 from feedfast.stages.offline import run_cache
@@ -50,7 +51,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
         The JSON of `feedfast demo`: ``students`` (one row per method), ``cache`` (the stage's JSON), ``verified``,
         ``break_even_epochs`` by method, ``seconds``, ``report``.
     """
-    started = time.perf_counter()
+    started, job = time.perf_counter(), Provenance.begin()
     out.mkdir(parents=True, exist_ok=True)
     train, val = write_digits(out)
     data = {
@@ -96,6 +97,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
         rows,
         {row["method"]: out / f"student-{row['method']}" for row in rows},
         {"plan": planned, "cache": written, "verify": checked},
+        (job := job.finished()),
     )
     break_even = {row["method"]: row["break-even epochs"] for row in rows if row["break-even epochs"] is not None}
     result = {
@@ -106,7 +108,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "report": str(report),
     }
-    write_json(out / "demo.json", result)
+    write_json(out / "demo.json", {**result, "provenance": [job.model_dump(mode="json")]})
     return result
 
 

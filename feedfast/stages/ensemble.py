@@ -4,9 +4,9 @@ Used by the offline stage (which stores the maps), by the live source of the stu
 and by the audit (which compares stored maps with fresh ones). All three call `FrozenTeacher.__call__`, so there is
 one forward pass to trust. Each teacher normalizes the pixels its own way: pixels stay uint8 until here.
 
-Maps leave as float32, logical [batch, channel, height, width] with channels-last strides, whatever the network used
-inside, because reductions must not depend on where a map came from: a live map and a cached f32 map then give
-bit-equal losses.
+Maps leave as float32, logical [batch, channel, height, width] with channels-last strides (tokens [batch, channel,
+token] likewise), whatever the network used inside, because reductions must not depend on where a map came from: a live
+map and a cached f32 map then give bit-equal losses.
 
 ``bn = "batch"`` runs the teacher on batch statistics, as the OFD authors do. Such maps depend on the batch a sample
 is in; they are reproducible only because offline batches are cut at fixed rows of a view, and the manifest says so.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
@@ -26,21 +27,18 @@ from feedfast.cache.schema import TeacherInfo
 from feedfast.cache.transform import Transform
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
-from feedfast.methods.base import tap_groups
+from feedfast.methods.base import numbered_taps, tap_groups
 from feedfast.models.build import build_model, weights_sha256
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
+from feedfast.stages.inputs import teacher_input
 from feedfast.tasks import Classify
 
 Triple = tuple[float, float, float]
-Probe = Mapping[str, tuple[float, float]]
-"""Tap → mean and root mean square over the probe's rows."""
-
 LOGITS = "logits"
 MARGIN_SUFFIX = "+margin"
 PROBE_ROWS = 8
-PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the root mean square; other kernels round differently
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,9 @@ class FrozenTeacher:
     Attributes:
         name: as in the recipe.
         source: what it was built from.
+        size: side of its input in pixels.
         requests: the taps it serves, by name.
-        shapes: (channel, height, width) of each tap; (class,) of ``logits``.
+        shapes: (channel, height, width), (channel, token) or (channel,) of each tap; (class,) of ``logits``.
         weights_sha256: hex digest of the loaded state_dict.
         margins: OFD's margin per channel for every tap whose last layer is a BatchNorm (float32, CPU).
     """
@@ -105,14 +104,14 @@ class FrozenTeacher:
             precision: "fp32" or "bf16".
             mean: of its input, in 0..1 units.
             std: of its input.
-            size: side of the input in pixels.
+            size: side of its input in pixels; images of another size are resized.
             device: where it runs.
 
         Raises:
             RequestError: a tap is not there, or it is no classifier.
         """
         self.name, self.source, self.device = name, source, device
-        self.bn, self.precision, self.mean, self.std = bn, precision, mean, std
+        self.bn, self.precision, self.mean, self.std, self.size = bn, precision, mean, std, size
         self.weights_sha256 = weights_sha256(model)
         model.eval().requires_grad_(False)
         if bn == "batch":
@@ -136,6 +135,8 @@ class FrozenTeacher:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class]."""
         pixels = self.normalize(images.to(self.device, non_blocking=True))
+        if pixels.shape[2:] != (self.size, self.size):
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits, maps = self.tapped(pixels)
         out = {name: _channels_last(value.float()) for name, value in maps.items()}
@@ -194,8 +195,9 @@ class FrozenTeacher:
 
 
 def is_signed(tap: Tap) -> bool:
-    """Whether a map has not been through its activation, so that its sign tells something (OFD's partial distance)."""
-    return tap.position == "pre" or tap.bn is not None
+    """Whether a map's sign tells something (OFD's partial distance): it is taken before its activation, or is OFD's."""
+    # ConvNeXt's stages end linearly and without a batch norm: only the name says that a margin will be needed
+    return tap.position == "pre" or tap.bn is not None or bool(numbered_taps((tap.name,), "ofd"))
 
 
 def outputs_of(spec: recipes.Teacher, classes: int) -> int | None:
@@ -233,11 +235,18 @@ def teacher_from_recipe(
     where = f"teachers[{spec.name}]"
     weights = None if without_weights else spec.weights
     try:
-        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=weights, seed=seed)
+        model = build_model(
+            spec.model,
+            num_classes=outputs_of(spec, classes),
+            weights=weights,
+            seed=seed,
+            key=spec.key,
+            prefix=spec.prefix,
+        )
     except RequestError as error:
         hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
         raise RequestError(f"{where}: {error}{hint}") from error
-    mean, std = data.normalization
+    own = teacher_input(spec, data, model)
     specs = spec.taps or tuple(dict.fromkeys(tap_groups(needs)))
     return FrozenTeacher(
         spec.name,
@@ -246,20 +255,22 @@ def teacher_from_recipe(
         source=spec.model,
         bn=spec.bn,
         precision=spec.precision,
-        mean=spec.mean or mean,
-        std=spec.std or std,
-        size=data.size,
+        mean=own.mean,
+        std=own.std,
+        size=own.size,
         device=device,
     )
 
 
-def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: torch.device) -> FrozenTeacher:
+def teacher_from_manifest(
+    info: TeacherInfo, size: int, spec: recipes.Teacher | None, device: torch.device
+) -> FrozenTeacher:
     """A teacher of a cache, with exactly the taps that are stored.
 
     Args:
         info: the manifest's entry.
-        size: side of its input in pixels.
-        weights: a state_dict file; "" = the model's own pretrained weights.
+        size: side of the cache's pixels.
+        spec: the recipe's entry, which says where its weights are; None = the model's own published ones.
         device: where it runs.
 
     Raises:
@@ -268,11 +279,19 @@ def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: to
     """
     where = f"teachers[{info.name}]"
     try:
-        model = build_model(info.model, num_classes=info.num_classes or None, weights=weights, seed=0)
+        model = build_model(
+            info.model,
+            num_classes=info.num_classes or None,
+            weights=spec.weights if spec else "",
+            seed=0,
+            key=spec.key if spec else "",
+            prefix=spec.prefix if spec else "",
+        )
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
     maps = [tap for tap in info.taps.values() if tap.name != LOGITS and tap.factor is None]
-    specs = [f"{tap.name}={tap.path}:{tap.position}" for tap in maps]
+    form = {3: ":map", 2: ":tokens", 1: ""}  # a map is one whatever the word says; of tokens it says what was kept
+    specs = [f"{tap.name}={tap.path}:{tap.position}{form[len(tap.shape)]}" for tap in maps]
     teacher = FrozenTeacher(
         info.name,
         model,
@@ -282,45 +301,15 @@ def teacher_from_manifest(info: TeacherInfo, size: int, weights: str, device: to
         precision=info.precision,
         mean=info.mean,
         std=info.std,
-        size=size,
+        size=info.size or size,
         device=device,
     )
     if teacher.weights_sha256 != info.weights_sha256:
         raise CacheMismatchError(
             f"{where}.weights: expected sha256 {info.weights_sha256[:16]}…, found {teacher.weights_sha256[:16]}… "
-            f"in {weights or 'the pretrained weights'}; give --recipe with the right files"
+            f"in {(spec.weights if spec else '') or 'the pretrained weights'}; give --recipe with the right files"
         )
     return teacher
-
-
-def refuse_other_probe(name: str, precision: str, stored: Probe, found: Probe) -> None:
-    """Raise unless a teacher computes what it did: the same weights in other code, or on broken hardware, do not.
-
-    Raises:
-        CacheMismatchError: the mean or the root mean square of a tap has moved.
-    """
-    common = [tap for tap in stored if tap in found]
-    if not common:
-        raise CacheMismatchError(
-            f"teachers[{name}]: expected a probe of what it computed when the cache was made, found none of "
-            f"{sorted(found)} in the manifest; choose another cache.path"
-        )
-    for tap in common:
-        if not same_outputs(precision, {tap: stored[tap]}, {tap: found[tap]}):
-            raise CacheMismatchError(
-                f"teachers[{name}], tap {tap!r}: with the same weights it computes something else than when the "
-                f"cache was made: mean and root mean square expected {stored[tap][0]:.6g} and {stored[tap][1]:.6g}, "
-                f"found {found[tap][0]:.6g} and {found[tap][1]:.6g}; is it the same code and input size?"
-            )
-
-
-def same_outputs(precision: str, one: Probe, two: Probe) -> bool:
-    """Whether two probes have the same taps, and equal values up to what other kernels round."""
-    tolerance = PROBE_TOLERANCE.get(precision, 0.0)
-    return one.keys() == two.keys() and all(
-        max(abs(two[tap][0] - mean), abs(two[tap][1] - rms)) <= tolerance * max(rms, 1e-12)
-        for tap, (mean, rms) in one.items()
-    )
 
 
 def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:
@@ -338,6 +327,8 @@ def method_taps(teachers: Mapping[str, FrozenTeacher]) -> dict[str, dict[str, Ta
 
 
 def _channels_last(value: Tensor) -> Tensor:
+    if value.dim() == 3:
+        return value.transpose(1, 2).contiguous().transpose(1, 2)
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
 
 

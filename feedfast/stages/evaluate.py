@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from feedfast.data.loader import Loader
+from feedfast.models.taps import logits_of
 from feedfast.stages.worker import Worker
 from feedfast.tasks import Task
 
@@ -42,7 +43,7 @@ def evaluate(
     mine = np.arange(worker.rank, len(loader.dataset), worker.world)
     for batch in loader.evaluation(mine):
         with torch.autocast(loader.device.type, torch.bfloat16, enabled=autocast):
-            output = student(normalize(batch.images))
+            output = logits_of(student(normalize(batch.images)))
         metric.update(output, batch.annotations)
     if worker.world > 1:
         states: list[Any] = [None] * worker.world

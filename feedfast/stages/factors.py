@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from feedfast.cache import names
-from feedfast.cache.create import open_for_writing
+from feedfast.cache.create import open_for_writing, record_pass
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import FactorInfo, TapInfo
@@ -30,6 +30,7 @@ from feedfast.cache.transform import Transform
 from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.ft import FACTOR, FT, TAP, Paraphraser, train_paraphraser
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.pilot import fit_values, thin
 from feedfast.stages.progress import Meter
@@ -78,7 +79,10 @@ def run_factors(recipe: Recipe) -> dict[str, Any]:
                 f"found {found}; choose another cache.path"
             )
         reader.require([names.codes(name, TAP), names.scale(name, TAP)], range(reader.manifest.views))
-    written = sum(_Factors(reader.path, name, recipe, options).write() for name in chosen)
+    job = Provenance.begin(recipe.model_dump(mode="json"))
+    written = sum(_Factors(reader.path, name, recipe, options, job).write() for name in chosen)
+    if written:
+        record_pass(reader.path, job.finished())
     manifest = CacheReader(reader.path).manifest
     taps = {}
     for name in chosen:
@@ -97,6 +101,7 @@ class _Factors:
     teacher: str
     recipe: Recipe
     options: Any
+    job: Provenance
 
     def __post_init__(self) -> None:
         self.reader = CacheReader(self.path, threads=self.recipe.cache.threads)
@@ -134,6 +139,8 @@ class _Factors:
             writer.put(names.scale(self.teacher, FACTOR), scale)
             offset, step = torch.from_numpy(scale.copy()).to(self.device)
             work = list(writer.pending([codes]).batches(size))
+            if work:
+                record_pass(self.path, self.job)
             with Meter(f"factors of {self.teacher}", sum(len(rows) for _, rows in work)) as meter:
                 for view, rows in work:
                     for number, maps in enumerate(self._maps(view, rows, size)):

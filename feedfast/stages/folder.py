@@ -18,17 +18,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel
+
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_sealed, write_sealed
+from feedfast.files import read_sealed, refuse_links, remove_temporary, write_json, write_sealed
+from feedfast.provenance import Provenance, began_with
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.checkpoint import CHECKPOINT
-from feedfast.stages.ensemble import same_outputs
+from feedfast.stages.probe import same_outputs
 
 RECIPE = "recipe.json"
 IDENTITY = "identity.json"
 LOCK = "run.lock"
+PROVENANCE = "provenance.json"
 BRANCH = "branch.pt"
-RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html")
+MAX_PROCESSES = 256
+MAX_PROVENANCE_BYTES = 64 << 20  # 64 MiB
+TENSORBOARD = "tensorboard"
+RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html", PROVENANCE)
 
 
 class RunLock:
@@ -98,6 +105,7 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
         RequestError: it holds another run or somebody's results.
         FeedfastError: its ``recipe.json`` is damaged.
     """
+    refuse_links(out, out / TENSORBOARD)
     held = out / RECIPE
     if recipe.overwrite:
         return False
@@ -123,7 +131,7 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
 def _with_defaults(tree: Any) -> Any:
     """An older recipe.json with the keys that have come since: a run of yesterday's version can be continued."""
     try:
-        return comparable(parse_recipe(tree))
+        return comparable(parse_recipe(tree if isinstance(tree, dict) else {}))
     except FeedfastError:  # of a version whose keys are no longer known: compared as it is
         return tree
 
@@ -173,12 +181,32 @@ def _name_of(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
 
 def start_run_dir(out: Path, recipe: Recipe, identity: Mapping[str, Any]) -> str:
     """Start a run in ``out``: an older result goes, recipe and identity are written; returns the run's name."""
-    for path in (*(out / name for name in RESULTS), *(out / "tensorboard").glob("events.out.tfevents.*")):
+    remove_temporary(out)
+    for path in (*(out / name for name in RESULTS), *(out / TENSORBOARD).glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
     # The identity first: a folder with a recipe and without it would be one of an unknown run.
     write_sealed(out / IDENTITY, identity)
     write_sealed(out / RECIPE, comparable(recipe))
     return _name_of(read_sealed(out / RECIPE), read_sealed(out / IDENTITY))
+
+
+def record_process(out: Path, process: Provenance) -> None:
+    """Name a process among those that trained the run in ``out``; at its start, and again when it has ended."""
+    known = began_with(processes_of(out), process, MAX_PROCESSES)
+    write_json(out / PROVENANCE, {"processes": [entry.model_dump(mode="json") for entry in known]})
+
+
+def processes_of(out: Path) -> tuple[Provenance, ...]:
+    """The processes that trained the run in ``out``, as far as its file can be read: it is only shown."""
+    path = out / PROVENANCE
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MAX_PROVENANCE_BYTES:
+            return _Processes.model_validate_json(path.read_bytes()).processes
+    return ()
+
+
+class _Processes(BaseModel):
+    processes: tuple[Provenance, ...]
 
 
 def ensure_dir(path: Path, key: str) -> Path:

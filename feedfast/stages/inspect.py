@@ -21,10 +21,15 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.files import write_text
+from feedfast.methods import METHODS
+from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
+from feedfast.models.own import built_size, own_input
+from feedfast.provenance import Provenance
 from feedfast.report.compare import print_table
-from feedfast.report.run import figure_html, page, table_html
+from feedfast.report.run import figure_html, page, provenance_html, table_html
+from feedfast.stages.accuracy import near_chance
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.proof import plan_of, source_of, stored_values
@@ -33,6 +38,7 @@ from feedfast.stages.sheet import contact_sheet
 log = logging.getLogger(__name__)
 
 SHOWN = 6
+TAPS_SIZE = 32  # pixels; of a network that does not say what it wants
 
 
 def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
@@ -40,8 +46,9 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
-        (array → codec, shape, bytes per sample, compression, measured errors), ``data`` (images, classes, first names
-        of classes, files skipped by extension), ``manifest``, ``report`` (with ``out``).
+        (array → codec, shape, bytes per sample, compression, measured errors), ``teachers`` (name → ``top1`` and the
+        labeled pilot rows it is of), ``data`` (images, classes, first names of classes, files skipped by extension),
+        ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
     manifest = reader.manifest
@@ -56,6 +63,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         target = names.parse(array)
         info = manifest.teachers[target.teacher].taps[target.tap] if target else None
         entry: dict[str, Any] = {
+            **(info.error if info else {}),
             "dtype": str(spec.dtype),
             "row_shape": list(spec.row_shape),
             "codec": info.codec if info else None,
@@ -65,7 +73,6 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "bytes": stored,
             "bytes_per_sample": stored / count if count else None,
             "ratio": count * spec.row_bytes / stored if stored else None,
-            **(info.error if info else {}),
         }
         targets[array] = entry
         row = {
@@ -77,18 +84,34 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "per sample": format_bytes(entry["bytes_per_sample"] or 0),
             "ratio": entry["ratio"],
             "rel. RMS error": entry.get("relative_rms_error"),
+            "worst channel": entry.get("worst_channel_rms_error"),
             "signs flipped": entry.get("mask_flip_rate"),
         }
         rows.append(row)
     print_table(f"{cache}: {manifest.num_rows:,} rows, {manifest.views} views", rows)
+    teachers = [
+        {
+            "teacher": name,
+            "model": info.model,
+            "px": info.size or manifest.plan.size,
+            "top-1": "not measured" if info.top1 is None else f"{info.top1:.1%} of {info.top1_rows:,} rows",
+            "judged": "near chance" if near_chance(info.top1, info.top1_rows, info.num_classes) else "",
+        }
+        for name, info in manifest.teachers.items()
+    ]
+    print_table("teachers, on labeled pilot rows", teachers)
+    print_table("passes", [process.row() for process in manifest.passes])
     document = {
         "path": cache,
         "rows": manifest.num_rows,
         "views": manifest.views,
         "bytes": sum(commit.bytes for commit in reader.log.commits.values()),
         "digest": reader.digest(),
-        "complete": not reader.missing(),
+        "complete": reader.complete,
         "targets": targets,
+        "teachers": {
+            name: {"top1": info.top1, "top1_rows": info.top1_rows} for name, info in manifest.teachers.items()
+        },
         "data": {
             "images": manifest.dataset.count,
             "classes": len(manifest.dataset.classes),
@@ -100,7 +123,10 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     if out is not None:
         ensure_dir(out, "--out")
         listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-        body = f"{table_html(rows)}{_pictures(reader)}{_views(reader)}<h2>Manifest</h2><pre>{listing}</pre>"
+        made = provenance_html(manifest.passes, "How the cache was made")
+        made += provenance_html([Provenance.begin().finished()], "How this page was made")
+        tables = f"{table_html(rows)}{table_html(teachers)}"
+        body = f"{tables}{_pictures(reader)}{_views(reader)}{made}<h2>Manifest</h2><pre>{listing}</pre>"
         report = out / "inspect.html"
         write_text(report, page(f"Cache {cache}", body))
         document["report"] = str(report)
@@ -114,7 +140,7 @@ def _pictures(reader: CacheReader) -> str:
     complete = [
         array
         for array, spec in reader.specs.items()
-        if spec.sharded and names.parse(array) and not reader.missing([array], [0])
+        if spec.sharded and names.parse(array) and len(reader.committed(array, 0)) == spec.num_shards
     ]
     maps = []
     rows = np.arange(min(SHOWN, reader.manifest.num_rows))
@@ -155,14 +181,23 @@ def _views(reader: CacheReader) -> str:
         return ""
 
 
-def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
+def run_taps(model: str, size: int | None, classes: int) -> dict[str, Any]:
     """Describe the tappable places of a model with random weights.
 
+    Args:
+        model: as in a recipe.
+        size: pixels, side of the input; None = the model's own, else 32.
+        classes: outputs of the classifier.
+
     Returns:
-        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry a place, with the fields of
-        `feedfast.models.doctor.TapPlace`).
+        The JSON of `feedfast taps`: ``model``, ``size``, ``taps`` (one entry per place, with the fields of
+        `feedfast.models.doctor.TapPlace`), ``methods`` (method → what to write as ``teachers.N.taps`` for it, [] where
+        this network has none of the places it needs).
     """
     network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
+    if size is None:
+        own = own_input(model, None, network)
+        size = (own.size if own is not None else built_size(network)) or TAPS_SIZE
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
     hazards = dict.fromkeys(hazard for row in rows for hazard in row["hazards"])
     notes = {hazard: number for number, hazard in enumerate(hazards, 1)}
@@ -171,6 +206,7 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
             "path": row["path"],
             "kind": row["kind"],
             "shape": "x".join(map(str, row["shape"])),
+            "layout": row["layout"],
             "u8 bytes": row["values"],
             "positions": ", ".join(row["positions"]),
             "for": ", ".join(row["suggestions"]),
@@ -181,4 +217,21 @@ def run_taps(model: str, size: int, classes: int) -> dict[str, Any]:
     print_table(f"{model} at {size} px", shown)
     for hazard, number in notes.items():
         log.info("hazard %d: %s", number, hazard)
-    return {"model": model, "size": size, "taps": rows}
+    suggested = _suggested([spec for row in rows for spec in row["specs"]])
+    print_table(
+        "taps per method",
+        [{"method": name, "taps": ", ".join(specs) or "name them by hand"} for name, specs in suggested.items()],
+    )
+    return {"model": model, "size": size, "taps": rows, "methods": suggested}
+
+
+def _suggested(specs: list[str]) -> dict[str, list[str]]:
+    """Method → the taps of a teacher that it needs; methods of logits alone need none and are left out."""
+    by_name = {spec.partition("=")[0]: spec for spec in specs}
+    out = {}
+    for name, kind in METHODS.items():
+        groups = [need for need in kind.needs if need != LOGITS]
+        found = [matching((need,), by_name) for need in groups]
+        if groups:
+            out[name] = [by_name[tap] for taps in found for tap in taps] if all(found) else []
+    return out

@@ -10,7 +10,7 @@ Losses stay on the device and are fetched only when a row of metrics.jsonl is du
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from feedfast.methods import Targets
 from feedfast.recipe import Train
 from feedfast.report.run import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
+from feedfast.stages.interrupt import Hold
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule
 from feedfast.stages.source import Source
@@ -111,6 +112,8 @@ class Loop:
         total: steps of the whole run.
         kept: step of the checkpoint in ``out``, None before the first.
         run: the run's name, which its checkpoints carry.
+        reached: steps that the networks have taken; None while they are taking one, or have failed in it.
+        hold: keeps signals back while a step lasts; with several ranks until all have agreed where to stop.
     """
 
     def __init__(
@@ -122,6 +125,8 @@ class Loop:
         self.steps_per_epoch, self.total = trainer.schedule.steps_per_epoch, trainer.schedule.total
         self.kept: int | None = None
         self.run = ""
+        self.reached: int | None = None
+        self.hold = Hold()
         self.timing = Timing(train.batch, queued=trainer.device.type == "cuda")
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -143,27 +148,52 @@ class Loop:
         train, timing = self.train, self.timing
         end = min(stop, (step // self.steps_per_epoch + 1) * self.steps_per_epoch)
         remark = ""
-        timing.begin()
-        for batch in self.batches(step):
-            timing.waited()
-            losses = self.trainer.step(step, batch)
-            step += 1
-            if step % train.log_every == 0 or step == stop:
-                values = {name: float(value) for name, value in losses.items()}
-                self._require_finite(values["loss"], step)
-                timing.end()
-                if events is not None:
-                    events.scalars(step, {**values, "lr": self.trainer.schedule.lr(step - 1), **timing.row()})
-                remark = f"loss {values['loss']:.3f}"
-            else:
-                timing.end()
-            meter.advance(train.batch, remark)
-            if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
-                self.checkpoint(step)
-            if step == end:
-                return step
-            timing.begin()
-        raise FeedfastError(f"train: the data loader stopped at step {step}; expected batches up to step {end}")
+        self.reached, batches = step, self.batches(step)
+        try:
+            while step < end:
+                timing.begin()
+                batch = self._next(batches, step)
+                timing.waited()
+                if batch is None:
+                    raise FeedfastError(
+                        f"train: the data loader stopped at step {step}; expected batches up to step {end}"
+                    )
+                self.reached = None
+                losses = self.trainer.step(step, batch)
+                step += 1
+                self.reached = step
+                if step % train.log_every == 0 or step == stop:
+                    values = {name: float(value) for name, value in losses.items()}
+                    self._require_finite(values["loss"], step)
+                    timing.end()
+                    if events is not None:
+                        events.scalars(step, {**values, "lr": self.trainer.schedule.lr(step - 1), **timing.row()})
+                    remark = f"loss {values['loss']:.3f}"
+                else:
+                    timing.end()
+                meter.advance(train.batch, remark)
+                if train.checkpoint_minutes and timing.minutes_since_checkpoint() > train.checkpoint_minutes:
+                    self.checkpoint(step)
+        finally:
+            # Closed here and under the hold: an interrupt in a generator that is thrown away would be lost.
+            self.hold.busy = True
+            if isinstance(batches, Generator):
+                batches.close()
+        self._end_if_asked(step)
+        return step
+
+    def _next(self, batches: Iterator[Batch], step: int) -> Batch | None:
+        """The next batch; while it is waited for, which may be for ever, a signal is not kept back."""
+        self._end_if_asked(step)
+        batch = next(batches, None)
+        self.hold.busy = True
+        return batch
+
+    def _end_if_asked(self, step: int) -> None:
+        """A sound moment: a signal that waits is delivered, with several ranks where all have agreed to end."""
+        self.hold.busy = self.worker.world > 1
+        if self.hold.number is not None and step >= self.worker.agreed_end(step):
+            self.hold.deliver()
 
     def checkpoint(self, step: int) -> None:
         """Write ``checkpoint.pt``; the first rank's suffices, all have the same.
@@ -176,6 +206,11 @@ class Loop:
             save_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, step, self.run)
         self.kept = step
         self.timing.checkpointed()
+
+    def rescue(self) -> None:
+        """Before a job ends halfway: a checkpoint of the steps taken since the last, if the networks are sound."""
+        if self.reached and self.reached != self.kept:
+            self.checkpoint(self.reached)
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,45 +31,53 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.create import open_for_writing, refuse_foreign
+from feedfast.cache.create import open_for_writing, record_pass, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
-from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.manifest import held_manifest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
-from feedfast.errors import CacheDamageError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.models.build import published_weights
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
+from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
+from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, refuse_other_probe
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
+from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.proof import content_of
 from feedfast.stages.record import Recorder
+from feedfast.stages.trainee import method_entries
+from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import Worker, pick_device
 
 log = logging.getLogger(__name__)
 
 
-def run_cache(recipe: Recipe, *, train: ImageSource | None = None) -> dict[str, Any]:
+def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool = True) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
+        check: refuse before the first row what the recipe's own student could not use; False = say it and go on.
 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
-        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction), ``path``,
-        ``data`` (see `feedfast.stages.data.facts_of`).
+        ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction),
+        ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``path``, ``data``
+        (see `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -80,28 +89,41 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None) -> dict[str, 
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    return OfflineRun(recipe, Worker.from_env(), train).run()
+    return OfflineRun(recipe, Worker.from_env(), train, check=check).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None) -> None:
-        self.recipe, self.path = recipe, Path(recipe.cache.path)
-        self.part = me.part(recipe.cache.part)
+    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
+        self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
+        self.entries = method_entries(recipe.method)
+        self.part, self.first = me.part(recipe.cache.part), me.first
+        self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
+        say_slow_bf16(recipe, self.device, student=False)
         self.data: Dataset = open_train(recipe.data, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
+        outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in self.teachers.items()}
+        self.pilot_accuracy, self.accuracy = (Accuracies(outputs, len(self.data.classes)) for _ in range(2))
+        self.resumed = 0  # rows of this part that an earlier run has written
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
     def run(self) -> dict[str, Any]:
         """See `run_cache`."""
         started = time.perf_counter()
         refuse_foreign(self.path)
+        done = self._nothing_to_do()
+        if done is not None:
+            log.info("cache: %s cannot be written to, and holds all that the recipe asks for", self.path)
+            self.loader.close()
+            return self._summary(done, 0, 0, 0.0, time.perf_counter() - started)
+        coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
+        refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
         with _one_at_a_time(self.path):
             manifest = self._prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
@@ -113,8 +135,10 @@ class OfflineRun:
             )
             work = recorder.pending
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
-            resumed = manifest.num_rows * manifest.views - total
-            there = f", {resumed:,} rows already there" if resumed else ""
+            self.resumed = max(0, writer.rows - total)  # whole batches are run, also where half of one is there
+            there = f", {self.resumed:,} rows already there" if self.resumed else ""
+            others = manifest.num_rows * manifest.views - writer.rows
+            there += f", {others:,} rows are other parts'" if others else ""
             images = f"{manifest.num_rows:,} images"
             log.info(
                 "cache: %d teachers, %d views of %s → %s%s",
@@ -124,24 +148,60 @@ class OfflineRun:
                 self.path,
                 there,
             )
+            if total and self.first:
+                record_pass(self.path, self.provenance)
             computing = time.perf_counter()
             with Meter("cache", total) as meter:
                 for view, rows in work.batches(self.recipe.cache.batch):
                     self._view(recorder, view, rows, meter)
                 writer.close()  # waits until everything is durable
         self.loader.close()
+        if total and self.first:
+            record_pass(self.path, self.provenance.finished())
         now = time.perf_counter()
         return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
 
+    def _nothing_to_do(self) -> Manifest | None:
+        """The manifest of a cache that cannot be written to and need not be; None where there is work to do."""
+        held = held_manifest(self.path)
+        if held is None or os.access(self.path, os.W_OK):
+            return None
+        refuse_differences(self.path, self._manifest(held, {}), held)
+        reader = CacheReader(self.path)
+        for name, teacher in self.teachers.items():
+            known = held.teachers[name].taps if name in held.teachers else {}
+            for tap in teacher.requests:
+                if tap not in known:
+                    return None
+                refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
+            if LOGITS not in known:
+                return None
+        if held.views < self.recipe.cache.views or not reader.complete:
+            return None
+        reader.require(reader.specs, range(held.views))
+        self.resumed = held.num_rows * held.views
+        return held
+
+    def _refuse_empty_views(self, held: Manifest) -> None:
+        """A manifest may promise views that nobody has begun: those are written only when they are asked for."""
+        begun = {commit.view for commit in read_log(self.path).commits.values()}
+        most = max(self.recipe.cache.views, len(begun))
+        if held.views > most:
+            raise CacheMismatchError(
+                f"{self.path}: its manifest says {held.views} views, but its log holds rows of {len(begun)} and the "
+                f"recipe asks for {self.recipe.cache.views}; cache.views={held.views} writes all of them"
+            )
+
     def _prepare(self) -> Manifest:
         """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
-        held = read_manifest(self.path) if (self.path / ROOT).exists() else None
+        held = held_manifest(self.path)
         bare = self._manifest(held, {})
         if held is not None:
             refuse_differences(self.path, bare, held)
             # A lost one is written again below, a damaged one is refused by the writer.
             with suppress(CacheDamageError):
                 self.loader.content = content_of(CacheReader(self.path), self.data)
+            self._refuse_empty_views(held)
         self._probe(held)
         fitted = self._fit(held, bare.plan.granule)
         manifest = open_for_writing(self.path, self._manifest(held, fitted))
@@ -183,8 +243,10 @@ class OfflineRun:
                 precision=teacher.precision,
                 mean=teacher.mean,
                 std=teacher.std,
+                size=0 if teacher.size == recipe.data.size else teacher.size,
                 taps=taps,
                 probe=self.probes.get(name, {}),
+                **dict(zip(("top1", "top1_rows"), self.pilot_accuracy.of(name), strict=True)),
                 published=published_weights(teacher.source, weights[name]),
             )
         return Manifest(
@@ -199,6 +261,7 @@ class OfflineRun:
             teachers=teachers,
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            folder=self.path.stat().st_ino,
         )
 
     def _probe(self, held: Manifest | None) -> None:
@@ -227,6 +290,8 @@ class OfflineRun:
         }
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
+            if held is None or name not in held.teachers:
+                wanted[name] = []  # a new one, of which perhaps only logits are asked: its accuracy is measured
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
             for tap in teacher.requests:
                 if tap in known:
@@ -235,14 +300,22 @@ class OfflineRun:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
             return {}
-        fit, held_out = pilot_pixels(self.loader, self.recipe.cache.pilot)
+        fit, held_out, labels = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
-            entries = run_pilot(self.teachers[name], taps, fit, held_out, self.recipe.cache.codec, granule)
+            codec = self.recipe.cache.codec
+            entries = run_pilot(
+                *(self.teachers[name], taps, fit, held_out, codec, granule),
+                seen=partial(self._seen, name, labels),
+            )
+            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes))
             for tap, entry in entries.items():
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
         return out
+
+    def _seen(self, teacher: str, labels: list[Any], number: int, logits: torch.Tensor) -> None:
+        self.pilot_accuracy.update(teacher, logits, labels[number])
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
         """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""
@@ -277,6 +350,8 @@ class OfflineRun:
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
             wanted = recorder.wants(view, start, stop)
             maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wanted}
+            for name, found in maps.items():
+                self.accuracy.update(name, found[LOGITS], batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), maps)
             meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
 
@@ -305,7 +380,7 @@ class OfflineRun:
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
         return {
             "rows_written": rows,
-            "rows_resumed": manifest.num_rows * manifest.views - rows,
+            "rows_resumed": self.resumed,
             "bytes": total,
             "bytes_written": written,
             "bytes_per_sample": total / (manifest.num_rows * manifest.views),
@@ -314,22 +389,33 @@ class OfflineRun:
             "digest": cache_digest(self.path),
             "complete": complete,
             "taps": taps,
+            "teachers": {name: self._top1(name, manifest) for name in self.teachers},
             "path": str(self.path),
             "data": facts_of(self.data),
         }
+
+    def _top1(self, name: str, manifest: Manifest) -> dict[str, Any]:
+        """Of the rows this job ran; of the pilot where it ran none."""
+        top1, rows = self.accuracy.of(name)
+        if not rows:
+            top1, rows = manifest.teachers[name].top1, manifest.teachers[name].top1_rows
+        classes = len(self.data.classes)
+        tell_accuracy(name, top1, rows, classes)
+        return {"top1": top1, "top1_rows": rows, "near_chance": near_chance(top1, rows, classes)}
 
 
 def _log_fitted(teacher: str, info: TapInfo) -> None:
     """One line on what the pilot found for a tap."""
     flips = f", {info.error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in info.error else ""
     log.info(
-        "pilot: %s/%s %s %s, %s: relative RMS error %s%s",
+        "pilot: %s/%s %s %s, %s: relative RMS error %s (worst channel %s)%s",
         teacher,
         info.name,
         list(info.shape),
         info.codec,
         info.compression,
         f"{info.error['relative_rms_error']:.2%}",
+        f"{info.error['worst_channel_rms_error']:.2%}",
         flips,
     )
 

@@ -25,7 +25,7 @@ from feedfast.models.normalize import Normalize
 from feedfast.stages.data import warn_of
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
-from feedfast.stages.proof import check_views, plan_of, replay_pixels, source_of
+from feedfast.stages.proof import check_views, plan_of, replay_pixels, selection_of, source_of
 from feedfast.stages.source import Cached, manifest_taps
 from feedfast.stages.worker import pick_device
 
@@ -241,8 +241,8 @@ def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: in
 
     Args:
         path: the cache's folder.
-        data: where the training images are, or the Python object that gives them; where the manifest says they were
-            without it.
+        data: where the training images are, or the Python object that gives them; without it, where the manifest says
+            they were, unless the cache has been copied since or comes from somebody else.
         threads: reading threads of each stream.
         replay: blocks of pixels decoded again and compared with the teachers' pixels; 0 skips the comparison.
 
@@ -252,7 +252,7 @@ def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: in
         CacheDamageError: the cache is incomplete or damaged.
     """
     reader = CacheReader(Path(path).expanduser(), threads=threads)
-    chosen = source_of(reader)
+    chosen = source_of(reader) if data is None else selection_of(reader)
     found = chosen.open(given=data)
     warn_of(found)
     expected = reader.manifest.model_copy(update={"dataset": dataset_info(chosen, found)})

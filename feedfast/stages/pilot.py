@@ -15,8 +15,9 @@ WRN-16-2 cost 14 to 27 % more error than 2,048).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,19 +63,33 @@ def run_pilot(
     held_out: list[Tensor],
     codec: CodecName,
     granule: int,
+    seen: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Fitted]:
     """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
+
+    Args:
+        teacher: the network.
+        names: its taps to fit; may be empty where only ``seen`` is wanted.
+        batches: pixels the codec is fitted on.
+        held_out: pixels it is measured on.
+        codec: of the taps.
+        granule: of the plan.
+        seen: is told the number of each batch, held-out ones after the others, and its logits.
 
     Raises:
         FeedfastError: a map of the pilot is not finite.
     """
     samples: dict[str, _Sample] = {name: _Sample() for name in names}
-    if not samples:
+    if not samples and seen is None:
         return {}
+    number = 0
     teacher.fit_margins(batches)
     for kind, group in (("fit", batches), ("held_out", held_out)):
         for images in group:
             maps = teacher(images)
+            if seen is not None:
+                seen(number, maps[LOGITS])
+            number += 1
             for name, sample in samples.items():
                 values = maps[name].cpu()
                 if not torch.isfinite(values).all():
@@ -127,7 +142,12 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
         for part in (sample.fit, sample.held_out or sample.fit)
     )
     assert sample.first is not None
-    scale, compression, error = fit_values(fit, unseen, sample.first, codec, transform, signed=is_signed(request.tap))
+    try:
+        scale, compression, error = fit_values(
+            fit, unseen, sample.first, codec, transform, signed=is_signed(request.tap)
+        )
+    except FeedfastError as why:  # beyond float16
+        raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: {why}") from why
     info = TapInfo(
         name=name,
         path=request.tap.path,
@@ -194,15 +214,19 @@ def _by_view(start: int, stop: int, total: int) -> list[tuple[int, range]]:
     return [(view, range(max(start - view * total, 0), min(stop - view * total, total))) for view in views]
 
 
-def pilot_pixels(loader: Loader, pilot: int) -> tuple[list[Tensor], list[Tensor]]:
-    """uint8 pixels [batch, height, width, 3] of the fitting and of the measuring batches.
+def pilot_pixels(loader: Loader, pilot: int) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """uint8 pixels [batch, height, width, 3] of the fitting and of the measuring batches, and all their annotations.
 
     ``loader`` must cut batches as the caching pass does.
     """
     size, count = loader.batch_size, len(loader.dataset)
     augmented = loader.plan.augment != "none" or bool(loader.plan.operations)
-    groups = []
+    groups: list[list[Tensor]] = []
+    annotations: list[Any] = []
     for parts in pilot_batches(count, pilot, size, augmented=augmented):
         rows = [(view, np.arange(part.start * size, min(part.stop * size, count))) for view, part in parts]
-        groups.append([item.images.cpu().clone() for view, numbers in rows for item in loader.stream(view, numbers)])
-    return groups[0], groups[1]
+        groups.append([])
+        for item in (item for view, numbers in rows for item in loader.stream(view, numbers)):
+            groups[-1].append(item.images.cpu().clone())
+            annotations.append(item.annotations)
+    return groups[0], groups[1], annotations

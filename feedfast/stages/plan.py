@@ -1,9 +1,9 @@
 """`feedfast plan`: what a caching job will cost, before it costs it.
 
-The first question everybody meets is disk space, the second is time. Both are estimated from one batch: real pixels
-through the real teachers, maps encoded and compressed as they will be, and a student step. Estimates are
+The first question everybody meets is disk space, the second is time. Both are estimated from a few batches: real
+pixels through the real teachers, maps encoded and compressed as they will be, and a student step. Estimates are
 labeled by how they were made: ``raw_bytes`` is exact arithmetic, ``bytes`` multiplies it by the compression one
-batch of real codes reached.
+batch of real codes reached. The batches that time the teachers also show how many of their images they know.
 
 Break-even is the number of epochs after which caching has paid: a live run pays the teachers' forward pass every
 epoch, a cached one paid it once per view.
@@ -11,9 +11,11 @@ epoch, a cached one paid it once per view.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +28,77 @@ from feedfast.cache.create import refuse_foreign
 from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
-from feedfast.cache.schema import CodecName
+from feedfast.cache.manifest import held_manifest
+from feedfast.cache.schema import MAX_VIEWS, CodecName
+from feedfast.data.batch import Batch
+from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
-from feedfast.models.build import build_model
+from feedfast.methods import TapInfo
+from feedfast.methods.ft import FACTOR
 from feedfast.models.normalize import Normalize
-from feedfast.models.taps import Tapped
+from feedfast.models.taps import Tapped, logits_of
 from feedfast.recipe import Recipe
-from feedfast.report.compare import print_table
+from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
+from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
-from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
-from feedfast.stages.progress import format_bytes
+from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, stored_codec, tap_row_bytes
+from feedfast.stages.plan_screen import plan_screen, screen_width
+from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
+from feedfast.stages.trainee import Entry, build_student, method_entries, names_of
+from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
+
+log = logging.getLogger(__name__)
 
 BLOCK_EXTRA = 20  # bytes: a place in the shard's index and a checksum
 VIEW_ROW = 25  # bytes per row of views/order, views/window, views/flip and pixels/sums
 STEP, MIX = 25, 20  # bytes per row of a step of the operations, and of mixing
 SAMPLE = 12  # bytes per sample of samples/label and samples/content
+SPARE = 1.02  # what may be wrong with the estimate of the bytes
+TIMED = 5  # batches, after one that warms up
 
 
-def run_plan(recipe: Recipe) -> dict[str, Any]:
+@dataclass
+class _Measured:
+    """What a few batches showed.
+
+    Attributes:
+        compression: teacher/tap → raw bytes per stored byte.
+        encode_ms: of all taps of a batch.
+        teacher_ms: teacher → forward pass of a batch.
+        top1: of the teachers on these batches.
+        student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
+        batch: rows of a batch.
+    """
+
+    batch: int
+    top1: Accuracies
+    compression: dict[str, float] = field(default_factory=dict)
+    encode_ms: float = 0.0
+    teacher_ms: dict[str, float] = field(default_factory=dict)
+    student_ms: float | None = None
+
+
+def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     """Estimate the recipe's cache.
 
+    Args:
+        recipe: what is to be cached.
+        check: refuse what the recipe's own student could not use, as `run_cache` does; False = say it and go on.
+
     Returns:
-        The JSON of `feedfast plan`: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view), ``targets`` (per
-        teacher/tap the same), ``bytes_present``, ``free_bytes``, ``fits``, ``seconds``, ``images_per_second``,
-        ``teachers_ms`` and ``student_ms`` (one batch, forward, and forward with backward), ``live_over_cached``,
-        ``break_even_epochs``, ``data`` (see `feedfast.stages.data.facts_of`).
+        The JSON of `feedfast plan`. Space: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view),
+        ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
+        ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
+        ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers``
+        (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
+        ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
+        recipe's own cannot use it, "" if it can), ``bf16_over_fp32``; ``data`` (see
+        `feedfast.stages.data.facts_of`).
 
     Raises:
         RequestError: the recipe cannot be run.
@@ -63,110 +107,227 @@ def run_plan(recipe: Recipe) -> dict[str, Any]:
         raise RequestError(
             "plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing"
         )
-    refuse_foreign(Path(recipe.cache.path))
+    entries = method_entries(recipe.method)
+    path = Path(recipe.cache.path)
+    refuse_foreign(path)
     device = pick_device(recipe.train.device)
     data = open_train(recipe.data)
-    teachers = load_teachers(recipe, len(data.classes), device)
-    plan = view_plan(recipe.data, recipe.seed)
-    loader = pixel_loader(data, plan, recipe.cache.batch, device, recipe.data.threads)
-    images = next(iter(loader.stream(0, np.arange(min(len(data), recipe.cache.batch))))).images
-    loader.close()
-    rows = len(data) * recipe.cache.views
-    targets: dict[str, dict[str, Any]] = {}
-    plan = mixing_plan(plan, row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, plan.size))
-    for name, teacher in teachers.items():
-        teacher.fit_margins([images])
-        for tap, values in teacher(images).items():
-            raw = tap_row_bytes(tap, teacher.shapes[tap], recipe.cache.codec)
-            block = block_rows_for(raw, plan.granule)
-            blocks = -(-len(data) // block) * recipe.cache.views
-            ratio = _compression(teacher, tap, values[:block], recipe.cache.codec)
-            # Blocks are whole: what fills up the last one of a view takes room unless zstd squeezes it to nothing.
-            stored = raw * rows / ratio if ratio > 1 else raw * blocks * block
-            size = int(stored) + BLOCK_EXTRA * blocks
-            targets[f"{name}/{tap}"] = {
-                "shape": list(teacher.shapes[tap]),
-                "raw_bytes": int(raw * rows),
-                "bytes": size,
-                "bytes_per_sample": size / rows,
-                "compression": ratio,
-            }
+    count, views = len(data), recipe.cache.views
+    classes = len(data.classes)
+    log.info("plan: %s images, %d views, %d teachers on %s", f"{count:,}", views, len(recipe.teachers), device)
+    teachers = load_teachers(recipe, classes, device)
+    taps = coming_taps(teachers, held_manifest(path), entries)
+    unusable = refuse_unusable(recipe, entries, taps, classes, check=check)
+    ratio = say_slow_bf16(recipe, device)
+    mixed = mixing_plan(
+        view_plan(recipe.data, recipe.seed),
+        row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, recipe.data.size),
+    )
+    granule = mixed.granule
+    measured = _measure(recipe, data, teachers, granule, device, usable=not unusable)
+    stored = _stored(recipe, teachers, taps, entries)
+    targets = {
+        name: _target(
+            name.rpartition("/")[2], info.shape, codec, measured.compression.get(name, 1.0), count, views, granule
+        )
+        for name, (info, codec) in stored.items()
+    }
     if recipe.cache.images == "stored":
-        pixels = recipe.data.size**2 * 3
-        block = block_rows_for(pixels, plan.granule)
-        blocks = -(-len(data) // block) * recipe.cache.views
-        targets["pixels"] = {
-            "shape": [3, recipe.data.size, recipe.data.size],
-            "raw_bytes": pixels * rows,
-            "bytes": pixels * blocks * block + BLOCK_EXTRA * blocks,
-            "bytes_per_sample": pixels * blocks * block / rows,
-            "compression": 1.0,
-        }
-    teachers_ms = _median_ms(lambda: [teacher(images) for teacher in teachers.values()])
-    student_ms = _student_ms(recipe, images, len(data.classes) or 1000, device)
-    path = Path(recipe.cache.path)
-    present = sum(commit.bytes for commit in read_log(path).commits.values())
-    total = sum(entry["bytes"] for entry in targets.values()) + view_row_bytes(plan) * rows + SAMPLE * len(data)
+        targets["pixels"] = _target("pixels", (3, recipe.data.size, recipe.data.size), "u8", 1.0, count, views, granule)
+    rows = count * views
+    total = sum(entry["bytes"] for entry in targets.values()) + view_row_bytes(mixed) * rows + SAMPLE * count
     standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    present = sum(commit.bytes for commit in read_log(path).commits.values())
     free = shutil.disk_usage(standing).free
+    per_view = (total - SAMPLE * count) / views
+    teachers_ms, student_ms = sum(measured.teacher_ms.values()), measured.student_ms
     # A quarter of the fitting rows measures the fit.
-    pilot = 1.25 * min(recipe.cache.pilot, PILOT_VIEWS * len(data))
-    seconds = teachers_ms * (rows + pilot) / len(images) / 1e3
-    epoch_batches = len(data) / len(images)
-    table = [
-        {
-            "target": name,
-            "shape": "x".join(map(str, entry["shape"])),
-            "per sample": format_bytes(entry["bytes_per_sample"]),
-            "per view": format_bytes(entry["bytes"] / recipe.cache.views),
-            "in all": format_bytes(entry["bytes"]),
-        }
-        for name, entry in targets.items()
-    ]
-    print_table(f"plan: {len(data):,} images, {recipe.cache.views} views, {recipe.cache.codec}", table)
-    return {
+    pilot = 1.25 * min(recipe.cache.pilot, PILOT_VIEWS * count)
+    seconds = (teachers_ms * (rows + pilot) + measured.encode_ms * rows) / measured.batch / 1e3
+    epoch_ms = teachers_ms * count / measured.batch
+    epochs = recipe.train.steps * recipe.train.batch / count if recipe.train.steps else recipe.train.epochs
+    methods = served(taps, classes)
+    document = {
         "bytes": total,
         "raw_bytes": sum(entry["raw_bytes"] for entry in targets.values()),
         "bytes_per_sample": total / rows,
+        "bytes_per_view": per_view,
         "targets": targets,
         "bytes_present": present,
         "free_bytes": free,
-        "fits": max(total - present, 0) * 1.02 < free,
+        "fits": max(total - present, 0) * SPARE < free,
+        "views_that_fit": min(int(max(free / SPARE + present - SAMPLE * count, 0) / per_view), MAX_VIEWS),
         "seconds": seconds,
-        "images_per_second": len(images) / teachers_ms * 1e3,
+        "hours": seconds / 3600,
+        "images_per_second": measured.batch / (teachers_ms + measured.encode_ms) * 1e3,
         "teachers_ms": teachers_ms,
+        "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
-        "live_over_cached": (teachers_ms + student_ms) / student_ms,
-        "break_even_epochs": seconds * 1e3 / (teachers_ms * epoch_batches),
+        "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
+        "break_even_epochs": seconds * 1e3 / epoch_ms,
+        "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
+        "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in teachers.items()},
+        "serves": [name for name, reason in methods.items() if not reason],
+        "serves_not": {name: reason for name, reason in methods.items() if reason and name != "none"},
+        "method": names_of(entries),
+        "unusable": unusable,
+        "bf16_over_fp32": ratio,
         "data": facts_of(data),
+    }
+    if log.isEnabledFor(logging.INFO):
+        log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
+    for name, entry in document["teachers"].items():
+        if entry["near_chance"]:
+            tell_accuracy(name, entry["top1"], entry["top1_rows"], classes)
+    if not document["fits"]:
+        log.error("plan: %s", _no_room(document, str(standing), views))
+    return document
+
+
+def _no_room(document: Mapping[str, Any], folder: str, views: int) -> str:
+    """The sentence for a disk that is too small."""
+    missing = max(document["bytes"] - document["bytes_present"], 0) * SPARE - document["free_bytes"]
+    return (
+        f"expected {format_bytes(max(document['bytes'] - document['bytes_present'], 0))} free for cache.path, found "
+        f"{format_bytes(document['free_bytes'])} in {folder}: {document['views_that_fit']} of {views} views fit; "
+        f"free {format_bytes(missing)}, lower cache.views, or take fewer taps or another cache.codec"
+    )
+
+
+def _stored(
+    recipe: Recipe,
+    teachers: Mapping[str, FrozenTeacher],
+    taps: Mapping[str, Mapping[str, TapInfo]],
+    entries: Sequence[Entry],
+) -> dict[str, tuple[TapInfo, CodecName]]:
+    """teacher/tap → shape and codec of what this recipe's commands will store.
+
+    With stored factors in use, `feedfast factors` follows and adds them.
+    """
+    found: dict[str, tuple[TapInfo, CodecName]] = {}
+    codec = recipe.cache.codec
+    factors = any(FACTOR in entry.kind.needed(entry.options) for entry in entries)
+    for name, teacher in teachers.items():
+        for tap in (*teacher.shapes, *((FACTOR,) if factors and FACTOR in taps[name] else ())):
+            found[f"{name}/{tap}"] = taps[name][tap], stored_codec(tap, codec)
+    return found
+
+
+def _target(
+    tap: str, shape: tuple[int, ...], codec: CodecName, ratio: float, count: int, views: int, granule: int
+) -> dict[str, Any]:
+    """What one array takes, in all ``views`` of ``count`` rows."""
+    raw = tap_row_bytes(tap, shape, codec)
+    block = block_rows_for(raw, granule)
+    blocks = -(-count // block) * views
+    # Blocks are whole: what fills up the last one of a view takes room unless zstd squeezes it to nothing.
+    size = int(raw * count * views / ratio if ratio > 1 else raw * blocks * block) + BLOCK_EXTRA * blocks
+    return {
+        "shape": list(shape),
+        "codec": codec,
+        "raw_bytes": raw * count * views,
+        "bytes": size,
+        "bytes_per_sample": size / (count * views),
+        "bytes_per_view": size / views,
+        "compression": ratio,
     }
 
 
-def _compression(teacher: FrozenTeacher, tap: str, block: Tensor, codec: CodecName) -> float:
-    """What zstd makes of a block of real codes; 1 where it would not be used."""
+def _teacher(
+    teacher: FrozenTeacher, measured: _Measured, targets: Mapping[str, Mapping[str, Any]], views: int
+) -> dict[str, Any]:
+    top1, rows = measured.top1.of(teacher.name)
+    size = sum(entry["bytes"] for key, entry in targets.items() if key.startswith(f"{teacher.name}/"))
+    return {
+        "model": teacher.source,
+        "top1": top1,
+        "top1_rows": rows,
+        "near_chance": near_chance(top1, rows, measured.top1.classes),
+        "ms": measured.teacher_ms[teacher.name],
+        "bytes": size,
+        "bytes_per_view": size / views,
+    }
+
+
+def _measure(
+    recipe: Recipe,
+    data: Dataset,
+    teachers: Mapping[str, FrozenTeacher],
+    granule: int,
+    device: torch.device,
+    *,
+    usable: bool,
+) -> _Measured:
+    """Run teachers and student on a few batches; progress is shown."""
+    batches = _batches(recipe, data, device)
+    first = batches[0].images
+    outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in teachers.items()}
+    found = _Measured(len(first), Accuracies(outputs, len(data.classes)))
+    taps = sum(len(teacher.shapes) for teacher in teachers.values())
+    with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
+        for name, teacher in teachers.items():
+            teacher.fit_margins([first])
+            for tap, values in teacher(first).items():
+                ratio, encode_ms = _encoded(teacher, tap, values, recipe.cache.codec, granule)
+                found.compression[f"{name}/{tap}"] = ratio
+                found.encode_ms += encode_ms
+                meter.advance(1, f"{name}/{tap}")
+            times = []
+            for number in range(TIMED + 1):
+                batch = batches[number % len(batches)]
+                begin = time.perf_counter()
+                logits = teacher(batch.images)[LOGITS]
+                _synchronize()
+                times.append((time.perf_counter() - begin) * 1e3 * len(first) / len(batch))
+                if number < len(batches):
+                    found.top1.update(name, logits, batch.labels)
+                meter.advance(1, f"teacher {name}")
+            found.teacher_ms[name] = float(np.median(times[1:]))
+        try:
+            found.student_ms = _student_ms(recipe, first, len(data.classes) or 1000, device, meter)
+        except RequestError:
+            if usable:
+                raise
+    return found
+
+
+def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> list[Batch]:
+    """The first batches of view 0, cut as the caching pass will cut them, without a short last one."""
+    size = min(recipe.cache.batch, len(data))
+    rows = np.arange(min(TIMED + 1, len(data) // size) * size)
+    with pixel_loader(data, view_plan(recipe.data, recipe.seed), size, device, recipe.data.threads) as loader:
+        return list(loader.stream(0, rows))
+
+
+def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int) -> tuple[float, float]:
+    """What zstd makes of a block of real codes, 1 where it would not be used; and milliseconds to encode a batch."""
     if tap == LOGITS:
-        return 1.0
-    values = block.cpu()
+        return 1.0, 0.0
     transform = teacher.transform(tap)
-    flat = transform.teacher(values).movedim(1, -1).reshape(-1, values.shape[1])
+    here = values.cpu()
+    flat = transform.teacher(here).movedim(1, -1).reshape(-1, values.shape[1])
     thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
-    offset, step = fit_affine(thin, codec)
-    codes, _ = encode_rows(values, codec, torch.from_numpy(offset), torch.from_numpy(step), transform)
-    ratio = codes.nbytes / len(compress_block(np.ascontiguousarray(codes), "zstd"))
-    return ratio if ratio >= 1.15 else 1.0
+    offset, step = (torch.from_numpy(row).to(values.device) for row in fit_affine(thin, codec))
+    begin = time.perf_counter()
+    codes, _ = encode_rows(values, codec, offset, step, transform)
+    encode_ms = (time.perf_counter() - begin) * 1e3
+    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(tap, teacher.shapes[tap], codec), granule)])
+    ratio = block.nbytes / len(compress_block(block, "zstd"))
+    return (ratio if ratio >= 1.15 else 1.0), encode_ms
 
 
-def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device) -> float:
+def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:
     """Forward and backward of the plain student on one batch."""
     memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    student = build_model(recipe.student.model, num_classes=classes, weights=None, seed=0)
+    student = build_student(recipe.student.model_copy(update={"weights": None}), classes, recipe.train_seed)
     student = student.to(device=device, memory_format=memory)  # type: ignore[call-overload]
     normalize = Normalize(*recipe.data.normalization).to(device)
     Tapped(student, (), normalize(images[:2]))  # refuses a network that cannot run at this size
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            student(normalize(images)).float().logsumexp(1).sum().backward()
+            logits_of(student(normalize(images))).float().logsumexp(1).sum().backward()
+        meter.advance(1, "student")
 
     return _median_ms(step)
 
@@ -177,12 +338,16 @@ def view_row_bytes(plan: ViewPlan) -> int:
     return VIEW_ROW + slots * STEP + (MIX if plan.mixing_operations else 0)
 
 
-def _median_ms(work: Callable[[], object], repeats: int = 5) -> float:
+def _median_ms(work: Callable[[], object]) -> float:
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(TIMED + 1):
         begin = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
     return float(np.median(times[1:]))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -12,7 +12,6 @@ are looked at differs from run to run: what the first run missed, a later one ma
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import cast
 
@@ -32,8 +31,10 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.files import parse_json
 from feedfast.stages.data import Selection
-from feedfast.stages.ensemble import FrozenTeacher, refuse_other_probe
+from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast_kernels import Codes, decode
@@ -219,11 +220,10 @@ def scale_of(reader: CacheReader, teacher: str, tap: str) -> tuple[torch.Tensor,
 
 
 def decode_rows(rows: torch.Tensor, codec: CodecName, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Stored rows of a tap, channels last, as float32 [row, channel, height, width] or [row, channel]."""
+    """Stored rows of a tap, channels last, as float32 [row, channel, …]: height and width, tokens, or nothing more."""
     if codec == "u8" or codec == "u4":
         return decode(Codes(rows, offset, step, codec))
-    values = rows.float()
-    return values.permute(0, 3, 1, 2) if values.dim() == 4 else values
+    return rows.float().movedim(-1, 1)
 
 
 def _encoded(reader: CacheReader, teacher: str, tap: str, values: torch.Tensor) -> torch.Tensor:
@@ -240,20 +240,37 @@ def _cosine(live: torch.Tensor, stored: torch.Tensor) -> float:
     return float(live @ stored) / norm if norm else float(torch.equal(live, stored))
 
 
-def source_of(reader: CacheReader) -> Selection:
-    """Where a cache's images were, and which of them were taken.
+def selection_of(reader: CacheReader) -> Selection:
+    """Which images were taken, and where they were. Whoever opens those paths must have been told by a person.
 
     Raises:
         RequestError: the manifest does not say.
     """
     try:
-        source = json.loads(reader.manifest.dataset.source)
+        source = parse_json(reader.manifest.dataset.source)
         # caches made before there were fractions do not name one
         fraction = float(source.get("fraction", 1.0))
         arrays = tuple(str(name) for name in source.get("arrays", ()))
         return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
+
+
+def source_of(reader: CacheReader) -> Selection:
+    """`selection_of` a cache that lies where it was made; the paths are logged before anything is opened.
+
+    Raises:
+        RequestError: the manifest does not say, or the cache was copied or made elsewhere: its paths are a stranger's.
+    """
+    chosen = selection_of(reader)
+    where = ", ".join(chosen.train)[:500]
+    if reader.manifest.folder != reader.path.stat().st_ino:
+        raise RequestError(
+            f"{reader.path}: was copied or made elsewhere, and what its manifest names is not opened by itself: "
+            f"{where}. Say where the images are: feedfast verify --recipe, or open_cache(path, data=...)"
+        )
+    log.info("images: %s, as the manifest of %s names them", where, reader.path)
+    return chosen
 
 
 def plan_of(reader: CacheReader) -> ViewPlan:

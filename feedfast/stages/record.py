@@ -69,7 +69,7 @@ class Recorder:
             view: which view.
             start: row of the first sample; the others follow it.
             pixels: uint8 [B, H, W, 3], as the teachers saw them.
-            maps: teacher → tap → float map [B, C, H, W] or [B, C], for the teachers that `wants` named.
+            maps: teacher → tap → float map [B, C, H, W], [B, C, N] or [B, C], for the teachers that `wants` named.
 
         Raises:
             CacheMismatchError: the pixels are not those that earlier teachers saw.
@@ -137,10 +137,10 @@ def other_pixels(reader: CacheReader, view: int, rows: np.ndarray, decoder: Mapp
 def encode_rows(
     values: Tensor, codec: str, offset: Tensor, step: Tensor, transform: Transform
 ) -> tuple[np.ndarray, Tensor]:
-    """A float map [batch, channel, height, width] or [batch, channel] as stored rows, and how many values saturated.
+    """A float map [batch, channel, …] as stored rows, channels last, and how many values saturated.
 
     Raises:
-        ValueError: a value is not finite, or too large for float16.
+        FeedfastError: a value is not finite, or too large for float16.
     """
     if CODECS[codec].quantized:
         if values.is_cuda:  # `encode` skips this check on CUDA to avoid a sync; `.cpu()` below syncs anyway
@@ -148,7 +148,7 @@ def encode_rows(
         codes, saturated = encode(values, offset, step, codec=codec, margin_C=transform.floor(values.device))
         return codes.cpu().numpy(), saturated
     values = transform.teacher(values)
-    last = values.permute(0, 2, 3, 1) if values.dim() == 4 else values
+    last = values.movedim(1, -1)
     stored = last.to(torch.float32 if codec == "f32" else torch.float16)
     _require_finite(stored, last)
     return stored.cpu().numpy(), torch.zeros((), dtype=torch.int64)
@@ -158,7 +158,7 @@ def _require_finite(stored: Tensor, values: Tensor) -> None:
     if torch.isfinite(stored.float().sum()) or torch.isfinite(stored).all():
         return
     if torch.isfinite(values).all():
-        raise ValueError(
+        raise FeedfastError(
             f"expected values within float16's 65504, found {float(values.abs().max()):.4g}; use codec f32"
         )
-    raise ValueError("expected finite values, got NaN or infinity")
+    raise FeedfastError("expected finite values, got NaN or infinity")

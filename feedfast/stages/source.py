@@ -38,9 +38,10 @@ from feedfast.methods.ft import FACTOR
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
 from feedfast.stages.data import Selection, pixel_loader
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Probe, load_teachers, method_taps
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
+from feedfast.stages.probe import Probe
 from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
 from feedfast_kernels import Codes, Target
 from feedfast_kernels.codes import CODECS
@@ -278,7 +279,7 @@ class Cached(Plain):
             if CODECS[codec].quantized:
                 value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
-                value = data.permute(0, 3, 1, 2) if data.dim() == 4 else data.float()
+                value = data.movedim(-1, 1) if data.dim() > 2 else data.float()
             out.setdefault(teacher, {})[tap] = value
         return out
 
@@ -301,19 +302,15 @@ def open_source(
     """
     kind, views, threads = recipe.train.source, recipe.cache.views, recipe.data.threads
     if kind == "none":
-        if needs:
-            raise RequestError(f"train.source: method {method!r} needs targets, expected cache or live, found 'none'")
         return Plain(data, plan, device, views=views, threads=threads)
     if kind == "live":
-        if FACTOR in needs:
-            raise RequestError("method.factors: 'stored' needs train.source='cache', found 'live'; expected 'own'")
         teachers = load_teachers(recipe, len(data.classes), device)
         pilot: list[Tensor] = []
         # Cut as the caching pass cuts them: both sources then have the same margins and probes.
         with pixel_loader(data, plan, recipe.cache.batch, device, threads) as cutter:
             first = next(iter(cutter.stream(0, np.arange(min(len(data), recipe.cache.batch))))).images
             if any(teacher.needs_pilot for teacher in teachers.values()):
-                pilot, _ = pilot_pixels(cutter, recipe.cache.pilot)
+                pilot, *_ = pilot_pixels(cutter, recipe.cache.pilot)
             probes = {name: teacher.probe(first) for name, teacher in teachers.items()}
             refuse_other_outputs(recipe, dataset_info(Selection.of(recipe.data), data), cutter, teachers, probes)
         for teacher in teachers.values():

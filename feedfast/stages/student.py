@@ -24,17 +24,28 @@ from torch import nn
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
-from feedfast.files import read_sealed, write_sealed
+from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
-from feedfast.models.build import build_model, load_weights
+from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
+from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
+from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
 from feedfast.stages.evaluate import BATCH, evaluate
-from feedfast.stages.folder import BRANCH, RunLock, check_run_dir, ensure_dir, resumed_run, start_run_dir
+from feedfast.stages.folder import (
+    BRANCH,
+    RunLock,
+    check_run_dir,
+    ensure_dir,
+    processes_of,
+    record_process,
+    resumed_run,
+    start_run_dir,
+)
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
@@ -43,13 +54,13 @@ from feedfast.stages.source import Source, open_source
 from feedfast.stages.trainee import (
     Trainee,
     build_methods,
-    method_entries,
+    build_student,
     names_of,
     needs_of,
-    refuse_mixed,
     student_needs_of,
     tap_student,
 )
+from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
 from feedfast.tasks import Classify, Task
 
@@ -94,12 +105,14 @@ class StudentRun:
         self, recipe: Recipe, me: Worker, images: ImageSource | None = None, val_images: ImageSource | None = None
     ) -> None:
         self.recipe, self.me = recipe, me
+        self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         train = recipe.train
         self.device = pick_device(train.device, me.local)
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
-        self.entries = method_entries(recipe.method)
+        self.entries = trainable_entries(recipe)
+        say_slow_bf16(recipe, self.device, teachers=train.source == "live")
         self.needs = needs_of(self.entries)
         ensure_dir(self.out, "train.out")
         # The first rank holds it for all; they end together.
@@ -113,11 +126,12 @@ class StudentRun:
                     f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
                 )
             plan = view_plan(recipe.data, recipe.seed)
-            refuse_mixed(self.entries, [operation.op for operation in plan.mixing_operations])
             val: Dataset | None = open_val(recipe.data, self.data, val_images)
             self.val: Loader | None = None
             if val is not None:
                 self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
+            # Where the images say how many classes there are, a student that cannot be built is named before a cache.
+            student = self._student() if self.data.classes else None
             self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
             self.identity = {
                 "data": self.data.fingerprint(),
@@ -127,10 +141,14 @@ class StudentRun:
             run = resumed_run(self.out, self.identity) if self.resumed else ""
             self.normalize = Normalize(*recipe.data.normalization).to(self.device)
             self.task: Task = Classify(self._num_classes())
-            self.trainer = self._trainer(total_steps(train, len(self.data)))
+            student = student or self._student()
+            self.trainer = self._trainer(student, total_steps(train, len(self.data)))
             self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
             self.loop.run = run
             undo.pop_all()
+
+    def _student(self) -> nn.Module:
+        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
 
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
@@ -140,21 +158,8 @@ class StudentRun:
             )
         return found
 
-    def _student(self, seed: int) -> nn.Module:
-        """The bare network; of several branches each starts from a seed of its own."""
-        asked = self.recipe.student
-        if asked.branches == 1:
-            return build_model(asked.model, num_classes=self._num_classes(), weights=asked.weights, seed=seed)
-        seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
-        networks = [build_model(asked.model, num_classes=self._num_classes(), seed=int(s)) for s in seeds]
-        student = Branched(networks, asked.model)
-        if asked.weights is not None:
-            load_weights(student, asked.weights, name=f"{asked.model} with {asked.branches} branches")
-        return student
-
-    def _trainer(self, total: int) -> Trainer:
+    def _trainer(self, student: nn.Module, total: int) -> Trainer:
         recipe, train, seed, size = self.recipe, self.recipe.train, self.recipe.train_seed, self.recipe.data.size
-        student = self._student(seed)
         memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
         student = student.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
@@ -207,7 +212,10 @@ class StudentRun:
         if self.me.first and not self.resumed:
             loop.run = start_run_dir(self.out, self.recipe, self.identity)
         if self.resumed:
-            step = loop.kept = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.run)
+            step = load_checkpoint(self.out, trainer.student, trainer.methods, trainer.optimizer, loop.total, loop.run)
+            loop.kept = step
+            if self.me.first:
+                remove_temporary(self.out)
         stop = min(loop.total, train.max_steps) if train.max_steps else loop.total
         log.info(
             "train: %s (%s parameters), %s from %s, %s images, %s steps of %d, %s on %s%s",
@@ -226,20 +234,29 @@ class StudentRun:
             self._prepare()
             start = {"student": trainer.student.state_dict(), "method": trainer.methods.state_dict()}
             require_finite(f"train: before the first step of {self.out}", start)
+        trains = self.me.first and step < stop
+        if trains:
+            record_process(self.out, self.provenance)
         events = EventLog(self.out, step) if self.me.first else None
         try:
-            with Meter("train", (stop - step) * train.batch) as meter:
+            with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
                 accuracy = None
                 while step < stop:
                     step = loop.epoch(step, stop, events, meter)
                     accuracy = self._evaluate_if_due(step, stop, events)
                     loop.checkpoint(step)
+                loop.hold.deliver()
                 if accuracy is None:
                     accuracy = self.evaluate()
                 branches = self._branches()
+        except KeyboardInterrupt:
+            loop.rescue()
+            raise
         finally:
             if events is not None:
                 events.close()
+        if trains:
+            record_process(self.out, self.provenance.finished())
         return self._finish(step, accuracy, branches, events)
 
     def _prepare(self) -> None:
@@ -333,7 +350,8 @@ class StudentRun:
             _save_network(self.trainer.student, self.out / "student.pt")
             if branches:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
-            write_sealed(held, result)
+            made = processes_of(self.out)
+            write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
             sheet = contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"), sheet)
+            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, sheet)
         return result

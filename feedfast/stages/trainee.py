@@ -20,9 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from feedfast import recipe as recipes
 from feedfast.errors import RequestError
 from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options
 from feedfast.methods.base import LOGITS, Shapes, Teachers, tap_groups
+from feedfast.models.branched import Branched
+from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tapped
@@ -61,24 +64,6 @@ def method_entries(methods: Sequence[MethodEntry]) -> tuple[Entry, ...]:
         label = entry.name if names.count(entry.name) == 1 else f"{entry.name}{number}"
         entries.append(Entry(kind, parse_options(kind, entry.parameters, where), entry.weight, label))
     return tuple(entries)
-
-
-def refuse_mixed(entries: Sequence[Entry], mixing: Sequence[str]) -> None:
-    """Raise if a method needs one class per image and the views have two.
-
-    Args:
-        entries: the methods.
-        mixing: the view plan's operations that mix images, by name.
-
-    Raises:
-        RequestError: naming both.
-    """
-    for entry in entries:
-        if entry.kind.one_label and mixing:
-            raise RequestError(
-                f"method.name: {entry.kind.name!r} needs one class per image, data.augment mixes two "
-                f"({', '.join(mixing)}); leave mixing out or choose another method"
-            )
 
 
 def needs_of(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -165,6 +150,31 @@ def losses_of(
 def _labeled(entry: Entry, terms: Mapping[str, Tensor], entries: int) -> dict[str, Tensor]:
     prefix = "" if entries == 1 else f"{entry.label}."
     return {f"{prefix}{name}": term.detach() for name, term in terms.items()}
+
+
+def build_student(asked: recipes.Student, classes: int, seed: int) -> nn.Module:
+    """The bare network of a recipe; of several branches each starts from a seed of its own.
+
+    Raises:
+        RequestError: it cannot be built, or its weights do not fit.
+    """
+    if asked.branches == 1:
+        return build_model(
+            asked.model,
+            num_classes=classes,
+            weights=asked.weights,
+            seed=seed,
+            key=asked.key,
+            prefix=asked.prefix,
+            new_head=True,
+        )
+    seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
+    networks = [build_model(asked.model, num_classes=classes, seed=int(s)) for s in seeds]
+    student = Branched(networks, asked.model)
+    if asked.weights is not None:
+        name = f"{asked.model} with {asked.branches} branches"
+        load_weights(student, asked.weights, name=name, key=asked.key, prefix=asked.prefix)
+    return student
 
 
 def tap_student(student: nn.Module, needs: Sequence[str], example: Tensor, task: Task, where: str) -> Tapped:

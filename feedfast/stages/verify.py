@@ -111,7 +111,7 @@ def _tell(problems: list[Problem]) -> None:
 
 def _teachers(reader: CacheReader, specs: Sequence[recipes.Teacher]) -> dict[str, FrozenTeacher]:
     """The cache's teachers; ``specs`` say where weights are, and whose code may be imported."""
-    files = {spec.name: spec.weights for spec in specs}
+    given = {spec.name: spec for spec in specs}
     trusted = {spec.model for spec in specs}
     out = {}
     for name, info in reader.manifest.teachers.items():
@@ -121,11 +121,11 @@ def _teachers(reader: CacheReader, specs: Sequence[recipes.Teacher]) -> dict[str
                 "give --recipe with this model in it"
             )
         try:
-            out[name] = teacher_from_manifest(info, reader.manifest.plan.size, files.get(name, ""), torch.device("cpu"))
+            out[name] = teacher_from_manifest(info, reader.manifest.plan.size, given.get(name), torch.device("cpu"))
         except CacheMismatchError:
             raise
         except RequestError as error:
-            if name in files:
+            if name in given:
                 raise
             raise RequestError(f"{error}; if its weights are in a file, give --recipe, which names it") from error
     return out

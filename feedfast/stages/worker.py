@@ -27,6 +27,8 @@ from feedfast.errors import FeedfastError, PeerFailedError, RequestError
 log = logging.getLogger(__name__)
 
 FAILED = "feedfast/failed"
+END = "feedfast/end"
+AHEAD = 3  # steps: all ranks get a launcher's signal within that time
 PORTS = range(20000, 40000)  # below the kernel's ephemeral range; a job's number picks one
 
 
@@ -116,6 +118,17 @@ class Worker:
         finally:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+    def agreed_end(self, step: int) -> int:
+        """The step at which all ranks end, when they have been told to by a signal; this one has taken ``step``.
+
+        A rank that ended at once would leave the others waiting for it in their next step. The first that asks says
+        where; ranks are at most a step apart, since each step needs all of them.
+        """
+        if self.world == 1 or not dist.is_initialized():
+            return step
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.compare_set(END, "", str(step + AHEAD)))
 
     def _fails_first(self, store: Any, error: BaseException) -> bool:
         """Whether this rank's error is the job's; told to the others through the store."""

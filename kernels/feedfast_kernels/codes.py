@@ -1,7 +1,7 @@
 """Teacher maps as small integers: value = offset_C + step_C * code, per channel, channels-last.
 
-Legend: B batch, C channel, H height, W width. Logical shapes are NCHW (or [B, C] for vectors), as student maps are;
-stored bytes are [B, H, W, C], the order fast students run in and the order the cache keeps.
+Legend: B batch, C channel, H height, W width, N token. Logical shapes are NCHW ([B, C, N] for tokens, [B, C] for
+vectors), as student maps are; stored bytes are [B, H, W, C], the order fast students run in and the cache keeps.
 
 `u4` packs two codes per byte, low nibble first, along the channels; an odd channel count leaves the last high nibble 0.
 
@@ -59,7 +59,7 @@ class Codes:
     """A batch of encoded maps or vectors.
 
     Attributes:
-        data: uint8 [B, H, W, C] or [B, C]; for ``u4`` the last axis is ceil(C / 2) packed bytes. Any strides.
+        data: uint8 [B, H, W, C], [B, N, C] or [B, C], any strides; for ``u4`` the last axis is ceil(C / 2) bytes.
         offset: fp32 [C], the value of code 0.
         step: fp32 [C], difference of neighboring codes; 0 marks a constant channel.
         codec: ``"u8"`` or ``"u4"``.
@@ -76,15 +76,15 @@ class Codes:
     def __post_init__(self) -> None:
         check_scale(self.offset, self.step, self.codec)
         expected = packed_channels(self.offset.shape[0], self.codec)
-        if self.data.dtype != torch.uint8 or self.data.ndim not in (2, 4) or self.data.shape[-1] != expected:
+        if self.data.dtype != torch.uint8 or self.data.ndim not in (2, 3, 4) or self.data.shape[-1] != expected:
             raise ValueError(
-                f"codes: data expected uint8 [B, H, W, {expected}] or [B, {expected}] for {self.offset.shape[0]} "
-                f"channels of {self.codec}, got {self.data.dtype} {list(self.data.shape)}"
+                f"codes: data expected uint8 [B, H, W, {expected}], [B, N, {expected}] or [B, {expected}] for "
+                f"{self.offset.shape[0]} channels of {self.codec}, got {self.data.dtype} {list(self.data.shape)}"
             )
 
     @property
     def shape(self) -> torch.Size:
-        """Logical shape: (B, C, H, W) for maps, (B, C) for vectors."""
+        """Logical shape: (B, C, H, W) for maps, (B, C, N) for tokens, (B, C) for vectors."""
         batch, *spatial, _ = self.data.shape
         return torch.Size((batch, self.offset.shape[0], *spatial))
 
@@ -110,7 +110,7 @@ class Codes:
 
 
 Target = Tensor | Codes
-"""What a loss compares with: codes, or a float map in logical NCHW (channels-last is fastest) or [B, C]."""
+"""What a loss compares with: codes, or a float map in logical NCHW (channels-last is fastest), [B, C, N] or [B, C]."""
 
 
 def encode(
@@ -125,13 +125,13 @@ def encode(
     """Encode float maps: code = clip(round((max(x, margin) - offset) / step), 0, 254 or 14), ties to even.
 
     Args:
-        x_NCHW: float [B, C, H, W] or [B, C], fp32 or 16-bit, any strides; channels-last is fastest.
+        x_NCHW: float [B, C, H, W], [B, C, N] or [B, C], fp32 or 16-bit, any strides; channels-last is fastest.
             float64 is rounded to fp32.
         offset_C: fp32 [C].
         step_C: fp32 [C], >= 0; where it is 0 the code is 0.
         codec: ``"u8"`` or ``"u4"``.
         margin_C: fp32 [C], lower bound applied first (OFD's margin ReLU), or None.
-        out: uint8 [B, H, W, C] (``u4``: ceil(C / 2) bytes) or its 2-D form, to write into; any strides.
+        out: uint8 [B, H, W, C] (``u4``: ceil(C / 2) bytes) or its 3-D or 2-D form, to write into; any strides.
 
     Returns:
         The codes (``out`` where given, else a new contiguous tensor), and the number of values that the clip changed by
@@ -168,6 +168,10 @@ def _encode(
     *,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
+    if x_NCHW.ndim == 3:  # tokens are a map of one column
+        column = None if out is None else out.unsqueeze(2)
+        column, saturated = _encode(x_NCHW.unsqueeze(3), offset_C, step_C, codec, margin_C, column, triton=triton)
+        return (column.squeeze(2) if out is None else out), saturated
     check_scale(offset_C, step_C, codec)
     channels = offset_C.shape[0]
     if x_NCHW.ndim not in (2, 4) or x_NCHW.shape[1] != channels or not x_NCHW.is_floating_point():
@@ -274,8 +278,10 @@ def decode(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
         dtype: of the result.
 
     Returns:
-        Logical [B, C, H, W] with channels-last strides, or [B, C].
+        Logical [B, C, H, W] with channels-last strides, likewise [B, C, N], or [B, C].
     """
+    if codes.data.ndim == 3:
+        return decode(Codes(codes.data.unsqueeze(2), codes.offset, codes.step, codes.codec), dtype).squeeze(3)
     if dtype != torch.float64 and runs_triton(codes.data):
         stored: Tensor = OPS.decode(codes.data, codes.offset.detach(), codes.step.detach(), codes.codec, dtype)
         return stored.permute(0, 3, 1, 2) if stored.ndim == 4 else stored
@@ -289,7 +295,7 @@ def decode_reference(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor
     work = torch.float64 if dtype == torch.float64 else torch.float32
     data = unpack(codes.data, codes.offset.shape[0]) if codes.codec == "u4" else codes.data
     value = data.to(work).mul_(codes.step.to(work)).add_(codes.offset.to(work)).to(dtype)
-    return value.permute(0, 3, 1, 2) if value.ndim == 4 else value
+    return value.movedim(-1, 1)
 
 
 def _decode_tiled(codes: Codes, dtype: torch.dtype) -> Tensor:

@@ -160,9 +160,28 @@ def test_floats_are_stored_as_they_are() -> None:
         assert (step == 1).all()
         found = round_trip(values, offset, step, codec)  # type: ignore[arg-type]
         assert np.array_equal(found, values.astype(dtype).astype(np.float32))
-    assert measure(values, offset, step, "f32") == {"relative_rms_error": 0.0, "cosine": 1.0, "saturated_fraction": 0.0}
+    assert measure(values, offset, step, "f32") == {
+        "relative_rms_error": 0.0,
+        "worst_channel_rms_error": 0.0,
+        "cosine": 1.0,
+        "saturated_fraction": 0.0,
+    }
     assert 1e-5 < measure(values, offset, step, "f16")["relative_rms_error"] < 5e-4
     assert measure(np.float32([[1e6, 1, 1]]), offset, step, "f16")["saturated_fraction"] == pytest.approx(1 / 3)
+
+
+def test_a_channel_that_dwarfs_the_others_does_not_hide_them() -> None:
+    values = rng.normal(size=(4000, 4)).astype(np.float32)
+    values[:, 0] = 1e4 + rng.normal(size=4000) * 1e-2
+    found = measure(values, *fit_affine(values, "u4"), "u4")
+    assert found["relative_rms_error"] < 1e-3
+    assert found["worst_channel_rms_error"] == pytest.approx(
+        max(
+            measure(values[:, c : c + 1], *fit_affine(values[:, c : c + 1], "u4"), "u4")["relative_rms_error"]
+            for c in range(4)
+        )
+    )
+    assert found["worst_channel_rms_error"] > 0.05
 
 
 def test_measurements_follow_their_formulas() -> None:
@@ -174,6 +193,8 @@ def test_measurements_follow_their_formulas() -> None:
     assert found["relative_rms_error"] == pytest.approx(
         np.linalg.norm(decoded - target) / np.linalg.norm(target), rel=1e-6
     )
+    worst = np.linalg.norm(decoded - target, axis=0) / np.linalg.norm(target, axis=0)
+    assert found["worst_channel_rms_error"] == pytest.approx(worst.max(), rel=1e-6)
     assert found["cosine"] == pytest.approx(
         1 - scipy.spatial.distance.cosine(decoded.ravel(), target.ravel()), rel=1e-6
     )

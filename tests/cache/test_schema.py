@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_attributes_round_trip() -> None:
         ("teachers__a__taps__final__shape", [1 << 20, 1 << 16, 1 << 16]),
         ("teachers__a__taps__final__shape", [512, 1024, 1024]),
         ("teachers__a__taps__final__shape", [4, -1, 2]),
-        ("teachers__a__taps__final__shape", [4, 2]),
+        ("teachers__a__taps__final__shape", [4, 1 << 17]),
+        ("teachers__a__taps__final__shape", [4, 2, 2, 2]),
         ("teachers__a__taps__final__shape", []),
         ("teachers__a__taps__final__codec", "pickle"),
         ("teachers__a__taps__final__transform", "margin"),
@@ -385,7 +387,7 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines() -> None:
     data = b"".join(lines)
     for size in range(len(data) + 1):
         whole = sum(size >= len(b"".join(lines[: n + 1])) for n in range(3))
-        found, sound, problems = parse_log(data[:size], "x.jsonl")
+        found, sound, problems = parse_log(BytesIO(data[:size]), "x.jsonl")
         assert found == commits[:whole]
         assert sound == len(b"".join(lines[:whole]))
         torn = size != sound
@@ -395,9 +397,9 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines() -> None:
 @pytest.mark.parametrize("tail", [b"\x00" * 40 + b"\n", b'{"array": 1}\n', b"[]\n", b"garbage\n"])
 def test_an_unreadable_last_line_is_torn_and_an_earlier_one_damage(tail: bytes) -> None:
     line = make_commit().to_line().encode()
-    found, sound, problems = parse_log(line + tail, "x")
+    found, sound, problems = parse_log(BytesIO(line + tail), "x")
     assert (found, sound, problems[0]["kind"]) == ([make_commit()], len(line), "log-torn")
-    found, _, problems = parse_log(tail + line, "x")
+    found, _, problems = parse_log(BytesIO(tail + line), "x")
     assert (found, problems[0]["kind"], problems[0]["shard"]) == ([make_commit()], "log-damaged", "x")
 
 

@@ -162,9 +162,9 @@ def test_neither_weights_nor_images_are_needed(tmp_path: Path) -> None:
 
 
 def test_a_network_without_such_maps(folder: Path, tmp_path: Path) -> None:
-    """A transformer has no maps: methods of logits have a price, others a reason."""
-    vit = ("teachers.0.model=torchvision/vit_b_32", "teachers.0.classes=10", "data.size=224", "teachers.0.taps=[]")
-    file = as_toml(digits_recipe(folder, vit, teachers=1), tmp_path / "vit.toml")
+    """A linear classifier has no maps: methods of logits have a price, others a reason."""
+    flat = ("teachers.0.model=networks:flat", "teachers.0.classes=10", "teachers.0.taps=[]")
+    file = as_toml(digits_recipe(folder, flat, teachers=1), tmp_path / "flat.toml")
     outcome = feedfast("methods", "--recipe", file)
     assert outcome.code == 0, outcome.err
     found = outcome.document["methods"]

@@ -70,6 +70,7 @@ def test_what_the_documents_say(recipe: Path) -> None:
     assert cached["taps"].keys() == {"a/final", "a/ofd1", "a/ofd2", "a/ofd3"}
     for tap in cached["taps"].values():
         assert 0 < tap["relative_rms_error"] < 0.02
+        assert tap["relative_rms_error"] <= tap["worst_channel_rms_error"] <= 1
         assert 0 <= tap["saturated_fraction"] < 0.01
     assert trained["steps"] == 12
     assert 0 <= trained["val_accuracy"] <= 1
@@ -86,11 +87,34 @@ def test_verify_and_inspect(recipe: Path) -> None:
     recomputed = feedfast("verify", cache_of(recipe), "--teachers", "20", "--recipe", recipe)
     assert recomputed.code == 0
     assert min(recomputed.document["cosine"].values()) > 0.999
+    assert "(worst channel " in done(recipe, "cache").err
     inspected = feedfast("inspect", cache_of(recipe))
     assert inspected.code == 0
     assert inspected.document["digest"] == done(recipe, "cache").document["digest"]
     assert inspected.document["complete"] is True
     assert "a/ofd1" in inspected.err, "the table names its rows in full"
+
+
+@pytest.mark.parametrize(
+    "command", [("verify", "--teachers", "1"), ("methods",), ("methods", "kd")], ids=["verify", "methods", "method"]
+)
+def test_a_recipe_by_option_takes_overrides(recipe: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """The data have moved: said on the command line, as to every command that reads a recipe."""
+    name, *rest = command
+    place = [cache_of(recipe)] if name == "verify" else []
+    moved = tmp_path / "moved.npz"
+    shutil.copy(recipe.parent / "digits-train.npz", moved)
+    file = tmp_path / "r.toml"
+    file.write_text(recipe.read_text().replace(str(recipe.parent / "digits-train.npz"), "gone.npz"))
+    said = feedfast(name, *place, *rest, f"data.train={moved}", "--recipe", file)
+    assert said.code == 0, said.err
+    assert name != "verify" or min(said.document["cosine"].values()) > 0.999
+    wrong = feedfast(name, *place, *rest, "data.sise=3", "--recipe", file)
+    assert wrong.code == 2
+    assert "did you mean 'size'" in wrong.error
+    alone = feedfast(name, *place, *rest, "data.size=3")
+    assert alone.code == 2
+    assert "data.size=3: expected --recipe" in alone.error
 
 
 @pytest.mark.parametrize(
@@ -107,6 +131,21 @@ def test_taps(model: str, size: int, final: str | None) -> None:
     for place in places:
         assert place["values"] == np.prod(place["shape"])
         assert place["path"] in outcome.err
+
+
+def test_taps_of_a_transformer() -> None:
+    """At the network's own size; layouts, and what to write for each method."""
+    outcome = feedfast("taps", "networks:vit")
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["size"] == 32
+    places = {place["path"]: place for place in outcome.document["taps"]}
+    assert places["norm"]["layout"] == "tokens (1 + 4x4)"
+    assert places["patch_embed.proj"]["layout"] == "map"
+    assert places["head"]["layout"] == "vector"
+    assert outcome.document["methods"]["pfeed"] == ["final=norm:post"]
+    assert outcome.document["methods"]["ofd"] == ["ofd1=blocks.0:post", "ofd2=blocks.1:post"]
+    assert "kd" not in outcome.document["methods"]
+    assert "final=norm:post" in outcome.err.replace("\n", "")
 
 
 def test_the_same_command_again_continues(recipe: Path) -> None:
@@ -374,7 +413,10 @@ def test_a_process_of_its_own(recipe: Path, tmp_path: Path) -> None:
     assert "zoo/wrn-10-1x" in bad.error
 
 
-def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path, number: int, code: int) -> None:
     # A shell starts background jobs with SIGINT ignored, and children inherit that: the job is given its handler back.
     start = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from feedfast.cli import main; main()"
@@ -386,11 +428,11 @@ def test_ctrl_c_is_no_traceback(recipe: Path, tmp_path: Path) -> None:
             metrics = tmp_path / "out" / "metrics.jsonl"
             while job.poll() is None and not (metrics.exists() and metrics.stat().st_size):
                 time.sleep(0.02)
-            job.send_signal(signal.SIGINT)
+            job.send_signal(number)
             out, err = job.communicate(timeout=60)
         finally:
             job.kill()
-    assert job.returncode == 130, err
+    assert job.returncode == code, err
     assert out == ""
     assert "Traceback" not in err
     assert "continues" in err

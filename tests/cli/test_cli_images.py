@@ -79,6 +79,7 @@ def test_odd_images_are_cached_as_they_are_trained(recipe: Path, zoo: Path, tmp_
         "data.augment=resized-crop-flip",
         "cache.batch=5",
         "teachers.0.classes=10",
+        "method.name=pfeed",
     )
     cache = tmp_path / "odd.zarr"
     more = (*more, f"teachers.0.weights={weights}", f"cache.path={cache}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import feedfast
-from small import as_toml, digits_recipe
+from small import KNOWN, as_toml, digits_recipe, write_teacher
 
 from feedfast.cli import configure_logging
 from feedfast.stages.progress import Meter
@@ -19,12 +19,15 @@ from feedfast.stages.progress import Meter
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("logging")
-    return as_toml(digits_recipe(folder), folder / "r.toml")
+    for seed, name in enumerate("ab"):  # that know digits: of teachers that guess there is a warning
+        write_teacher(folder / f"{name}.pt", seed=seed, epochs=20)
+    return as_toml(digits_recipe(folder, KNOWN), folder / "r.toml")
 
 
 def test_lines_carry_date_and_time_off_a_terminal(recipe: Path) -> None:
     said = feedfast("plan", recipe).err
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} +plan: 200 images", said), said
+    for line in ("data: 200 images", "plan: 200 images"):
+        assert re.search(rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} +{line}", said, re.MULTILINE), said
 
 
 def test_quiet_and_verbose(recipe: Path) -> None:

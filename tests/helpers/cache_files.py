@@ -75,6 +75,8 @@ def write_cache(path: Path, manifest: Manifest, *, seed: int = 0) -> Values:
     for spec in array_specs(manifest).values():
         folder = path / spec.name
         folder.mkdir(parents=True)
+        for parent in folder.relative_to(path).parents[:-1]:
+            (path / parent / "zarr.json").write_text(json.dumps(group_metadata()))
         (folder / "zarr.json").write_text(json.dumps(spec.zarr_metadata()))
         values[spec.name] = random_values(spec, seed)
         array = zarr.open_array(store=str(folder), mode="r+", zarr_format=3)

@@ -297,3 +297,8 @@ def test_locality_says_when_it_has_become_nothing(monkeypatch: pytest.MonkeyPatc
     said.clear()
     make("locality", shapes, {"a": shapes})(StudentOutput(None, maps(shapes, 0)), {"a": maps(shapes, 1)}, None)
     assert said == []
+
+
+def test_tokens_are_refused_with_the_word_that_makes_a_map_of_them() -> None:
+    with pytest.raises(RequestError, match=r"\(24, 17\) of teacher 't'; tokens become the map of their grid with :map"):
+        PFEED(PFEED.Options(), {"final": (4, 2, 2)}, {"t": {"final": TapInfo((24, 17))}})

@@ -487,6 +487,6 @@ def test_teachers_that_are_not_there_are_not_fine(world: World) -> None:
     log = world.cache / LOG
     log.write_text("".join(line for line in log.read_text().splitlines(True) if '"targets/' not in line))
     assert feedfast("verify", world.cache).code == 0
-    document = feedfast("verify", world.cache, "--teachers", "50").document
+    document = feedfast("verify", world.cache, "--teachers", "50", "--recipe", world.file()).document
     assert document["ok"] is False
     assert [entry["kind"] for entry in document["problems"]] == ["teacher"]

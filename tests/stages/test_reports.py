@@ -59,10 +59,11 @@ def test_plan_times_add_up(tmp_path: Path) -> None:
     assert plan["teachers_ms"] > 0
     assert plan["student_ms"] > 0
     assert plan["live_over_cached"] == pytest.approx((plan["teachers_ms"] + plan["student_ms"]) / plan["student_ms"])
-    assert plan["images_per_second"] == pytest.approx(32 / plan["teachers_ms"] * 1e3)
+    assert plan["images_per_second"] == pytest.approx(32 / (plan["teachers_ms"] + plan["encode_ms"]) * 1e3)
     rows = 400 + 160 * 1.25  # two views, and the pilot with the quarter that measures it
-    assert plan["seconds"] == pytest.approx(plan["teachers_ms"] * rows / 32 / 1e3)
-    assert plan["break_even_epochs"] == pytest.approx(rows / 200)
+    batches = plan["teachers_ms"] * rows / 32, plan["encode_ms"] * 400 / 32
+    assert plan["seconds"] == pytest.approx(sum(batches) / 1e3)
+    assert plan["break_even_epochs"] == pytest.approx(rows / 200 + batches[1] / (plan["teachers_ms"] * 200 / 32))
     assert set(plan["targets"]) == {f"{t}/{tap}" for t in "ab" for tap in ("final", "ofd1", "ofd2", "ofd3", "logits")}
 
 
@@ -94,8 +95,10 @@ def test_inspect_draws_the_maps(tmp_path: Path) -> None:
     )
     page = Path(document["report"]).read_text(encoding="utf-8")
     assert Path(document["report"]) == tmp_path / "pages" / "deep" / "inspect.html"
-    ((width, height),) = pictures(page)
+    (width, height), (across, down) = pictures(page)
     assert width > height, "the image, and four maps of each teacher, in a row for each of six images"
+    assert down > across, "a contact sheet: two views of each of three images"
+    assert "<h2>Views of " in page
     assert fetches_nothing(page)
     for text in ("a/ofd1", "b/final", document["manifest"]["teachers"]["a"]["weights_sha256"]):
         assert text in page
@@ -128,7 +131,7 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     recipe = as_toml(digits_recipe(tmp_path, teachers=1), tmp_path / "recipe.toml")
     outcome = feedfast("train", recipe, "method.name=none", "train.source=none")
     page = (tmp_path / "student" / "report.html").read_text(encoding="utf-8")
-    assert len(pictures(page)) == 1
+    assert len(pictures(page)) == 2, "curves, and a contact sheet of the views"
     assert fetches_nothing(page)
     assert f"{outcome.document['val_accuracy']:.4g}" in page
     assert "zoo/wrn-10-1" in page

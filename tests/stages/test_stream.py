@@ -223,7 +223,7 @@ def test_only_the_wanted_targets_are_read(
     assert all(batch.targets == {} for batch in alone)
     shutil.copytree(recipe.cache.path, tmp_path / "c.zarr")
     shutil.rmtree(tmp_path / "c.zarr" / "targets" / "b" / "ofd1" / "codes" / "c")
-    damaged = feedfast.open_cache(tmp_path / "c.zarr")
+    damaged = feedfast.open_cache(tmp_path / "c.zarr", data=recipe.data.train)
     assert len(list(damaged.stream(taps=wanted))) == 1
     with pytest.raises(feedfast.CacheDamageError, match="targets/b/ofd1/codes"):
         damaged.stream()

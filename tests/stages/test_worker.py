@@ -120,3 +120,29 @@ def test_devices_name_the_key_that_was_given() -> None:
         pick_device("tpu", key="device")
     with pytest.raises(RequestError, match=r"^train\.device: expected"):
         pick_device("tpu")
+
+
+def test_a_group_is_made_on_its_own_device_and_left_on_every_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL puts a context of every rank on GPU 0 unless the device is set first."""
+    done: list[str] = []
+
+    class Store:
+        def add(self, *_: object) -> int:
+            return 1
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"set {device}"))
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, **more: done.append(f"{kind} {more['device_id']}"))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Store)
+    monkeypatch.setattr(dist, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "20000")
+    begun, device = ["set cuda:1", "nccl cuda:1"], torch.device("cuda:1")
+    with Worker(1, 2, 1).process_group(device):
+        assert done == begun
+    assert done == [*begun, "barrier", "destroyed"]
+    done.clear()
+    with pytest.raises(RequestError), Worker(1, 2, 1).process_group(device):
+        raise RequestError("x")
+    assert done == [*begun, "destroyed"]

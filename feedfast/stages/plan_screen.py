@@ -1,0 +1,138 @@
+"""What `feedfast plan` found, on one screen for a person; everything on it is in the JSON document too."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from feedfast.recipe import Recipe
+from feedfast.stages.progress import format_bytes
+
+WIDEST = 120
+
+
+def screen_width() -> int:
+    """Columns of the terminal on stderr, of a log file 100."""
+    console = Console(stderr=True)
+    return min(console.width, WIDEST) if console.is_terminal else 100
+
+
+def plan_screen(document: Mapping[str, Any], recipe: Recipe, folder: str, width: int) -> str:
+    """Tables of teachers and targets, and what follows from them.
+
+    Args:
+        document: of `run_plan`.
+        recipe: what was planned.
+        folder: whose free space it is.
+        width: columns; no line is longer.
+    """
+    views = recipe.cache.views
+    teachers = [
+        (
+            name,
+            entry["model"],
+            _top1(entry),
+            f"{entry['ms']:,.1f}",
+            format_bytes(entry["bytes_per_view"]),
+            format_bytes(entry["bytes"]),
+        )
+        for name, entry in document["teachers"].items()
+    ]
+    targets = [
+        (
+            name,
+            "x".join(map(str, entry["shape"])),
+            entry["codec"],
+            format_bytes(entry["bytes_per_sample"]),
+            format_bytes(entry["bytes_per_view"]),
+            format_bytes(entry["bytes"]),
+        )
+        for name, entry in document["targets"].items()
+    ]
+    per_sample, per_view, total = (document[key] for key in ("bytes_per_sample", "bytes_per_view", "bytes"))
+    targets.append(("all", "", "", format_bytes(per_sample), format_bytes(per_view), format_bytes(total)))
+    all_views = f"{views} view{'s' * (views > 1)}"
+    parts: list[RenderableType] = [
+        _table(("teacher", "model", "top-1", "ms/batch", "per view", all_views), teachers, left=2),
+        Text(),
+        _table(("target", "shape", "codec", "per sample", "per view", all_views), targets, left=1),
+        _facts(_sentences(document, recipe, folder)),
+    ]
+    console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False)
+    with console.capture() as captured:
+        console.print(Group(*parts))
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+def _top1(entry: Mapping[str, Any]) -> str:
+    if entry["top1"] is None:
+        return "–"
+    return f"{entry['top1']:.1%}" + (" !" if entry["near_chance"] else "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for number, name in enumerate(head):
+        # What names a row is never cut short; words of a user's are no markup.
+        justify = "left" if number < left else "right"
+        table.add_column(Text(name), justify=justify, no_wrap=number != 1, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _facts(sentences: Mapping[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row()
+    for name, sentence in sentences.items():
+        grid.add_row(Text(name), Text(sentence))
+    return grid
+
+
+def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict[str, str]:
+    """Key → what a person asks first: time, disk, break-even, accuracy, use."""
+    views, present = recipe.cache.views, document["bytes_present"]
+    needed = format_bytes(max(document["bytes"] - present, 0))
+    there = f" ({format_bytes(present)} are there already)" if present else ""
+    fit, ratio = document["views_that_fit"], document["live_over_cached"]
+    faster = "" if ratio is None else f"; a live step takes {ratio:.1f} times a cached one"
+    found = {
+        "time": f"{_duration(document['seconds'])} to cache {views} view{'s' * (views > 1)}, "
+        f"{document['images_per_second']:,.0f} images/s",
+        "disk": f"{needed} needed{there}, {format_bytes(document['free_bytes'])} free in {folder}: "
+        + (f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"),
+        "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "
+        f"{_count(document['break_even_runs'], 'run')} of this recipe" + faster,
+    }
+    rows = max(entry["top1_rows"] for entry in document["teachers"].values())
+    if rows:
+        found["top-1"] = f"on the first {rows:,} training images as augmented; ! = near chance"
+    found["recipe"] = f"{document['method']} with {recipe.student.model}: {document['unusable'] or 'can use it'}"
+    found["serves"] = ", ".join(document["serves"]) or "no method"
+    lacking: dict[str, list[str]] = {}
+    for name, reason in document["serves_not"].items():
+        lacking.setdefault(reason, []).append(name)
+    if lacking:
+        found["not"] = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in lacking.items())
+    if document["bf16_over_fp32"] is not None:
+        found["bf16"] = f"{document['bf16_over_fp32']:.1f} times the time of fp32 on this processor"
+    return found
+
+
+def _count(value: float, unit: str) -> str:
+    text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+    return f"{text} {unit}{'' if text == '1.0' else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

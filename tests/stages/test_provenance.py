@@ -1,0 +1,137 @@
+"""Who made a run, a cache or a page, and how: recorded, shown, escaped, and compared by nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import feedfast
+from small import as_toml, digits_recipe
+
+from feedfast.cache.manifest import read_manifest
+from feedfast.cache.schema import MAX_PASSES, differences
+from feedfast.provenance import Provenance, _commit, began_with, library_versions
+from feedfast.stages.folder import processes_of
+
+ODD = "<b>odd"  # a word of a command that no page may take for markup
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of one view, and a student that was stopped after two steps and continued."""
+    folder = tmp_path_factory.mktemp(ODD)
+    file = as_toml(digits_recipe(folder, ("cache.views=1", "train.epochs=1"), teachers=1), folder / "r.toml")
+    for arguments in (["cache"], ["train", "train.max_steps=2"], ["train"]):
+        command, *overrides = arguments
+        outcome = feedfast(command, file, *overrides)
+        assert outcome.code == 0, outcome.err
+    return folder
+
+
+def complete(entry: dict[str, Any], command: list[str]) -> None:
+    assert shlex.split(entry["command"])[1:] == command
+    assert entry["started"] < entry["ended"]
+    assert entry["versions"] == library_versions()
+    assert set(entry["versions"]) >= {"feedfast", "python", "torch", "triton", "nvidia-dali-cuda130", "zarr"}
+    assert entry["machine"]["cores"] >= 1
+    assert len(entry["machine"]["host"]) == 12
+
+
+def test_a_cache_names_the_jobs_that_wrote_to_it(made: Path) -> None:
+    """A job that finds nothing to do leaves no trace; one that adds a view does, and changes nothing else."""
+    path, file = made / "digits.zarr", made / "r.toml"
+    before = feedfast("inspect", path).document
+    (entry,) = before["manifest"]["passes"]
+    complete(entry, ["cache", str(file)])
+    assert entry["recipe"]["cache"]["path"] == str(path)
+    assert feedfast("cache", file).document["rows_written"] == 0
+    assert len(read_manifest(path).passes) == 1
+    assert feedfast("cache", file, "cache.views=2").code == 0
+    later = read_manifest(path)
+    complete(later.passes[1].model_dump(mode="json"), ["cache", str(file), "cache.views=2"])
+    assert later.passes[1].recipe is not None
+    assert later.passes[1].recipe["cache"]["views"] == 2
+    bare = later.model_copy(update={"passes": ()})
+    assert differences(later, bare) == []
+    arrays = ("samples/label", "views/order", "targets/a/final/codes", "targets/a/final/scale")
+    assert [later.digest_for(name) for name in arrays] == [bare.digest_for(name) for name in arrays]
+
+
+def test_a_run_names_the_processes_that_trained_it(made: Path) -> None:
+    out = made / "student"
+    result = json.loads((out / "result.json").read_text())
+    first, second = result["provenance"]
+    complete(first, ["train", str(made / "r.toml"), "train.max_steps=2"])
+    complete(second, ["train", str(made / "r.toml")])
+    assert first["recipe"]["train"]["max_steps"] == 2
+    assert [entry.model_dump(mode="json") for entry in processes_of(out)] == [first, second]
+    assert "provenance" not in feedfast("train", made / "r.toml").document, "nothing to train: nothing to record"
+    assert len(processes_of(out)) == 2
+    (out / "provenance.json").write_text('{"processes": [' * 5000)
+    assert processes_of(out) == ()
+
+
+def test_pages_show_it(made: Path, tmp_path: Path) -> None:
+    command = ("analyze", "reconstruction", made / "student", "--epochs", "1", "--limit", "64", "--out", tmp_path)
+    assert feedfast(*command).code == 0
+    inspected = feedfast("inspect", made / "digits.zarr", "--out", tmp_path)
+    assert " cache " in inspected.err.split("passes")[1]
+    pages = {
+        made / "student" / "report.html": "train",
+        tmp_path / "reconstruction.html": "analyze",
+        tmp_path / "inspect.html": "cache",
+    }
+    for path, word in pages.items():
+        text = path.read_text()
+        assert f"{word} " in text.split("was made</h2>")[1]
+        assert "&lt;b&gt;odd" in text
+        assert ODD not in text
+        assert library_versions()["torch"] in text
+    document = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert document["provenance"][0]["command"].split()[1:3] == ["analyze", "reconstruction"]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *who, "-C", folder, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_commit_of_the_working_folder(tmp_path: Path) -> None:
+    """Dirty by what is tracked alone: runs and caches lie in working folders too. Nothing outside of git."""
+    assert _commit(str(tmp_path)) == (None, None)
+    git(tmp_path, "init", "-q")
+    below = tmp_path / "below"
+    below.mkdir()
+    (below / "a").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    (tmp_path / "untracked").touch()
+    head = git(tmp_path, "rev-parse", "HEAD").strip()
+    assert _commit(str(below)) == (head, False)
+    (below / "a").write_text("2")
+    _commit.cache_clear()
+    assert _commit(str(below)) == (head, True)
+
+
+def test_the_first_and_the_newest_are_kept() -> None:
+    here = Provenance.begin()
+    known: tuple[Provenance, ...] = ()
+    for number in range(300):
+        job = here.model_copy(update={"started": f"{number:03}"})
+        known = began_with(known, job, MAX_PASSES)
+        known = began_with(known, job.finished(), MAX_PASSES)
+    assert [entry.started for entry in known] == ["000", *(f"{number:03}" for number in range(45, 300))]
+    assert all(entry.ended for entry in known)
+
+
+def test_doctor() -> None:
+    outcome = feedfast("doctor")
+    assert outcome.code == 0
+    assert outcome.document["versions"] == library_versions()
+    assert outcome.document["machine"]["cores"] >= 1
+    assert outcome.document["bf16"]["over_fp32"] > 0
+    assert "bf16 on the processor" in outcome.err
