@@ -50,7 +50,7 @@ from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
-from feedfast.stages.source import Source, open_source
+from feedfast.stages.source import Cached, Source, open_source
 from feedfast.stages.trainee import (
     Trainee,
     build_methods,
@@ -352,6 +352,7 @@ class StudentRun:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
             made = processes_of(self.out)
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
-            sheet = contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
+            stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
+            sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
             write_report(self.out, result, self.recipe.model_dump(mode="json"), made, sheet)
         return result

@@ -53,7 +53,10 @@ def bench_of(name: str) -> Any:
     return __import__(f"bench_{name}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("connector_partial_l2", "codes")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES])
 def test_a_tiny_run_says_everything(
     name: str, measure: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -298,6 +301,7 @@ def test_plots_are_drawn_from_rows(measure: Any, tmp_path: Path, capsys: pytest.
     assert plot_kernels.main(["--csv", str(tmp_path / "none.csv")]) == 2
 
 
+@pytest.mark.slow
 def test_the_cpu_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
     bench = runpy.run_path(str(BENCH / "bench_cpu_losses.py"))
     bench["main"](["--tiny", "--rounds", "1", "--threads", "1"])

@@ -208,6 +208,7 @@ def test_gpu_check_starts_from_a_bare_clone(gpu_check: Any, tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.slow
 def test_the_driver_of_the_sanitizer_calls_every_kernel(
     gpu_check: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def test_one_method_or_several() -> None:
 
 TEXTS = {
     "Teacher.name", "Teacher.model", "Teacher.taps", "Student.model", "MethodEntry.name", "Cache.part", "Train.device",
-    "Data.arrays", "Data.val_arrays", "Teacher.key", "Teacher.prefix", "Student.key", "Student.prefix",
+    "Data.arrays", "Data.val_arrays", "Data.augment", "Teacher.key", "Teacher.prefix", "Student.key", "Student.prefix",
 }  # fmt: skip
 PATHS = {"Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Train.out"}
 

@@ -231,6 +231,7 @@ def test_u8_loss_and_gradient(world: Path, tmp_path: Path) -> None:
     assert not torch.equal(ours, theirs), "codes were compared with themselves"
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_samples_apart(world: Path, tmp_path: Path) -> None:
     found = train(world, tmp_path / "long", epochs=20, lr=0.05)
     assert np.mean(found[-6:]) < 0.8 * np.mean(found[:6])

@@ -77,6 +77,7 @@ def test_a_stream_hands_out_two_labels(world: Path) -> None:
         _ = batch.labels
 
 
+@pytest.mark.slow
 def test_stored_pixels_come_with_their_labels(world: Path, tmp_path: Path) -> None:
     recipe = recipe_for(world, cache={"images": "stored", "path": str(tmp_path / "s.zarr")})
     run_cache(recipe)

@@ -281,6 +281,7 @@ def top1(file: Path, recipe: Recipe) -> float:
     return float((found == val["labels"]).mean())
 
 
+@pytest.mark.slow
 def test_one_cache_serves_any_number_of_seeds(world: Path, tmp_path: Path) -> None:
     """``train.seed`` moves the student's start and its adapters; data and views stay those of the cache."""
     losses = {}
