@@ -101,3 +101,17 @@ def test_paths_in_documents_exist() -> None:
             if path not in WRITTEN_BY_READERS and not any((root / path).exists() for root in (ROOT, ROOT / "feedfast"))
         ]
     assert gone == []
+
+
+def test_every_fault_is_pinned_by_a_test_that_exists() -> None:
+    lines = [
+        line for line in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
+    pinned = [
+        re.search(r"`([a-z]\w*/test_\w+\.py)::(test_\w+)` \|$", line) for line in lines if "pinned by" not in line
+    ]
+    assert len(pinned) == 18 + 22 + 12
+    for found in pinned:
+        assert found is not None
+        text = (ROOT / "tests" / found[1]).read_text(encoding="utf-8")
+        assert re.search(rf"^def {found[2]}\(", text, re.MULTILINE), found[0]
