@@ -39,6 +39,15 @@ class ResizedCrop(Options):
     ratio: tuple[FiniteFloat, FiniteFloat] = Field((3 / 4, 4 / 3), description="width over height, from and to")
 
 
+class ScaleJitter(Options):
+    """The image zoomed in or out and a window of it, black outside (torchvision's ScaleJitter and FixedSizeCrop)."""
+
+    op: Literal["scale-jitter"] = "scale-jitter"
+    scale: tuple[FiniteFloat, FiniteFloat] = Field(
+        (0.1, 2.0), description="zoom, from and to; at 1 the longer side fills the output"
+    )
+
+
 class Flip(Options):
     """Mirrored left to right."""
 
@@ -49,8 +58,8 @@ class Flip(Options):
 OPERATIONS: dict[str, type[Options]] = {
     str(kind.model_fields["op"].default): kind
     for kind in (
-        PadCrop, ResizedCrop, Flip, ops.ColorJitter, ops.Grayscale, ops.GaussianBlur, ops.Solarize, ops.RandomErasing,
-        ops.Affine, ops.Rotate, ops.RandAugment, ops.TrivialAugment, ops.AutoAugment, Mixup, CutMix,
+        PadCrop, ResizedCrop, ScaleJitter, Flip, ops.ColorJitter, ops.Grayscale, ops.GaussianBlur, ops.Solarize,
+        ops.RandomErasing, ops.Affine, ops.Rotate, ops.RandAugment, ops.TrivialAugment, ops.AutoAugment, Mixup, CutMix,
     )
 }  # fmt: skip
 """The tables that a list may hold, by ``op``."""
@@ -137,9 +146,9 @@ def plan_with(augment: str | Sequence[Mapping[str, Any]], *, seed: int, size: in
     else:
         tables = [_parsed(place, table) for place, table in enumerate(augment)]
     rest = list(tables)
-    crop = rest.pop(0) if rest and isinstance(rest[0], (PadCrop, ResizedCrop)) else None
+    crop = rest.pop(0) if rest and isinstance(rest[0], (PadCrop, ResizedCrop, ScaleJitter)) else None
     mirror = rest.pop(0) if rest and isinstance(rest[0], Flip) else None
-    late = [table.op for table in rest if isinstance(table, (PadCrop, ResizedCrop, Flip))]
+    late = [table.op for table in rest if isinstance(table, (PadCrop, ResizedCrop, ScaleJitter, Flip))]
     if late:
         raise RequestError(
             f"data.augment: expected at most one crop, then at most one flip, first; found {late[0]!r} later"
@@ -148,6 +157,8 @@ def plan_with(augment: str | Sequence[Mapping[str, Any]], *, seed: int, size: in
     fields: dict[str, Any] = {"pad": 0}  # no crop is a shift by nothing: the central square, resized
     if isinstance(crop, ResizedCrop):
         geometry, fields = "resized-crop-flip", {"scale": crop.scale, "ratio": crop.ratio}
+    elif isinstance(crop, ScaleJitter):
+        geometry, fields = "scale-jitter-flip", {"scale": crop.scale}
     elif isinstance(crop, PadCrop):
         fields = {"pad": crop.pad}
     fields["flip"] = mirror.p if isinstance(mirror, Flip) else 0.0

@@ -27,7 +27,7 @@ from feedfast.errors import RequestError
 
 __all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order", "pass_sizes"]
 
-Augment = Literal["pad-crop-flip", "resized-crop-flip", "none"]
+Augment = Literal["pad-crop-flip", "resized-crop-flip", "scale-jitter-flip", "none"]
 
 ALGORITHM = "philox4x64-10/1"
 """Generator and version of the mapping from words to parameters; any change below that moves a number raises it."""
@@ -60,10 +60,12 @@ class ViewPlan:
         seed: 0 <= seed < 2**64; one plan for a whole run.
         size: side of the square output in pixels.
         augment: ``"pad-crop-flip"`` shifts by up to ``pad`` pixels and fills with black; ``"resized-crop-flip"`` has
-            the distribution of torchvision's ``RandomResizedCrop``; ``"none"`` is the evaluation geometry.
+            the distribution of torchvision's ``RandomResizedCrop``; ``"scale-jitter-flip"`` zooms in and out, as
+            detectors are trained; ``"none"`` is the evaluation geometry.
         flip: probability of a horizontal flip (0 for ``"none"``, whatever is given).
         pad: largest shift of pad-crop in output pixels; -1 means ``size // 8`` (4 at CIFAR's 32).
-        scale: range of the crop's area as a fraction of the image's.
+        scale: range of the crop's area as a fraction of the image's; of scale jitter, of the zoom: at 1 the longer side
+            fills the output.
         ratio: range of the crop's width over height, drawn log-uniformly.
         granule: rows that stay together when a view is read again, a power of two up to 64 (`pass_order`).
         window: granules whose rows are mixed with each other then, at least 1.
@@ -94,7 +96,10 @@ class ViewPlan:
             low, high = (float(v) for v in getattr(self, name))
             _require(name, 0.0 < low <= high < math.inf, "0 < low <= high", getattr(self, name))
             object.__setattr__(self, name, (low, high))  # a list from a recipe compares equal to a tuple
-        _require("scale", self.scale[1] <= 1.0, "at most the whole image", self.scale)
+        zoomed = self.augment == "scale-jitter-flip"
+        most = 16.0 if zoomed else 1.0
+        expected = "a zoom from 1/16 to 16" if zoomed else "at most the whole image"
+        _require("scale", self.scale[1] <= most and (not zoomed or self.scale[0] >= 1 / most), expected, self.scale)
         _require("granule", self.granule in _GRANULES, f"one of {', '.join(map(str, _GRANULES))}", self.granule)
         _require("window", 1 <= self.window <= 1 << 16, "1 to 65536 granules", self.window)
         slots = sum(operation.slots for operation in self.pixel_operations)
@@ -223,7 +228,9 @@ class ViewPlan:
         the nearest allowed ratio). ``"pad-crop-flip"``: a ``size`` x ``size`` window shifted by up to ``pad`` pixels,
         which may leave the image. For an image of another size the window is the central square on its shorter side
         and the shift is scaled with it, so the augmentation looks the same after resizing; along the longer side a
-        shift then shows real pixels instead of padding. ``"none"``: the whole image.
+        shift then shows real pixels instead of padding. ``"scale-jitter-flip"``: torchvision's ``ScaleJitter`` and
+        ``FixedSizeCrop``, a square that is as much smaller than the image's longer side as it is zoomed in on, anywhere
+        in the image; where it is the larger one the image lies in its upper left corner. ``"none"``: the whole image.
 
         Args:
             view: which view, >= 0.
@@ -241,7 +248,11 @@ class ViewPlan:
         box_n4[:, 2:] = size_n2
         if self.augment == "none":
             return box_n4
-        fill = self._pad_crops if self.augment == "pad-crop-flip" else self._resized_crops
+        fill = {
+            "pad-crop-flip": self._pad_crops,
+            "resized-crop-flip": self._resized_crops,
+            "scale-jitter-flip": self._jitter_crops,
+        }[self.augment]
         by_id = np.argsort(ids_n, kind="stable")  # neighbors in id share drawn blocks; values do not depend on it
         for start in range(0, len(ids_n), _RUN_SAMPLES):
             part = by_id[start : start + _RUN_SAMPLES]
@@ -262,6 +273,12 @@ class ViewPlan:
         shift_n2 = _below(_words(self.seed, view, _CROP, 0, ids, 2), np.int64(2 * self.pad + 1)) - self.pad
         side = sizes.min(axis=1)
         corner_n2 = (sizes - side[:, None]) // 2 + np.rint(shift_n2 * (side[:, None] / self.size)).astype(np.int64)
+        return np.concatenate([corner_n2, np.stack([side, side], axis=1)], axis=1)
+
+    def _jitter_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        words = _words(self.seed, view, _CROP, 0, ids, 4)
+        side = np.maximum(np.rint(sizes.max(axis=1) / _between(words[:, 0], *self.scale)), 1).astype(np.int64)
+        corner_n2 = _below(words[:, 1:3], np.maximum(sizes - side[:, None], 0) + 1)
         return np.concatenate([corner_n2, np.stack([side, side], axis=1)], axis=1)
 
     def _resized_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from torchvision.transforms import (
     RandAugment,
     RandomErasing,
     TrivialAugmentWide,
+    v2,
 )
 from torchvision.transforms import functional as F
 
@@ -287,6 +288,29 @@ def test_a_draw_is_the_samples_own(place: int, seed: int, view: int, size: int, 
     )
 
 
+def test_scale_jitter_is_torchvisions() -> None:
+    """Zoom and window of a wide image, in source pixels, against what torchvision's two transforms do to it."""
+    plan = plan_with([{"op": "scale-jitter", "scale": [0.5, 2.0]}, {"op": "flip"}], seed=4, size=64, flip=0)
+    height, width = 120, 200
+    box = plan.crops(0, np.arange(COUNT), np.tile([[height, width]], (COUNT, 1)))
+    assert (box[:, 2] == box[:, 3]).all()
+    assert uniform(width / box[:, 2] + np.random.default_rng(0).uniform(-2e-3, 2e-3, COUNT), 0.5, 2.0)
+    tall = box[:, 2] > height
+    assert (box[tall, 0] == 0).all(), "the image at the top of a larger window"
+    jittered = np.random.default_rng(1).uniform(size=(COUNT, 2))  # a place of n + 1, spread over its own share
+    assert uniform((box[~tall, 0] + jittered[~tall, 0]) / (height - box[~tall, 2] + 1), 0, 1)
+    inside = box[:, 3] <= width
+    assert uniform((box[inside, 1] + jittered[inside, 1]) / (width - box[inside, 3] + 1), 0, 1)
+    image = torch.arange(height * width, dtype=torch.float32).reshape(1, height, width)
+    jitter = v2.ScaleJitter((64, 64), (1.25, 1.25), antialias=False)
+    shown = jitter(image)
+    side = round(width / 1.25)
+    assert max(shown.shape[1:]) == pytest.approx(64 * 1.25, abs=1), "torchvision: the longer side times the zoom"
+    assert 64 / side == pytest.approx(max(shown.shape[1:]) / width, rel=0.02), "the same pixels per pixel"
+    mirrored = plan.flips(0, np.arange(COUNT))
+    assert mirrored.mean() == pytest.approx(0.5, abs=0.02)
+
+
 def test_moves_are_described_by_their_names() -> None:
     for name, value, said in (
         ("translate-x", 7.0, "shifted 0,7"), ("translate-y", -3.0, "shifted -3,0"),
@@ -313,6 +337,7 @@ def test_moves_are_described_by_their_names() -> None:
     ([{"op": "grayscale"}, {"op": "flip"}], "at most one crop, then at most one flip, first; found 'flip'"),
     ([{"op": "mixup"}, {"op": "grayscale"}], "mixup and cutmix last"),
     ([{"op": "mixup"}, {"op": "cutmix"}], "at most 1 together"),
+    ([{"op": "scale-jitter", "scale": [0.01, 2]}], "view plan, scale: expected a zoom from 1/16 to 16"),
     ([{"op": "rand-augment", "count": 8}] * 3, "at most 16 steps"),
     ([{"op": "color-jitter", "hue": float("nan")}], "data.augment.0.hue"),
 ])  # fmt: skip
