@@ -72,10 +72,12 @@ class _Measured:
         top1: of the teachers on these batches.
         student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
         batch: rows of a batch.
+        pixels_per_second: images that the loader makes per second of a core's time, augmented.
     """
 
     batch: int
     top1: Accuracies
+    pixels_per_second: float
     compression: dict[str, float] = field(default_factory=dict)
     encode_ms: float = 0.0
     teacher_ms: dict[str, float] = field(default_factory=dict)
@@ -94,6 +96,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
         ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
         ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
@@ -163,6 +166,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "teachers_ms": teachers_ms,
         "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
+        "pixels_per_core_second": measured.pixels_per_second,
+        "view_bytes_per_row": view_row_bytes(mixed),
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / epoch_ms,
         "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
@@ -259,10 +264,10 @@ def _measure(
     usable: bool,
 ) -> _Measured:
     """Run teachers and student on a few batches; progress is shown."""
-    batches = _batches(recipe, data, device)
+    batches, pixels_per_second = _batches(recipe, data, device)
     first = batches[0].images
     outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in teachers.items()}
-    found = _Measured(len(first), Accuracies(outputs, len(data.classes)))
+    found = _Measured(len(first), Accuracies(outputs, len(data.classes)), pixels_per_second)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
@@ -280,7 +285,7 @@ def _measure(
                 _synchronize()
                 times.append((time.perf_counter() - begin) * 1e3 * len(first) / len(batch))
                 if number < len(batches):
-                    found.top1.update(name, logits, batch.labels)
+                    found.top1.update(name, logits, batch.annotations)
                 meter.advance(1, f"teacher {name}")
             found.teacher_ms[name] = float(np.median(times[1:]))
         try:
@@ -291,12 +296,21 @@ def _measure(
     return found
 
 
-def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> list[Batch]:
-    """The first batches of view 0, cut as the caching pass will cut them, without a short last one."""
+def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[Batch], float]:
+    """The first batches of view 0, cut as the caching pass will cut them, without a short last one.
+
+    Also how many images the loader makes per second of a core's time, over the same rows once more: its pipeline is
+    warm then, and nothing else runs.
+    """
     size = min(recipe.cache.batch, len(data))
     rows = np.arange(min(TIMED + 1, len(data) // size) * size)
     with pixel_loader(data, view_plan(recipe.data, recipe.seed), size, device, recipe.data.threads) as loader:
-        return list(loader.stream(0, rows))
+        batches = list(loader.stream(0, rows))
+        stream = loader.stream(0, np.tile(rows, 1 + 4 * size // len(rows) + 1))
+        next(stream)  # pays for the pipeline
+        begin, made = time.process_time(), sum(len(batch) for batch in stream)
+        seconds = time.process_time() - begin
+    return batches, made / max(seconds, 1e-6)
 
 
 def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int) -> tuple[float, float]:

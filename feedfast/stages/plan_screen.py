@@ -107,6 +107,8 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
     found = {
         "time": f"{_duration(document['seconds'])} to cache {views} view{'s' * (views > 1)}, "
         f"{document['images_per_second']:,.0f} images/s",
+        "pixels": f"{document['pixels_per_core_second']:,.0f} augmented images/s per core, "
+        f"{document['view_bytes_per_row']} bytes per row say what was done",
         "disk": f"{needed} needed{there}, {format_bytes(document['free_bytes'])} free in {folder}: "
         + (f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"),
         "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "

@@ -73,6 +73,17 @@ def test_the_numbers_belong_together(planned: tuple[dict[str, Any], str]) -> Non
     assert "ofd" in document["serves"]
     assert document["serves_not"].keys() == {"fitnet", "at", "vid"}
     assert (document["method"], document["unusable"]) == ("pfeed", "")
+    assert document["pixels_per_core_second"] > 100
+    assert document["view_bytes_per_row"] == 25
+
+
+def test_a_strong_view_is_planned_for(file: Path) -> None:
+    """Steps and mixing count per row, and mixed images have no top-1 of their own."""
+    listed = '[{op="pad-crop"},{op="rand-augment"},{op="mixup",alpha=1.0}]'
+    document = feedfast("plan", file, f"data.augment={listed}").document
+    assert document["view_bytes_per_row"] == 25 + 2 * 25 + 20
+    assert document["pixels_per_core_second"] > 0
+    assert {teacher["top1"] for teacher in document["teachers"].values()} == {None}
 
 
 def test_a_full_disk_is_a_sentence(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
