@@ -89,6 +89,7 @@ def run_part(part: Part) -> Details:
 def start_part(part: Part) -> subprocess.Popen[str]:
     """Start the command in a process group of its own; its stderr is ours."""
     environment = {**os.environ, **part.environment}
+    environment.pop("TRITON_INTERPRET", None)  # the parts are to compile their kernels
     return subprocess.Popen(
         part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -357,7 +358,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for file in filter(None, (options.json, options.csv)):
         file.parent.mkdir(parents=True, exist_ok=True)  # not after eight minutes
-    os.environ.pop("TRITON_INTERPRET", None)  # the parts are to compile their kernels
     major, _ = torch.cuda.get_device_capability()
     architecture = max((a for a in ARCHITECTURES if a <= 10 * major), default=ARCHITECTURES[0])
     # compiling takes most of the tests' time; but each process may hold maps of more than 2^31 elements, 15 GB of them
