@@ -59,6 +59,17 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> N
     monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Signals as a terminal leaves them: whoever starts the tests in the background has some of them ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def quick(value: object, *others: object) -> list[object]:
     """One of its kind in every run of the tests, the others in the long one."""
     return [value, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
