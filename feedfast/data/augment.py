@@ -21,7 +21,7 @@ from feedfast.data.steps import TABLE
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import RequestError
 
-__all__ = ["OPERATIONS", "PRESETS", "operations_of", "plan_with", "preset_notes"]
+__all__ = ["OPERATIONS", "PRESETS", "operations_of", "plan_with"]
 
 
 class PadCrop(Options):
@@ -116,11 +116,6 @@ PRESETS: dict[str, Preset] = {
         "halved",
     ),
 }  # fmt: skip
-
-
-def preset_notes() -> dict[str, str]:
-    """Preset → where it is from and how it departs from that."""
-    return {name: preset.note for name, preset in PRESETS.items()}
 
 
 def plan_with(augment: str | Sequence[Mapping[str, Any]], *, seed: int, size: int, flip: float) -> ViewPlan:

@@ -109,7 +109,7 @@ class Loader:
             raise RequestError(f"rows: expected a 1-D array of numbers from 0 to {len(self.dataset) - 1}")
         if start_batch < 0:
             raise RequestError(f"start_batch: expected at least 0, found {start_batch}")
-        return self._started(self._view(view), view, rows_n, start_batch, drop_last)
+        return self._started(self.work(view), view, rows_n, start_batch, drop_last)
 
     def evaluation(self, rows: NDArray[np.integer[Any]] | None = None) -> Iterator[Batch]:
         """Samples in id order: resize and central crop as in torchvision, see ``geometry.py``.
@@ -145,7 +145,8 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _view(self, view: int) -> Work:
+    def work(self, view: int) -> Work:
+        """All that is done to the samples of a view, in its order."""
         # A pass asks for the same view many times (pilot, resume, replay): the latest is kept, 25 bytes per sample.
         if self._latest_view is None or self._latest_view[0] != view:
             self._latest_view = (view, view_work(self.plan, self.dataset, view))

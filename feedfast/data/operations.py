@@ -76,6 +76,13 @@ class PixelOperation(Options):
     def _drawn(self, n: int) -> Drawn:
         return np.zeros((n, self.slots), np.uint8), np.zeros((n, self.slots, PARAMETERS), np.float32)
 
+    def _one_step(self, on: NDArray[np.bool_], code: str, values: NDArray[np.float64]) -> Drawn:
+        """The draw of an operation that is one step: ``code`` with ``values`` [n, k] where it is on, else identity."""
+        codes, parameters = self._drawn(len(on))
+        codes[:, 0] = np.where(on, CODE_OF[code], 0)
+        parameters[:, 0, : values.shape[1]] = np.where(on[:, None], values, 0)
+        return codes, parameters
+
 
 class ColorJitter(PixelOperation):
     """Brightness, contrast, saturation and hue in an order drawn per sample (torchvision's ColorJitter)."""
@@ -138,9 +145,7 @@ class Grayscale(PixelOperation):
         return (0, CODE_OF["saturation"])
 
     def draw(self, words: Words, size: int) -> Drawn:
-        codes, parameters = self._drawn(len(words))
-        codes[:, 0] = np.where(unit(words[:, 0]) < self.p, CODE_OF["saturation"], 0)
-        return codes, parameters
+        return self._one_step(unit(words[:, 0]) < self.p, "saturation", np.zeros((len(words), 1)))
 
 
 class GaussianBlur(PixelOperation):
@@ -168,11 +173,7 @@ class GaussianBlur(PixelOperation):
         return (0, CODE_OF["gaussian-blur"])
 
     def draw(self, words: Words, size: int) -> Drawn:
-        codes, parameters = self._drawn(len(words))
-        on = unit(words[:, 0]) < self.p
-        codes[:, 0] = np.where(on, CODE_OF["gaussian-blur"], 0)
-        parameters[:, 0, 0] = np.where(on, between(words[:, 1], *self.sigma), 0)
-        return codes, parameters
+        return self._one_step(unit(words[:, 0]) < self.p, "gaussian-blur", between(words[:, 1:2], *self.sigma))
 
 
 class Solarize(PixelOperation):
@@ -191,11 +192,7 @@ class Solarize(PixelOperation):
         return (0, CODE_OF["solarize"])
 
     def draw(self, words: Words, size: int) -> Drawn:
-        codes, parameters = self._drawn(len(words))
-        on = unit(words[:, 0]) < self.p
-        codes[:, 0] = np.where(on, CODE_OF["solarize"], 0)
-        parameters[:, 0, 0] = np.where(on, self.threshold, 0)
-        return codes, parameters
+        return self._one_step(unit(words[:, 0]) < self.p, "solarize", np.full((len(words), 1), float(self.threshold)))
 
 
 class RandomErasing(PixelOperation):
@@ -224,7 +221,6 @@ class RandomErasing(PixelOperation):
         return (0, CODE_OF["erase"])
 
     def draw(self, words: Words, size: int) -> Drawn:
-        codes, parameters = self._drawn(len(words))
         area = size * size * between(words[:, 1 : 1 + 2 * _ATTEMPTS : 2], *self.scale)
         ratio = np.exp(between(words[:, 2 : 2 + 2 * _ATTEMPTS : 2], math.log(self.ratio[0]), math.log(self.ratio[1])))
         height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -234,9 +230,7 @@ class RandomErasing(PixelOperation):
         top = np.floor(unit(words[:, -2]) * (size - height + 1))
         left = np.floor(unit(words[:, -1]) * (size - width + 1))
         on = (unit(words[:, 0]) < self.p) & fits.any(axis=1)
-        codes[:, 0] = np.where(on, CODE_OF["erase"], 0)
-        parameters[:, 0, :4] = np.where(on[:, None], np.stack([top, left, height, width], axis=1), 0)
-        return codes, parameters
+        return self._one_step(on, "erase", np.stack([top, left, height, width], axis=1))
 
 
 class _Warped(PixelOperation):
@@ -272,8 +266,6 @@ class Affine(_Warped):
         return (*([0] if self.p < 1 else []), CODE_OF["affine"])
 
     def draw(self, words: Words, size: int) -> Drawn:
-        codes, parameters = self._drawn(len(words))
-        on = unit(words[:, 0]) < self.p
         shift = [np.rint(between(words[:, 2 + i], -s * size, s * size)) for i, s in enumerate(self.translate)]
         matrix = affine(
             size,
@@ -283,9 +275,7 @@ class Affine(_Warped):
             scale=between(words[:, 4], *self.scale),
             shear_x=between(words[:, 5], -self.shear, self.shear),
         )
-        codes[:, 0] = np.where(on, CODE_OF["affine"], 0)
-        parameters[:, 0] = np.where(on[:, None], matrix, 0)
-        return codes, parameters
+        return self._one_step(unit(words[:, 0]) < self.p, "affine", matrix)
 
 
 class Rotate(_Warped):
@@ -303,12 +293,8 @@ class Rotate(_Warped):
         return (*([0] if self.p < 1 else []), CODE_OF["affine"])
 
     def draw(self, words: Words, size: int) -> Drawn:
-        codes, parameters = self._drawn(len(words))
-        on = unit(words[:, 0]) < self.p
-        codes[:, 0] = np.where(on, CODE_OF["affine"], 0)
         turned = affine(size, degrees=-between(words[:, 1], -self.degrees, self.degrees))
-        parameters[:, 0] = np.where(on[:, None], turned, 0)
-        return codes, parameters
+        return self._one_step(unit(words[:, 0]) < self.p, "affine", turned)
 
 
 class RandAugment(_Warped):

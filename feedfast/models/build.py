@@ -126,12 +126,7 @@ def _torchvision(
     known = tv.list_models(module=tv)
     if rest not in known:
         raise RequestError(f"model torchvision/{rest} is not known" + _close("torchvision/", rest, known))
-    published = tv.get_model_weights(rest)
-    chosen: Any = None
-    if weights is not None and str(weights) == "":
-        chosen = published.DEFAULT
-    elif weights is not None and str(weights) in published.__members__:
-        chosen = published[str(weights)]
+    chosen = named_weights(rest, weights)
     options: dict[str, Any] = {"aux_logits": False} if rest in _AUXILIARY else {}
     if chosen is None:
         if num_classes is not None:
@@ -155,6 +150,14 @@ def _torchvision(
     except Exception as error:
         raise _unfetched(f"torchvision/{rest}", chosen.url, error) from error
     return model, None
+
+
+def named_weights(rest: str, weights: str | Path | None) -> Any:
+    """The set of torchvision's published weights that is asked for: "" its default, or one's name; None otherwise."""
+    published = importlib.import_module("torchvision.models").get_model_weights(rest)
+    if weights is not None and str(weights) == "":
+        return published.DEFAULT
+    return None if weights is None else published.__members__.get(str(weights))
 
 
 def published_file(rest: str, weights: str | Path | None) -> Any:

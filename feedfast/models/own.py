@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from feedfast.models.build import published_file
+from feedfast.models.build import named_weights, published_file
 
 Triple = tuple[float, float, float]
 
@@ -61,15 +61,7 @@ def own_input(name: str, weights: str | Path | None, model: nn.Module | None = N
 
 
 def _torchvision(rest: str, weights: str | Path | None) -> OwnInput | None:
-    tv = importlib.import_module("torchvision.models")
-    published = tv.get_model_weights(rest)
-    chosen: Any = None
-    if weights is not None and str(weights) == "":
-        chosen = published.DEFAULT
-    elif weights is not None and str(weights) in published.__members__:
-        chosen = published[str(weights)]
-    elif weights is not None:
-        chosen = published_file(rest, weights)
+    chosen = named_weights(rest, weights) or published_file(rest, weights)
     if chosen is not None:
         made = chosen.transforms()
         mean, std = tuple(map(float, made.mean)), tuple(map(float, made.std))

@@ -6,9 +6,7 @@ A cache is named by its manifest. Whether a recipe agrees with one is asked in `
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from feedfast.cache.schema import (
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError
+from feedfast.provenance import library_versions
 from feedfast.stages.data import PYTHON, Selection
 
 PACKAGES = (
@@ -37,15 +36,9 @@ PACKAGES = (
 )
 
 
-def library_versions() -> dict[str, str | int | float | bool | None]:
+def decisive_versions() -> dict[str, str | int | float | bool | None]:
     """Versions of what decides numbers, for the manifest and for messages."""
-    found: dict[str, str | int | float | bool | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return dict(library_versions(PACKAGES))
 
 
 def dataset_info(chosen: Selection, data: Dataset) -> DatasetInfo:
@@ -85,7 +78,7 @@ def changed_versions(manifest: Manifest, decoder: Mapping[str, Any]) -> dict[str
         decoder: what this job's loader says of itself.
     """
     there = {**manifest.versions, **manifest.decoder.versions}
-    here = {**library_versions(), **decoder_info(decoder).versions}
+    here = {**decisive_versions(), **decoder_info(decoder).versions}
     both = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys())}
     return {key: (old, new) for key, (old, new) in both.items() if old != new}
 

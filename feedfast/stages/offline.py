@@ -51,7 +51,7 @@ from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
 from feedfast.stages.folder import ensure_dir
-from feedfast.stages.identity import dataset_info, decoder_info, library_versions, plan_info, refuse_differences
+from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
 from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter, format_bytes
@@ -259,7 +259,7 @@ class OfflineRun:
             shard_bytes=held.shard_bytes if held else int(recipe.cache.shard_mb * 2**20),
             batch_rows=recipe.cache.batch,
             teachers=teachers,
-            versions=library_versions(),
+            versions=decisive_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             folder=self.path.stat().st_ino,
         )

@@ -13,7 +13,7 @@ from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.steps import describe
 from feedfast.data.views import ViewPlan
-from feedfast.data.work import Work, view_work
+from feedfast.data.work import Work
 from feedfast.errors import FeedfastError
 from feedfast.report.run import figure_html
 
@@ -53,15 +53,16 @@ def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
     """
     from matplotlib.figure import Figure
 
-    shown = data.ids[np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(np.int64)]
+    shown = np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(np.int64)
     count = min(views or VIEWS, VIEWS)
     figure = Figure(figsize=(2.1 * count, 2.9 * len(shown)))
     axes = figure.subplots(len(shown), count, squeeze=False)
     try:
         with Loader(data, plan, batch_size=len(shown), threads=1) as loader:
             for view in range(count):
-                rows = _rows_of(plan.order(view, data.ids), shown)
-                work = view_work(plan, data, view).rows(rows)
+                whole = loader.work(view)
+                rows = _rows_of(whole.positions, shown)
+                work = whole.rows(rows)
                 images = next(iter(loader.stream(view, rows))).images.numpy()
                 for place in range(len(shown)):
                     axis = axes[place][view]
@@ -75,12 +76,13 @@ def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
     except FeedfastError as error:
         log.warning("contact sheet: images not shown: %s", error)
         return ""
-    names = ", ".join(html.escape(data.name(int(np.searchsorted(data.ids, number)))) for number in shown)
+    names = ", ".join(html.escape(data.name(position)) for position in shown.tolist())
     return f"<h2>Views of {names}</h2>" + figure_html(figure)
 
 
-def _rows_of(order: NDArray[np.uint32], ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+def _rows_of(positions: NDArray[np.int64], shown: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows of a view in which samples lie."""
-    by_id = np.argsort(order)
-    rows: NDArray[np.int64] = by_id[np.searchsorted(order, ids, sorter=by_id)]
+    row_of = np.empty(len(positions), np.int64)
+    row_of[positions] = np.arange(len(positions))
+    rows: NDArray[np.int64] = row_of[shown]
     return rows
