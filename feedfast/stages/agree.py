@@ -121,21 +121,12 @@ def refuse_other_outputs(
         stored = found.teachers.get(name)
         if stored is None:
             continue
-        own = {
-            "model": teacher.source,
-            "weights_sha256": teacher.weights_sha256,
-            "bn": teacher.bn,
-            "precision": teacher.precision,
-            "mean": teacher.mean,
-            "std": teacher.std,
-            "size": 0 if teacher.size == loader.plan.size else teacher.size,
-        }
         asked = {
             "dataset": dataset,
             "plan": plan_info(loader.plan),
             "decoder": decoder_info(loader.describe()),
             "batch_rows": loader.batch_size,
-            "teachers": {name: stored.model_copy(update=own)},
+            "teachers": {name: stored.model_copy(update=teacher.described(loader.plan.size))},
         }
         if not differences(found.model_copy(update=asked), found):
             refuse_other_probe(name, teacher.precision, stored.probe, probes[name])
@@ -177,12 +168,12 @@ def _refuse_other(path: Path, teacher: str, known: TapInfo, asked: dict[str, Any
 
 def _asked(spec: recipes.Teacher, built: FrozenTeacher | None, stored: TeacherInfo, size: int) -> TeacherInfo:
     """The manifest's entry of a teacher, with what the recipe says of it; ``size`` is the views'."""
-    own: dict[str, Any] = {"model": spec.model, "bn": spec.bn, "precision": spec.precision}
     if built is not None:
-        own |= {"mean": built.mean, "std": built.std, "size": 0 if built.size == size else built.size}
-        if not published_weights(spec.model, spec.weights):
-            own["weights_sha256"] = built.weights_sha256
+        own = built.described(size)
+        if published_weights(spec.model, spec.weights):  # built without them
+            del own["weights_sha256"]
     else:
+        own = {"model": spec.model, "bn": spec.bn, "precision": spec.precision}
         own |= {key: value for key, value in (("mean", spec.mean), ("std", spec.std)) if value is not None}
         own |= {"size": 0 if spec.size == size else spec.size} if spec.size else {}
     return stored.model_copy(update=own)

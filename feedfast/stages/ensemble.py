@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,18 @@ class FrozenTeacher:
         out = {name: _channels_last(value.float()) for name, value in maps.items()}
         out[LOGITS] = logits.float().contiguous()
         return out
+
+    def described(self, side: int) -> dict[str, Any]:
+        """What a manifest says of it but for name, taps and what is measured; ``side`` is the views', in pixels."""
+        return {
+            "model": self.source,
+            "weights_sha256": self.weights_sha256,
+            "bn": self.bn,
+            "precision": self.precision,
+            "mean": self.mean,
+            "std": self.std,
+            "size": 0 if self.size == side else self.size,
+        }
 
     def tap_info(self, name: str) -> TapInfo:
         """What a method needs to know of a tap."""

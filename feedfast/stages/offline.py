@@ -237,13 +237,7 @@ class OfflineRun:
             )
             teachers[name] = TeacherInfo(
                 name=name,
-                model=teacher.source,
-                weights_sha256=teacher.weights_sha256,
-                bn=teacher.bn,
-                precision=teacher.precision,
-                mean=teacher.mean,
-                std=teacher.std,
-                size=0 if teacher.size == recipe.data.size else teacher.size,
+                **teacher.described(recipe.data.size),
                 taps=taps,
                 probe=self.probes.get(name, {}),
                 **dict(zip(("top1", "top1_rows"), self.pilot_accuracy.of(name), strict=True)),
