@@ -40,9 +40,9 @@ __all__ = [
     "OTHER_EXTENSIONS",
     "Unreadable",
     "encoded_header",
+    "file_header",
     "for_dali",
     "full_check",
-    "image_size",
     "looks_like",
     "read_image",
     "scan_images",
@@ -114,16 +114,12 @@ def looks_like(path: Path | str) -> tuple[str | None, str | None]:
     return format_of(head), other_format_of(head)
 
 
-def image_size(path: Path | str) -> tuple[int, int]:
-    """Height and width of an image file after EXIF orientation, see `encoded_header`.
+def file_header(path: Path | str) -> Header:
+    """What an image file is, see `encoded_header`; height and width after EXIF orientation come first.
 
     Raises:
         Unreadable: as `encoded_header`, or the file cannot be opened.
     """
-    return _file_header(path)[:2]
-
-
-def _file_header(path: Path | str) -> Header:
     try:
         with open_image(path) as file:
             return encoded_header(file)
@@ -227,7 +223,7 @@ def scan_images(
         bad, said = [], []
         for i in range(first, min(first + _FILES_PER_TASK, len(paths))):
             try:
-                header = _file_header(paths[i])
+                header = file_header(paths[i])
                 if full:
                     full_check(paths[i])
             except Unreadable as why:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from feedfast.data import headers
 from feedfast.data.dataset import open_dataset
 from feedfast.data.headers import CMYK_UNMARKED, GRAY_16
-from feedfast.data.images import Unreadable, encoded_header, image_size
+from feedfast.data.images import Unreadable, encoded_header, file_header
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
@@ -171,7 +171,7 @@ def test_what_would_differ_is_refused(tmp_path: Path, which: str) -> None:
     content, said = REFUSED[which]
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(Unreadable, match=said):
-        image_size(tmp_path / "x.png")
+        file_header(tmp_path / "x.png")
 
 
 CUT = [name for name in READ if name.rsplit(".")[-1] not in ("jpg", "gif", "png") and name != "pages.tif"]
