@@ -6,7 +6,7 @@ plain are taken seed by seed, and their interval is Student's t at 95 % over the
 
     python bench/bench_methods.py DATA [--out runs/methods] [--limit 100] [--views 4] [--epochs 12] [--seeds 3]
     python bench/bench_methods.py DATA --curves       accuracy against the number of views and against the codec
-    python bench/bench_methods.py DATA --augments     students of stronger views, from --views stored ones and live
+    python bench/bench_methods.py DATA --augments     students of stronger views: --views stored ones, or all new
     python bench/bench_methods.py DATA --steps        step over plain, targets in RAM, variants alternating
     python bench/bench_methods.py DATA --summary      no run, only the tables and plots of what there is
 
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 BRANCHES = {"ekd": 3}
 CURVES = ("plain", "kd", "pfeed", "ofd")
-VIEWS = (1, 2, 4, 8, 0)  # 0 = a new view every epoch, with live teachers
+VIEWS = (1, 2, 4, 8)  # and as many as epochs: what live teachers see, cached once for all of these students
 CODECS = ("f32", "f16", "u8", "u4")
 # CIFAR's crop and flip, and what is added to it
 BASE: list[dict[str, Any]] = [{"op": "pad-crop", "pad": 4}, {"op": "flip"}]
@@ -396,9 +396,11 @@ def plot_curves(rows: list[dict[str, str]], path: Path) -> list[str]:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     of_views = [row for row in rows if row["codec"] == "u8"]
+    stored = sorted({int(row["views"]) for row in of_views})
+    counts = [*(n for n in stored if n), *(n for n in stored if not n)]
     for variant in CURVES:
         for axis, key, values, chosen in (
-            (left, "views", [str(v) for v in VIEWS], of_views),
+            (left, "views", [str(n) for n in counts], of_views),
             (right, "codec", list(CODECS), [row for row in rows if row["views"] == "4"]),
         ):
             by = {
@@ -411,8 +413,8 @@ def plot_curves(rows: list[dict[str, str]], path: Path) -> list[str]:
             means = [statistics.mean(by[values[p]]) for p in places]
             spreads = [statistics.stdev(by[values[p]]) if len(by[values[p]]) > 1 else 0.0 for p in places]
             axis.errorbar(places, means, spreads, label=variant, marker="o", capsize=3)
-            axis.set_xticks(range(len(values)), ["new each epoch" if v == "0" else v for v in values])
-    left.set_xlabel("stored views")
+            axis.set_xticks(range(len(values)), ["live" if v == "0" else v for v in values])
+    left.set_xlabel(f"stored views, of {rows[0]['epochs']} epochs")
     right.set_xlabel("codec of the maps, 4 views")
     left.set_ylabel("accuracy of the student, %")
     left.legend()
@@ -440,7 +442,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--curves", action="store_true")
-    parser.add_argument("--augments", action="store_true")
+    parser.add_argument("--augments", nargs="*", choices=list(AUGMENTS), help="which; none named = all")
+    parser.add_argument("--live", action="store_true", help="curves with live teachers only: do they agree?")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args(argv)
@@ -451,21 +454,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     document: dict[str, Any] = {}
     if not args.summary:
         teachers = statistics.mean(train_teachers(args, tree))
-        most = max(*VIEWS, args.views) if args.curves else args.views
-        for codec in CODECS if args.curves else ("u8",):
+        asked = args.augments or list(AUGMENTS)
+        most = max(*VIEWS, args.epochs) if args.curves else args.views
+        codecs = CODECS if args.curves and not args.live else ("u8",)
+        for codec in codecs if args.augments is None else ():
             run_cache(parse_recipe({**tree, "cache": cache_of(tree, codec, most if codec == "u8" else args.views)}))
         if args.steps:
             document["step_over_plain"] = bench_steps(args, tree, [name for name in args.methods if name != "plain"])
         else:
             jobs = [("crop-flip", name, args.views, "u8") for name in args.methods]
             if args.curves:
-                jobs = [("crop-flip", variant, number, "u8") for number in VIEWS for variant in CURVES]
-                jobs += [("crop-flip", variant, args.views, codec) for codec in CODECS for variant in CURVES[1:]]
-            if args.augments:
-                both = (args.views, 0)
-                jobs = [(name, variant, number, "u8") for name in AUGMENTS for variant in CURVES for number in both]
-                for name in AUGMENTS:
-                    run_cache(parse_recipe(augmented(tree, name)))
+                counts = [0] if args.live else list(dict.fromkeys([args.views, *VIEWS, args.epochs]))
+                jobs = [("crop-flip", variant, number, "u8") for number in counts for variant in CURVES]
+                jobs += [("crop-flip", variant, args.views, codec) for codec in codecs for variant in CURVES[1:]]
+            if args.augments is not None:
+                both = (args.views, args.epochs)
+                jobs = [(name, variant, number, "u8") for name in asked for variant in CURVES for number in both]
+                for name in asked:
+                    run_cache(parse_recipe(augmented({**tree, "cache": cache_of(tree, "u8", args.epochs)}, name)))
             run_variants(args, tree, list(dict.fromkeys(jobs)), images, teachers)
     document["settings"] = []
     for setting, rows in settings_of(args.results).items():
@@ -482,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             slug = "-".join(setting).lower().replace(" ", "-")
             found["plots"] = plot_curves(curves, args.results.with_name(f"methods_curves-{slug}.svg"))
         stronger = [row for row in everything if row["variant"] in CURVES and row["codec"] == "u8"]
-        stronger = [row for row in stronger if row["views"] in (str(args.views), "0")]
+        stronger = [row for row in stronger if row["views"] in (str(args.views), row["epochs"], "0")]
         if len({row["augment"] for row in stronger}) > 1:
             found["augments"] = summarize(stronger, ("augment", "variant", "views"))
             show(f"stronger views: {words}", found["augments"], ("augment", "variant", "views"))
