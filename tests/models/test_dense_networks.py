@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,17 @@ def test_deeplab_is_the_authors() -> None:
     torch.testing.assert_close(logits, expected)
     # at a side of 16n+1 the grids nest: every fourth place of the decoder's is one of the pyramid's
     assert [m.shape[2] for m in maps.values()] == [33, 17, 9, 9, 9, 33]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side", "values"),
+    [("zoo/deeplabv3plus-resnet101", 513, 14_307_584), ("zoo/ssd300-resnet50", 300, 1_723_648), (SSD, 300, 614_528)],
+)
+def test_an_images_taps_have_as_many_values_as_the_authors_networks(name: str, side: int, values: int) -> None:
+    model = build_model(name, seed=0).eval()
+    shapes = Tapped(model, preset_taps(model, "ofd"), images(side, batch=1)).shapes.values()
+    assert sum(math.prod(shape) for shape in shapes) == values
 
 
 @pytest.mark.parametrize(
