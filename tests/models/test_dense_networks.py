@@ -198,7 +198,9 @@ def test_margins_come_from_the_norm_that_made_the_map(name: str) -> None:
             torch.testing.assert_close(maps[tap.name].std((0, 2, 3), correction=0), gamma, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [*SMALL, *(f"torchvision/{n}" for n in ("lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"))]
+)
 def test_gradients_reach_every_parameter(name: str) -> None:
     model = build(name).train()
     output, _ = Tapped(model, preset_taps(model, "ofd"), images(65))(images(65))
