@@ -53,8 +53,8 @@ log = logging.getLogger("feedfast.bench")
 
 RESULTS = Path(__file__).with_name("results_methods.csv")
 COLUMNS = (
-    "date", "commit", "device", "torch", "images", "epochs", "batch", "augment", "variant", "views", "codec", "seed", "accuracy",
-    "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
+    "date", "commit", "device", "torch", "images", "epochs", "batch", "augment", "variant", "views", "codec", "seed",
+    "accuracy", "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
 )  # fmt: skip
 TAPS = ["final", "ofd", "stage"]
 SETTING = ("device", "images", "epochs", "batch")

@@ -44,6 +44,7 @@ _MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
 _MAX_NUMBER: Final = 1e18  # two of them multiplied are a float32 still
 _MANY_PARTS: Final = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
+TaskName = Literal["classify", "segment", "detect"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -100,6 +101,9 @@ class Data(_Section):
     )
     val_arrays: Arrays = Field((), description="the same for `val`; none = as `arrays`")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
+    val_size: int = Field(
+        0, ge=0, le=4096, description="the same for validation, for networks that take any size; 0 = as `size`"
+    )
     augment: str | tuple[dict[str, Any], ...] = Field(
         "pad-crop-flip",
         description="pad-crop-flip: shifted by up to size // 8 pixels, as on CIFAR; resized-crop-flip: a random part "
@@ -214,6 +218,10 @@ class Student(_Section):
     )
     key: str = Field("", description="as of a teacher")
     prefix: str = Field("", description="as of a teacher")
+    backbone: PathText | None = Field(
+        None,
+        description="a classifier's weights to start the backbone of a dense network from, \"\" = the published ones",
+    )
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
     )
@@ -237,6 +245,15 @@ def _one_or_several(value: Any) -> Any:
 
 
 Methods = Annotated[tuple[MethodEntry, ...], BeforeValidator(_one_or_several)]
+
+
+class Task(_Section):
+    """What is learned, apart from whom it is learned from."""
+
+    name: TaskName = Field(
+        "classify", description="classes of images, of pixels, or of boxes; docs/dense.md has the latter two"
+    )
+    weight: float = Field(1.0, ge=0, description="of the task's own loss, next to the methods' terms")
 
 
 class Train(_Section):
@@ -297,6 +314,7 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**63, description="the view plan's: order, windows, flips")
     overwrite: bool = Field(False, description="start afresh where a result lies, instead of continuing it")
     data: Data = Field(description="the images")
+    task: Task = Field(Task(), description="what is learned")
     cache: Cache = Field(Cache(), description="what is stored")
     teachers: tuple[Teacher, ...] = Field((), description="one [[teachers]] per teacher")
     student: Student = Field(Student(), description="the network that is trained")
@@ -464,7 +482,7 @@ def _element(node: list[Any], index: str, key: str) -> Any:
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": MethodEntry,
+    "": Recipe, "data": Data, "task": Task, "cache": Cache, "teachers": Teacher, "student": Student, "method": MethodEntry,
     "train": Train, "chain": Chain,
 }  # fmt: skip
 

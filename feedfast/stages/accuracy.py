@@ -31,12 +31,13 @@ class Accuracies:
         self.classes = classes
         self._metrics = {name: Top1() for name, count in outputs.items() if classes > 1 and count == classes}
 
-    def update(self, teacher: str, logits: Tensor, labels: Tensor | Mixed) -> None:
+    def update(self, teacher: str, logits: Tensor | None, labels: Tensor | Mixed) -> None:
         """Take logits [B, K] and labels int64 [B], -1 = unlabeled, into account; of mixed images those that are not."""
+        if teacher not in self._metrics or logits is None:
+            return
         if not isinstance(labels, Tensor):
             labels = torch.where(labels.weight == 1, labels.first, -1)
-        if teacher in self._metrics:
-            self._metrics[teacher].update(logits, labels.to(logits.device))
+        self._metrics[teacher].update(logits, labels.to(logits.device))
 
     def of(self, teacher: str) -> tuple[float | None, int]:
         """Top-1 in 0..1 and the number of labeled rows it is of; None and 0 where nothing was counted."""

@@ -86,10 +86,16 @@ class Trainee(nn.Module):
     """Student, task and methods: images and targets in, losses out."""
 
     def __init__(
-        self, normalize: Normalize, tapped: nn.Module, task: Task, methods: nn.ModuleList, entries: Sequence[Entry]
+        self,
+        normalize: Normalize,
+        tapped: nn.Module,
+        task: Task,
+        methods: nn.ModuleList,
+        entries: Sequence[Entry],
+        task_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.normalize, self.tapped, self.task = normalize, tapped, task
+        self.normalize, self.tapped, self.task, self.task_weight = normalize, tapped, task, task_weight
         self.methods, self.entries = methods, entries
 
     def forward(
@@ -114,7 +120,9 @@ class Trainee(nn.Module):
         student = StudentOutput(output, taps)
         if ids is not None and any(method.remembers for method in methods):
             student.ids = torch.from_numpy(ids.astype(np.int64)).to(images.device)
-        return losses_of(self.task, self.entries, methods, student, targets, annotations, progress)
+        return losses_of(
+            self.task, self.entries, methods, student, targets, annotations, progress, task_weight=self.task_weight
+        )
 
 
 def losses_of(
@@ -125,9 +133,11 @@ def losses_of(
     targets: Targets,
     annotations: Any,
     progress: float,
+    *,
+    task_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached."""
-    task_weight = math.prod(method.task_weight(progress) for method in methods)
+    task_weight *= math.prod(method.task_weight(progress) for method in methods)
     fusing = next((n for n, method in enumerate(methods) if method.fuses and isinstance(task, method.fuses)), None)
     terms: dict[str, Tensor] = {}
     if fusing is None:
@@ -167,6 +177,7 @@ def build_student(asked: recipes.Student, classes: int, seed: int) -> nn.Module:
             key=asked.key,
             prefix=asked.prefix,
             new_head=True,
+            backbone=asked.backbone,
         )
     seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
     networks = [build_model(asked.model, num_classes=classes, seed=int(s)) for s in seeds]
@@ -200,7 +211,7 @@ def build_methods(
     entries: Sequence[Entry],
     student: Shapes,
     teachers: Teachers,
-    outputs: tuple[int, ...] | None,
+    outputs: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
     seed: int,
     samples: tuple[Tensor, Tensor] | None = None,
 ) -> nn.ModuleList:
@@ -228,14 +239,15 @@ def build_methods(
     for entry in entries:
         if LOGITS not in entry.kind.needs:
             continue
-        if outputs is None or len(outputs) != 1:
-            found = "no tensor" if outputs is None else f"{list(outputs)} per sample"
+        if not isinstance(outputs, tuple) or len(outputs) not in (1, 3):
+            found = "no tensor" if not isinstance(outputs, tuple) else f"{list(outputs)} per sample"
             raise RequestError(
                 f"method.name: {entry.kind.name!r} compares logits, "
-                f"expected a student that returns them as [batch, class], found {found}"
+                f"expected a student that returns them as [batch, class] or per pixel, found {found}"
             )
         for name, infos in teachers.items():
-            if infos[LOGITS].shape != outputs:
+            theirs = infos[LOGITS].shape
+            if theirs[0] != outputs[0] or len(theirs) != len(outputs):
                 raise RequestError(
                     f"method.name: {entry.kind.name!r} compares classes one by one, "
                     f"expected {outputs[0]} in every teacher, found {infos[LOGITS].shape[0]} in {name!r}"
