@@ -220,7 +220,7 @@ class Student(_Section):
     prefix: str = Field("", description="as of a teacher")
     backbone: PathText | None = Field(
         None,
-        description="a classifier's weights to start the backbone of a dense network from, \"\" = the published ones",
+        description='a classifier\'s weights to start the backbone of a dense network from, "" = the published ones',
     )
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"

@@ -149,14 +149,17 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class, ...]."""
+        """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class, ...].
+
+        Logits of pixels come along where they are not served, too: they show whether the network knows its images.
+        """
         pixels = self.normalize(images.to(self.device, non_blocking=True))
         if pixels.shape[2:] != (self.size, self.size):
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits, maps = self.tapped(pixels)
         out = {name: _channels_last(value.float()) for name, value in maps.items()}
-        if LOGITS in self.shapes:
+        if isinstance(logits, Tensor):
             out[LOGITS] = _channels_last(logits.float())
         return out
 
@@ -363,8 +366,9 @@ def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) ->
 
 
 def accuracies(teachers: Mapping[str, FrozenTeacher], classes: int) -> Accuracies:
-    """To be told what teachers say of labeled images; dense ones are not asked."""
-    return Accuracies({name: teacher.classes for name, teacher in teachers.items() if not teacher.dense}, classes)
+    """To be told what teachers say of labeled images or pixels; detectors are not asked."""
+    asked = {name: teacher.classes for name, teacher in teachers.items() if isinstance(teacher.tapped.outputs, tuple)}
+    return Accuracies(asked, classes)
 
 
 def method_taps(teachers: Mapping[str, FrozenTeacher]) -> dict[str, dict[str, TapInfo]]:

@@ -64,7 +64,9 @@ def _refuse_task(recipe: Recipe, entries: Sequence[Entry]) -> None:
     for entry in entries:
         refuse_dense(entry.kind, recipe.task.name)
     if recipe.task.name != "classify" and recipe.student.branches > 1:
-        raise RequestError(f"student.branches: expected 1 for task {recipe.task.name!r}, found {recipe.student.branches}")
+        raise RequestError(
+            f"student.branches: expected 1 for task {recipe.task.name!r}, found {recipe.student.branches}"
+        )
 
 
 def _refuse_mixed(recipe: Recipe, entries: Sequence[Entry]) -> None:

@@ -118,7 +118,9 @@ def test_a_plain_student_learns_the_scenes(task: str, tmp_path: Path) -> None:
     train = {"source": "none", "epochs": 40, "batch": 8, "lr": 0.05, "schedule": "one-cycle", "eval_every": 0}
     augment = [{"op": "flip"}]
     asked = dense_recipe(tmp_path, task, teachers=[], method={"name": "none"}, data={"augment": augment}, train=train)
-    asked = asked.model_copy(update={"student": asked.student.model_copy(update={"model": f"scenes:wide_{_kind(task)}"})})
+    asked = asked.model_copy(
+        update={"student": asked.student.model_copy(update={"model": f"scenes:wide_{_kind(task)}"})}
+    )
     found = run_train(asked)
     assert found["val_miou" if task == "segment" else "val_ap50"] > 0.5, found
 
@@ -129,7 +131,9 @@ def _kind(task: str) -> str:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_verify_replays_pixels_and_teachers(world: Path, task: str, tmp_path: Path) -> None:
-    asked = recipe(world, task, teachers=[teacher(world, task, taps=["ofd+margin", "logits"][: 1 + (task == "segment")])])
+    asked = recipe(
+        world, task, teachers=[teacher(world, task, taps=["ofd+margin", "logits"][: 1 + (task == "segment")])]
+    )
     file = as_toml(asked, tmp_path / "recipe.toml")
     assert asked.task.name == task
     found = run_verify(asked.cache.path, full=True, replay=2, teachers_percent=50, recipe=asked)
