@@ -35,7 +35,9 @@ __all__ = ["build_model", "load_weights", "weights_sha256"]
 
 log = logging.getLogger(__name__)
 
-ZOO_CLASSES = 100  # CIFAR-100, what the zoo's networks were published on
+# What the zoo's networks were published on: CIFAR-100, and Pascal VOC with and without background.
+ZOO_CLASSES = 100
+DENSE_CLASSES = {"deeplabv3plus": 21, "ssd300": 20}
 
 # The two torchvision networks that return auxiliary logits with the real ones while training.
 _AUXILIARY = ("googlenet", "inception_v3")
@@ -114,7 +116,9 @@ def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.M
             f'model zoo/{rest}: weights = "" asks for published weights, and the zoo has none; '
             f"expected the path of a state_dict (feedfast train writes student.pt)"
         )
-    return build_zoo(rest, ZOO_CLASSES if num_classes is None else num_classes)
+    if num_classes is None:
+        num_classes = DENSE_CLASSES.get(rest.partition("-")[0], ZOO_CLASSES)
+    return build_zoo(rest, num_classes)
 
 
 def _torchvision(
