@@ -197,8 +197,10 @@ class TapInfo(_Part):
             raise ValueError('transform "factor" and the entry "factor" belong together, found one of them')
         if self.name == "zarr.json":
             raise ValueError("a tap cannot be called 'zarr.json'")
-        if self.name == names.LOGITS and (len(self.shape) != 1 or self.codec not in ("f16", "f32")):
-            raise ValueError(f"logits must be (K,) in f16 or f32, found {list(self.shape)} in {self.codec}")
+        if self.name == names.LOGITS and (len(self.shape) not in (1, 3) or self.codec not in ("f16", "f32")):
+            raise ValueError(
+                f"logits must be (K,) or (K, H, W) in f16 or f32, found {list(self.shape)} in {self.codec}"
+            )
         return self
 
 
