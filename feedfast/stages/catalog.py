@@ -17,7 +17,7 @@ import torch
 from feedfast import recipe as recipes
 from feedfast.errors import RequestError
 from feedfast.files import write_text
-from feedfast.methods import METHODS, Method, method_named
+from feedfast.methods import METHODS, Method, method_named, tasks_of
 from feedfast.methods.base import LOGITS, expected_words, matching, tap_groups
 from feedfast.models.build import build_model
 from feedfast.models.taps import Tap, Tapped
@@ -44,10 +44,11 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
         recipe: also say what they would have a cache of its teachers store, before compression.
 
     Returns:
-        The JSON of `feedfast methods`: ``methods`` (name → paper, needs, options' names); of one: ``name``, ``paper``,
-        ``needs``, ``options`` (each with name, expected, default and meaning). With a recipe also
-        ``bytes_per_sample`` of one view (None where a teacher has no such maps, with the reason in ``refused``), and
-        of one method ``targets`` (teacher/tap → shape, codec, bytes per sample).
+        The JSON of `feedfast methods`: ``methods`` (name → paper, needs, tasks, options' names); of one: ``name``,
+        ``paper``, ``needs``, ``tasks`` (the values of ``task.name`` that it serves), ``options`` (each with name,
+        expected, default and meaning). With a recipe also ``bytes_per_sample`` of one view (None where a teacher has
+        no such maps, with the reason in ``refused``), and of one method ``targets`` (teacher/tap → shape, codec, bytes
+        per sample).
 
     Raises:
         RequestError: there is no such method, or the recipe's teachers cannot be built.
@@ -61,6 +62,7 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
             key: {
                 "paper": kind.paper,
                 "needs": list(kind.needs),
+                "tasks": list(tasks_of(kind)),
                 "options": list(kind.Options.model_fields),
                 **{word: value for word, value in costs.get(key, {}).items() if word != "targets"},
             }
@@ -90,7 +92,13 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
     ]
     log.info("%s: %s; needs %s", name, kind.paper, ", ".join(kind.needs) or "no teacher")
     print_table(f"options of {name}", options)
-    found: dict[str, Any] = {"name": name, "paper": kind.paper, "needs": list(kind.needs), "options": options}
+    found: dict[str, Any] = {
+        "name": name,
+        "paper": kind.paper,
+        "needs": list(kind.needs),
+        "tasks": list(tasks_of(kind)),
+        "options": options,
+    }
     if recipe is not None:
         found |= costs[name]
         rows = [
