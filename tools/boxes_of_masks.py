@@ -4,10 +4,10 @@
         --of Car Pedestrian Bicyclist --out runs/camvid-boxes/train.json
 
 A folder holds images/ and masks/ of equal stems; masks are 8-bit gray PNGs of class numbers. Masks know classes, not
-objects: cars that touch become one box, and a car behind a pole becomes two unless the boxes of its parts overlap, which
-are merged. So the boxes serve to measure whether a detector learns, and are no benchmark. The images lie behind a link
-next to the JSON, named as it is; the folder of the masks is only read. The same masks give the same bytes. The last
-line of stdout is one JSON document: images and boxes per class.
+objects: cars that touch become one box, and a car behind a pole becomes two unless the boxes of its parts overlap,
+which are merged. So the boxes serve to measure whether a detector learns, and are no benchmark. The images lie behind
+a link next to the JSON, named as it is; the folder of the masks is only read. The same masks give the same bytes. The
+last line of stdout is one JSON document: images and boxes per class.
 """
 
 from __future__ import annotations
