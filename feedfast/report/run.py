@@ -27,6 +27,12 @@ td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}
 td:first-child,th:first-child{text-align:left}
 img{max-width:100%}
 pre{background:#f6f6f6;padding:1em;overflow:auto}
+h3{margin:1em 0 .2em;font-size:1em}
+.pictures{display:flex;flex-wrap:wrap;gap:.6em}
+figure{margin:0}
+figcaption{font-size:.85em;color:#555}
+.legend span{margin-right:1em;white-space:nowrap}
+.legend i{display:inline-block;width:1em;height:1em;margin-right:.3em;vertical-align:-.15em}
 """
 
 _MAX_ROW_BYTES = 1 << 20
