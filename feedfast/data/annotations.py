@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,17 @@ from torch import Tensor
 
 from feedfast.data.geometry import Geometry
 
-__all__ = ["IGNORE", "Boxes", "ClassLabels", "Masks", "MixedLabels", "move_boxes", "move_mask"]
+__all__ = [
+    "IGNORE",
+    "Boxes",
+    "ClassLabels",
+    "Masks",
+    "MixedLabels",
+    "move_boxes",
+    "move_mask",
+    "turn_boxes",
+    "turn_mask",
+]
 
 IGNORE = 255
 """The class number of mask pixels that count in no loss: unknown, or outside the image."""
@@ -81,6 +91,8 @@ class Boxes:
         starts: int64 [n + 1]; the boxes of sample i are ``starts[i]`` to ``starts[i + 1]``.
         classes: names by number.
         least_visible: share of its area that a box must keep within the view; those below are left out.
+        difficult: bool [boxes], those that count neither as found nor as missed; none by default.
+        taught: whether difficult boxes are learned from: VOC's are objects, COCO's crowds are regions.
     """
 
     xyxy: NDArray[np.float32]
@@ -88,12 +100,19 @@ class Boxes:
     starts: NDArray[np.int64]
     classes: tuple[str, ...] = ()
     least_visible: float = 0.25
+    difficult: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    taught: bool = True
+
+    def __post_init__(self) -> None:
+        if not len(self.difficult):
+            object.__setattr__(self, "difficult", np.zeros(len(self.labels), dtype=np.bool_))
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) over boxes, class numbers and which sample each belongs to."""
+        """Sha256 (hex) over boxes, class numbers, which are difficult, and which sample each belongs to."""
         digest = hashlib.sha256(self.xyxy.astype("<f4").tobytes())
         digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
+        digest.update(self.difficult.astype("u1").tobytes())
         return digest.hexdigest()
 
     def at(self, positions: NDArray[np.integer[Any]], geometry: Geometry, size: int) -> list[dict[str, Tensor]]:
@@ -108,7 +127,7 @@ class Boxes:
         for row, position in enumerate(positions.tolist()):
             own = slice(int(self.starts[position]), int(self.starts[position + 1]))
             moved, visible = move_boxes(self.xyxy[own], geometry, row, size)
-            kept = visible >= self.least_visible
+            kept = (visible >= self.least_visible) & (self.taught | ~self.difficult[own])
             out.append({"boxes": torch.from_numpy(moved[kept]), "labels": torch.from_numpy(self.labels[own][kept])})
         return out
 
@@ -197,3 +216,37 @@ def _sources(start: int, extent: int, resized: int, window: int, size: int) -> N
 def _within(index: NDArray[np.int64], extent: int) -> NDArray[np.bool_]:
     inside: NDArray[np.bool_] = (index >= 0) & (index < extent)
     return inside
+
+
+_TURNS = {
+    1: (False, False, False), 2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
+    5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
+"""EXIF orientation → what makes a stored image upright: mirror left to right, top to bottom, then exchange axes."""
+
+
+def turn_boxes(xyxy: NDArray[np.float64], orientation: int, height: int, width: int) -> NDArray[np.float64]:
+    """Boxes in stored pixels, as the image is turned by its EXIF orientation.
+
+    Args:
+        xyxy: float64 [k, 4].
+        orientation: 1 to 8.
+        height: of the image as stored.
+        width: of the image as stored.
+
+    Returns:
+        float64 [k, 4], left and top first.
+    """
+    across, down, exchanged = _TURNS[orientation]
+    x, y = xyxy[:, [0, 2]], xyxy[:, [1, 3]]
+    x = width - x[:, ::-1] if across else x
+    y = height - y[:, ::-1] if down else y
+    return np.stack([y, x] if exchanged else [x, y], axis=2).reshape(-1, 4)
+
+
+def turn_mask(mask: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """A mask in stored pixels, uint8 [H, W], as the image is turned by its EXIF orientation (1 to 8); contiguous."""
+    across, down, exchanged = _TURNS[orientation]
+    mask = mask[:, ::-1] if across else mask
+    mask = mask[::-1] if down else mask
+    return np.ascontiguousarray(mask.T if exchanged else mask)

@@ -68,12 +68,13 @@ def annotations_of(data: Dataset, work: Work, size: int) -> Any:
     Raises:
         RequestError: boxes or masks cannot be mixed.
     """
-    own = data.annotations.at(work.positions, work.geometry, size)
+    marks = data.annotations
+    own: Any = marks.at(work.positions, work.geometry, size)
     if work.partner is None or work.mixing is None:
         return own
-    if not isinstance(data.annotations, ClassLabels):
+    if not isinstance(marks, ClassLabels):
         raise RequestError(
             "data.augment: mixup and cutmix mix class labels, this data has boxes or masks; leave them out"
         )
-    other = data.annotations.at(work.partner.positions, work.partner.geometry, size)
+    other = marks.at(work.partner.positions, work.partner.geometry, size)
     return MixedLabels(own, other, torch.from_numpy(work.mixing.weight))
