@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from feedfast.data.annotations import IGNORE
 from feedfast.tasks.classify import Mixed, Top1
+from feedfast.tasks.segment import IGNORE
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
 from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
-from feedfast.tasks import Task, task_named
+from feedfast.stages.trainee import method_entries, needs_of
+from feedfast.tasks import Outputs, Task, task_named
 
 Triple = tuple[float, float, float]
 LOGITS = "logits"
@@ -233,7 +234,7 @@ def is_signed(tap: Tap) -> bool:
     return tap.position == "pre" or tap.bn is not None or bool(numbered_taps((tap.name,), "ofd"))
 
 
-def classes_of(outputs: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> int:
+def classes_of(outputs: Outputs) -> int:
     """Classes that a network of these outputs tells apart, without a detector's background; 0 = unknown."""
     if isinstance(outputs, Mapping):
         return outputs[BOX_LOGITS][-1] - 1 if BOX_LOGITS in outputs else 0
@@ -302,7 +303,7 @@ def teacher_from_recipe(
         std=own.std,
         size=own.size,
         device=device,
-        task=task_named(task),
+        task=task_named(task, 0),
         logits=task == "classify" or LOGITS in (spec.taps or needs),
     )
 
@@ -360,7 +361,9 @@ def teacher_from_manifest(
 
 def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:
     """Every teacher of the recipe, by name, in the recipe's order."""
-    needs = [need for entry in recipe.method for need in method_named(entry.name).needs]
+    needs: Sequence[str] = [need for entry in recipe.method for need in method_named(entry.name).needs]
+    if recipe.task.name != "classify":  # whose maps are large: what these options read, and no more
+        needs = needs_of(method_entries(recipe.method))
     given: dict[str, Any] = {"classes": classes, "seed": recipe.seed, "device": device, "task": recipe.task.name}
     return {spec.name: teacher_from_recipe(spec, recipe.data, needs, **given) for spec in recipe.teachers}
 

@@ -341,7 +341,8 @@ def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.devi
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
             output = logits_of(student(normalize(images)))
             parts = [part for part in output.values() if part.requires_grad] if isinstance(output, dict) else [output]
-            torch.stack([part.float().logsumexp(-1).mean() for part in parts]).sum().backward()
+            loss = torch.stack([part.float().logsumexp(-1).mean() for part in parts]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         meter.advance(1, "student")
 
     return _median_ms(step)

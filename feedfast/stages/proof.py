@@ -252,9 +252,7 @@ def selection_of(reader: CacheReader) -> Selection:
         # caches made before there were fractions do not name one
         fraction = float(source.get("fraction", 1.0))
         arrays = tuple(str(name) for name in source.get("arrays", ()))
-        task = source.get("task", "classify")
-        if task not in get_args(TaskName):
-            raise ValueError(task)
+        task = get_args(TaskName)[get_args(TaskName).index(source.get("task", "classify"))]
         return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays, task)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None

@@ -80,7 +80,7 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         val: the same for ``data.val = "python"``.
 
     Returns:
-        The JSON of `feedfast train`: ``val_accuracy`` (``val_miou``, ``val_ap50`` of the dense tasks, and ``val_metrics``
+        The JSON of `feedfast train`: ``val_accuracy`` (of dense tasks ``val_miou`` or ``val_ap50``, and ``val_metrics``
         with all that was measured), ``final_loss``, ``steps``, ``images_per_second``,
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
         ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
@@ -147,7 +147,8 @@ class StudentRun:
             }
             run = resumed_run(self.out, self.identity) if self.resumed else ""
             self.normalize = Normalize(*recipe.data.normalization).to(self.device)
-            self.task: Task = task_named(recipe.task.name, self._num_classes())
+            side = recipe.data.val_size or recipe.data.size
+            self.task: Task = task_named(recipe.task.name, self._num_classes(), side)
             student = student or self._student()
             self.trainer = self._trainer(student, total_steps(train, len(self.data)))
             self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)

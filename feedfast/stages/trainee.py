@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
-from feedfast.errors import RequestError
-from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options
-from feedfast.methods.base import LOGITS, Shapes, Teachers, tap_groups
+from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options, refuse_other_logits
+from feedfast.methods.base import Shapes, Teachers, tap_groups
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tapped
 from feedfast.recipe import MethodEntry
-from feedfast.tasks import Task
+from feedfast.tasks import Outputs, Task
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def build_student(asked: recipes.Student, classes: int, seed: int) -> nn.Module:
             key=asked.key,
             prefix=asked.prefix,
             new_head=True,
-            backbone=asked.backbone,
+            **({} if asked.backbone is None else {"backbone": asked.backbone}),
         )
     seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
     networks = [build_model(asked.model, num_classes=classes, seed=int(s)) for s in seeds]
@@ -211,7 +210,7 @@ def build_methods(
     entries: Sequence[Entry],
     student: Shapes,
     teachers: Teachers,
-    outputs: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
+    outputs: Outputs,
     seed: int,
     samples: tuple[Tensor, Tensor] | None = None,
 ) -> nn.ModuleList:
@@ -237,19 +236,5 @@ def build_methods(
                 method.meet(*samples)
             methods.append(method)
     for entry in entries:
-        if LOGITS not in entry.kind.needs:
-            continue
-        if not isinstance(outputs, tuple) or len(outputs) not in (1, 3):
-            found = "no tensor" if not isinstance(outputs, tuple) else f"{list(outputs)} per sample"
-            raise RequestError(
-                f"method.name: {entry.kind.name!r} compares logits, "
-                f"expected a student that returns them as [batch, class] or per pixel, found {found}"
-            )
-        for name, infos in teachers.items():
-            theirs = infos[LOGITS].shape
-            if theirs[0] != outputs[0] or len(theirs) != len(outputs):
-                raise RequestError(
-                    f"method.name: {entry.kind.name!r} compares classes one by one, "
-                    f"expected {outputs[0]} in every teacher, found {infos[LOGITS].shape[0]} in {name!r}"
-                )
+        refuse_other_logits(entry.kind, entry.options, outputs, teachers)
     return methods

@@ -16,7 +16,7 @@ import torch
 
 from feedfast.cache.schema import Manifest
 from feedfast.errors import RequestError
-from feedfast.methods import METHODS, TapInfo
+from feedfast.methods import METHODS, TapInfo, refuse_dense
 from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
 from feedfast.methods.ft import FACTOR, FT, TAP, factor_channels
 from feedfast.models.normalize import Normalize
@@ -62,7 +62,7 @@ def trainable_entries(recipe: Recipe) -> tuple[Entry, ...]:
 def _refuse_task(recipe: Recipe, entries: Sequence[Entry]) -> None:
     """Raise if a method cannot serve the task, or the student is of branches, which classify."""
     for entry in entries:
-        refuse_dense(entry.kind, recipe.task.name)
+        refuse_dense(entry.kind, recipe.task.name, entry.options)
     if recipe.task.name != "classify" and recipe.student.branches > 1:
         raise RequestError(
             f"student.branches: expected 1 for task {recipe.task.name!r}, found {recipe.student.branches}"
