@@ -41,6 +41,13 @@ def dense_taps(model: nn.Module) -> Groups | None:
         first = ["backbone.layer3"] if hasattr(model.backbone, "layer3") else _features(model)
         places = [*first, *(f"backbone.extra.{i}" for i, _ in enumerate(model.backbone.extra.children()))]  # type: ignore[union-attr]
         return _groups(model, places, places[0])
+    heads = {
+        "PlainDeepLabV3": ["classifier.0.project.2", "classifier.3"],
+        "PlainFCN": ["classifier.2"],
+        "PlainLRASPP": ["classifier.cbr.2"],
+    }
+    if kind in heads:
+        return _groups(model, [*_stages(model), *heads[kind]], heads[kind][-1])
     return None
 
 
@@ -55,10 +62,12 @@ def _stages(model: nn.Module) -> list[str | tuple[str, str]]:
     """The ends of a backbone's stages; of a MobileNet pairs: the block that ends one, and the next's expansion."""
     if hasattr(model.backbone, "layer4"):
         return [f"backbone.layer{i}" for i in range(1, 5)]
-    stages: list[str | tuple[str, str]] = [
-        (f"backbone.features.{i - 1}", f"backbone.features.{i}.conv.0") for i in (4, 7, 14)
-    ]
-    return [*stages, ("backbone.features.17", "")]
+    # V2 in the zoo, V3 in torchvision's networks, which keep its layers without their Sequential
+    v2 = hasattr(model.backbone, "features")
+    blocks, inner, starts, last = (
+        ("backbone.features", "conv", (4, 7, 14), 17) if v2 else ("backbone", "block", (4, 7, 13), 15)
+    )
+    return [*((f"{blocks}.{i - 1}", f"{blocks}.{i}.{inner}.0") for i in starts), (f"{blocks}.{last}", "")]
 
 
 def _groups(model: nn.Module, places: Sequence[str | tuple[str, str]], final: str) -> Groups:
