@@ -48,6 +48,7 @@ from feedfast.stages.folder import (
     start_run_dir,
 )
 from feedfast.stages.loop import Loop, Trainer
+from feedfast.stages.predictions import maps_html, predictions_html
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
@@ -313,6 +314,15 @@ class StudentRun:
             return {}
         return evaluate(student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast)
 
+    def _pictures(self) -> str:
+        """HTML of what a dense student says of validation images, and of its maps."""
+        if self.val is None or self.task.name == "classify":
+            return ""
+        trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
+        tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
+        said = predictions_html(self.trainer.student, self.normalize, self.val, self.task)
+        return said + maps_html(tapped, self.normalize, self.source, self.data)
+
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:
         epoch = math.ceil(step / self.loop.steps_per_epoch)
         every = self.recipe.train.eval_every
@@ -364,5 +374,5 @@ class StudentRun:
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
             stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
             sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, sheet)
+            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, self._pictures() + sheet)
         return result

@@ -176,7 +176,7 @@ def build_student(asked: recipes.Student, classes: int, seed: int) -> nn.Module:
             key=asked.key,
             prefix=asked.prefix,
             new_head=True,
-            **({} if asked.backbone is None else {"backbone": asked.backbone}),
+            backbone=asked.backbone,
         )
     seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
     networks = [build_model(asked.model, num_classes=classes, seed=int(s)) for s in seeds]
