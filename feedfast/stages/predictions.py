@@ -53,9 +53,9 @@ def predictions_html(student: nn.Module, normalize: nn.Module, loader: Loader, t
             for place, truth, said in zip(places, truths, task.predictions(output, truths), strict=True):
                 segmented.append(Segmented(data.name(place), _image(data, place), _array(truth["mask"]), _array(said)))
         else:
-            for place, truth, said in zip(places, truths, task.detections(output, truths), strict=True):
+            for place, truth, seen in zip(places, truths, task.detections(output, truths), strict=True):
                 own = (_array(truth[key]) for key in ("boxes", "labels"))
-                found = (_array(said[key]) for key in ("boxes", "labels", "scores"))
+                found = (_array(seen[key]) for key in ("boxes", "labels", "scores"))
                 detected.append(Detected(data.name(place), _image(data, place), *own, *found))
     title = "Validation images"
     return segmented_html(title, segmented, data.classes) + detected_html(title, detected, data.classes)

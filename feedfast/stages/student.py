@@ -30,6 +30,7 @@ from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
+from feedfast.models.taps import Tapped
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
@@ -321,7 +322,7 @@ class StudentRun:
         trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
         tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
         said = predictions_html(self.trainer.student, self.normalize, self.val, self.task)
-        return said + maps_html(tapped, self.normalize, self.source, self.data)
+        return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data)
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:
         epoch = math.ceil(step / self.loop.steps_per_epoch)
