@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from feedfast.data.annotations import ClassLabels
+from feedfast.data.annotations import Boxes, ClassLabels, Masks
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
 from feedfast.data.content import content_hash
@@ -66,6 +66,7 @@ class Dataset:
         files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
         skipped: extension → files that look like images and are no samples.
         remarks: a remark on the form of some samples' files → how many it was made on.
+        marks: boxes or masks by position, of data that have them.
     """
 
     source: str
@@ -79,14 +80,15 @@ class Dataset:
     files: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
     remarks: Mapping[str, int] = field(default_factory=dict)
+    marks: Boxes | Masks | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def annotations(self) -> ClassLabels:
+    def annotations(self) -> ClassLabels | Boxes | Masks:
         """What the samples are labeled with, by position."""
-        return ClassLabels(self.labels, self.classes)
+        return ClassLabels(self.labels, self.classes) if self.marks is None else self.marks
 
     def name(self, position: int) -> str:
         """Path of a sample relative to the source, or ``file[record]``."""
