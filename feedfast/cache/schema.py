@@ -55,6 +55,12 @@ Facts = Annotated[
 ]  # each array's digest goes over some: no room for megabytes
 
 
+_Entry = Scalar | Annotated[tuple[Scalar, ...], Field(max_length=32)]
+_Crop = Annotated[
+    dict[Text, _Entry | Annotated[tuple[dict[Text, _Entry], ...], Field(max_length=16)]], Field(max_length=32)
+]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -97,6 +103,7 @@ class Operations(_Part):
 class PlanInfo(_Part):
     """The view plan: the algorithm's name and version, and the parameters it is a pure function of.
 
+    ``crop`` is the recipe's table of a crop that has one of its own, with all defaults.
     ``granule`` and ``window`` say how later passes mix rows. No stored value depends on them, so they are no part of
     the identity; the existing cache's are kept, like the sizes of its blocks, of which the granule is a multiple.
     """
@@ -112,10 +119,11 @@ class PlanInfo(_Part):
     granule: Literal[1, 2, 4, 8, 16, 32, 64] = 64
     window: int = Field(16, ge=1, le=1 << 16)
     operations: Operations | None = None
+    crop: _Crop | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What stored values depend on, as JSON values; without operations what it was before there were any."""
-        left_out = {"granule", "window"} | (set() if self.operations else {"operations"})
+        """What stored values depend on, as JSON values; without operations or crop what it was before they existed."""
+        left_out = {"granule", "window"} | {name for name in ("operations", "crop") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=left_out)
 
     @property

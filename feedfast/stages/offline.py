@@ -41,6 +41,7 @@ from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
+from feedfast.data.work import boxes_of
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.models.build import published_weights
 from feedfast.provenance import Provenance
@@ -329,8 +330,9 @@ class OfflineRun:
             if name == names.ORDER:
                 columns.append(order)
             else:
-                sizes = self.data.sizes[np.searchsorted(self.data.ids, order)]
-                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes))
+                positions = np.searchsorted(self.data.ids, order)
+                sizes, boxes = self.data.sizes[positions], boxes_of(self.data, positions)
+                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes, boxes))
         return np.stack(columns)
 
     def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter) -> None:

@@ -26,10 +26,11 @@ from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import CodecName
 from feedfast.cache.transform import Transform, transform_of
-from feedfast.data.augment import operations_of
+from feedfast.data.augment import crop_of, operations_of
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
+from feedfast.data.work import boxes_of
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import parse_json
 from feedfast.recipe import TaskName
@@ -63,10 +64,11 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
         )
     for view in range(views):
         order = plan.order(view, data.ids)
-        sizes = data.sizes[np.searchsorted(data.ids, order)]
+        positions = np.searchsorted(data.ids, order)
+        sizes, boxes = data.sizes[positions], boxes_of(data, positions)
         for array in reader.manifest.plan.arrays:
             name = array.removeprefix("views/")
-            want = order if name == "order" else plan.resolved(name, view, order, sizes)
+            want = order if name == "order" else plan.resolved(name, view, order, sizes, boxes)
             stored = reader.read_array(array, view)
             if not np.array_equal(stored, want):
                 row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])
@@ -289,4 +291,5 @@ def plan_of(reader: CacheReader) -> ViewPlan:
         granule=plan.granule,
         window=plan.window,
         operations=() if plan.operations is None else operations_of(plan.operations.listed, plan.operations.table),
+        crop=None if plan.crop is None else crop_of(plan.crop),
     )

@@ -26,7 +26,7 @@ from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.transform import floored
-from feedfast.data.batch import Batch
+from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -261,7 +261,7 @@ class Cached(Plain):
                 view=view,
                 targets=self._targets(item),
             )
-            yield batch if self.device.type == "cpu" else replace(batch, annotations=batch.annotations.to(self.device))
+            yield replace(batch, annotations=moved(batch.annotations, self.device))
 
     def _moved(self, array: np.ndarray) -> Tensor:
         data = torch.from_numpy(array)
