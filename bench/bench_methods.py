@@ -53,11 +53,11 @@ log = logging.getLogger("feedfast.bench")
 
 RESULTS = Path(__file__).with_name("results_methods.csv")
 COLUMNS = (
-    "date", "commit", "device", "torch", "images", "epochs", "augment", "variant", "views", "codec", "seed", "accuracy",
+    "date", "commit", "device", "torch", "images", "epochs", "batch", "augment", "variant", "views", "codec", "seed", "accuracy",
     "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
 )  # fmt: skip
 TAPS = ["final", "ofd", "stage"]
-SETTING = ("device", "images", "epochs")
+SETTING = ("device", "images", "epochs", "batch")
 STUDENT = ("augment", "variant", "views", "codec", "seed")
 CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
@@ -111,7 +111,7 @@ def tree_of(args: argparse.Namespace) -> dict[str, Any]:
         "student": {"model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-1"},
         "train": {
             "epochs": args.epochs,
-            "batch": 32 if args.tiny else 128,
+            "batch": args.batch,
             "lr": 0.1,
             "schedule": "one-cycle",
             "precision": "bf16",
@@ -133,7 +133,7 @@ def train_teachers(args: argparse.Namespace, tree: dict[str, Any]) -> list[float
                 "cache": {"views": 0},
                 "student": {"model": tree["teachers"][0]["model"]},
                 "train": {
-                    "source": "none", "epochs": args.teacher_epochs, "batch": tree["train"]["batch"], "lr": 0.2,
+                    "source": "none", "epochs": args.teacher_epochs, "batch": 32 if args.tiny else 128, "lr": 0.2,
                     "schedule": "one-cycle", "precision": "bf16", "eval_every": 5,
                     "out": str(Path(args.out) / f"teacher-{number}"),
                 },
@@ -265,7 +265,7 @@ def run_variants(
     ``teachers``: their mean accuracy, for the rows.
     """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    here = settings_of(args.results).get((device_name(), str(images), str(args.epochs)), [])
+    here = settings_of(args.results).get((device_name(), str(images), str(args.epochs), str(args.batch)), [])
     done = {(row["augment"], row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in here}
     for seed in range(1, args.seeds + 1):
         for augment, variant, views, codec in jobs:
@@ -284,6 +284,7 @@ def run_variants(
                     "torch": torch.__version__,
                     "images": images,
                     "epochs": args.epochs,
+                    "batch": args.batch,
                     "augment": augment,
                     "variant": variant,
                     "views": views,
@@ -434,6 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=100, help="images per class; 0 = all")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=128, help="of the students")
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
@@ -447,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args(argv)
+    args.batch = 32 if args.tiny else args.batch
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
     tree = tree_of(args)
@@ -476,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     document["settings"] = []
     for setting, rows in settings_of(args.results).items():
         found: dict[str, Any] = dict(zip(SETTING, setting, strict=True))
-        words = f"{found['images']} images, {found['epochs']} epochs, {found['device']}"
+        words = f"{found['images']} images, {found['epochs']} epochs, batches of {found['batch']}, {found['device']}"
         everything, rows = rows, [row for row in rows if row["augment"] == "crop-flip"]
         usual = [row for row in rows if (row["views"], row["codec"]) == (str(args.views), "u8")]
         found["methods"] = summarize(usual, ("variant",))
