@@ -8,6 +8,7 @@ Boxes are (left, top, width, height) in pixels of the image as stored; edges are
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -93,8 +94,8 @@ def image_folder(path: Path, files: Sequence[str]) -> Path:
     places += [here.absolute().parent / name for name in (short, f"{short}2017", f"images/{short}", "images")]
     missing: dict[Path, int] = {}
     for place in places:
-        if place.is_dir():
-            missing[place] = sum(not (place / name).is_file() for name in files)
+        if os.path.isdir(place):
+            missing[place] = sum(not os.path.isfile(place / name) for name in files)
             if not missing[place]:
                 return place
     return min(missing, key=lambda place: missing[place])
@@ -102,11 +103,10 @@ def image_folder(path: Path, files: Sequence[str]) -> Path:
 
 def _parsed(path: Path) -> dict[str, list[Any]]:
     try:
-        data = read_file(path, _MAX_BYTES)
+        text = read_file(path, _MAX_BYTES).decode("utf-8-sig")
+        found = json.loads(text, object_hook=lambda entry: {key: entry[key] for key in entry if key in _KEPT})
     except OSError as error:
         raise RequestError(f"{path}: expected COCO's JSON: {error.strerror or error}") from error
-    try:
-        found = json.loads(data, object_hook=lambda entry: {key: entry[key] for key in entry if key in _KEPT})
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: expected COCO's JSON, found none: {shortened(str(error))}") from error
     missing = [key for key in _LISTS if not isinstance(found, dict) or not isinstance(found.get(key), list)]

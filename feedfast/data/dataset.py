@@ -5,7 +5,8 @@ and by its name (a path relative to the source, or file[record]). Everything dow
 ``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
 There are two kinds. ``"pixels"``: images in arrays (CIFAR, npz, MNIST), see ``arrays.py``, or from a Python object.
-``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader.
+``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader. Boxes and
+masks come with files alone, see ``detect.py`` and ``segment.py``.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
 """

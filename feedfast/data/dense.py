@@ -26,7 +26,18 @@ from feedfast.data.selection import chosen
 from feedfast.errors import RequestError
 from feedfast.files import read_file
 
-__all__ = ["Asked", "Faults", "Opened", "by_stem", "class_names", "plain_path", "refuse_doubtful", "scan", "shortened"]
+__all__ = [
+    "Asked",
+    "Faults",
+    "Opened",
+    "by_stem",
+    "class_names",
+    "names_in",
+    "plain_path",
+    "refuse_doubtful",
+    "scan",
+    "shortened",
+]
 
 CLASSES_FILE = "classes.txt"
 
@@ -121,7 +132,7 @@ def class_names(asked: Asked, folders: Sequence[Path]) -> tuple[str, ...]:
         RequestError: an unreadable file, or names that are empty, too long, given twice or not UTF-8.
     """
     names, where = asked.classes, f"{asked.source}: classes"
-    path = next((folder / CLASSES_FILE for folder in folders if (folder / CLASSES_FILE).is_file()), None)
+    path = next((folder / CLASSES_FILE for folder in folders if os.path.isfile(folder / CLASSES_FILE)), None)
     if not names and path is not None:
         where = str(path)
         try:
@@ -147,6 +158,18 @@ def by_stem(files: Sequence[str], faults: Faults, folder: Path) -> dict[str, str
         if first != name:
             faults.add(folder / name, f"has the stem of {first}; expected one file per stem")
     return found
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what a folder holds, sorted, without hidden ones.
+
+    Raises:
+        RequestError: it cannot be listed.
+    """
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise RequestError(f"{folder}: expected a folder that can be listed, found: {error.strerror}") from error
 
 
 def plain_path(name: Any) -> bool:

@@ -11,6 +11,7 @@ counts from 1; more is a fault.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import Boxes, turn_boxes
 from feedfast.data.coco import image_folder, read_coco
-from feedfast.data.dense import Asked, Faults, Opened, class_names, refuse_doubtful, scan, shortened
+from feedfast.data.dense import Asked, Faults, Opened, class_names, names_in, refuse_doubtful, scan, shortened
 from feedfast.data.headers import Header, Unreadable
-from feedfast.data.voc import VOC_CLASSES, common_root, read_boxes, voc_images, voc_lists
+from feedfast.data.voc import VOC_CLASSES, common_root, is_voc, read_boxes, voc_images, voc_lists
 from feedfast.errors import RequestError
 
 __all__ = ["DETECT_EXPECTED", "open_detect"]
@@ -80,10 +81,18 @@ def open_detect(paths: Sequence[Path], asked: Asked) -> Opened:
     is_coco = paths[0].suffix.lower() == ".json"
     if is_coco and len(paths) > 1:
         raise RequestError(f"{asked.source}: expected one JSON file, found {len(paths)}")
+    if len(paths) == 1 and os.path.isdir(paths[0]) and not is_voc(paths[0]):
+        held = [name for name in names_in(paths[0]) if name.lower().endswith(".json")]
+        if held:
+            raise RequestError(
+                f"{paths[0]}: expected {DETECT_EXPECTED}, found {', '.join(held[:3])} in it; name {paths[0] / held[0]}"
+            )
     listing = _coco(paths[0], asked, faults) if is_coco else _voc(paths, asked, faults)
     if not listing.files:
         faults.refuse(asked.source, "images and boxes")
         raise RequestError(f"{asked.source}: expected images, found none")
+    if not listing.classes:
+        raise RequestError(f"{asked.source}: expected categories, found none")
     ids = asked.ids(len(listing.files))
     found: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]] | None] = [None] * len(ids)
 
@@ -139,7 +148,7 @@ def _coco(path: Path, asked: Asked, faults: Faults) -> _Listing:
     root = image_folder(path, read.files)
     present = []
     for record, name in enumerate(read.files):
-        if (root / name).is_file():
+        if os.path.isfile(root / name):
             present.append(record)
         else:
             faults.add(root / name, "no such image; images lie next to the JSON file, or in a folder of its name")
@@ -166,7 +175,7 @@ def _voc(paths: Sequence[Path], asked: Asked, faults: Faults) -> _Listing:
     for at in lists:
         for image in voc_images(at, seen, faults):
             file = at.folder / "Annotations" / f"{image.stem}.xml"
-            if not file.is_file():
+            if not os.path.isfile(file):
                 faults.add(image, f"has no annotation {file}")
                 continue
             files.append(image.relative_to(root).as_posix())

@@ -10,6 +10,7 @@ the decoded numbers and not the file: packing a palette as gray changes nothing 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from feedfast.data.annotations import IGNORE, Masks, turn_mask
-from feedfast.data.dense import Asked, Faults, Opened, by_stem, class_names, scan
+from feedfast.data.dense import Asked, Faults, Opened, by_stem, class_names, names_in, scan
 from feedfast.data.folder import list_images
 from feedfast.data.headers import Header, Unreadable
 from feedfast.data.images import read_image
@@ -34,6 +35,7 @@ SEGMENT_EXPECTED = (
 
 _MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 _MOST_CLASSES = IGNORE
+_TOO_DEEP = "images and masks lie in images/ and masks/ themselves; with train/ and val/, these hold images/ and masks/"
 
 
 @dataclass
@@ -110,9 +112,9 @@ def _numbered(asked: Asked, listing: _Listing, seen: set[int], largest: int) -> 
 
 def _listed(paths: Sequence[Path], asked: Asked, faults: Faults) -> _Listing:
     first = paths[0]
-    if len(paths) == 1 and first.is_dir() and not is_voc(first):
+    if len(paths) == 1 and not is_voc(first):
         for folder in (first, first / asked.split):
-            if (folder / "images").is_dir() and (folder / "masks").is_dir():
+            if os.path.isdir(folder / "images") and os.path.isdir(folder / "masks"):
                 return _folders(folder, asked, faults)
     return _voc(voc_lists(paths, "Segmentation", asked, SEGMENT_EXPECTED), asked, faults)
 
@@ -120,7 +122,7 @@ def _listed(paths: Sequence[Path], asked: Asked, faults: Faults) -> _Listing:
 def _folders(folder: Path, asked: Asked, faults: Faults) -> _Listing:
     images, masks = folder / "images", folder / "masks"
     for place in (images, masks):
-        below = [path.name for path in sorted(place.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        below = [name for name in names_in(place) if os.path.isdir(place / name)]
         if below:
             raise RequestError(f"{place}: expected files, found the folders {', '.join(below[:3])}; {_TOO_DEEP}")
     found, held = list_images(images), list_images(masks)
@@ -141,9 +143,6 @@ def _folders(folder: Path, asked: Asked, faults: Faults) -> _Listing:
     )
 
 
-_TOO_DEEP = "images and masks lie in images/ and masks/ themselves; with train/ and val/, these hold images/ and masks/"
-
-
 def _voc(lists: Sequence[VocList], asked: Asked, faults: Faults) -> _Listing:
     names = class_names(asked, [folder for at in lists for folder in (at.folder, at.folder.absolute().parent)])
     out = _Listing(common_root(lists), [], [], names or ("background", *VOC_CLASSES))
@@ -153,7 +152,7 @@ def _voc(lists: Sequence[VocList], asked: Asked, faults: Faults) -> _Listing:
         folder = _mask_folder(at.folder, [f"{image.stem}.png" for image in images])
         for image in images:
             mask = folder / f"{image.stem}.png"
-            if not mask.is_file():
+            if not os.path.isfile(mask):
                 faults.add(image, f"has no mask {mask}")
                 continue
             out.files.append(image.relative_to(out.root).as_posix())
@@ -164,4 +163,4 @@ def _voc(lists: Sequence[VocList], asked: Asked, faults: Faults) -> _Listing:
 def _mask_folder(folder: Path, names: Sequence[str]) -> Path:
     """The first of the two folders that has all the masks, else the one that has most."""
     places = [folder / kind for kind in _MASK_FOLDERS]
-    return min(places, key=lambda place: sum(not (place / name).is_file() for name in names))
+    return min(places, key=lambda place: sum(not os.path.isfile(place / name) for name in names))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from feedfast.data.dense import Asked, Faults, plain_path, shortened
+from feedfast.data.dense import Asked, Faults, names_in, plain_path, shortened
 from feedfast.data.images import EXTENSIONS, Unreadable
 from feedfast.errors import RequestError
 from feedfast.files import read_file
@@ -57,7 +57,7 @@ class VocBox:
 
 def is_voc(folder: Path) -> bool:
     """Whether a folder is laid out as VOC's."""
-    return (folder / "JPEGImages").is_dir()
+    return os.path.isdir(folder / "JPEGImages")
 
 
 def voc_lists(
@@ -73,19 +73,19 @@ def voc_lists(
     """
     found = []
     for path in paths:
-        if path.is_dir() and is_voc(path):
+        if is_voc(path):
             sets = path / "ImageSets" / part
-            whole = part == "Main" and (sets / "trainval.txt").is_file() and (sets / "test.txt").is_file()
+            whole = part == "Main" and all(os.path.isfile(sets / f"{kind}.txt") for kind in ("trainval", "test"))
             kind = {"train": "trainval", "val": "test"}[asked.split] if whole else asked.split
-            if not (sets / f"{kind}.txt").is_file():
+            if not os.path.isfile(sets / f"{kind}.txt"):
                 raise RequestError(
                     f"{sets / kind}.txt: expected VOC's list of image names, one per line, found no file"
                 )
             found.append(_list(sets / f"{kind}.txt", path.absolute()))
-        elif path.is_file() and path.absolute().parent.parent.name == "ImageSets":
+        elif os.path.isfile(path) and path.absolute().parent.parent.name == "ImageSets":
             found.append(_list(path, path.absolute().parent.parent.parent))
         else:
-            below = sorted(held.name for held in path.iterdir() if is_voc(held)) if path.is_dir() else []
+            below = [name for name in names_in(path) if is_voc(path / name)] if os.path.isdir(path) else []
             hint = f", found {', '.join(below[:3])} in it; name {path / below[0]}" if below else ""
             raise RequestError(f"{path}: expected {expected}{hint}")
     return found
@@ -127,7 +127,7 @@ def voc_images(at: VocList, seen: set[str], faults: Faults) -> list[Path]:
     """
     place = at.folder / "JPEGImages"
     held: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(place)):
+    for name in names_in(place):
         stem, extension = os.path.splitext(name)
         if extension.lower() in EXTENSIONS:
             held.setdefault(stem, []).append(name)
