@@ -141,8 +141,8 @@ def augmentations_page() -> str:
         '  { op = "mixup", alpha = 0.8, p = 0.5 },\n'
         '  { op = "cutmix", p = 0.5 },\n]\n```',
         "`none`, `pad-crop-flip` and `resized-crop-flip` are as in [recipe.md](recipe.md); `scale-crop-flip` and "
-        "`expand-crop-flip` are `scale-crop` and `expand-crop` with their defaults and `data.flip`. A mixed image has two "
-        "labels: `batch.annotations` then holds `first`, `second` and the first one's `weight`, and the loss of "
+        "`expand-crop-flip` are `scale-crop` and `expand-crop` with their defaults and `data.flip`. A mixed image has "
+        "two labels: `batch.annotations` then holds `first`, `second` and the first one's `weight`, and the loss of "
         "labels counts each for its share; `dkd`, `camkd` and `crd` need exactly one label and refuse. The partner is "
         "a row of the same view, by a second permutation of all samples, and the teachers see the mixed image.",
         "Distributions are torchvision's; so are pixels, up to rounding (a byte may differ by 1 or 2, nearest "
@@ -150,8 +150,8 @@ def augmentations_page() -> str:
         "of 255 on average at 18 degrees, 9 at 36), equalize is OpenCV's (3 of 255 on average), and a sharpened "
         "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding, so a cache "
         "names the backend its pixels are from.",
-        "Boxes and masks follow crop and flip, exactly: boxes as one affine function, masks pixel by pixel, of each the "
-        "source pixel that its center lies in, 255 outside the image. `scale-crop` is for masks, `expand-crop` for "
+        "Boxes and masks follow crop and flip, exactly: boxes as one affine function, masks pixel by pixel, of each "
+        "the source pixel that its center lies in, 255 outside the image. `scale-crop` is for masks, `expand-crop` for "
         "boxes; both cut what they show of the image in whole source pixels, resize it, and fill the rest afterwards, "
         "so that the image's edges lie on whole pixels of the output. Of boxes those stay of which a quarter is "
         "visible, under `expand-crop` those whose center is. Operations that move pixels (`affine`, `rotate`, "
