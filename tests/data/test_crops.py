@@ -1,4 +1,4 @@
-"""Windows of detection, segmentation and multi-crop: their draws against torchvision's, and what they show.
+"""Windows of detection and segmentation: their draws against torchvision's, and what they show.
 
 Distributions are compared by two-sample Kolmogorov-Smirnov tests with torchvision's own draws on the same boxes.
 """
@@ -21,10 +21,10 @@ from torchvision.ops import box_iou
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from feedfast.data.annotations import IGNORE, Boxes, Masks, move_mask
+from feedfast.data.annotations import IGNORE, Boxes, Masks
 from feedfast.data.augment import crop_of, plan_with
 from feedfast.data.batch import Batch
-from feedfast.data.crops import ExpandCrop, MultiCrop, Windows
+from feedfast.data.crops import ExpandCrop, MultiCrop
 from feedfast.data.dataset import Dataset, open_dataset
 from feedfast.data.geometry import evaluation_geometry, view_geometry
 from feedfast.data.loader import Loader
@@ -53,7 +53,7 @@ def same(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
 # ------------------------------------------------------------------------------------------------- what is drawn
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(seed=seeds, view=views, ids=id_sets, size=st.integers(4, 600), data=st.data())
 def test_a_window_is_the_samples_own(seed: int, view: int, ids: list[int], size: int, data: st.DataObject) -> None:
     """The same whoever else is asked for and in whatever order; it holds a part of the image, and a box's center."""
@@ -100,7 +100,7 @@ def torchvisions_windows(size: tuple[int, int], boxes: NDArray[np.float32], coun
 
 
 @pytest.mark.parametrize(("size", "boxes"), [
-    ((300, 400), [[30, 40, 130, 240], [200, 20, 390, 290], [350, 250, 380, 280]]),
+    pytest.param((300, 400), [[30, 40, 130, 240], [200, 20, 390, 290], [350, 250, 380, 280]], marks=pytest.mark.slow),
     ((90, 50), [[5, 5, 32, 74]]),
 ])  # fmt: skip
 def test_expand_crop_has_torchvisions_windows(size: tuple[int, int], boxes: list[list[float]]) -> None:
@@ -254,6 +254,8 @@ def test_pixels_masks_and_boxes_are_torchvisions(
 ) -> None:
     """torchvision's functions with the resolved parameters: boxes to 1e-3 pixels, masks but for centers on an edge."""
     size, data, masks = 20, dense[task], drawn[1]
+    noise = np.random.default_rng(7).integers(0, 200, (COUNT, *SIDES), dtype=np.uint8)
+    data = masked(data, noise) if task == "segment" else data
     plan = PLANS[task](size)
     rows = np.arange(COUNT)
     with Loader(data, plan, batch_size=16, threads=1) as loader:
@@ -291,13 +293,15 @@ def test_pixels_masks_and_boxes_are_torchvisions(
                 == data.annotations.labels[data.annotations._own(position)][kept.numpy()].tolist()
             )
         else:
-            mask = tv_tensors.Mask(torch.from_numpy(masks[position]))
+            mask = tv_tensors.Mask(torch.from_numpy(noise[position]))
             expected = moved(mask, IGNORE, InterpolationMode.NEAREST_EXACT)
             found = batches[row // 16].annotations[row % 16]
             assert found.dtype == torch.int64
             ties += int((found != expected).sum())
             pixels += found.numel()
-    assert ties <= 0.01 * pixels  # measured: see the docstring; float32 centers on an edge may take either pixel
+    assert (
+        ties <= 0.002 * pixels
+    )  # 0 of 16,000 when this was written; float32 may put a center on either side of an edge
 
 
 def test_the_mask_lies_on_the_image(dense: dict[str, Dataset]) -> None:
@@ -448,55 +452,3 @@ def test_a_batch_of_lists_moves() -> None:
     assert [set(entry) for entry in there.annotations] == [{"boxes", "labels"}] * 2
     assert there.targets["a"]["t"].device.type == "meta"
     assert isinstance(there.ids, np.ndarray)
-
-
-# ------------------------------------------------------------------------------------------------- multi-crop
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=seeds, first=views, ids=id_sets, counts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-)  # fmt: skip
-def test_every_sample_has_each_kind_its_number_of_times(
-    seed: int, first: int, ids: list[int], counts: list[int]
-) -> None:
-    """Kinds told apart by their areas, over any round of consecutive views."""
-    kinds = tuple(
-        Windows(scale=(0.1 + 0.2 * place, 0.15 + 0.2 * place), ratio=(1, 1), count=count)
-        for place, count in enumerate(counts)
-    )
-    plan = ViewPlan(seed, 32, "multi-crop-flip", crop=MultiCrop(windows=kinds))
-    sizes = np.full((len(ids), 2), 1000)
-    areas = np.stack([plan.crops(first + view, ids, sizes)[:, 2:].prod(axis=1) / 1e6 for view in range(sum(counts))])
-    for place, count in enumerate(counts):
-        own = (areas > 0.08 + 0.2 * place) & (areas < 0.17 + 0.2 * place)
-        assert (own.sum(axis=0) == count).all()
-
-
-def test_every_batch_holds_all_kinds() -> None:
-    """Samples begin anywhere in the round, so a view shows each kind in its share; windows are as torchvision's."""
-    plan = plan_with([{"op": "multi-crop"}, {"op": "flip"}], seed=3, size=96, flip=0)
-    count, size = 8000, (375, 500)
-    sizes = np.tile(size, (count, 1))
-    alone = ViewPlan(3, 96, "resized-crop-flip", scale=(0.05, 0.4)).crops(5, np.arange(count), sizes)
-    ours = plan.crops(5, np.arange(count), sizes)
-    local = (ours == alone).all(axis=1)  # the same words: a local window is what resized-crop of its range would show
-    assert stats.binomtest(int(local.sum()), count, 6 / 8).pvalue > 1e-3
-    wide = ViewPlan(3, 96, "resized-crop-flip", scale=(0.4, 1.0)).crops(5, np.arange(count), sizes)
-    np.testing.assert_array_equal(ours[~local], wide[~local])
-    assert plan.to_dict()["crop"]["windows"][1] == {"scale": [0.05, 0.4], "ratio": [0.75, 4 / 3], "count": 6}
-    assert crop_of(plan.to_dict()["crop"]) == plan.crop
-
-
-def test_a_batch_mixes_windows_and_replays(dense: dict[str, Dataset]) -> None:
-    data = replace(dense["segment"], marks=None)
-    plan = plan_with([{"op": "multi-crop"}], seed=3, size=24, flip=0)
-    whole = [torch.cat([b.images for b in Loader(data, plan, batch_size=batch, threads=1).stream(2, np.arange(COUNT))])
-             for batch in (40, 7)]  # fmt: skip
-    assert torch.equal(*whole)
-    again = Loader(data, plan, batch_size=9, threads=1).stream(2, np.array([7, 3]))
-    assert torch.equal(next(iter(again)).images, whole[0][[7, 3]])
-    areas = view_work(plan, data, 2).geometry.box[:, 2:].prod(axis=1) / (SIDES[0] * SIDES[1])
-    assert (areas > 0.45).any()
-    assert (areas < 0.35).any()
-    assert move_mask(np.zeros(SIDES, np.uint8), view_work(plan, data, 2).geometry, 0, 24).shape == (24, 24)
