@@ -5,7 +5,7 @@
     python bench/bench_large_rows.py --side 65         seconds; the same shape of work at 65 pixels
 
 Two processes, one after the other: `write` encodes and appends batches of float maps as the caching pass does (made-up
-maps; no teacher runs), `read` streams a second, mixed pass. Peak is the resident memory beyond what the process had
+maps; no teacher runs), `read` streams a second, mixed pass. Peak is the resident memory beyond what the process held
 before its first row: for `write` without the float maps themselves, which are a teacher's and are made before. `read`
 also counts the bytes that were read, against those that are stored, and the places of the view a batch's rows are from.
 The table goes to stderr; the last line of stdout is one JSON document.
@@ -63,6 +63,11 @@ def manifest(rows: int, side: int) -> Manifest:
     )
 
 
+def resident() -> int:
+    """Bytes of memory that is resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def peak() -> int:
     """Bytes of the largest resident memory so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -72,10 +77,10 @@ def write(path: Path, rows: int, side: int) -> dict[str, Any]:
     asked = manifest(rows, side)
     taps = asked.teachers["a"].taps
     maps = {
-        name: torch.randn(BATCH, *tap.shape).contiguous(memory_format=torch.channels_last) for name, tap in taps.items()
+        name: torch.empty(BATCH, *tap.shape, memory_format=torch.channels_last).normal_() for name, tap in taps.items()
     }
     scales = {name: (torch.full((t.channels,), OFFSET), torch.full((t.channels,), STEP)) for name, t in taps.items()}
-    before, started = peak(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
     stored = open_for_writing(path, asked)
     with CacheWriter(path, stored) as writer:
         for name, (offset, step) in scales.items():
@@ -101,7 +106,7 @@ def read(path: Path, rows: int, side: int) -> dict[str, Any]:
     reader = CacheReader(path)
     plan, arrays = reader.manifest.plan, [names.codes("a", tap) for tap in reader.manifest.teachers["a"].taps]
     order = pass_order(rows, 0, 0, 1, plan.granule, plan.window)
-    counted[0], before, started = 0, peak(), time.perf_counter()
+    counted[0], before, started = 0, resident(), time.perf_counter()
     places = []
     for number, _ in enumerate(reader.stream(arrays, 0, order, BATCH)):
         places.append(len(np.unique(order[number * BATCH : (number + 1) * BATCH] // plan.granule)))
