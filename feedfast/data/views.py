@@ -39,7 +39,16 @@ from feedfast.data.operations import PixelOperation
 from feedfast.data.steps import PARAMETERS, TABLE, Program, unit
 from feedfast.errors import RequestError
 
-__all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order", "pass_sizes"]
+__all__ = [
+    "ALGORITHM",
+    "PASS_GRANULE",
+    "PASS_WINDOW",
+    "Augment",
+    "ViewPlan",
+    "pass_order",
+    "pass_sizes",
+    "readable_sizes",
+]
 
 Augment = Literal[
     "pad-crop-flip", "resized-crop-flip", "scale-jitter-flip", "scale-crop-flip", "expand-crop-flip", "multi-crop-flip",
@@ -418,6 +427,28 @@ def pass_sizes(row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, 
     while granule > block_rows and granule * PASS_WINDOW > fit:
         granule //= 2
     return granule, max(1, min(fit, PASS_GRANULE * PASS_WINDOW) // granule)
+
+
+def readable_sizes(granule: int, window: int, row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, int]:
+    """Granule and window of a pass over rows that a cache was not planned for.
+
+    A cache that was made for small rows keeps its granule and window when large maps are added to it, and their windows
+    are more than a stream may hold: blocks would be read again and again. What is read decides: whoever reads the small
+    rows alone mixes them as before.
+
+    Args:
+        granule: of the cache.
+        window: of the cache.
+        row_bytes: decoded bytes per row of the arrays that are read, >= 1.
+        block_rows: rows of the largest block among them.
+        bound_bytes: what a stream may hold.
+
+    Returns:
+        (granule, window): the cache's where they fit, else those of `pass_sizes`.
+    """
+    if granule * window <= max(bound_bytes // (4 * row_bytes), block_rows):
+        return granule, window
+    return pass_sizes(row_bytes, block_rows, bound_bytes)
 
 
 def _require(name: str, ok: bool, expected: str, found: object) -> None:

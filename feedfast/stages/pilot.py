@@ -15,7 +15,7 @@ WRN-16-2 cost 14 to 27 % more error than 2,048).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from feedfast.cache.blocks import choose_compression
 from feedfast.cache.fit import fit_affine, measure
-from feedfast.cache.layout import block_rows_for
+from feedfast.cache.layout import ArraySpec, block_rows_for
 from feedfast.cache.schema import CodecName, Compression, TapInfo
 from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.cache.transform import Transform
 from feedfast.data.loader import Loader
-from feedfast.data.views import ViewPlan, pass_sizes
+from feedfast.data.views import ViewPlan, pass_sizes, readable_sizes
 from feedfast.errors import FeedfastError
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed
 from feedfast.stages.record import encode_rows
@@ -187,6 +187,15 @@ def stored_codec(tap: str, codec: CodecName) -> CodecName:
 def mixing_plan(plan: ViewPlan, row_bytes: int) -> ViewPlan:
     """The plan with the granule and window that rows of this size get in a new cache, and so in a live run."""
     granule, window = pass_sizes(row_bytes, 1, MAX_BUFFER_BYTES)
+    return replace(plan, granule=granule, window=window)
+
+
+def readable_plan(plan: ViewPlan, arrays: Sequence[ArraySpec]) -> ViewPlan:
+    """A cache's plan with the granule and window in which a pass over these arrays reads no block twice."""
+    if not arrays:
+        return plan
+    row_bytes, block_rows = sum(spec.row_bytes for spec in arrays), max(spec.block_rows for spec in arrays)
+    granule, window = readable_sizes(plan.granule, plan.window, row_bytes, block_rows, MAX_BUFFER_BYTES)
     return replace(plan, granule=granule, window=window)
 
 
