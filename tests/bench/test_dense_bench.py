@@ -68,7 +68,7 @@ def test_words_and_taps_of_variants() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "methods"), [("segment", ["plain", "ofd", "kd"]), ("detect", ["plain", "ofd"])])
+@pytest.mark.parametrize(("task", "methods"), [("segment", ["plain", "kd"]), ("detect", ["plain", "ofd"])])
 def test_a_tiny_run_says_everything_once(
     task: str, methods: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_tiny_run_says_everything_once(
 
     committed = {file: file.read_bytes() for file in BENCH.glob("*.csv")}
     results = tmp_path / "rows.csv"
-    words = ["--tiny", "--task", task, "--epochs", "1", "--teacher-epochs", "1", "--seeds", "2", "--views", "2"]
+    words = ["--tiny", "--task", task, "--epochs", "1", "--teacher-epochs", "1", "--seeds", "1", "--views", "2"]
     words += ["--out", str(tmp_path / "runs"), "--results", str(results), "--methods", *methods]
     bench_dense.main(words)
     first = results.read_text()
@@ -86,7 +86,7 @@ def test_a_tiny_run_says_everything_once(
     rows = list(csv.DictReader(first.splitlines()))
     taught = [(name, source) for name in methods[1:] for source in ("cache", "live")]
     assert [(line["variant"], line["source"], line["seed"]) for line in rows] == [
-        (name, source, seed) for seed in "12" for name, source in [("plain", "none"), *taught]
+        (name, source, "1") for name, source in [("plain", "none"), *taught]
     ]
     score = {"segment": "miou", "detect": "ap50"}[task]
     for line in rows:
