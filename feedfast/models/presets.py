@@ -15,6 +15,7 @@ at the same places, for hints and attention maps; MobileNetV2/V3's, and a basic 
 | torchvision MobileNetV2/V3, n=4 | the expansion of the next strided block; at the end the last block | its own |
 | VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
 | torchvision ConvNeXt, Swin, n=4; ViT, n=4: blocks at even depths | their ends, linear | none |
+| segmentation and detection: `presets_dense` | | |
 | others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from feedfast.errors import RequestError
 from feedfast.models.branched import Branched
 from feedfast.models.layout import prefix_tokens
+from feedfast.models.presets_dense import dense_taps
 from feedfast.models.taps import Tap, tap_layout
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
@@ -64,6 +66,9 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
         return _branches(model)
     if group not in GROUPS:
         raise RequestError(f"taps {group!r}: expected {', '.join(map(repr, GROUPS))} or name=module.path[:pre]")
+    dense = dense_taps(model)
+    if dense is not None:
+        return dense[group]
     places = _table(model)
     if places is None:
         seen = trace(model, _example(model) if example is None else example)

@@ -190,7 +190,10 @@ def write_report(
         more: HTML to be shown below the curves.
     """
     rows = read_metrics(out / "metrics.jsonl")
-    body = table_html([{"figure": key, "value": value} for key, value in result.items()])
+    figures: dict[str, Any] = {}
+    for key, value in result.items():
+        figures |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    body = table_html([{"figure": key, "value": value} for key, value in figures.items()])
     listing = html.escape(json.dumps(recipe, indent=2))
     body += f"{figure_html(curves(rows))}{more}{provenance_html(processes)}<h2>Recipe</h2><pre>{listing}</pre>"
     path = out / "report.html"

@@ -78,3 +78,13 @@ def test_the_bench_of_methods_counts_as_statistics_do(tmp_path: Path, capsys: py
     assert found["over_plain"] == pytest.approx(differences.mean())
     assert found["half_interval"] == pytest.approx((high - low) / 2, rel=1e-3)
     assert found["bytes_per_sample"] > 0
+
+
+@pytest.mark.slow
+def test_the_bench_of_large_rows_reads_what_it_wrote_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Small maps of the same six taps; an index may be read by two threads at once, a block only once."""
+    loaded("bench_large_rows").main(["--side", "33", "--rows", "200"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["read"]["row_bytes"] * 200 <= found["read"]["stored_bytes"] <= found["read"]["read_bytes"]
+    assert found["read"]["read_bytes"] < 1.001 * found["read"]["stored_bytes"]
+    assert found["write"]["peak_bytes"] > 0
