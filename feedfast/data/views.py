@@ -458,8 +458,8 @@ def _require(name: str, ok: bool, expected: str, found: object) -> None:
 
 def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
     ids_n = np.asarray(ids)
-    if ids_n.ndim != 1 or (ids_n.size and ids_n.dtype.kind not in "iu"):
-        raise ValueError(f"ids: expected a 1-D array of integers, got {ids_n.dtype} {ids_n.shape}")
+    if ids_n.ndim != 1 or (ids_n.size and (ids_n.dtype.kind not in "iu" or ids_n.min() < 0)):
+        raise ValueError(f"ids: expected a 1-D array of non-negative integers, got {ids_n.dtype} {ids_n.shape}: {ids}")
     return ids_n.astype(np.int64)
 
 
@@ -468,10 +468,9 @@ def _words(
 ) -> NDArray[np.uint64]:
     """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards.
 
-    Philox is a block cipher over a 256-bit counter. The key is (seed, view); the counter's third word names the purpose
-    (order, crop, flip, ...), the fourth the pass, and the first runs with the sample id: every sample owns its own
-    words, and any range of samples can be drawn without the ones before it. NumPy guarantees its Philox stream; only
-    raw words are taken from it and mapped to floats and integers below, so no NumPy release can move a crop by a pixel.
+    Philox's key is (seed, view); its counter's third word names the purpose (order, crop, flip, ...), the fourth the
+    pass, and the first runs with the sample id: any range of samples can be drawn without the ones before it. Only raw
+    words, a stream that NumPy guarantees, are taken and mapped below: no NumPy release can move a crop by a pixel.
     """
     out = np.empty((len(ids), words), dtype=np.uint64)
     for where, first, count in _runs(ids):
@@ -489,8 +488,6 @@ def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]
     if ids.size == 0:
         return
     by_id = np.argsort(ids, kind="stable")
-    if ids[by_id[0]] < 0:
-        raise ValueError(f"ids: expected non-negative, got {ids[by_id[0]]}")
     block = ids[by_id] // _BLOCK_SAMPLES
     per_run = _RUN_SAMPLES // _BLOCK_SAMPLES
     gap = np.flatnonzero(np.diff(block) > 1) + 1  # blocks nobody asked for are not drawn

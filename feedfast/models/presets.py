@@ -15,7 +15,6 @@ at the same places, for hints and attention maps; MobileNetV2/V3's, and a basic 
 | torchvision MobileNetV2/V3, n=4 | the expansion of the next strided block; at the end the last block | its own |
 | VGG, n=4 | the last convolution before each of the last four poolings | its own, if it has one |
 | torchvision ConvNeXt, Swin, n=4; ViT, n=4: blocks at even depths | their ends, linear | none |
-| segmentation and detection: `presets_dense` | | |
 | others with timm's ``feature_info`` or ``layer1``.. | stage ends from stride 4 on, before a final activation | found |
 """
 
