@@ -126,7 +126,8 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C_in, h, w]`` → ``[B, 256, h, w]``."""
         branches = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x)]
-        branches.append(self.global_avg_pool(x).expand_as(branches[0]))  # one value enlarged to the map
+        # one value enlarged to the map; a sum, since of a single point nothing tells channels last
+        branches.append(torch.zeros_like(branches[0]) + self.global_avg_pool(x))
         y: Tensor = self.dropout(self.relu(self.bn1(self.conv1(torch.cat(branches, 1)))))
         return y
 

@@ -222,6 +222,28 @@ def test_channels_last_changes_no_result(name: str) -> None:
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_bf16_reaches_every_layer_without_a_copy(name: str) -> None:
+    model = build(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seen: list[tuple[str, bool, torch.dtype]] = []
+
+    def note(path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+            # single points, and what an SSD pads them to, have no layout worth keeping
+            last = all(t.shape[2] <= 3 or t.is_contiguous(memory_format=torch.channels_last) for t in (*args, y))
+            seen.append((path, last, y.dtype))
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.ReLU):
+            module.register_forward_hook(note(path))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images(96).to(memory_format=torch.channels_last))
+    assert len(seen) > 50
+    assert [s for s in seen if not s[1] or s[2] != torch.bfloat16] == []
+
+
 @pytest.mark.parametrize("sides", [(33, 33), (35, 50), (113, 64)])
 @pytest.mark.parametrize("name", [DEEPLAB, "zoo/deeplabv3plus-mobilenetv2"])
 def test_segmenters_take_any_size(name: str, sides: tuple[int, int]) -> None:
