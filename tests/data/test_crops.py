@@ -80,13 +80,23 @@ def test_a_window_is_the_samples_own(seed: int, view: int, ids: list[int], size:
     geometry = view_geometry(plan, view, np.array(ids, np.uint32), sizes.astype(np.int32), boxes)
     assert (geometry.resized > 0).all()
     assert ((geometry.window < geometry.resized) & (geometry.window + size > 0)).all(), "some of the image is seen"
-    assert not geometry.padded or word == "multi-crop-flip"
+    assert not geometry.padded
+    # what is shown of the image lies where the window says, to the half pixel, but is never less than a pixel
+    low, extent = np.maximum(windows[:, :2], 0), windows[:, 2:]
+    ends = np.minimum(windows[:, :2] + extent, sizes)
+    np.testing.assert_array_equal(geometry.box, np.concatenate([low, ends - low], axis=1))
+    for edge, found in ((low, -geometry.window), (ends, geometry.resized - geometry.window)):
+        exact = (edge - windows[:, :2]) * size / extent
+        off = np.abs(exact - found)
+        assert (off <= np.where(geometry.resized == 1, 1, 0.5) + 1e-9).all()
 
 
-def torchvisions_windows(size: tuple[int, int], boxes: NDArray[np.float32], count: int) -> NDArray[np.float64]:
+def torchvisions_windows(
+    size: tuple[int, int], boxes: NDArray[np.float32], count: int, p: float = 0.5, options: list[float] | None = None
+) -> NDArray[np.float64]:
     """RandomZoomOut, then RandomIoUCrop, in source pixels: [count, 4]."""
     torch.manual_seed(0)
-    zoom, crop, out = v2.RandomZoomOut(), v2.RandomIoUCrop(), []
+    zoom, crop, out = v2.RandomZoomOut(p=p), v2.RandomIoUCrop(sampler_options=options), []
     for _ in range(count):
         height, width = size
         pad = zoom.make_params([torch.empty(3, height, width)])["padding"] if torch.rand(1) < zoom.p else [0] * 4
@@ -99,6 +109,26 @@ def torchvisions_windows(size: tuple[int, int], boxes: NDArray[np.float32], coun
     return np.array(out, dtype=np.float64)
 
 
+def assert_same(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> None:
+    """Areas, ratios and edges."""
+    for what in (
+        lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1],
+        lambda b: b[:, 0] + b[:, 2], lambda b: b[:, 1] + b[:, 3],
+    ):  # fmt: skip
+        assert same(what(ours), what(theirs)) > 1e-3
+
+
+def test_parts_are_torchvisions() -> None:
+    """Without canvas and with an overlap that is easily found: the parts that are tried."""
+    size, xyxy, count = (300, 400), np.array([[150, 100, 250, 200]], dtype=np.float32), 2500
+    theirs = torchvisions_windows(size, xyxy, count, p=0.0, options=[0.0])
+    plan = ViewPlan(3, 300, "expand-crop-flip", crop=ExpandCrop(expand_p=0, min_iou=(0.0,)))
+    ours = plan.crops(1, np.arange(2 * count), np.tile(size, (2 * count, 1)), [xyxy] * (2 * count)).astype(np.float64)
+    assert_same(ours, theirs)
+    for pick in (np.min, np.max):  # the ranges' ends, which Kolmogorov and Smirnov hardly look at
+        np.testing.assert_allclose(pick(ours[:, 2:], axis=0), pick(theirs[:, 2:], axis=0), atol=4)
+
+
 @pytest.mark.parametrize(("size", "boxes"), [
     pytest.param((300, 400), [[30, 40, 130, 240], [200, 20, 390, 290], [350, 250, 380, 280]], marks=pytest.mark.slow),
     ((90, 50), [[5, 5, 32, 74]]),
@@ -108,11 +138,7 @@ def test_expand_crop_has_torchvisions_windows(size: tuple[int, int], boxes: list
     theirs = torchvisions_windows(size, xyxy, count)
     plan = plan_with(EXPAND, seed=3, size=300, flip=0)
     ours = plan.crops(1, np.arange(4 * count), np.tile(size, (4 * count, 1)), [xyxy] * (4 * count)).astype(np.float64)
-    for what in (
-        lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1],
-        lambda b: b[:, 0] + b[:, 2], lambda b: b[:, 1] + b[:, 3],
-    ):  # fmt: skip
-        assert same(what(ours), what(theirs)) > 1e-3
+    assert_same(ours, theirs)
     whole = [(w == [0, 0, *size]).all(axis=1).mean() for w in (ours, theirs)]
     assert whole[0] == pytest.approx(whole[1], abs=0.04)
 
