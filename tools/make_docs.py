@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from feedfast.data.augment import OPERATIONS, PRESETS
-from feedfast.methods import METHODS
+from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import expected_words
 from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
 
@@ -112,12 +112,15 @@ def methods_page() -> str:
         f"Made by `{COMMAND}` from the classes in `feedfast/methods`, as `feedfast methods [NAME]` prints it.",
         "A recipe has one `[method]` table, or several `[[method]]` tables that are trained together, each with "
         "`name`, `weight` (1 by default) and its options. Targets it needs are taps of every teacher and of the "
-        "student ([concepts.md](concepts.md)); a teacher without `taps` in the recipe is tapped for just these.",
+        "student ([concepts.md](concepts.md)); a teacher without `taps` in the recipe is tapped for just these. "
+        "Serves: the values of `task.name` that it can be used with by its defaults; logits of segmentation networks "
+        "are compared place by place, on the coarser of two grids.",
     ]
     for name, method in METHODS.items():
         doc = inspect.cleandoc(method.__doc__ or "").split("\n")[0]
         needs = ", ".join(f"`{need}`" for need in method.needs) or "no teacher"
-        parts += [f"## {name}", doc, f"Paper: {method.paper}.  \nNeeds: {needs}."]
+        tasks = ", ".join(f"`{task}`" for task in tasks_of(method))
+        parts += [f"## {name}", doc, f"Paper: {method.paper}.  \nNeeds: {needs}.  \nServes: {tasks}."]
         rows = [
             (f"`{key}`", expected_words(field), literal(field.default), field.description or "")
             for key, field in method.Options.model_fields.items()
@@ -191,7 +194,7 @@ def preset_rows() -> Iterator[Sequence[str]]:
 FAMILIES = {
     "ofd": "OFD", "pfeed": "FEED, parallel", "sfeed": "FEED, sequential", "ft": "Factor Transfer", "ekd": "EKD-style",
     "lp": "LP", "kd": "Pruned ResNet-50 from two teachers", "plain": "Its control", "repdistiller": "RepDistiller",
-    "teacher": "Teachers that the others point to",
+    "camvid": "Segmentation on CPUs", "teacher": "Teachers that the others point to",
 }  # fmt: skip
 
 

@@ -205,8 +205,10 @@ class TapInfo(_Part):
             raise ValueError('transform "factor" and the entry "factor" belong together, found one of them')
         if self.name == "zarr.json":
             raise ValueError("a tap cannot be called 'zarr.json'")
-        if self.name == names.LOGITS and (len(self.shape) != 1 or self.codec not in ("f16", "f32")):
-            raise ValueError(f"logits must be (K,) in f16 or f32, found {list(self.shape)} in {self.codec}")
+        if self.name == names.LOGITS and (len(self.shape) not in (1, 3) or self.codec not in ("f16", "f32")):
+            raise ValueError(
+                f"logits must be (K,) or (K, H, W) in f16 or f32, found {list(self.shape)} in {self.codec}"
+            )
         return self
 
 
@@ -214,8 +216,9 @@ class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
     ``mean`` and ``std`` are the normalization of its input in 0..1 units; ``size`` is the input's side where pixels
-    are resized for it, 0 = the plan's. Logits are the tap "logits". ``published`` says whether the weights are those
-    that the model's library publishes; None where that was not written down. Measured: ``probe`` is what it computes,
+    are resized for it, 0 = the plan's. Logits are the tap "logits"; ``outputs`` is the number of classes of a network
+    whose logits are not stored. ``published`` says whether the weights are those that the model's library publishes;
+    None where that was not written down. Measured: ``probe`` is what it computes,
     per tap the mean and the root mean square over the first rows of view 0; ``top1`` is of ``top1_rows`` labeled rows.
     """
 
@@ -227,6 +230,7 @@ class TeacherInfo(_Part):
     mean: Triple
     std: Triple
     size: int = Field(0, ge=0, le=8192)
+    outputs: int = Field(0, ge=0, le=1 << 20)
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
     top1: float | None = Field(None, ge=0, le=1)
@@ -240,8 +244,8 @@ class TeacherInfo(_Part):
 
     @property
     def num_classes(self) -> int:
-        """Length of its logits; 0 where none are stored."""
-        return self.taps[names.LOGITS].shape[0] if names.LOGITS in self.taps else 0
+        """Classes that it tells apart."""
+        return self.taps[names.LOGITS].shape[0] if names.LOGITS in self.taps else self.outputs
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -362,8 +366,8 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        # the key size only where it says something: caches made before there was one keep their digests
-        unsaid = set() if teacher.size else {"size"}
+        # keys that came later only where they say something: caches made before keep their digests
+        unsaid = {key for key in ("size", "outputs") if not getattr(teacher, key)}
         basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED | unsaid)
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,17 @@ from torch import Tensor
 from feedfast.data.crops import Keep
 from feedfast.data.geometry import Geometry, Task
 
-__all__ = ["IGNORE", "Boxes", "ClassLabels", "Masks", "MixedLabels", "move_boxes", "move_mask"]
+__all__ = [
+    "IGNORE",
+    "Boxes",
+    "ClassLabels",
+    "Masks",
+    "MixedLabels",
+    "move_boxes",
+    "move_mask",
+    "turn_boxes",
+    "turn_mask",
+]
 
 IGNORE = 255
 """The class number of mask pixels that count in no loss: unknown, or outside the image."""
@@ -84,7 +94,8 @@ class Boxes:
         starts: int64 [n + 1]; the boxes of sample i are ``starts[i]`` to ``starts[i + 1]``.
         classes: names by number.
         least_visible: share of its area that a box must keep within the view; those below are left out.
-        difficult: bool [boxes], those that evaluation does not count; None = none of them.
+        difficult: bool [boxes], those that count neither as found nor as missed; none by default.
+        taught: whether difficult boxes are learned from: VOC's are objects, COCO's crowds are regions.
     """
 
     task: ClassVar[Task] = "detect"
@@ -94,15 +105,19 @@ class Boxes:
     starts: NDArray[np.int64]
     classes: tuple[str, ...] = ()
     least_visible: float = 0.25
-    difficult: NDArray[np.bool_] | None = None
+    difficult: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    taught: bool = True
+
+    def __post_init__(self) -> None:
+        if not len(self.difficult):
+            object.__setattr__(self, "difficult", np.zeros(len(self.labels), dtype=np.bool_))
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) over boxes, class numbers and which sample each belongs to."""
+        """Sha256 (hex) over boxes, class numbers, which are difficult, and which sample each belongs to."""
         digest = hashlib.sha256(self.xyxy.astype("<f4").tobytes())
         digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
-        if self.difficult is not None:
-            digest.update(self.difficult.astype("u1").tobytes())
+        digest.update(self.difficult.astype("u1").tobytes())
         return digest.hexdigest()
 
     def of(self, positions: NDArray[np.integer[Any]]) -> list[NDArray[np.float32]]:
@@ -129,6 +144,7 @@ class Boxes:
             if keep == "center":
                 center = _moved_corners(self.xyxy[own], geometry, row, size).mean(axis=1)
                 kept = ((center > 0) & (center < size)).all(axis=1) & (moved[:, 2:] > moved[:, :2]).all(axis=1)
+            kept &= self.taught | ~self.difficult[own]
             out.append({"boxes": torch.from_numpy(moved[kept]), "labels": torch.from_numpy(self.labels[own][kept])})
         return out
 
@@ -147,9 +163,7 @@ class Boxes:
         for row, position in enumerate(positions.tolist()):
             own = self._own(position)
             labels = torch.tensor(self.labels[own])
-            difficult = torch.zeros(len(labels), dtype=torch.bool)
-            if self.difficult is not None:
-                difficult = torch.tensor(self.difficult[own])
+            difficult = torch.tensor(self.difficult[own])
             shown = {"size": geometry.image[row], "box": geometry.box[row]}
             out.append(
                 {"boxes": torch.tensor(self.xyxy[own]), "labels": labels, "difficult": difficult}
@@ -260,3 +274,37 @@ def _sources(start: int, extent: int, resized: int, window: int, size: int) -> N
 def _within(index: NDArray[np.int64], extent: int) -> NDArray[np.bool_]:
     inside: NDArray[np.bool_] = (index >= 0) & (index < extent)
     return inside
+
+
+_TURNS = {
+    1: (False, False, False), 2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
+    5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
+"""EXIF orientation → what makes a stored image upright: mirror left to right, top to bottom, then exchange axes."""
+
+
+def turn_boxes(xyxy: NDArray[np.float64], orientation: int, height: int, width: int) -> NDArray[np.float64]:
+    """Boxes in stored pixels, as the image is turned by its EXIF orientation.
+
+    Args:
+        xyxy: float64 [k, 4].
+        orientation: 1 to 8.
+        height: of the image as stored.
+        width: of the image as stored.
+
+    Returns:
+        float64 [k, 4], left and top first.
+    """
+    across, down, exchanged = _TURNS[orientation]
+    x, y = xyxy[:, [0, 2]], xyxy[:, [1, 3]]
+    x = width - x[:, ::-1] if across else x
+    y = height - y[:, ::-1] if down else y
+    return np.stack([y, x] if exchanged else [x, y], axis=2).reshape(-1, 4)
+
+
+def turn_mask(mask: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """A mask in stored pixels, uint8 [H, W], as the image is turned by its EXIF orientation (1 to 8); contiguous."""
+    across, down, exchanged = _TURNS[orientation]
+    mask = mask[:, ::-1] if across else mask
+    mask = mask[::-1] if down else mask
+    return np.ascontiguousarray(mask.T if exchanged else mask)

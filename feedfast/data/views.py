@@ -39,7 +39,16 @@ from feedfast.data.operations import PixelOperation
 from feedfast.data.steps import PARAMETERS, TABLE, Program, unit
 from feedfast.errors import RequestError
 
-__all__ = ["ALGORITHM", "PASS_GRANULE", "PASS_WINDOW", "Augment", "ViewPlan", "pass_order", "pass_sizes"]
+__all__ = [
+    "ALGORITHM",
+    "PASS_GRANULE",
+    "PASS_WINDOW",
+    "Augment",
+    "ViewPlan",
+    "pass_order",
+    "pass_sizes",
+    "readable_sizes",
+]
 
 Augment = Literal[
     "pad-crop-flip", "resized-crop-flip", "scale-jitter-flip", "scale-crop-flip", "expand-crop-flip", "multi-crop-flip",
@@ -420,6 +429,28 @@ def pass_sizes(row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, 
     return granule, max(1, min(fit, PASS_GRANULE * PASS_WINDOW) // granule)
 
 
+def readable_sizes(granule: int, window: int, row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, int]:
+    """Granule and window of a pass over rows that a cache was not planned for.
+
+    A cache that was made for small rows keeps its granule and window when large maps are added to it, and their windows
+    are more than a stream may hold: blocks would be read again and again. What is read decides: whoever reads the small
+    rows alone mixes them as before.
+
+    Args:
+        granule: of the cache.
+        window: of the cache.
+        row_bytes: decoded bytes per row of the arrays that are read, >= 1.
+        block_rows: rows of the largest block among them.
+        bound_bytes: what a stream may hold.
+
+    Returns:
+        (granule, window): the cache's where they fit, else those of `pass_sizes`.
+    """
+    if granule * window <= max(bound_bytes // (4 * row_bytes), block_rows):
+        return granule, window
+    return pass_sizes(row_bytes, block_rows, bound_bytes)
+
+
 def _require(name: str, ok: bool, expected: str, found: object) -> None:
     if not ok:
         raise RequestError(f"view plan, {name}: expected {expected}, found {found!r}")
@@ -427,8 +458,8 @@ def _require(name: str, ok: bool, expected: str, found: object) -> None:
 
 def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
     ids_n = np.asarray(ids)
-    if ids_n.ndim != 1 or (ids_n.size and ids_n.dtype.kind not in "iu"):
-        raise ValueError(f"ids: expected a 1-D array of integers, got {ids_n.dtype} {ids_n.shape}")
+    if ids_n.ndim != 1 or (ids_n.size and (ids_n.dtype.kind not in "iu" or ids_n.min() < 0)):
+        raise ValueError(f"ids: expected a 1-D array of non-negative integers, got {ids_n.dtype} {ids_n.shape}")
     return ids_n.astype(np.int64)
 
 
@@ -437,10 +468,9 @@ def _words(
 ) -> NDArray[np.uint64]:
     """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards.
 
-    Philox is a block cipher over a 256-bit counter. The key is (seed, view); the counter's third word names the purpose
-    (order, crop, flip, ...), the fourth the pass, and the first runs with the sample id: every sample owns its own
-    words, and any range of samples can be drawn without the ones before it. NumPy guarantees its Philox stream; only
-    raw words are taken from it and mapped to floats and integers below, so no NumPy release can move a crop by a pixel.
+    Philox's key is (seed, view); its counter's third word names the purpose (order, crop, flip, ...), the fourth the
+    pass, and the first runs with the sample id: any range of samples can be drawn without the ones before it. Only raw
+    words, a stream that NumPy guarantees, are taken and mapped below: no NumPy release can move a crop by a pixel.
     """
     out = np.empty((len(ids), words), dtype=np.uint64)
     for where, first, count in _runs(ids):
@@ -458,8 +488,6 @@ def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]
     if ids.size == 0:
         return
     by_id = np.argsort(ids, kind="stable")
-    if ids[by_id[0]] < 0:
-        raise ValueError(f"ids: expected non-negative, got {ids[by_id[0]]}")
     block = ids[by_id] // _BLOCK_SAMPLES
     per_run = _RUN_SAMPLES // _BLOCK_SAMPLES
     gap = np.flatnonzero(np.diff(block) > 1) + 1  # blocks nobody asked for are not drawn

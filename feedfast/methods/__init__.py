@@ -4,11 +4,21 @@ A method is one class in a file of its own (see `feedfast.methods.base`) and one
 """
 
 import difflib
+from typing import Any
 
 from feedfast.errors import RequestError
 from feedfast.methods.ab import ActivationBoundaries
 from feedfast.methods.attention import AttentionTransfer
-from feedfast.methods.base import Method, MethodOptions, StudentOutput, TapInfo, Targets, parse_options
+from feedfast.methods.base import (
+    LOGITS,
+    Method,
+    MethodOptions,
+    StudentOutput,
+    TapInfo,
+    Targets,
+    Teachers,
+    parse_options,
+)
 from feedfast.methods.camkd import CAMKD
 from feedfast.methods.crd import CRD
 from feedfast.methods.cwd import CWD
@@ -47,6 +57,73 @@ def method_named(name: str, where: str = "method") -> type[Method]:
     return METHODS[name]
 
 
+def refuse_dense(kind: type[Method], task: str, options: Any = None, where: str = "method") -> None:
+    """Raise unless a method serves a task.
+
+    Args:
+        kind: the method.
+        task: "classify", "segment" or "detect".
+        options: of ``kind.Options``; None = its defaults. What reads no logits serves detection, too.
+        where: begins the sentence, as in ``method.0``.
+
+    Raises:
+        RequestError: with the methods that would fit.
+    """
+    if _serves(kind, task, options):
+        return
+    if kind.dense:
+        why = "compares logits, which stand for boxes there"
+    elif kind.one_label:
+        why = "needs one class per image"
+    else:
+        why = "compares whole images"
+    fitting = " | ".join(method.name for method in _ALL if _serves(method, task, None))
+    raise RequestError(f"{where}.name: {kind.name!r} {why}, expected for task.name = {task!r} one of {fitting}")
+
+
+def tasks_of(kind: type[Method]) -> tuple[str, ...]:
+    """The tasks that a method serves with its default options: classify, segment, detect."""
+    return tuple(task for task in ("classify", "segment", "detect") if _serves(kind, task, None))
+
+
+def _serves(kind: type[Method], task: str, options: Any) -> bool:
+    needed = kind.needed(kind.Options() if options is None else options)
+    return task == "classify" or (kind.dense and (task == "segment" or LOGITS not in needed))
+
+
+def refuse_other_logits(
+    kind: type[Method], options: Any, outputs: Any, teachers: Teachers, where: str = "method"
+) -> None:
+    """Raise if a method compares logits, and student and teachers have not the same classes.
+
+    Args:
+        kind: the method.
+        options: of ``kind.Options``.
+        outputs: shape of the student's output without the batch; None or a mapping if it is no tensor.
+        teachers: teacher → tap → shape; grids of logits may differ, classes not.
+        where: begins the sentence.
+
+    Raises:
+        RequestError: the student returns no logits, or a teacher has other classes.
+    """
+    if LOGITS not in kind.needed(options):
+        return
+    for name, infos in teachers.items():
+        shape = infos[LOGITS].shape
+        if not isinstance(outputs, tuple) or len(outputs) != len(shape):
+            form = "[batch, class]" if len(shape) == 1 else "[batch, class, height, width]"
+            found = f"{list(outputs)} per sample" if isinstance(outputs, tuple) else "no tensor"
+            raise RequestError(
+                f"{where}.name: {kind.name!r} compares logits, expected a student that returns them as {form}, "
+                f"as teacher {name!r} does, found {found}"
+            )
+        if shape[0] != outputs[0]:
+            raise RequestError(
+                f"{where}.name: {kind.name!r} compares classes one by one, expected {outputs[0]} in every teacher, "
+                f"found {shape[0]} in {name!r}"
+            )
+
+
 __all__ = [
     "BAN",
     "CAMKD",
@@ -76,4 +153,7 @@ __all__ = [
     "margin_from_bn",
     "method_named",
     "parse_options",
+    "refuse_dense",
+    "refuse_other_logits",
+    "tasks_of",
 ]

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from feedfast.methods.base import Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import paired_maps, same_grid, shared_taps
+from feedfast.methods.parts import paired_maps, same_grid, shared_taps, wide
 from feedfast_kernels import as_float
 
 
@@ -27,6 +27,7 @@ class AttentionTransfer(Method):
     name: ClassVar[str] = "at"
     paper: ClassVar[str] = "Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017"
     needs: ClassVar[tuple[str, ...]] = ("stage*",)
+    dense: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """beta and p."""
@@ -46,7 +47,9 @@ class AttentionTransfer(Method):
         terms = []
         for name, tap in self.pairs:
             ours, theirs = same_grid(student.taps[tap], targets[name][tap])
-            terms.append(F.mse_loss(self._attention(ours.float()), self._attention(as_float(theirs).detach())))
+            ours = wide(ours)
+            theirs = as_float(theirs).detach().to(ours.dtype)
+            terms.append(F.mse_loss(self._attention(ours), self._attention(theirs)))
         return {"attention": torch.stack(terms).sum() * self.share}
 
     def weights(self, progress: float) -> dict[str, float]:

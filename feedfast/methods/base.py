@@ -86,6 +86,8 @@ class Method(nn.Module):
         student_needs: selectors of the student's taps where they are others; None = the same.
         remembers: whether it keeps something of every sample: it is told of all, see `meet`, and gets their ids.
         one_label: whether it needs exactly one class per image, so that mixed images cannot be learned from.
+        dense: whether it serves networks that answer place by place, too: the tasks segment and detect (of these, what
+            reads no logits); their logits are [B, K, h, w].
         fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
 
@@ -95,6 +97,7 @@ class Method(nn.Module):
     student_needs: ClassVar[tuple[str, ...] | None] = None
     remembers: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
     fuses: ClassVar[type | None] = None
 
     class Options(MethodOptions):
@@ -105,6 +108,12 @@ class Method(nn.Module):
         super().__init__()
         if self.needs and not teachers:
             raise RequestError(f"method.name: {self.name!r} needs at least one teacher, found none")
+        for name, infos in teachers.items() if not self.dense and LOGITS in self.needed(options) else ():
+            if LOGITS in infos and len(infos[LOGITS].shape) > 1:
+                raise RequestError(
+                    f"method.name: {self.name!r} compares one row of logits per image, expected teachers that give it, "
+                    f"found (class, height, width) = {infos[LOGITS].shape} of teacher {name!r}"
+                )
 
     def meet(self, ids: Tensor, labels: Tensor) -> None:
         """Make room for every sample of the run; when the method is built, before a checkpoint is loaded.

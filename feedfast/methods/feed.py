@@ -36,6 +36,7 @@ class PFEED(Method):
     name: ClassVar[str] = "pfeed"
     paper: ClassVar[str] = "Park & Kwak, Feature-level Ensemble Knowledge Distillation, ECAI 2020 (parallel FEED)"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    dense: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """beta and how the distance is reduced; batch norm in the NTLs."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast.methods.parts import paired_maps, same_grid, shared_taps, unscaled_kl, wide
 from feedfast_kernels import as_float
 
 
@@ -51,12 +51,15 @@ class FitNet(Method):
     name: ClassVar[str] = "fitnet"
     paper: ClassVar[str] = "Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015"
     needs: ClassVar[tuple[str, ...]] = ("stage*", LOGITS)
+    dense: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """Stages, the hint, and the paper's second stage."""
 
         stages: Literal[1, 2] = Field(
-            2, description="2 as in the paper; 1 learns hint and labels at once, as the benchmark codes do"
+            2,
+            description="2 as in the paper; 1 learns hint and labels at once, as the benchmark codes do, and reads no "
+            "logits: so it serves detection",
         )
         tap: str = Field("stage2", description="the map that is the hint, of student and teachers")
         beta: float = Field(
@@ -85,13 +88,19 @@ class FitNet(Method):
             for _, _, ours, theirs in paired_maps(student, teachers, (options.tap,), pooled=True)
         )
 
+    @classmethod
+    def needed(cls, options: Options) -> tuple[str, ...]:
+        """Logits in two stages only."""
+        return cls.needs if options.stages == 2 else cls.needs[:1]
+
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         """``hint``: mean squares of the tap's maps [B, C, H, W], averaged over the teachers; ``kd`` with two stages."""
         options = self.options
         hints = []
         for name, regressor in zip(self.teacher_names, self.regressors, strict=True):
             ours, theirs = same_grid(regressor(student.taps[options.tap]), targets[name][options.tap])
-            hints.append(F.mse_loss(ours.float(), as_float(theirs).detach()))
+            ours = wide(ours)
+            hints.append(F.mse_loss(ours, as_float(theirs).detach().to(ours.dtype)))
         terms = {"hint": torch.stack(hints).mean()}
         if options.stages == 2:
             terms["kd"] = unscaled_kl(student, targets, options.tau)

@@ -5,7 +5,8 @@
     ban    L = CE(y, z) + KL(p || q)       tau = 1; the teacher is the student of the generation before
 
 p is the average of the teachers' softened outputs, q the student's; the KL is summed over classes and averaged over the
-batch. alpha = 0.9 and tau = 4 are the defaults of the common benchmark codes. None has learnable parameters.
+batch. alpha = 0.9 and tau = 4 are the defaults of the common benchmark codes. None has learnable parameters. Logits of
+segmentation networks are compared place by place, what surrounds an image too, and the KL is averaged over places.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import STANDARDIZE, standardized
+from feedfast.methods.parts import STANDARDIZE, logit_rows, standardized
 from feedfast.tasks import Classify, label_loss
-from feedfast_kernels import Codes, as_float, ensemble_kl
+from feedfast_kernels import ensemble_kl
 
 
 class Plain(Method):
@@ -26,6 +27,7 @@ class Plain(Method):
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "plain training, no teacher"
+    dense: ClassVar[bool] = True
 
 
 class KD(Method):
@@ -34,6 +36,7 @@ class KD(Method):
     name: ClassVar[str] = "kd"
     paper: ClassVar[str] = "Hinton et al., Distilling the Knowledge in a Neural Network, NIPS workshop 2014"
     needs: ClassVar[tuple[str, ...]] = (LOGITS,)
+    dense: ClassVar[bool] = True
     fuses: ClassVar[type | None] = Classify
 
     class Options(MethodOptions):
@@ -57,17 +60,10 @@ class KD(Method):
         self.options = options
 
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
-        """``kd``: tau^2 times the divergence of the logits [B, K], averaged over the batch."""
+        """``kd``: tau^2 times the divergence of the logits [B, K] or [B, K, h, w], averaged over batch and places."""
         options = self.options
-        return {
-            "kd": ensemble_kl(
-                standardized(student.output) if options.standardize else student.output,
-                self._logits(targets),
-                tau=options.tau,
-                average=options.average,
-                direction=options.direction,
-            )
-        }
+        ours, theirs = self._rows(student, targets)
+        return {"kd": ensemble_kl(ours, theirs, tau=options.tau, average=options.average, direction=options.direction)}
 
     def weights(self, progress: float) -> dict[str, float]:
         """alpha."""
@@ -96,9 +92,10 @@ class KD(Method):
             own, terms = label_loss(student.output, annotations), self(student, targets, annotations)
             total = task_weight * own + weight * options.alpha * terms["kd"]
             return total, own.detach(), {"kd": terms["kd"].detach()}
+        ours, theirs = self._rows(student, targets)
         loss, values = ensemble_kl(
-            student.output,
-            self._logits(targets),
+            ours,
+            theirs,
             tau=options.tau,
             average=options.average,
             direction=options.direction,
@@ -109,12 +106,12 @@ class KD(Method):
         )
         return loss, values[0], {"kd": values[1]}
 
-    def _logits(self, targets: Targets) -> list[Tensor]:
+    def _rows(self, student: StudentOutput, targets: Targets) -> tuple[Tensor, list[Tensor]]:
         # float logits go in as they are stored: the loss reads 16-bit values itself
-        found = (taps[LOGITS] for taps in targets.values())
+        ours, theirs = logit_rows(student.output, (taps[LOGITS] for taps in targets.values()))
         if self.options.standardize:
-            return [standardized(as_float(x)) for x in found]
-        return [as_float(x) if isinstance(x, Codes) else x for x in found]
+            return standardized(ours), [standardized(x) for x in theirs]
+        return ours, theirs
 
 
 class BAN(KD):

@@ -5,6 +5,7 @@
 
 p = softmax(z / tau), [B, K]. b holds two probabilities, of the labeled class and of all others; o is the distribution
 over the others alone. r is Pearson's correlation: of a sample's classes (rows), or of a class over the batch (columns).
+For `dist`, places of a segmentation network's logits are rows, as in the authors' code.
 Several teachers are our extension: terms are averaged over them. Neither has learnable parameters.
 """
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import STANDARDIZE, standardized, wide
+from feedfast.methods.parts import STANDARDIZE, logit_rows, standardized, wide
 from feedfast_kernels import as_float
 
 
@@ -70,6 +71,7 @@ class DIST(Method):
     name: ClassVar[str] = "dist"
     paper: ClassVar[str] = "Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
     needs: ClassVar[tuple[str, ...]] = (LOGITS,)
+    dense: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """The two weights and the temperature."""
@@ -144,9 +146,10 @@ def uncorrelated(x_BK: Tensor, y_BK: Tensor) -> Tensor:
 
 
 def _logit_pairs(student: StudentOutput, targets: Targets, *, standardize: bool) -> list[tuple[Tensor, Tensor]]:
-    """The student's logits with each teacher's, [B, K] of one type; no gradient goes to a teacher."""
-    ours = wide(student.output)
-    theirs = [as_float(taps[LOGITS]).detach().to(ours.dtype) for taps in targets.values()]
+    """The student's logits with each teacher's, rows [R, K] of one type; no gradient goes to a teacher."""
+    output, found = logit_rows(student.output, (as_float(taps[LOGITS]).detach() for taps in targets.values()))
+    ours = wide(output)
+    theirs = [z.to(ours.dtype) for z in found]
     if standardize:
         ours, theirs = standardized(ours), [standardized(z) for z in theirs]
     return [(ours, z) for z in theirs]

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from feedfast.methods.base import Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import paired_maps, same_grid
+from feedfast.methods.parts import paired_maps, same_grid, wide
 from feedfast_kernels import Target, as_float
 
 TAP = "final"
@@ -42,8 +42,8 @@ class Generator(nn.Module):
         batch, channels, height, width = ours.shape
         shape = (batch, channels, 1, 1) if over == "channels" else (batch, 1, height, width)
         kept = torch.rand(shape, device=ours.device) >= masked
-        generated: Tensor = self.generation(ours * kept)
-        return (generated.float() - as_float(theirs).detach()).square().sum() / max(batch, 1)
+        generated: Tensor = wide(self.generation(ours * kept))
+        return (generated - as_float(theirs).detach().to(generated.dtype)).square().sum() / max(batch, 1)
 
 
 class MGD(Method):
@@ -52,6 +52,7 @@ class MGD(Method):
     name: ClassVar[str] = "mgd"
     paper: ClassVar[str] = "Yang et al., Masked Generative Distillation, ECCV 2022"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    dense: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """alpha and the mask."""
@@ -60,15 +61,15 @@ class MGD(Method):
         alpha: float = Field(
             7e-5,
             ge=0,
-            description="weight of the sum of squares per sample; the authors' 7e-5 at 224x224, 2e-5 for one-stage and "
-            "5e-7 for two-stage detectors",
+            description="weight of the sum of squares per sample; the authors' 7e-5 at 224x224, 2e-5 for segmentation "
+            "and one-stage detectors, 5e-7 for two-stage ones",
         )
         masked: float = Field(
             0.15,
             ge=0,
             lt=1,
-            description="probability of a mask; the authors' 0.15 for classification, 0.65 for one-stage and 0.45 for "
-            "two-stage detectors",
+            description="probability of a mask; the authors' 0.15 for classification, 0.75 for segmentation, 0.65 for "
+            "one-stage and 0.45 for two-stage detectors",
         )
         over: Literal["channels", "places"] = Field(
             "channels", description="what is masked whole; places as the authors do for detection and segmentation"

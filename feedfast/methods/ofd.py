@@ -6,11 +6,13 @@
 
 The margin m < 0 of a channel is the mean of its negative responses: from the batch norm before the tap in closed form
 (`margin_from_bn`), or measured where there is none (`RunningMargin`). Maps clipped at m before they were stored may be
-clipped again. Which statistics the teachers' batch norms used is up to the caller; this loss is the same.
+clipped again. Which statistics the teachers' batch norms used is up to the caller; this loss is the same. Grids must
+agree: the authors never resize.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +27,15 @@ from feedfast.methods.base import (
     StudentOutput,
     Targets,
     Teachers,
+    numbered_taps,
 )
 from feedfast.methods.parts import Connector, paired_maps, shared_taps
 
 SMALL_SIDE = 32  # of the first map, in pixels: CIFAR's networks have 32 there, ImageNet's 56 at 224
 ALPHA_SMALL, ALPHA_LARGE = 1e-3, 1e-4
+# DeepLabV3+: four stages, the head (ASPP), and the decoder, whose map is as large as the first stage's. The authors
+# divide the distances by 8, 4, 2, 1, 1, 16; they also divide the mean cross-entropy by the batch (task.weight).
+DECODER_WEIGHTS, ALPHA_DECODER = (1 / 8, 1 / 4, 1 / 2, 1.0, 1.0, 1 / 16), 1e-5
 
 
 class OFD(Method):
@@ -38,19 +44,32 @@ class OFD(Method):
     name: ClassVar[str] = "ofd"
     paper: ClassVar[str] = "Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019"
     needs: ClassVar[tuple[str, ...]] = ("ofd*",)
+    student_needs: ClassVar[tuple[str, ...] | None] = ("ofd*",)
+    dense: ClassVar[bool] = True
 
     class Options(MethodOptions):
-        """alpha and the weights of taps."""
+        """alpha, which taps, and their weights."""
 
         # The distance is a sum over all elements, so alpha is small: the authors' rule, from a search over tenfolds.
         alpha: float | None = Field(
             None,
             ge=0,
             description="weight of the feature term; default: the authors' 1e-3 where the first map has up to 32 "
-            "pixels per side (CIFAR), 1e-4 where it has more (ImageNet); they use 1e-5 for detection and segmentation",
+            "pixels per side (CIFAR), 1e-4 where it has more (ImageNet), 1e-5 of DeepLabV3+'s six taps; they name 1e-5 "
+            "for detection, too",
+        )
+        taps: tuple[int, ...] | None = Field(
+            None,
+            strict=False,
+            description="numbers of the taps that are read and compared, as [2, 3, 4]; default: all. Without the large "
+            "first map there is far less to read; not from the paper",
         )
         tap_weights: tuple[float, ...] | None = Field(
-            None, strict=False, description="one per tap, first to last; default: the authors' ..., 1/4, 1/2, 1"
+            None,
+            strict=False,
+            description="one per compared tap, first to last; default: the authors' ..., 1/4, 1/2, 1, and of "
+            "DeepLabV3+'s six (the last map larger than the one before) their 1/8, 1/4, 1/2, 1, 1, 1/16; for SSD's six "
+            "the halving is not from the paper",
         )
 
     def __init__(self, options: Options, student: Shapes, teachers: Teachers) -> None:
@@ -65,12 +84,12 @@ class OFD(Method):
             RequestError: a tap or a margin is missing, or the spatial sizes differ.
         """
         super().__init__(options, student, teachers)
-        self.taps = shared_taps(student, teachers, "ofd")
-        small = max(student[self.taps[0]][1:], default=1) <= SMALL_SIDE
-        authors = ALPHA_SMALL if small else ALPHA_LARGE
-        self.alpha = authors if options.alpha is None else options.alpha
-        last = len(self.taps) - 1
-        self.tap_weights = options.tap_weights or tuple(0.5 ** (last - index) for index in range(last + 1))
+        every, self.taps = self._compared(options, student, teachers)
+        alpha, authors = _authors([student[tap] for tap in every])
+        self.alpha = alpha if options.alpha is None else options.alpha
+        self.tap_weights = options.tap_weights or tuple(
+            weight for tap, weight in zip(every, authors, strict=True) if tap in self.taps
+        )
         if len(self.tap_weights) != len(self.taps) or min(self.tap_weights) < 0:
             raise RequestError(
                 f"method.tap_weights: expected {len(self.taps)} numbers of 0 or more, one per tap, "
@@ -92,11 +111,32 @@ class OFD(Method):
             assert isinstance(of_teacher, nn.ModuleList)
             of_teacher.append(connector)
 
+    @classmethod
+    def needed(cls, options: Options) -> tuple[str, ...]:
+        """The taps that are compared."""
+        return cls.needs if options.taps is None else tuple(f"ofd{number}" for number in options.taps)
+
+    @staticmethod
+    def _compared(options: Options, student: Shapes, teachers: Teachers) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """All taps of the student, and those of them that are compared."""
+        if options.taps is None:
+            taps = shared_taps(student, teachers, "ofd")
+            return taps, taps
+        every = numbered_taps(student, "ofd")
+        chosen = tuple(f"ofd{number}" for number in options.taps)
+        if not chosen or list(chosen) != [tap for tap in every if tap in chosen]:
+            expected = [int(tap[3:]) for tap in every]
+            raise RequestError(
+                f"method.taps: expected some of the student's {expected}, ascending, found {list(options.taps)}"
+            )
+        return every, chosen
+
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         """``feature``: the distances of the stages' maps [B, C, H, W], clipped at the margin or not.
 
-        The last tap weighs 1 and those before it, with their larger maps, 1/2, 1/4, ...; one teacher is the paper's
-        method, more are our extension: their terms are averaged so that alpha keeps its meaning.
+        The last tap weighs 1 and those before it, with their larger maps, 1/2, 1/4, ... (but see ``tap_weights``);
+        one teacher is the paper's method, more are our extension: their terms are averaged so that alpha keeps its
+        meaning.
         """
         distances: list[Tensor] = []
         for name, connectors in zip(self.teacher_names, self.connectors, strict=True):
@@ -114,3 +154,13 @@ class OFD(Method):
     def weights(self, progress: float) -> dict[str, float]:
         """alpha."""
         return {"feature": self.alpha}
+
+
+def _authors(shapes: Sequence[tuple[int, ...]]) -> tuple[float, tuple[float, ...]]:
+    """The authors' alpha and weights of taps of a network with maps of these shapes (C, H, W), first to last."""
+    count = len(shapes)
+    sides = [max(shape[1:], default=1) for shape in shapes]
+    if count == len(DECODER_WEIGHTS) and sides[-1] > sides[-2]:
+        return ALPHA_DECODER, DECODER_WEIGHTS
+    alpha = ALPHA_SMALL if sides[0] <= SMALL_SIDE else ALPHA_LARGE
+    return alpha, tuple(0.5 ** (count - index) for index in range(1, count + 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import LOGITS, Shapes, StudentOutput, TapInfo, Targets, Teachers, numbered_taps
-from feedfast_kernels import Target, as_float, connector_partial_l2, ensemble_kl, partial_l2
+from feedfast_kernels import Codes, Target, as_float, connector_partial_l2, ensemble_kl, partial_l2
 
 Found = TypeVar("Found")
 
@@ -170,6 +170,8 @@ def paired_maps(
             if not maps or (ours[1:] != theirs.shape[1:] and not pooled):
                 tokens = 2 in (len(ours), len(theirs.shape))
                 hint = "; tokens become the map of their grid with :map after the tap's path" if tokens else ""
+                if maps:
+                    hint = "; networks of equal output strides have them"
                 raise RequestError(
                     f"tap {tap!r}: expected maps{'' if pooled else ' of equal height and width'}, "
                     f"found (C, H, W) = {ours} of the student and {theirs.shape} of teacher {name!r}{hint}"
@@ -196,6 +198,33 @@ def same_grid(student_NCHW: Tensor, target: Target) -> tuple[Tensor, Target]:
     return student_NCHW, target
 
 
+def logit_rows(output: Tensor, targets: Iterable[Target]) -> tuple[Tensor, list[Tensor]]:
+    """Logits as the rows that are compared: one per image, or one per image and place of the coarsest grid.
+
+    Of a dense network maps on finer grids are averaged over the coarsest one, as `same_grid` does: nothing is invented
+    between a teacher's places. Rows of a channels-last map on that grid are a view of it.
+
+    Args:
+        output: the student's logits, [B, K] or [B, K, h, w], with gradient.
+        targets: teachers' logits, codes or float, [B, K] or [B, K, h', w'].
+
+    Returns:
+        The student's rows and each teacher's, [B, K] or [B * h * w, K]; dtypes stay where nothing is averaged.
+    """
+    theirs = [as_float(target) if isinstance(target, Codes) else target for target in targets]
+    if output.ndim != 4:
+        return output, theirs
+    grids = [x.shape[2:] for x in (output, *theirs)]
+    grid = (min(height for height, _ in grids), min(width for _, width in grids))
+
+    def rows(x: Tensor) -> Tensor:
+        if x.shape[2:] != grid:
+            x = F.adaptive_avg_pool2d(wide(x), grid)
+        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+    return rows(output), [rows(x) for x in theirs]
+
+
 def embedding(target: Target) -> Tensor:
     """A vector per sample: the mean over height and width of a map [B, C, H, W]; a vector [B, C] as it is; float."""
     x = as_float(target)
@@ -216,8 +245,8 @@ def check_taps(student: Shapes, teachers: Teachers, taps: Sequence[str]) -> None
 
 def unscaled_kl(student: StudentOutput, targets: Targets, tau: float) -> Tensor:
     """KL(teachers || student) of the logits at temperature ``tau``, without the usual tau^2: FitNets' and AB's."""
-    logits = [as_float(taps[LOGITS]) for taps in targets.values()]
-    return ensemble_kl(student.output, logits, tau=tau, weight=tau**-2)
+    ours, theirs = logit_rows(student.output, (as_float(taps[LOGITS]) for taps in targets.values()))
+    return ensemble_kl(ours, theirs, tau=tau, weight=tau**-2)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from feedfast import recipe as recipes
 from feedfast.errors import RequestError
 from feedfast.files import write_text
-from feedfast.methods import METHODS, Method, method_named
+from feedfast.methods import METHODS, Method, method_named, tasks_of
 from feedfast.methods.base import LOGITS, expected_words, matching, tap_groups
 from feedfast.models.build import build_model
 from feedfast.models.taps import Tap, Tapped
@@ -44,10 +44,11 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
         recipe: also say what they would have a cache of its teachers store, before compression.
 
     Returns:
-        The JSON of `feedfast methods`: ``methods`` (name → paper, needs, options' names); of one: ``name``, ``paper``,
-        ``needs``, ``options`` (each with name, expected, default and meaning). With a recipe also
-        ``bytes_per_sample`` of one view (None where a teacher has no such maps, with the reason in ``refused``), and
-        of one method ``targets`` (teacher/tap → shape, codec, bytes per sample).
+        The JSON of `feedfast methods`: ``methods`` (name → paper, needs, tasks, options' names); of one: ``name``,
+        ``paper``, ``needs``, ``tasks`` (the values of ``task.name`` that it serves), ``options`` (each with name,
+        expected, default and meaning). With a recipe also ``bytes_per_sample`` of one view (None where a teacher has
+        no such maps, with the reason in ``refused``), and of one method ``targets`` (teacher/tap → shape, codec, bytes
+        per sample).
 
     Raises:
         RequestError: there is no such method, or the recipe's teachers cannot be built.
@@ -61,6 +62,7 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
             key: {
                 "paper": kind.paper,
                 "needs": list(kind.needs),
+                "tasks": list(tasks_of(kind)),
                 "options": list(kind.Options.model_fields),
                 **{word: value for word, value in costs.get(key, {}).items() if word != "targets"},
             }
@@ -90,7 +92,13 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
     ]
     log.info("%s: %s; needs %s", name, kind.paper, ", ".join(kind.needs) or "no teacher")
     print_table(f"options of {name}", options)
-    found: dict[str, Any] = {"name": name, "paper": kind.paper, "needs": list(kind.needs), "options": options}
+    found: dict[str, Any] = {
+        "name": name,
+        "paper": kind.paper,
+        "needs": list(kind.needs),
+        "tasks": list(tasks_of(kind)),
+        "options": options,
+    }
     if recipe is not None:
         found |= costs[name]
         rows = [
@@ -129,8 +137,9 @@ def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str,
             if group in missing[spec.name]
         ]
         targets: dict[str, dict[str, Any]] = {}
-        # the cache keeps every teacher's logits, whether this method reads them or not
-        needs = (*kind.needs, LOGITS) if kind.needs and not refused else ()
+        # the cache keeps every classifier's logits, whether this method reads them or not
+        kept = (LOGITS,) if recipe.task.name == "classify" else ()
+        needs = (*kind.needs, *kept) if kind.needs and not refused else ()
         for teacher, taps in shapes.items():
             for tap in matching(needs, taps):
                 targets[f"{teacher}/{tap}"] = {
@@ -150,7 +159,7 @@ def _classes(recipe: Recipe) -> int:
     if all(spec.classes or not spec.weights for spec in recipe.teachers):
         return 0
     try:
-        return len(open_train(recipe.data).classes)
+        return len(open_train(recipe).classes)
     except RequestError as error:
         log.warning("methods: %s; logits are counted with each network's own number of classes", error)
         return 0
@@ -181,7 +190,8 @@ def _teacher_shapes(
         except RequestError as error:
             missing[group] = f"{where}: {error}"
     tapped = Tapped(model, tuple(taps.values()), example)
-    return {**tapped.shapes, LOGITS: tapped.outputs or ()}, missing
+    outputs = tapped.outputs
+    return {**tapped.shapes, **({LOGITS: outputs} if isinstance(outputs, tuple) else {})}, missing
 
 
 def run_recipes(name: str | None = None, out: Path | None = None) -> dict[str, Any]:

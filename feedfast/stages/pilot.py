@@ -15,7 +15,7 @@ WRN-16-2 cost 14 to 27 % more error than 2,048).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from feedfast.cache.blocks import choose_compression
 from feedfast.cache.fit import fit_affine, measure
-from feedfast.cache.layout import block_rows_for
+from feedfast.cache.layout import ArraySpec, block_rows_for
 from feedfast.cache.schema import CodecName, Compression, TapInfo
 from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.cache.transform import Transform
 from feedfast.data.loader import Loader
-from feedfast.data.views import ViewPlan, pass_sizes
+from feedfast.data.views import ViewPlan, pass_sizes, readable_sizes
 from feedfast.errors import FeedfastError
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed
 from feedfast.stages.record import encode_rows
@@ -63,7 +63,7 @@ def run_pilot(
     held_out: list[Tensor],
     codec: CodecName,
     granule: int,
-    seen: Callable[[int, Tensor], None] | None = None,
+    seen: Callable[[int, Tensor | None], None] | None = None,
 ) -> dict[str, Fitted]:
     """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
 
@@ -74,7 +74,7 @@ def run_pilot(
         held_out: pixels it is measured on.
         codec: of the taps.
         granule: of the plan.
-        seen: is told the number of each batch, held-out ones after the others, and its logits.
+        seen: is told the number of each batch, held-out ones after the others, and its logits if they are served.
 
     Raises:
         FeedfastError: a map of the pilot is not finite.
@@ -88,7 +88,7 @@ def run_pilot(
         for images in group:
             maps = teacher(images)
             if seen is not None:
-                seen(number, maps[LOGITS])
+                seen(number, maps.get(LOGITS))
             number += 1
             for name, sample in samples.items():
                 values = maps[name].cpu()
@@ -187,6 +187,15 @@ def stored_codec(tap: str, codec: CodecName) -> CodecName:
 def mixing_plan(plan: ViewPlan, row_bytes: int) -> ViewPlan:
     """The plan with the granule and window that rows of this size get in a new cache, and so in a live run."""
     granule, window = pass_sizes(row_bytes, 1, MAX_BUFFER_BYTES)
+    return replace(plan, granule=granule, window=window)
+
+
+def readable_plan(plan: ViewPlan, arrays: Sequence[ArraySpec]) -> ViewPlan:
+    """A cache's plan with the granule and window in which a pass over these arrays reads no block twice."""
+    if not arrays:
+        return plan
+    row_bytes, block_rows = sum(spec.row_bytes for spec in arrays), max(spec.block_rows for spec in arrays)
+    granule, window = readable_sizes(plan.granule, plan.window, row_bytes, block_rows, MAX_BUFFER_BYTES)
     return replace(plan, granule=granule, window=window)
 
 

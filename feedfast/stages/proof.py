@@ -13,7 +13,7 @@ are looked at differs from run to run: what the first run missed, a later one ma
 from __future__ import annotations
 
 import logging
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from feedfast.data.views import Augment, ViewPlan
 from feedfast.data.work import boxes_of
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import parse_json
+from feedfast.recipe import TaskName
 from feedfast.stages.data import Selection
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.probe import refuse_other_probe
@@ -253,7 +254,8 @@ def selection_of(reader: CacheReader) -> Selection:
         # caches made before there were fractions do not name one
         fraction = float(source.get("fraction", 1.0))
         arrays = tuple(str(name) for name in source.get("arrays", ()))
-        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays)
+        task = get_args(TaskName)[get_args(TaskName).index(source.get("task", "classify"))]
+        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays, task)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
 

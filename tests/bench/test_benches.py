@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,14 @@ import pytest
 from scipy import stats
 
 BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench_on_path() -> Iterator[None]:
+    """The benches import what they share as scripts do: from their own folder."""
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
 
 
 def loaded(name: str) -> ModuleType:
@@ -68,3 +78,13 @@ def test_the_bench_of_methods_counts_as_statistics_do(tmp_path: Path, capsys: py
     assert found["over_plain"] == pytest.approx(differences.mean())
     assert found["half_interval"] == pytest.approx((high - low) / 2, rel=1e-3)
     assert found["bytes_per_sample"] > 0
+
+
+@pytest.mark.slow
+def test_the_bench_of_large_rows_reads_what_it_wrote_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Small maps of the same six taps; an index may be read by two threads at once, a block only once."""
+    loaded("bench_large_rows").main(["--side", "33", "--rows", "200"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["read"]["row_bytes"] * 200 <= found["read"]["stored_bytes"] <= found["read"]["read_bytes"]
+    assert found["read"]["read_bytes"] < 1.001 * found["read"]["stored_bytes"]
+    assert found["write"]["peak_bytes"] > 0

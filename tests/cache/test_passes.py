@@ -22,12 +22,22 @@ from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
 from feedfast.cache.shards import ArrayView
 from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
-from feedfast.data.views import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes
+from feedfast.data.views import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes, readable_sizes
 from feedfast.errors import CacheDamageError
 
 MIB = 1 << 20
 RESNET50 = (56 * 56 * 256, 28 * 28 * 512, 14 * 14 * 1024, 7 * 7 * 2048, 2 * 1000)  # OFD's taps as u8, logits as f16
 DEEPLAB = (129 * 129 * 256, 2 * 1000)
+# DeepLabV3+ at 513 pixels: OFD's six taps as u8 and maps of 21 classes as f16, 15 MB per row
+DEEPLAB6 = (
+    129 * 129 * 256,
+    65 * 65 * 512,
+    33 * 33 * 1024,
+    33 * 33 * 2048,
+    33 * 33 * 256,
+    129 * 129 * 256,
+    129 * 129 * 42,
+)
 
 
 def block_rows_for(row_bytes: int, most_rows: int, most_bytes: int = 8 * MIB) -> int:
@@ -144,6 +154,68 @@ def test_a_later_pass_reads_each_byte_of_each_block_once(
     for _ in Stream(sources, pass_order(rows, 0, 0, 1), batch_size, max_buffer_bytes=bound):
         pass
     assert times_read(sources, reads).mean() > 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "scale", "rows", "batch_size", "least_places"),
+    [
+        ((100,), 1, 5000, 256, 16),
+        ((4096, 200), 8, 5000, 256, 16),
+        ((345_000,), 512, 2500, 256, 16),
+        (RESNET50, 4096, 1400, 128, 16),
+        (DEEPLAB6, 8192, 290, 32, 16),  # two rows of a granule at most: 32 rows are 16 places
+        (DEEPLAB6, 8192, 290, 12, 7),
+        ((16 * MIB,), 8192, 290, 32, 16),
+    ],
+)
+def test_a_second_pass_of_any_row_size_reads_once_and_from_many_places(
+    arrays: tuple[int, ...],
+    scale: int,
+    rows: int,
+    batch_size: int,
+    least_places: int,
+    tmp_path: Path,
+    reads: dict[int, list[tuple[int, int]]],
+) -> None:
+    """Rows of 100 B to 16 MB; rows, blocks and memory divided by ``scale``. Bytes are counted as they are read."""
+    bound, sizes = MAX_BUFFER_BYTES // scale, [max(1, size // scale) for size in arrays]
+    granule, window = pass_sizes(sum(sizes), 1, bound)
+    assert window >= 16
+    rng = np.random.default_rng(0)
+    sources = []
+    for number, size in enumerate(sizes):
+        block_rows = block_rows_for(size, granule, 8 * MIB // scale)
+        values = rng.integers(0, 255, (rows, size)).astype(np.uint8)
+        sources.append(store(tmp_path / f"a{number}", spec_of(f"a{number}", size, block_rows, rows), values))
+    order = pass_order(rows, 0, 0, 1, granule, window)
+    for _ in Stream(sources, order, batch_size, max_buffer_bytes=bound):
+        pass
+    assert (times_read(sources, reads) == 1).all()
+    filled = order[: rows // (granule * window) * granule * window]  # the view's last window may be short
+    assert all(len(np.unique(mixed // granule)) >= 16 for mixed in filled.reshape(-1, granule * window))
+    batches = filled[: len(filled) // batch_size * batch_size].reshape(-1, batch_size)
+    assert min(len(np.unique(batch // granule)) for batch in batches) >= least_places
+
+
+def test_large_maps_added_to_a_cache_of_small_rows_are_read_once() -> None:
+    """Granule and window stay those of the logits; a pass that reads the maps takes some that fit."""
+    granule, window = pass_sizes(42, 1, MAX_BUFFER_BYTES)
+    assert (granule, window) == (PASS_GRANULE, PASS_WINDOW)
+    for maps in (RESNET50, DEEPLAB6):
+        arrays = [(size, block_rows_for(size, granule)) for size in maps]
+        row, largest = sum(maps), max(block for _, block in arrays)
+        kept, _ = dry_pass(arrays, pass_order(8200, 0, 0, 1, granule, window), 64, MAX_BUFFER_BYTES)
+        assert max(kept) > 2
+        sizes = readable_sizes(granule, window, row, largest, MAX_BUFFER_BYTES)
+        factors, _ = dry_pass(arrays, pass_order(8200, 0, 0, 1, *sizes), 64, MAX_BUFFER_BYTES)
+        assert set(factors) == {1.0}
+        # what was planned for its rows stays, and so do the small rows of any cache
+        planned = pass_sizes(row, 1, MAX_BUFFER_BYTES)
+        assert readable_sizes(*planned, row, planned[0], MAX_BUFFER_BYTES) == planned
+        assert readable_sizes(*planned, 42, planned[0], MAX_BUFFER_BYTES) == planned
+    assert readable_sizes(64, 16, 42, 64, MAX_BUFFER_BYTES) == (64, 16)
+    assert readable_sizes(64, 16, 1 << 40, 8, MAX_BUFFER_BYTES) == (8, 1)
+    assert readable_sizes(8, 1, 1 << 40, 8, MAX_BUFFER_BYTES) == (8, 1)
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2])
@@ -268,6 +340,7 @@ TRUE_SIZES = {  # bytes per row of each array, batch
     "ResNet-50, 3 teachers, small batches": (3 * RESNET50, 32),
     "129 x 129 map": (DEEPLAB, 16),
     "129 x 129 map, 3 teachers": (3 * DEEPLAB, 16),
+    "DeepLabV3+": (DEEPLAB6, 12),
 }
 
 
@@ -287,8 +360,8 @@ def test_at_true_sizes_a_block_is_read_once(row_bytes: tuple[int, ...], batch_si
     assert most <= max(MAX_BUFFER_BYTES, 2 * batch_size * row + MAX_BUFFER_BYTES // 2)
     assert window >= 16
     # also where a cache has blocks of 64 rows
-    granule, window = pass_sizes(row, 64, MAX_BUFFER_BYTES)
     blocks = [(size, block_rows_for(size, 64)) for size in row_bytes]
+    granule, window = pass_sizes(row, max(most_rows for _, most_rows in blocks), MAX_BUFFER_BYTES)
     factors, _ = dry_pass(blocks, pass_order(rows, 0, 0, 1, granule, window), batch_size, MAX_BUFFER_BYTES)
     assert set(factors) == {1.0}
 
