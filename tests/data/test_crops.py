@@ -465,6 +465,22 @@ def test_other_plans_serve_boxes(dense: dict[str, Dataset], augment: Any) -> Non
     assert boxes_of(replace(dense["segment"], marks=None), np.arange(3)) is None
 
 
+def test_crowds_place_no_windows(dense: dict[str, Dataset]) -> None:
+    """Boxes that nothing is learned from (COCO's crowds) are as if they were not there."""
+    marks = dense["detect"].marks
+    assert isinstance(marks, Boxes)
+    sure = np.flatnonzero(~marks.difficult)
+    starts = np.searchsorted(sure, marks.starts)
+    assert len(sure) < len(marks.labels)
+    without = Boxes(marks.xyxy[sure], marks.labels[sure], starts)
+    found = [
+        view_work(PLANS["detect"](20), replace(dense["detect"], marks=own), 1).geometry.box
+        for own in (replace(marks, taught=False), without, marks)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
+
+
 def test_a_batch_of_lists_moves() -> None:
     truth = [
         {"boxes": torch.zeros(2, 4), "labels": torch.zeros(2)},
