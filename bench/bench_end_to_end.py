@@ -93,7 +93,7 @@ def images_in_ram(of: Recipe) -> list[torch.Tensor]:
     """Every batch of view 0 as the teachers get it."""
     from feedfast.data.loader import Loader
 
-    data = open_train(of.data)
+    data = open_train(of)
     with Loader(data, view_plan(of.data, of.seed), batch_size=of.cache.batch) as loader:
         return [batch.images for batch in loader.stream(0, np.arange(len(data)))]
 
@@ -102,7 +102,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
     """The caching pass over the teachers' forward on the same images in RAM, alternating."""
     of = recipe(tree, method, folder)
     batches = images_in_ram(of)
-    classes = len(open_train(of.data).classes)
+    classes = len(open_train(of).classes)
     teachers = load_teachers(of, classes, torch.device("cpu")).values()
 
     def forward() -> float:

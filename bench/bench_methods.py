@@ -18,28 +18,22 @@ one line per student is added to bench/results_methods.csv when it ends. The las
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import math
 import statistics
-import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+import paired
+from paired import Row, bytes_per_sample, environment, record
 
-from feedfast.cache import names
-from feedfast.cache.log import read_log
 from feedfast.cache.manifest import read_manifest
 from feedfast.cli import configure_logging
 from feedfast.data.batch import Batch
 from feedfast.methods import METHODS
-from feedfast.methods.base import matching
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.chain import chain_recipes
@@ -53,11 +47,11 @@ log = logging.getLogger("feedfast.bench")
 
 RESULTS = Path(__file__).with_name("results_methods.csv")
 COLUMNS = (
-    "date", "commit", "device", "torch", "images", "epochs", "augment", "variant", "views", "codec", "seed", "accuracy",
-    "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
+    "date", "commit", "device", "torch", "images", "epochs", "batch", "augment", "variant", "views", "codec", "seed",
+    "accuracy", "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
 )  # fmt: skip
 TAPS = ["final", "ofd", "stage"]
-SETTING = ("device", "images", "epochs")
+SETTING = ("device", "images", "epochs", "batch")
 STUDENT = ("augment", "variant", "views", "codec", "seed")
 CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
@@ -84,8 +78,6 @@ AUGMENTS: dict[str, Any] = {
     "mixup": [*BASE, {"op": "mixup", "alpha": 0.2}],
 }
 
-T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom
-
 
 def tree_of(args: argparse.Namespace) -> dict[str, Any]:
     """Data, teachers and training as every student has them."""
@@ -111,7 +103,7 @@ def tree_of(args: argparse.Namespace) -> dict[str, Any]:
         "student": {"model": "zoo/wrn-10-1" if args.tiny else "zoo/wrn-16-1"},
         "train": {
             "epochs": args.epochs,
-            "batch": 32 if args.tiny else 128,
+            "batch": args.batch,
             "lr": 0.1,
             "schedule": "one-cycle",
             "precision": "bf16",
@@ -133,7 +125,7 @@ def train_teachers(args: argparse.Namespace, tree: dict[str, Any]) -> list[float
                 "cache": {"views": 0},
                 "student": {"model": tree["teachers"][0]["model"]},
                 "train": {
-                    "source": "none", "epochs": args.teacher_epochs, "batch": tree["train"]["batch"], "lr": 0.2,
+                    "source": "none", "epochs": args.teacher_epochs, "batch": 32 if args.tiny else 128, "lr": 0.2,
                     "schedule": "one-cycle", "precision": "bf16", "eval_every": 5,
                     "out": str(Path(args.out) / f"teacher-{number}"),
                 },
@@ -214,47 +206,9 @@ def train_student(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def bytes_per_sample(recipe: Recipe) -> float | None:
-    """What a sample of one view takes of the cache for this method: codes of the taps it reads, compressed."""
-    needs = METHODS[recipe.method[0].name].needs
-    path = Path(recipe.cache.path)
-    if recipe.train.source != "cache" or not (path / "zarr.json").is_file():
-        return None
-    manifest, committed = read_manifest(path), read_log(path)
-    total = 0.0
-    chosen = [teacher.name for teacher in recipe.teachers] or list(manifest.teachers)[-1:]
-    for teacher in chosen:
-        for tap in matching(needs, manifest.teachers[teacher].taps):
-            commits = committed.of(names.codes(teacher, tap))
-            total += sum(c.bytes for c in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
-    return total
-
-
-def record(row: dict[str, Any], path: Path) -> None:
-    """Add a line to the results."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
-
-
-def settings_of(path: Path) -> dict[tuple[str, ...], list[dict[str, str]]]:
-    """The lines by setting, of each student the last: only students of one setting are compared."""
-    if not path.exists():
-        return {}
-    found: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            student = tuple(row[key] for key in STUDENT)
-            found[tuple(row[key] for key in SETTING)][student] = row
-    return {setting: list(rows.values()) for setting, rows in found.items()}
-
-
-def device_name() -> str:
-    """Of what the students are trained on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def settings_of(path: Path) -> dict[tuple[str, ...], list[Row]]:
+    """The lines by setting, of each student the last."""
+    return paired.settings_of(path, SETTING, STUDENT)
 
 
 def run_variants(
@@ -264,8 +218,8 @@ def run_variants(
 
     ``teachers``: their mean accuracy, for the rows.
     """
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    here = settings_of(args.results).get((device_name(), str(images), str(args.epochs)), [])
+    where = environment()
+    here = settings_of(args.results).get((where["device"], str(images), str(args.epochs), str(args.batch)), [])
     done = {(row["augment"], row["variant"], int(row["views"]), row["codec"], int(row["seed"])) for row in here}
     for seed in range(1, args.seeds + 1):
         for augment, variant, views, codec in jobs:
@@ -278,12 +232,10 @@ def run_variants(
             result = train_student(recipe)
             record(
                 {
-                    "date": datetime.now(UTC).date().isoformat(),
-                    "commit": commit,
-                    "device": device_name(),
-                    "torch": torch.__version__,
+                    **where,
                     "images": images,
                     "epochs": args.epochs,
+                    "batch": args.batch,
                     "augment": augment,
                     "variant": variant,
                     "views": views,
@@ -295,40 +247,15 @@ def run_variants(
                     "parameters": result["parameters"],
                     "teacher_accuracy": teachers,
                 },
+                COLUMNS,
                 args.results,
             )
 
 
-def summarize(rows: list[dict[str, str]], key: tuple[str, ...]) -> list[dict[str, Any]]:
+def summarize(rows: list[Row], key: tuple[str, ...]) -> list[dict[str, Any]]:
     """Mean, deviation and paired difference to plain of every group of rows."""
     pair = ("augment", "views", "seed")
-    plain = {tuple(row[k] for k in pair): float(row["accuracy"]) for row in rows if row["variant"] == "plain"}
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[name] for name in key)].append(row)
-    table = []
-    for name, group in groups.items():
-        accuracy = [float(row["accuracy"]) for row in group]
-        pairs = [
-            float(row["accuracy"]) - plain[tuple(row[k] for k in pair)]
-            for row in group
-            if tuple(row[k] for k in pair) in plain
-        ]
-        half = math.inf
-        if len(pairs) > 1:
-            half = T_95[min(len(pairs) - 1, len(T_95) - 1)] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-        table.append(
-            {
-                **dict(zip(key, name, strict=True)),
-                "seeds": len(group),
-                "mean": statistics.mean(accuracy),
-                "deviation": statistics.stdev(accuracy) if len(accuracy) > 1 else math.nan,
-                "over_plain": statistics.mean(pairs) if pairs else math.nan,
-                "half_interval": half,
-                "bytes_per_sample": float(group[-1]["bytes_per_sample"] or 0),
-            }
-        )
-    return sorted(table, key=lambda line: -line["mean"])
+    return paired.summarize(rows, key, value="accuracy", pair=pair, baseline=lambda row: row["variant"] == "plain")
 
 
 def show(title: str, table: list[dict[str, Any]], key: tuple[str, ...]) -> None:
@@ -434,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=100, help="images per class; 0 = all")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=128, help="of the students")
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
@@ -447,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args(argv)
+    args.batch = 32 if args.tiny else args.batch
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
     tree = tree_of(args)
@@ -476,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     document["settings"] = []
     for setting, rows in settings_of(args.results).items():
         found: dict[str, Any] = dict(zip(SETTING, setting, strict=True))
-        words = f"{found['images']} images, {found['epochs']} epochs, {found['device']}"
+        words = f"{found['images']} images, {found['epochs']} epochs, batches of {found['batch']}, {found['device']}"
         everything, rows = rows, [row for row in rows if row["augment"] == "crop-flip"]
         usual = [row for row in rows if (row["views"], row["codec"]) == (str(args.views), "u8")]
         found["methods"] = summarize(usual, ("variant",))

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -37,13 +34,11 @@ from pydantic import (
 
 from feedfast.errors import RequestError
 from feedfast.files import deeper_than, read_file
+from feedfast.words import MAX_DEPTH, override, read_toml, refuse_odd_values
 
 MAX_RECIPE_BYTES: Final = 1 << 18  # 256 KiB; the longest packaged one has 3
-_MAX_DEPTH: Final = 8
-_MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
-_MAX_NUMBER: Final = 1e18  # two of them multiplied are a float32 still
-_MANY_PARTS: Final = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
+TaskName = Literal["classify", "segment", "detect"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -100,6 +95,9 @@ class Data(_Section):
     )
     val_arrays: Arrays = Field((), description="the same for `val`; none = as `arrays`")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
+    val_size: int = Field(
+        0, ge=0, le=4096, description="the same for validation, for networks that take any size; 0 = as `size`"
+    )
     augment: str | tuple[dict[str, Any], ...] = Field(
         "pad-crop-flip",
         description="pad-crop-flip: shifted by up to size // 8 pixels, as on CIFAR; resized-crop-flip: a random part "
@@ -214,6 +212,10 @@ class Student(_Section):
     )
     key: str = Field("", description="as of a teacher")
     prefix: str = Field("", description="as of a teacher")
+    backbone: PathText | None = Field(
+        None,
+        description='a classifier\'s weights to start the backbone of a dense network from, "" = the published ones',
+    )
     branches: int = Field(
         1, ge=1, le=64, description="parallel branches on a shared stem, for method ekd; zoo networks only"
     )
@@ -237,6 +239,15 @@ def _one_or_several(value: Any) -> Any:
 
 
 Methods = Annotated[tuple[MethodEntry, ...], BeforeValidator(_one_or_several)]
+
+
+class Task(_Section):
+    """What is learned, apart from whom it is learned from."""
+
+    name: TaskName = Field(
+        "classify", description="classes of images, of pixels, or of boxes; docs/dense.md has the latter two"
+    )
+    weight: float = Field(1.0, ge=0, description="of the task's own loss, next to the methods' terms")
 
 
 class Train(_Section):
@@ -297,6 +308,7 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**63, description="the view plan's: order, windows, flips")
     overwrite: bool = Field(False, description="start afresh where a result lies, instead of continuing it")
     data: Data = Field(description="the images")
+    task: Task = Field(Task(), description="what is learned")
     cache: Cache = Field(Cache(), description="what is stored")
     teachers: tuple[Teacher, ...] = Field((), description="one [[teachers]] per teacher")
     student: Student = Field(Student(), description="the network that is trained")
@@ -345,7 +357,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise RequestError(f"recipe {path}: expected a TOML file, which is UTF-8: {error}") from None
     try:
-        tree = _toml(text)
+        tree = read_toml(text)
     except ValueError as error:
         raise RequestError(f"recipe {path}: not valid TOML: {error}") from None
     return parse_recipe(tree, overrides, where=str(path))
@@ -378,94 +390,21 @@ def _packaged_names() -> list[str]:
 
 def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
     """Validate a nested mapping as a recipe, after applying ``key=value`` overrides (see the module docstring)."""
-    if deeper_than(tree, _MAX_DEPTH):
-        raise RequestError(f"{where}: expected keys and lists at most {_MAX_DEPTH} deep, found deeper ones")
+    if deeper_than(tree, MAX_DEPTH):
+        raise RequestError(f"{where}: expected keys and lists at most {MAX_DEPTH} deep, found deeper ones")
     copy: dict[str, Any] = json.loads(json.dumps(tree, default=str))
-    for override in overrides:
-        _override(copy, override)
-    _check_values(copy, where, "")
+    for text in overrides:
+        override(copy, text)
+    refuse_odd_values(copy, where, "")
     try:
         return Recipe.model_validate(copy)
     except ValidationError as error:
         raise RequestError(f"{where}: " + "; ".join(_sentence(item) for item in error.errors())) from None
 
 
-def _toml(text: str) -> dict[str, Any]:
-    """TOML from anybody's file.
-
-    Raises:
-        ValueError: not TOML, nested too deeply, or a number of thousands of digits.
-    """
-    # looked for first: tomllib takes time that grows with the square of a key's parts
-    if _MANY_PARTS.search(text):
-        raise ValueError("nested too deeply")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _check_values(node: Any, where: str, key: str) -> None:
-    """Refuse what no key can mean, wherever it stands: numbers out of all bounds, control characters, endless text."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            _check_values(name, where, key)
-            _check_values(value, where, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for number, value in enumerate(node):
-            _check_values(value, where, f"{key}.{number}")
-    elif isinstance(node, str):
-        found = next((char for char in node if ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 or char == "\x7f"), "")
-        if found or len(node) > _MAX_TEXT:
-            what = f"the character {found!r}" if found else f"{len(node)} characters"
-            raise RequestError(f"{where}: {key}: expected text of at most {_MAX_TEXT} plain characters, found {what}")
-    elif isinstance(node, int):
-        if not -(2**63) <= node < 2**63:
-            raise RequestError(
-                f"{where}: {key}: expected a number of at most 63 bits, found one of {node.bit_length()}"
-            )
-    elif isinstance(node, float) and not abs(node) <= _MAX_NUMBER:
-        expected = f"a number of at most {_MAX_NUMBER:g}" if math.isfinite(node) else "a finite number"
-        raise RequestError(f"{where}: {key}: expected {expected}, found {node}")
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise RequestError(f"override {text!r}: expected key=value, for example train.epochs=5")
-    try:
-        value = _toml(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    except ValueError as error:
-        raise RequestError(f"override {key!r}: {error}") from None
-    node: Any = tree
-    *parents, leaf = key.split(".")
-    if len(parents) >= _MAX_DEPTH:
-        raise RequestError(f"override {key[:80]!r}…: expected a key of at most {_MAX_DEPTH} parts")
-    methods = tree.get("method")
-    if parents == ["method"] and isinstance(methods, list) and len(methods) == 1:
-        parents.append("0")  # method.name=… means the only [[method]] as it means [method]
-    for parent in parents:
-        node = _element(node, parent, key) if isinstance(node, list) else node.setdefault(parent, {})
-        if not isinstance(node, (dict, list)):
-            raise RequestError(f"override {text!r}: {parent!r} is a value, not a section")
-    if isinstance(node, list):
-        _element(node, leaf, key)
-        node[int(leaf)] = value
-    else:
-        node[leaf] = value
-
-
-def _element(node: list[Any], index: str, key: str) -> Any:
-    if not re.fullmatch("[0-9]{1,6}", index) or int(index) >= len(node):
-        raise RequestError(f"override {key!r}: expected a number below {len(node)} after the list, found {index!r}")
-    return node[int(index)]
-
-
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "": Recipe, "data": Data, "cache": Cache, "teachers": Teacher, "student": Student, "method": MethodEntry,
-    "train": Train, "chain": Chain,
+    "": Recipe, "data": Data, "task": Task, "cache": Cache, "teachers": Teacher, "student": Student,
+    "method": MethodEntry, "train": Train, "chain": Chain,
 }  # fmt: skip
 
 

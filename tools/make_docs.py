@@ -143,8 +143,9 @@ def augmentations_page() -> str:
         '  { op = "random-erasing", p = 0.25 },\n'
         '  { op = "mixup", alpha = 0.8, p = 0.5 },\n'
         '  { op = "cutmix", p = 0.5 },\n]\n```',
-        "`none`, `pad-crop-flip` and `resized-crop-flip` are as in [recipe.md](recipe.md). A mixed image has two "
-        "labels: `batch.annotations` then holds `first`, `second` and the first one's `weight`, and the loss of "
+        "`none`, `pad-crop-flip` and `resized-crop-flip` are as in [recipe.md](recipe.md); `scale-crop-flip` and "
+        "`expand-crop-flip` are `scale-crop` and `expand-crop` with their defaults and `data.flip`. A mixed image has "
+        "two labels: `batch.annotations` then holds `first`, `second` and the first one's `weight`, and the loss of "
         "labels counts each for its share; `dkd`, `camkd` and `crd` need exactly one label and refuse. The partner is "
         "a row of the same view, by a second permutation of all samples, and the teachers see the mixed image.",
         "Distributions are torchvision's; so are pixels, up to rounding (a byte may differ by 1 or 2, nearest "
@@ -152,12 +153,24 @@ def augmentations_page() -> str:
         "of 255 on average at 18 degrees, 9 at 36), equalize is OpenCV's (3 of 255 on average), and a sharpened "
         "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding, so a cache "
         "names the backend its pixels are from.",
+        "Boxes and masks follow crop and flip, exactly: boxes as one affine function, masks pixel by pixel, of each "
+        "the source pixel that its center lies in, 255 outside the image. `scale-crop` is for masks, `expand-crop` for "
+        "boxes; both cut what they show of the image in whole source pixels, resize it, and fill the rest afterwards, "
+        "so that the image's edges lie on whole pixels of the output. Of boxes those stay of which a quarter is "
+        "visible, under `expand-crop` those whose center is. Operations that move pixels (`affine`, `rotate`, "
+        "`rand-augment`, `trivial-augment`, `auto-augment`) and mixing are refused for data with boxes or masks. "
+        "Evaluation shows the whole image: masks' in a square on the longer side, boxes' squashed to the square.",
         "## Presets",
         table(("name", "operations", "from"), preset_rows()),
     ]
     for name, kind in OPERATIONS.items():
         rows = [
-            (f"`{key}`", expected_words(field), literal(field.default), field.description or "")
+            (
+                f"`{key}`",
+                "a list of tables" if key == "windows" else expected_words(field),
+                literal(field.default),
+                field.description or "",
+            )
             for key, field in kind.model_fields.items()
             if key != "op"
         ]
@@ -181,7 +194,7 @@ def preset_rows() -> Iterator[Sequence[str]]:
 FAMILIES = {
     "ofd": "OFD", "pfeed": "FEED, parallel", "sfeed": "FEED, sequential", "ft": "Factor Transfer", "ekd": "EKD-style",
     "lp": "LP", "kd": "Pruned ResNet-50 from two teachers", "plain": "Its control", "repdistiller": "RepDistiller",
-    "teacher": "Teachers that the others point to",
+    "camvid": "Segmentation on CPUs", "teacher": "Teachers that the others point to",
 }  # fmt: skip
 
 
@@ -218,7 +231,15 @@ def literal(value: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
         return f'`"{value}"`'
+    if isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+        return ", ".join(f"`{{ {fields(entry)} }}`" for entry in value)
     return f"`{list(value)}`" if isinstance(value, (list, tuple)) else f"`{value}`"
+
+
+def fields(entry: BaseModel) -> str:
+    """Of a table what is not its default."""
+    shown = entry.model_dump(mode="json", exclude_unset=True)
+    return ", ".join(f"{key} = {literal(value).strip('`')}" for key, value in shown.items())
 
 
 def number(value: float) -> str:

@@ -55,6 +55,12 @@ Facts = Annotated[
 ]  # each array's digest goes over some: no room for megabytes
 
 
+_Entry = Scalar | Annotated[tuple[Scalar, ...], Field(max_length=32)]
+_Crop = Annotated[
+    dict[Text, _Entry | Annotated[tuple[dict[Text, _Entry], ...], Field(max_length=16)]], Field(max_length=32)
+]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -97,6 +103,7 @@ class Operations(_Part):
 class PlanInfo(_Part):
     """The view plan: the algorithm's name and version, and the parameters it is a pure function of.
 
+    ``crop`` is the recipe's table of a crop that has one of its own, with all defaults.
     ``granule`` and ``window`` say how later passes mix rows. No stored value depends on them, so they are no part of
     the identity; the existing cache's are kept, like the sizes of its blocks, of which the granule is a multiple.
     """
@@ -112,10 +119,11 @@ class PlanInfo(_Part):
     granule: Literal[1, 2, 4, 8, 16, 32, 64] = 64
     window: int = Field(16, ge=1, le=1 << 16)
     operations: Operations | None = None
+    crop: _Crop | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What stored values depend on, as JSON values; without operations what it was before there were any."""
-        left_out = {"granule", "window"} | (set() if self.operations else {"operations"})
+        """What stored values depend on, as JSON values; without operations or crop what it was before they existed."""
+        left_out = {"granule", "window"} | {name for name in ("operations", "crop") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=left_out)
 
     @property
@@ -208,8 +216,9 @@ class TeacherInfo(_Part):
     """One frozen network: its weights by hash, how it is run, and what of it is stored.
 
     ``mean`` and ``std`` are the normalization of its input in 0..1 units; ``size`` is the input's side where pixels
-    are resized for it, 0 = the plan's. Logits are the tap "logits". ``published`` says whether the weights are those
-    that the model's library publishes; None where that was not written down. Measured: ``probe`` is what it computes,
+    are resized for it, 0 = the plan's. Logits are the tap "logits"; ``outputs`` is the number of classes of a network
+    whose logits are not stored. ``published`` says whether the weights are those that the model's library publishes;
+    None where that was not written down. Measured: ``probe`` is what it computes,
     per tap the mean and the root mean square over the first rows of view 0; ``top1`` is of ``top1_rows`` labeled rows.
     """
 
@@ -221,6 +230,7 @@ class TeacherInfo(_Part):
     mean: Triple
     std: Triple
     size: int = Field(0, ge=0, le=8192)
+    outputs: int = Field(0, ge=0, le=1 << 20)
     taps: dict[Name, TapInfo] = Field({}, max_length=256)
     probe: dict[Name, tuple[float, float]] = Field({}, max_length=256)
     top1: float | None = Field(None, ge=0, le=1)
@@ -234,8 +244,8 @@ class TeacherInfo(_Part):
 
     @property
     def num_classes(self) -> int:
-        """Length of its logits; 0 where none are stored."""
-        return self.taps[names.LOGITS].shape[0] if names.LOGITS in self.taps else 0
+        """Classes that it tells apart."""
+        return self.taps[names.LOGITS].shape[0] if names.LOGITS in self.taps else self.outputs
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -356,8 +366,8 @@ class Manifest(_Part):
             raise KeyError(array)
         teacher = self.teachers[target.teacher]
         basis["batch_rows"] = self.batch_rows
-        # the key size only where it says something: caches made before there was one keep their digests
-        unsaid = set() if teacher.size else {"size"}
+        # keys that came later only where they say something: caches made before keep their digests
+        unsaid = {key for key in ("size", "outputs") if not getattr(teacher, key)}
         basis["teacher"] = teacher.model_dump(mode="json", exclude=_MEASURED | unsaid)
         tap = teacher.taps[target.tap]
         basis["tap"] = _identity(tap)

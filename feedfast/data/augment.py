@@ -2,8 +2,8 @@
 
 A list begins with at most one crop and at most one flip (they place the window; boxes and masks follow them), goes on
 with operations on pixels, and ends with mixing. Presets are lists with the names people know; where one departs from
-its source, `PRESETS` says so. ``none`` and the two names without a list, ``pad-crop-flip`` and ``resized-crop-flip``,
-keep their numbers to the bit; ``data.flip`` belongs to these alone.
+its source, `PRESETS` says so. ``none``, ``pad-crop-flip`` and ``resized-crop-flip`` keep their numbers to the bit;
+``data.flip`` belongs to the names of `WORDS` alone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat, ValidationError
 
 from feedfast.data import operations as ops
+from feedfast.data.crops import ExpandCrop, MultiCrop
+from feedfast.data.distort import PhotometricDistort
 from feedfast.data.mixing import CutMix, Mixup
 from feedfast.data.operations import Options, Probability
 from feedfast.data.steps import TABLE
 from feedfast.data.views import Augment, ViewPlan
 from feedfast.errors import RequestError
 
-__all__ = ["OPERATIONS", "PRESETS", "operations_of", "plan_with"]
+__all__ = ["OPERATIONS", "PRESETS", "WORDS", "crop_of", "operations_of", "plan_with"]
 
 
 class PadCrop(Options):
@@ -48,6 +50,18 @@ class ScaleJitter(Options):
     )
 
 
+class ScaleCrop(Options):
+    """The shorter side scaled to a whole number of pixels, and a window of it, as segmentation is trained.
+
+    Where the image is the smaller one it lies in the upper left corner; what is outside is black, of masks 255.
+    """
+
+    op: Literal["scale-crop"] = "scale-crop"
+    scale: tuple[FiniteFloat, FiniteFloat] = Field(
+        (0.5, 2.0), description="of the output's side, from and to; at 1 the shorter side fills the output"
+    )
+
+
 class Flip(Options):
     """Mirrored left to right."""
 
@@ -58,11 +72,20 @@ class Flip(Options):
 OPERATIONS: dict[str, type[Options]] = {
     str(kind.model_fields["op"].default): kind
     for kind in (
-        PadCrop, ResizedCrop, ScaleJitter, Flip, ops.ColorJitter, ops.Grayscale, ops.GaussianBlur, ops.Solarize,
-        ops.RandomErasing, ops.Affine, ops.Rotate, ops.RandAugment, ops.TrivialAugment, ops.AutoAugment, Mixup, CutMix,
+        PadCrop, ResizedCrop, ScaleJitter, ScaleCrop, ExpandCrop, MultiCrop, Flip, ops.ColorJitter, PhotometricDistort,
+        ops.Grayscale, ops.GaussianBlur, ops.Solarize, ops.RandomErasing, ops.Affine, ops.Rotate, ops.RandAugment,
+        ops.TrivialAugment, ops.AutoAugment, Mixup, CutMix,
     )
 }  # fmt: skip
 """The tables that a list may hold, by ``op``."""
+
+WORDS: dict[str, dict[str, Any]] = {
+    "none": {}, "pad-crop-flip": {}, "resized-crop-flip": {}, "scale-crop-flip": {"scale": (0.5, 2.0)},
+    "expand-crop-flip": {},
+}  # fmt: skip
+"""Names that are no lists: a crop with its defaults, and ``data.flip``."""
+
+_CROPS = (PadCrop, ResizedCrop, ScaleJitter, ScaleCrop, ExpandCrop, MultiCrop)
 
 _MEAN = (124, 116, 104)  # ImageNet's mean in bytes: what timm fills with
 _TIMM = ops.RandAugment(
@@ -115,6 +138,18 @@ PRESETS: dict[str, Preset] = {
         "Dataset reinforcement's randaug_mixing; mixup and cutmix exclude each other here, and mixup's weight is not "
         "halved",
     ),
+    "deeplab": Preset(
+        (ScaleCrop(), Flip(), ops.GaussianBlur(p=0.5, sigma=(0.001, 1.0), kernel=7)),
+        "the transforms of pytorch-deeplab-xception, which OFD's segmentation uses: the shorter side is 0.5 to 2 times "
+        "the output's, a window, flip, PIL's blur of radius 0 to 1 half of the time (here a true Gaussian of that "
+        "deviation). They pad masks with 0, the background; here padding is 255 and counts in no loss",
+    ),
+    "ssd": Preset(
+        (ExpandCrop(), Flip(), PhotometricDistort()),
+        "SSD's, as in torchvision's reference training: RandomPhotometricDistort, RandomZoomOut(fill=mean), "
+        "RandomIoUCrop, flip. They distort colors before the window is cut, here after it, so the canvas is distorted "
+        "too and contrast turns about the window's mean; hue turns as DALI's",
+    ),
 }  # fmt: skip
 
 
@@ -122,28 +157,28 @@ def plan_with(augment: str | Sequence[Mapping[str, Any]], *, seed: int, size: in
     """The view plan of a recipe's ``data.augment``.
 
     Args:
-        augment: ``none``, ``pad-crop-flip``, ``resized-crop-flip``, a preset, or tables ``{ op = ..., ... }``.
+        augment: a name of `WORDS`, a preset, or tables ``{ op = ..., ... }``.
         seed: of the plan.
         size: side of the square in pixels.
-        flip: probability, of the names that are no lists.
+        flip: probability, of the names of `WORDS`.
 
     Raises:
         RequestError: an unknown name, operation or option, a value out of range, or an order that cannot run; the
             message names the key.
     """
-    if isinstance(augment, str) and augment in ("none", "pad-crop-flip", "resized-crop-flip"):
-        return ViewPlan(seed=seed, size=size, augment=augment, flip=flip)  # type: ignore[arg-type]
+    if isinstance(augment, str) and augment in WORDS:
+        return ViewPlan(seed=seed, size=size, augment=augment, flip=flip, **WORDS[augment])  # type: ignore[arg-type]
     if isinstance(augment, str):
         if augment not in PRESETS:
-            known = ", ".join(["none", "pad-crop-flip", "resized-crop-flip", *PRESETS])
+            known = ", ".join([*WORDS, *PRESETS])
             raise RequestError(f"data.augment: expected one of {known}, or a list of operations, found {augment!r}")
         tables: Sequence[Options] = PRESETS[augment].tables
     else:
         tables = [_parsed(place, table) for place, table in enumerate(augment)]
     rest = list(tables)
-    crop = rest.pop(0) if rest and isinstance(rest[0], (PadCrop, ResizedCrop, ScaleJitter)) else None
+    crop = rest.pop(0) if rest and isinstance(rest[0], _CROPS) else None
     mirror = rest.pop(0) if rest and isinstance(rest[0], Flip) else None
-    late = [table.op for table in rest if isinstance(table, (PadCrop, ResizedCrop, ScaleJitter, Flip))]
+    late = [table.op for table in rest if isinstance(table, (*_CROPS, Flip))]
     if late:
         raise RequestError(
             f"data.augment: expected at most one crop, then at most one flip, first; found {late[0]!r} later"
@@ -154,6 +189,12 @@ def plan_with(augment: str | Sequence[Mapping[str, Any]], *, seed: int, size: in
         geometry, fields = "resized-crop-flip", {"scale": crop.scale, "ratio": crop.ratio}
     elif isinstance(crop, ScaleJitter):
         geometry, fields = "scale-jitter-flip", {"scale": crop.scale}
+    elif isinstance(crop, ScaleCrop):
+        geometry, fields = "scale-crop-flip", {"scale": crop.scale}
+    elif isinstance(crop, ExpandCrop):
+        geometry, fields = "expand-crop-flip", {"crop": crop}
+    elif isinstance(crop, MultiCrop):
+        geometry, fields = "multi-crop-flip", {"crop": crop}
     elif isinstance(crop, PadCrop):
         fields = {"pad": crop.pad}
     fields["flip"] = mirror.p if isinstance(mirror, Flip) else 0.0
@@ -173,6 +214,18 @@ def operations_of(listed: Sequence[Mapping[str, Any]], table: str) -> tuple[Any,
             "use the one it was made with"
         )
     return tuple(_parsed(place, entry) for place, entry in enumerate(listed))
+
+
+def crop_of(listed: Mapping[str, Any]) -> ExpandCrop | MultiCrop:
+    """A plan's crop from what `ViewPlan.to_dict` said of it.
+
+    Raises:
+        RequestError: it is not what this version knows.
+    """
+    crop = _parsed(0, listed)
+    if not isinstance(crop, (ExpandCrop, MultiCrop)):
+        raise RequestError(f"view plan, crop: expected expand-crop or multi-crop, found {listed['op']!r}")
+    return crop
 
 
 def _parsed(place: int, table: Mapping[str, Any]) -> Options:

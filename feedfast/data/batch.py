@@ -16,13 +16,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def moved(value: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+    """``value`` on ``device``: what has ``to``, and lists, tuples and mappings of it; all else as it is."""
+    if hasattr(value, "to"):
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, Mapping):
+        return {key: moved(entry, device, non_blocking) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(entry, device, non_blocking) for entry in value)
+    return value
+
+
 @dataclass(eq=False)
 class Batch:
     """One batch; its memory is the consumer's and stays valid when the next batch is made.
 
     Attributes:
         images: uint8 [B, H, W, 3] RGB as decoded; or float32 [B, 3, H, W], normalized, with channels-last strides.
-        annotations: what the task learns from; for classification int64 [B] class numbers, -1 where there is none.
+        annotations: what the task learns from: for classification int64 [B] class numbers, -1 where there is none, or
+            `MixedLabels`; for segmentation int64 [B, S, S]; for detection a list of a dict per image. In evaluation, of
+            segmentation and detection, a list of each image's truth.
         targets: teacher → tap → `feedfast_kernels.Codes` or a float map; empty without teachers.
         ids: uint32 [B], sample ids.
         rows: int64 [B], positions in the view's order (for evaluation: in id order).
@@ -49,13 +62,8 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on ``device``; ``ids`` and ``rows`` stay NumPy arrays."""
 
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
-
-        targets = {
-            teacher: {tap: moved(value) for tap, value in taps.items()} for teacher, taps in self.targets.items()
-        }
-        return replace(self, images=moved(self.images), annotations=moved(self.annotations), targets=targets)
+        images, annotations, targets = moved((self.images, self.annotations, self.targets), device, non_blocking)
+        return replace(self, images=images, annotations=annotations, targets=targets)
 
     def __repr__(self) -> str:
         taps = {teacher: list(taps) for teacher, taps in self.targets.items()}

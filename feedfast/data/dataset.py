@@ -5,7 +5,8 @@ and by its name (a path relative to the source, or file[record]). Everything dow
 ``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
 There are two kinds. ``"pixels"``: images in arrays (CIFAR, npz, MNIST), see ``arrays.py``, or from a Python object.
-``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader.
+``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader. Boxes and
+masks come with files alone, see ``detect.py`` and ``segment.py``.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
 """
@@ -24,15 +25,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from feedfast.data.annotations import ClassLabels
+from feedfast.data.annotations import Boxes, ClassLabels, Masks
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
 from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
 from feedfast.data.content import content_hash
+from feedfast.data.dense import Asked, Opened
+from feedfast.data.detect import DETECT_EXPECTED, open_detect
 from feedfast.data.folder import list_images, refuse_odd_text
 from feedfast.data.headers import CMYK_UNMARKED
 from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
 from feedfast.data.images import Unreadable, encoded_header, for_dali, read_image, scan_images
 from feedfast.data.objects import ObjectStore, Samples, open_object
+from feedfast.data.segment import SEGMENT_EXPECTED, open_segment
+from feedfast.data.selection import chosen
 from feedfast.errors import RequestError
 
 __all__ = ["Dataset", "ImageSource", "open_dataset"]
@@ -42,12 +47,14 @@ ImageSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sample
 
 _SHOWN = 20  # unreadable paths printed; the count covers the rest
 _HASHING_THREADS = 4
-_FRACTION_SEED = 0  # not the recipe's: two recipes' students must be able to share the samples of a fraction
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
-_EXPECTED = (
-    "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, MNIST's files, or in "
-    "Python an object whose items are (image, label)"
-)
+_EXPECTED = {
+    "classify": "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, MNIST's "
+    "files, or in Python an object whose items are (image, label)",
+    "segment": SEGMENT_EXPECTED,
+    "detect": DETECT_EXPECTED,
+}
+"""By task, what `open_dataset` takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +65,7 @@ class Dataset:
         source: what was asked for, as text.
         kind: ``"pixels"`` or ``"files"``.
         ids: uint32 [n], ascending; places in the complete dataset.
-        labels: int32 [n], -1 where there is none.
+        labels: int32 [n], -1 where there is none, as always where there are boxes or masks.
         sizes: int32 [n, 2], height and width after EXIF orientation.
         classes: class names by label; empty for unlabeled folders.
         pixels_store: the arrays of a ``"pixels"`` dataset, or the object that gives them; else None.
@@ -66,6 +73,7 @@ class Dataset:
         files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
         skipped: extension → files that look like images and are no samples.
         remarks: a remark on the form of some samples' files → how many it was made on.
+        marks: boxes or masks by position, None where samples have class labels.
     """
 
     source: str
@@ -79,14 +87,15 @@ class Dataset:
     files: tuple[str, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
     remarks: Mapping[str, int] = field(default_factory=dict)
+    marks: Boxes | Masks | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def annotations(self) -> ClassLabels:
+    def annotations(self) -> ClassLabels | Boxes | Masks:
         """What the samples are labeled with, by position."""
-        return ClassLabels(self.labels, self.classes)
+        return ClassLabels(self.labels, self.classes) if self.marks is None else self.marks
 
     def name(self, position: int) -> str:
         """Path of a sample relative to the source, or ``file[record]``."""
@@ -225,6 +234,8 @@ def open_dataset(
     split: Literal["train", "val"] = "train",
     check: Literal["fast", "full"] = "fast",
     progress: Callable[[int, int], None] | None = None,
+    task: Literal["classify", "segment", "detect"] = "classify",
+    classes: Sequence[str] = (),
 ) -> Dataset:
     """Open a dataset and look at every image of it.
 
@@ -244,13 +255,18 @@ def open_dataset(
         split: which part of a source that holds both (CIFAR's folder or archive, MNIST's folder).
         check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
         progress: called with (images looked at, total).
+        task: what is learned. For ``"segment"`` the source is a folder with ``images/`` and ``masks/``, or Pascal VOC's
+            folder or lists; for ``"detect"`` it is COCO's JSON, or VOC's: see ``segment.py`` and ``detect.py``. Then
+            ``limit`` and ``fraction`` count samples of the whole.
+        classes: names of a segmentation's or VOC's classes by number, in place of those in ``classes.txt``.
 
     Returns:
         The dataset.
 
     Raises:
         RequestError: the path is missing or not one of the above, or images are unreadable (all are counted, the first
-            twenty named with the reason), or a fraction is asked of images without labels.
+            twenty named with the reason), or a fraction is asked of images without labels; all that is wrong with
+            boxes and masks, likewise.
     """
     if limit < 0:
         raise RequestError(f"limit: expected 0 (all) or a number of samples per class, found {limit}")
@@ -258,21 +274,48 @@ def open_dataset(
         raise RequestError(f"fraction: expected a share of the samples, above 0 to 1, found {fraction}")
     if check not in ("fast", "full"):
         raise RequestError(f"check: expected 'fast' or 'full', found {check!r}")
-    paths = _paths(source)
-    if paths is None:
+    if task not in _EXPECTED:
+        raise RequestError(f"task: expected one of {', '.join(_EXPECTED)}, found {task!r}")
+    if task != "classify" and arrays:
+        raise RequestError(f"arrays: expected none for task {task!r}, found {', '.join(arrays)}")
+    if task == "classify" and classes:
+        raise RequestError("classes: expected none for task 'classify', whose data name their own")
+    paths = _paths(source, _EXPECTED[task])
+    if paths is None and task == "classify":
         return _open_object(source, limit, fraction, progress)
-    name = ", ".join(str(path) for path in paths)
     if not paths:
-        raise RequestError(f"dataset: expected {_EXPECTED}, found an empty list")
+        found = "an empty list" if paths is not None else f"an object of type {type(source).__name__}"
+        raise RequestError(f"dataset: expected {_EXPECTED[task]}, found {found}")
+    name = ", ".join(str(path) for path in paths)
     for path in paths:
         refuse_odd_text(str(path), "a path")
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED}")
+        raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED[task]}")
+    if task != "classify":
+        asked = Asked(name, split, tuple(classes), check == "full", progress, limit, fraction)
+        return _open_marked(open_segment(paths, asked) if task == "segment" else open_detect(paths, asked), name)
+    return _open_labeled(paths, name, limit, fraction, arrays, split, check, progress)
+
+
+def _open_marked(found: Opened, name: str) -> Dataset:
+    labels = np.full(len(found.ids), -1, dtype=np.int32)
+    return Dataset(name, "files", labels=labels, classes=found.marks.classes, **vars(found))
+
+
+def _open_labeled(
+    paths: Sequence[Path],
+    name: str,
+    limit: int,
+    fraction: float,
+    arrays: Sequence[str],
+    split: Literal["train", "val"],
+    check: Literal["fast", "full"],
+    progress: Callable[[int, int], None] | None,
+) -> Dataset:
     whole = [path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) or is_cifar_archive(path) for path in paths]
     if len(paths) > 1 and any(whole):
         raise RequestError(f"a list may only name CIFAR binary files or batches, found {name}")
-
     if arrays and paths[0].suffix.lower() != ".npz":
         raise RequestError(f"arrays: expected an .npz, whose arrays they name, found {name}")
     idx = idx_of_split(paths[0], split) if paths[0].is_dir() else paths[0] if is_idx(paths[0]) else None
@@ -288,12 +331,12 @@ def open_dataset(
         store, labels, classes = open_cifar(paths)
     for kind in classes:
         refuse_odd_text(kind, f"{name}: classes with names")
-    ids = _chosen(name, labels, limit, fraction)
+    ids = chosen(name, labels, limit, fraction)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
 
 
-def _paths(source: Any) -> list[Path] | None:
+def _paths(source: Any, expected: str) -> list[Path] | None:
     """The paths a source names; None if it is an object that gives samples."""
     if isinstance(source, (str, os.PathLike)):
         return [Path(source)]
@@ -301,7 +344,7 @@ def _paths(source: Any) -> list[Path] | None:
         return [Path(item) for item in source]
     if isinstance(source, Samples):
         return None
-    raise RequestError(f"dataset: expected {_EXPECTED}, found {type(source).__name__}")
+    raise RequestError(f"dataset: expected {expected}, found {type(source).__name__}")
 
 
 def _open_object(source: Any, limit: int, fraction: float, progress: Callable[[int, int], None] | None) -> Dataset:
@@ -309,7 +352,7 @@ def _open_object(source: Any, limit: int, fraction: float, progress: Callable[[i
     name = f"a {type(source).__name__} object"
     for kind in classes:
         refuse_odd_text(kind, f"{name}: classes with names")
-    ids = _chosen(name, labels, limit, fraction)
+    ids = chosen(name, labels, limit, fraction)
     return Dataset(name, "pixels", ids, labels[ids], sizes[ids], classes, pixels_store=store)
 
 
@@ -327,7 +370,7 @@ def _open_folder(
         raise RequestError(f"{root}: expected images, found {held} in it; name {root / held}")
     found = list_images(root)
     labels = np.array(found.labels, dtype=np.int32)
-    ids = _chosen(source, labels, limit, fraction)
+    ids = chosen(source, labels, limit, fraction)
     paths = [root / found.files[i] for i in ids]
     sizes, problems, remarks = scan_images(paths, full=full, progress=progress)
     if problems:
@@ -346,40 +389,3 @@ def _open_folder(
         skipped=found.skipped,
         remarks=dict(remarks),
     )
-
-
-def _chosen(source: str, labels: NDArray[np.int32], limit: int, fraction: float) -> NDArray[np.uint32]:
-    """Ids of the samples that limit and fraction leave, ascending."""
-    ids = _limited(labels, limit)
-    if fraction == 1:
-        return ids
-    unlabeled = int((labels[ids] < 0).sum())
-    if unlabeled:
-        raise RequestError(
-            f"fraction: expected labeled samples, as it takes the same share of every class; "
-            f"found {unlabeled} of {len(ids)} without a label in {source}"
-        )
-    return np.sort(
-        np.concatenate(
-            [_thinned(ids[labels[ids] == label], label, fraction) for label in np.unique(labels[ids]).tolist()]
-        )
-    )
-
-
-def _thinned(ids: NDArray[np.uint32], label: int, fraction: float) -> NDArray[np.uint32]:
-    """The first round(fraction n), at least one, of a class's n ids in an order drawn for (label, n).
-
-    One order for all fractions makes smaller ones subsets. Raw words, because NumPy guarantees Philox's stream and not
-    what `Generator.permutation` makes of it.
-    """
-    words = np.random.Philox(key=np.array([_FRACTION_SEED, label], dtype=np.uint64)).random_raw(len(ids))
-    return ids[np.argsort(words, kind="stable")[: max(1, round(fraction * len(ids)))]]
-
-
-def _limited(labels: NDArray[np.int32], limit: int) -> NDArray[np.uint32]:
-    if limit == 0:
-        return np.arange(len(labels), dtype=np.uint32)
-    by_label = np.argsort(labels, kind="stable")
-    first = np.searchsorted(labels[by_label], labels[by_label], side="left")
-    rank = np.arange(len(labels)) - first  # how many of the same class come before it
-    return np.sort(by_label[rank < limit]).astype(np.uint32)

@@ -56,7 +56,7 @@ class Slot:
 
 
 def _slots(operations: Sequence[PixelOperation]) -> list[Slot]:
-    return [Slot(op.emits, op.model_dump()) for op in operations for _ in range(op.slots)]
+    return [Slot(codes, op.model_dump()) for op in operations for codes in op.emits_by_slot]
 
 
 Source = Callable[[list[NDArray[Any]]], Callable[[], tuple[Any, ...]]]
@@ -126,9 +126,9 @@ def build_pipeline(
             layout=[layout] * bytes_in + [""] * len(params),
         )
         given = {name: nodes[bytes_in + place] for place, name in enumerate(names)}
-        x = _image(nodes[0], plan.size, slots, work, given, "", stored, gpu)
+        x = _image(nodes[0], plan, slots, work, given, "", stored, gpu)
         if bytes_in == 2:
-            partner = _image(nodes[1], plan.size, slots, images[1], given, "partner_", stored, gpu)
+            partner = _image(nodes[1], plan, slots, images[1], given, "partner_", stored, gpu)
             x = run_mixing(x, partner, given, gpu)
         return x
 
@@ -158,10 +158,12 @@ def _image_parameters(size: int, slots: Sequence[Slot], work: Work, prefix: str)
             names = {CODES[number] for number in slots[slot].codes}
             if len(names) > 1:
                 params[f"code{slot}"] = code.astype(np.int32)
-            if names - {"identity", "affine", "erase", "invert", "auto-contrast", "equalize"}:
+            if names - {"identity", "affine", "erase", "permute-channels", "invert", "auto-contrast", "equalize"}:
                 params[f"value{slot}"] = values[:, 0]
             if "affine" in names:
                 params[f"matrix{slot}"] = values.reshape(-1, 2, 3)
+            if "permute-channels" in names:
+                params[f"mixing{slot}"] = np.eye(3, dtype=np.float32)[values[:, :3].astype(np.int64)]
             if "erase" in names:
                 params[f"corner{slot}"], params[f"extent{slot}"] = values[:, :2], values[:, 2:4]
     return {prefix + name: array for name, array in params.items()}
@@ -175,7 +177,7 @@ def _same_extent(geometry: Geometry) -> bool:
 
 def _image(
     data: Node,
-    size: int,
+    plan: ViewPlan,
     slots: Sequence[Slot],
     work: Work,
     inputs: Mapping[str, Node],
@@ -205,7 +207,10 @@ def _image(
         # sizes are explicit, and subpixel_scale only acts where DALI computes them
         x = fn.resize(x, size=given["resized"], interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False)
     if "window" in given:
-        x = fn.slice(x, given["window"], [size, size], axis_names="HW", out_of_bounds_policy="error")
+        x = fn.slice(
+            x, given["window"], [plan.size, plan.size], axis_names="HW",
+            out_of_bounds_policy="pad" if geometry.overhung(plan.size) else "error", fill_values=list(plan.fill),
+        )  # fmt: skip
     if geometry.mirrored or stored.planar:
         # mean 0, std 1: a copy that mirrors and turns planes into pixels in one go, exact for uint8
         mirror = {"mirror": given["flip"]} if geometry.mirrored else {}
@@ -218,6 +223,9 @@ def _image(
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's ImageFilter.SMOOTH
 
 
+_INPUTS = ("code", "value", "matrix", "mixing", "corner", "extent")
+
+
 def run_program(x: Node, slots: Sequence[Slot], given: Mapping[str, Node], gpu: bool) -> Node:
     """All steps of each sample.
 
@@ -225,11 +233,11 @@ def run_program(x: Node, slots: Sequence[Slot], given: Mapping[str, Node], gpu: 
         x: images, uint8 HWC.
         slots: what each step may be.
         given: per slot s ``code{s}`` int32, and of those that are needed ``value{s}`` float32, ``matrix{s}`` float32
-            [2, 3], ``corner{s}`` and ``extent{s}`` float32 [2].
+            [2, 3], ``mixing{s}`` float32 [3, 3], ``corner{s}`` and ``extent{s}`` float32 [2].
         gpu: whether images are on the GPU.
     """
     for number, slot in enumerate(slots):
-        own = {name: given.get(f"{name}{number}") for name in ("code", "value", "matrix", "corner", "extent")}
+        own = {name: given.get(f"{name}{number}") for name in _INPUTS}
         x = _choose(x, slot.codes, own, slot.static, gpu)
     return x
 
@@ -323,6 +331,8 @@ def _apply(x: Node, name: str, own: Mapping[str, Node], static: Mapping[str, Any
         inside = fn.warp_affine(ones, matrix=own["matrix"], inverse_map=True, interp_type=kind, fill_value=0)
         outside = 1.0 - inside / 255.0
         return fn.cast_like(warped + outside * types.Constant(np.array(fill, np.float32)), x)
+    if name == "permute-channels":  # a matrix of zeros and ones moves bytes exactly
+        return fn.reshape(fn.coord_transform(x, M=own["mixing"], dtype=types.UINT8), layout="HWC")
     assert name == "erase", name
     return fn.erase(
         x, anchor=own["corner"], shape=own["extent"], axis_names="HW", fill_value=[float(b) for b in static["fill"]]

@@ -46,6 +46,8 @@ __all__ = [
     "looks_like",
     "read_image",
     "scan_images",
+    "stored_header",
+    "upright",
 ]
 
 EXTENSIONS = (
@@ -120,9 +122,13 @@ def file_header(path: Path | str) -> Header:
     Raises:
         Unreadable: as `encoded_header`, or the file cannot be opened.
     """
+    return upright(_stored_header_of(path))
+
+
+def _stored_header_of(path: Path | str) -> Header:
     try:
         with open_image(path) as file:
-            return encoded_header(file)
+            return stored_header(file)
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from error
 
@@ -135,6 +141,15 @@ def encoded_header(file: BinaryIO) -> Header:
 
     Returns:
         Height and width in pixels *after* EXIF orientation (which is then 1), and the remark on its form.
+
+    Raises:
+        Unreadable: as `stored_header`.
+    """
+    return upright(stored_header(file))
+
+
+def stored_header(file: BinaryIO) -> Header:
+    """`encoded_header` with the size as stored, and the EXIF orientation that turns it.
 
     Raises:
         Unreadable: empty, of another format, a damaged or unsupported header, implausibly large, or cut short.
@@ -150,13 +165,20 @@ def encoded_header(file: BinaryIO) -> Header:
             raise Unreadable(f"none of {', '.join(SCANNERS)}: {found}")
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        height, width, orientation, remark = SCANNERS[kind](file, size)
+        header = SCANNERS[kind](file, size)
     except struct.error as error:  # a read came back shorter than the field it should hold
         raise Unreadable("cut short inside a header") from error
+    height, width = header[:2]
     if height < 1 or width < 1:
         raise Unreadable(f"size {height}x{width} in the header")
     if height * width > MAX_PIXELS:
         raise Unreadable(f"{height}x{width} pixels in the header, more than {MAX_PIXELS}")
+    return header
+
+
+def upright(stored: Header) -> Header:
+    """A header as the loader turns the image: its orientation becomes 1."""
+    height, width, orientation, remark = stored
     return Header(width, height, 1, remark) if 5 <= orientation <= 8 else Header(height, width, 1, remark)
 
 
@@ -201,7 +223,12 @@ def full_check(path: Path | str) -> None:
 
 
 def scan_images(
-    paths: Sequence[Path], *, full: bool, threads: int = 8, progress: Callable[[int, int], None] | None = None
+    paths: Sequence[Path],
+    *,
+    full: bool,
+    threads: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+    look: Callable[[int, Header | None], list[str]] | None = None,
 ) -> tuple[NDArray[np.int32], list[tuple[int, str]], Counter[str]]:
     """Look at every file, in threads; one bad file does not hide the next.
 
@@ -210,6 +237,8 @@ def scan_images(
         full: also decode each one completely.
         threads: reading threads.
         progress: called with (done, total) from the calling thread.
+        look: called by the threads with the index of each file and its header as stored (None if it is unreadable), to
+            look at what belongs to it; the reasons it returns are counted as the file's own.
 
     Returns:
         int32 [n, 2] heights and widths (zeros for unreadable files), (index, reason) of each unreadable file, and how
@@ -219,24 +248,27 @@ def scan_images(
     problems: list[tuple[int, str]] = []
     remarks: Counter[str] = Counter()
 
-    def look(first: int) -> tuple[list[tuple[int, str]], list[str]]:
+    def look_at(first: int) -> tuple[list[tuple[int, str]], list[str]]:
         bad, said = [], []
         for i in range(first, min(first + _FILES_PER_TASK, len(paths))):
+            stored = None
             try:
-                header = file_header(paths[i])
+                stored = _stored_header_of(paths[i])
+                sizes[i] = upright(stored)[:2]
                 if full:
                     full_check(paths[i])
+                if stored.remark:
+                    said.append(stored.remark)
             except Unreadable as why:
+                sizes[i] = 0
                 bad.append((i, str(why)))
-                continue
-            sizes[i] = header[:2]
-            if header.remark:
-                said.append(header.remark)
+            if look is not None:
+                bad += [(i, reason) for reason in look(i, stored)]
         return bad, said
 
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="feedfast-scan") as pool:
         starts = range(0, len(paths), _FILES_PER_TASK)
-        for start, (bad, said) in zip(starts, pool.map(look, starts), strict=True):
+        for start, (bad, said) in zip(starts, pool.map(look_at, starts), strict=True):
             problems += bad
             remarks.update(said)
             if progress is not None:

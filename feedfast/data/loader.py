@@ -27,17 +27,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feedfast.data.batch import Batch
+from feedfast.data.batch import Batch, moved
 from feedfast.data.content import content_hash, refuse_changed
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import evaluation_geometry
 from feedfast.data.graph import FLAGS, MIXED_FLAGS, Stored, build_pipeline, dali_version
 from feedfast.data.images import Unreadable, full_check
 from feedfast.data.views import ViewPlan
-from feedfast.data.work import Work, annotations_of, view_work
+from feedfast.data.work import Work, annotations_of, refuse_unfit, truth_of, view_work
 from feedfast.errors import FeedfastError, RequestError
 
 __all__ = ["Loader"]
+
+_EVALUATION = -1  # the view of batches that belong to none
 
 
 class Loader:
@@ -57,7 +59,8 @@ class Loader:
             is read. None compares nothing.
 
     Raises:
-        RequestError: a number is out of range or the device does not exist.
+        RequestError: a number is out of range, the device does not exist, or the samples' annotations cannot follow the
+            plan (`refuse_unfit`).
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Loader:
         for name, value in (("batch_size", batch_size), ("threads", threads or 1), ("prefetch", prefetch)):
             if value < 1:
                 raise RequestError(f"loader, {name}: expected at least 1, found {value}")
+        refuse_unfit(plan, dataset.annotations)
         self.dataset = dataset
         self.plan = plan
         self.batch_size = batch_size
@@ -114,13 +118,16 @@ class Loader:
     def evaluation(self, rows: NDArray[np.integer[Any]] | None = None) -> Iterator[Batch]:
         """Samples in id order: resize and central crop as in torchvision, see ``geometry.py``.
 
+        Of data with boxes or masks the whole image, and as annotations a list of what each image is judged by, at its
+        original resolution and on the CPU (`Boxes.truth`, `Masks.truth`).
+
         Args:
             rows: positions in id order; None means all samples.
         """
         everything = np.arange(len(self.dataset), dtype=np.int64)
-        geometry = evaluation_geometry(self.plan, self.dataset.sizes)
+        geometry = evaluation_geometry(self.plan, self.dataset.sizes, self.dataset.annotations.task)
         wanted = everything if rows is None else np.asarray(rows, dtype=np.int64)
-        return self._started(Work(everything, geometry), -1, wanted, 0, False)
+        return self._started(Work(everything, geometry), _EVALUATION, wanted, 0, False)
 
     def describe(self) -> dict[str, Any]:
         """What made the pixels, for a cache's manifest: backend, versions and flags, all JSON-able."""
@@ -184,11 +191,16 @@ class Loader:
                     bad = np.concatenate([positions[p] for positions in shown for p in parts[index : feed.fed]])
                     raise _explained(error, self.dataset, bad) from error
                 here = work.rows(np.arange(len(rows))[part])
-                annotations = _moved(annotations_of(self.dataset, here, self.plan.size), self.device)
                 images = _owned(output, self.device, copier)
-                yield Batch(images, annotations, self.dataset.ids[here.positions], rows[part], view)
+                yield Batch(images, self._annotated(here, view), self.dataset.ids[here.positions], rows[part], view)
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
+
+    def _annotated(self, work: Work, view: int) -> Any:
+        if view != _EVALUATION:
+            return moved(annotations_of(self.dataset, work, self.plan.size), self.device)
+        truth = truth_of(self.dataset, work, self.plan.size)
+        return truth if isinstance(truth, list) else moved(truth, self.device)  # metrics work on the CPU
 
     def _pipeline(self, work: Work, feed: _Feed) -> Any:
         store = self.dataset.pixels_store
@@ -270,10 +282,6 @@ def _owned(output: Any, device: torch.device, copier: Any) -> torch.Tensor:
     copier.synchronize()
     images.record_stream(consumer)
     return images
-
-
-def _moved(annotations: Any, device: torch.device) -> Any:
-    return annotations.to(device) if hasattr(annotations, "to") else annotations
 
 
 def _explained(error: RuntimeError, dataset: Dataset, positions: NDArray[np.int64]) -> FeedfastError:

@@ -64,6 +64,11 @@ class PixelOperation(Options):
         """Codes it may become, ascending, identity among them where it may do nothing."""
         raise NotImplementedError
 
+    @property
+    def emits_by_slot(self) -> tuple[tuple[int, ...], ...]:
+        """The same of each of its steps."""
+        return (self.emits,) * self.slots
+
     def draw(self, words: Words, size: int) -> Drawn:
         """Codes [n, slots] and parameters [n, slots, `PARAMETERS`] of each sample.
 

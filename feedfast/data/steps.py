@@ -25,7 +25,7 @@ TABLE = "1"
 
 CODES = (
     "identity", "brightness", "contrast", "saturation", "hue", "sharpness", "posterize", "solarize", "solarize-add",
-    "invert", "auto-contrast", "equalize", "gaussian-blur", "affine", "erase",
+    "invert", "auto-contrast", "equalize", "gaussian-blur", "affine", "erase", "permute-channels",
 )  # fmt: skip
 """Names by code. Never renumber one; add new ones at the end."""
 
@@ -33,7 +33,7 @@ CODE_OF = {name: code for code, name in enumerate(CODES)}
 
 PARAMETERS = 6
 """Numbers per step: one for most codes (see `describe`), 6 for affine (rows of the output-to-source matrix), 4 for
-erase (top, left, height, width)."""
+erase (top, left, height, width), 3 for permute-channels (of each channel the one that it is taken from)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,8 @@ def describe(code: int, parameters: NDArray[np.float32]) -> str:
     if name == "erase":
         top, left, height, width = (int(value) for value in parameters[:4])
         return f"erase {height}x{width} at {top},{left}"
+    if name == "permute-channels":
+        return "channels " + "".join("RGB"[int(value)] for value in parameters[:3])
     if name == "affine":
         return _describe_affine(*parameters.tolist())
     if name == "posterize":

@@ -13,16 +13,30 @@ Units: boxes are int32 (top, left, height, width) in source pixels, after EXIF o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from feedfast.data.crops import (
+    JITTER_WORDS,
+    PAD_WORDS,
+    RESIZED_WORDS,
+    SCALE_WORDS,
+    ExpandCrop,
+    Keep,
+    MultiCrop,
+    expand_crops,
+    jitter_crops,
+    pad_crops,
+    resized_crops,
+    scale_crops,
+)
 from feedfast.data.mixing import MIXING_WORDS, CutMix, Mixing, Mixup, draw_mixing
 from feedfast.data.operations import PixelOperation
-from feedfast.data.steps import PARAMETERS, TABLE, Program
+from feedfast.data.steps import PARAMETERS, TABLE, Program, unit
 from feedfast.errors import RequestError
 
 __all__ = [
@@ -36,7 +50,17 @@ __all__ = [
     "readable_sizes",
 ]
 
-Augment = Literal["pad-crop-flip", "resized-crop-flip", "scale-jitter-flip", "none"]
+Augment = Literal[
+    "pad-crop-flip", "resized-crop-flip", "scale-jitter-flip", "scale-crop-flip", "expand-crop-flip", "multi-crop-flip",
+    "none",
+]  # fmt: skip
+_ZOOMED = ("scale-jitter-flip", "scale-crop-flip")
+_OPTIONS: dict[str, type[ExpandCrop] | type[MultiCrop]] = {
+    "expand-crop-flip": ExpandCrop, "multi-crop-flip": MultiCrop,
+}  # fmt: skip
+
+BoxesPerSample = Sequence[NDArray[np.floating[Any]]]
+"""Of each sample its boxes [k, 4], xyxy in source pixels."""
 
 ALGORITHM = "philox4x64-10/1"
 """Generator and version of the mapping from words to parameters; any change below that moves a number raises it."""
@@ -48,7 +72,7 @@ PASS_WINDOW = 16
 """Granules per window unless the plan says otherwise: the rows of a window are mixed with each other."""
 
 # Purposes: the counter's third word. Never renumber one; add new ones at the end.
-_ORDER, _CROP, _FLIP, _GRANULE, _MIX, _PARTNER, _MIXING, _OPERATION = range(8)
+_ORDER, _CROP, _FLIP, _GRANULE, _MIX, _PARTNER, _MIXING, _OPERATION, _KIND = range(9)
 
 MAX_SLOTS = 16
 """The most steps an operation list may become per sample."""
@@ -57,8 +81,6 @@ _GRANULES = (1, 2, 4, 8, 16, 32, 64)  # as the blocks of a cache, so that blocks
 
 _BLOCK_SAMPLES = 256  # drawn together; any multiple of 4 works, and changing it changes no value
 _RUN_SAMPLES = 1 << 16  # the most samples drawn in one go: bounds memory to about 12 MB of words
-_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten
-_CROP_WORDS = 2 * _CROP_ATTEMPTS + 4  # two words per attempt, two for the position, two unused
 
 
 @dataclass(frozen=True)
@@ -70,15 +92,19 @@ class ViewPlan:
         size: side of the square output in pixels.
         augment: ``"pad-crop-flip"`` shifts by up to ``pad`` pixels and fills with black; ``"resized-crop-flip"`` has
             the distribution of torchvision's ``RandomResizedCrop``; ``"scale-jitter-flip"`` zooms in and out, as
-            detectors are trained; ``"none"`` is the evaluation geometry.
+            detectors are trained; ``"scale-crop-flip"`` scales the shorter side, as segmentation is trained;
+            ``"expand-crop-flip"`` is SSD's zoom-out and IoU crop; ``"multi-crop-flip"`` has windows of several kinds;
+            ``"none"`` is the evaluation geometry.
         flip: probability of a horizontal flip (0 for ``"none"``, whatever is given).
         pad: largest shift of pad-crop in output pixels; -1 means ``size // 8`` (4 at CIFAR's 32).
-        scale: range of the crop's area as a fraction of the image's; of scale jitter, of the zoom: at 1 the longer side
-            fills the output.
+        scale: range of the crop's area as a fraction of the image's; of scale jitter and scale crop, of the zoom: at 1
+            the longer (jitter) or shorter side fills the output.
         ratio: range of the crop's width over height, drawn log-uniformly.
         granule: rows that stay together when a view is read again, a power of two up to 64 (`pass_order`).
         window: granules whose rows are mixed with each other then, at least 1.
         operations: what follows crop and flip, in this order; mixing (`Mixup`, `CutMix`) comes last.
+        crop: options of ``"expand-crop-flip"`` and ``"multi-crop-flip"``, None = their defaults; scale and ratio are
+            theirs, then, and the plan's have no meaning.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
@@ -94,6 +120,7 @@ class ViewPlan:
     granule: int = PASS_GRANULE
     window: int = PASS_WINDOW
     operations: tuple[PixelOperation | Mixup | CutMix, ...] = ()
+    crop: ExpandCrop | MultiCrop | None = None
 
     def __post_init__(self) -> None:
         _require("seed", 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1", self.seed)
@@ -105,7 +132,12 @@ class ViewPlan:
             low, high = (float(v) for v in getattr(self, name))
             _require(name, 0.0 < low <= high < math.inf, "0 < low <= high", getattr(self, name))
             object.__setattr__(self, name, (low, high))  # a list from a recipe compares equal to a tuple
-        zoomed = self.augment == "scale-jitter-flip"
+        kind = _OPTIONS.get(self.augment)
+        if self.crop is None and kind is not None:
+            object.__setattr__(self, "crop", kind())
+        expected = f"{kind.__name__}, its options" if kind else f"None for {self.augment}"
+        _require("crop", isinstance(self.crop, kind or type(None)), expected, self.crop)
+        zoomed = self.augment in _ZOOMED
         most = 16.0 if zoomed else 1.0
         expected = "a zoom from 1/16 to 16" if zoomed else "at most the whole image"
         _require("scale", self.scale[1] <= most and (not zoomed or self.scale[0] >= 1 / most), expected, self.scale)
@@ -133,6 +165,8 @@ class ViewPlan:
                 "parameters": PARAMETERS,
                 "mixed": bool(self.mixing_operations),
             }
+        if self.crop is not None:
+            more["crop"] = self.crop.model_dump(mode="json")
         return {
             "algorithm": ALGORITHM,
             "seed": self.seed,
@@ -157,7 +191,24 @@ class ViewPlan:
         """Those that show part of another sample."""
         return tuple(operation for operation in self.operations if isinstance(operation, (Mixup, CutMix)))
 
-    def resolved(self, name: str, view: int, ids: ArrayLike, sizes: ArrayLike) -> NDArray[Any]:
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether a window follows from the sample's boxes."""
+        return isinstance(self.crop, ExpandCrop)
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """Red, green, blue of what a window shows outside the image."""
+        return self.crop.fill if isinstance(self.crop, ExpandCrop) else (0, 0, 0)
+
+    @property
+    def keep(self) -> Keep:
+        """Which of the boxes a view keeps."""
+        return self.crop.keep if isinstance(self.crop, ExpandCrop) else "visible"
+
+    def resolved(
+        self, name: str, view: int, ids: ArrayLike, sizes: ArrayLike, boxes: BoxesPerSample | None = None
+    ) -> NDArray[Any]:
         """What a view does to each sample, as it is stored, n rows.
 
         Args:
@@ -165,12 +216,13 @@ class ViewPlan:
             view: which view.
             ids: sample ids [n].
             sizes: height and width of each image [n, 2].
+            boxes: of each sample, where the plan `needs_boxes`.
 
         Raises:
             KeyError: the plan has no such thing.
         """
         if name == "window":
-            return self.crops(view, ids, sizes)
+            return self.crops(view, ids, sizes, boxes)
         if name == "flip":
             return self.flips(view, ids)
         if name in ("steps", "parameters") and (program := self.program(view, ids)) is not None:
@@ -230,7 +282,9 @@ class ViewPlan:
         permuted: NDArray[np.uint32] = ascending[np.argsort(keys, kind="stable")].astype(np.uint32)
         return permuted
 
-    def crops(self, view: int, ids: ArrayLike, sizes: ArrayLike) -> NDArray[np.int32]:
+    def crops(
+        self, view: int, ids: ArrayLike, sizes: ArrayLike, boxes: BoxesPerSample | None = None
+    ) -> NDArray[np.int32]:
         """The crop box of each sample in a view.
 
         ``"resized-crop-flip"``: torchvision's ``RandomResizedCrop.get_params`` (ten attempts, then the central crop of
@@ -239,12 +293,16 @@ class ViewPlan:
         and the shift is scaled with it, so the augmentation looks the same after resizing; along the longer side a
         shift then shows real pixels instead of padding. ``"scale-jitter-flip"``: torchvision's ``ScaleJitter`` and
         ``FixedSizeCrop``, a square that is as much smaller than the image's longer side as it is zoomed in on, anywhere
-        in the image; where it is the larger one the image lies in its upper left corner. ``"none"``: the whole image.
+        in the image; where it is the larger one the image lies in its upper left corner. ``"scale-crop-flip"``: that,
+        measured by the shorter side, see `scale_crops`. ``"expand-crop-flip"``: torchvision's ``RandomZoomOut`` and
+        ``RandomIoUCrop``, see `expand_crops`; the window may leave the image on every side. ``"multi-crop-flip"``: as
+        ``"resized-crop-flip"``, with the ranges of the window's kind. ``"none"``: the whole image.
 
         Args:
             view: which view, >= 0.
             ids: sample ids [n].
             sizes: height and width of each image [n, 2].
+            boxes: of each sample, where the plan `needs_boxes`.
 
         Returns:
             int32 [n, 4]: top, left, height, width in source pixels.
@@ -253,19 +311,18 @@ class ViewPlan:
         size_n2 = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
         if len(size_n2) != len(ids_n):
             raise ValueError(f"sizes: expected one (height, width) per id, {len(ids_n)}; got {len(size_n2)}")
+        if self.needs_boxes and (boxes is None or len(boxes) != len(ids_n)):
+            found = "none" if boxes is None else str(len(boxes))
+            raise ValueError(f"boxes: expected those of each of {len(ids_n)} samples, got {found}")
         box_n4 = np.zeros((len(ids_n), 4), dtype=np.int32)
         box_n4[:, 2:] = size_n2
         if self.augment == "none":
             return box_n4
-        fill = {
-            "pad-crop-flip": self._pad_crops,
-            "resized-crop-flip": self._resized_crops,
-            "scale-jitter-flip": self._jitter_crops,
-        }[self.augment]
         by_id = np.argsort(ids_n, kind="stable")  # neighbors in id share drawn blocks; values do not depend on it
         for start in range(0, len(ids_n), _RUN_SAMPLES):
             part = by_id[start : start + _RUN_SAMPLES]
-            box_n4[part] = fill(view, ids_n[part], size_n2[part])
+            own = [boxes[row] for row in part.tolist()] if boxes is not None and self.needs_boxes else []
+            box_n4[part] = self._crops(view, ids_n[part], size_n2[part], own)
         return box_n4
 
     def flips(self, view: int, ids: ArrayLike) -> NDArray[np.uint8]:
@@ -273,45 +330,35 @@ class ViewPlan:
         ids_n = _as_ids(ids)
         if self.augment == "none":
             return np.zeros(len(ids_n), dtype=np.uint8)
-        flipped: NDArray[np.uint8] = (_unit(_words(self.seed, view, _FLIP, 0, ids_n, 1)[:, 0]) < self.flip).astype(
+        flipped: NDArray[np.uint8] = (unit(_words(self.seed, view, _FLIP, 0, ids_n, 1)[:, 0]) < self.flip).astype(
             np.uint8
         )
         return flipped
 
-    def _pad_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        shift_n2 = _below(_words(self.seed, view, _CROP, 0, ids, 2), np.int64(2 * self.pad + 1)) - self.pad
-        side = sizes.min(axis=1)
-        corner_n2 = (sizes - side[:, None]) // 2 + np.rint(shift_n2 * (side[:, None] / self.size)).astype(np.int64)
-        return np.concatenate([corner_n2, np.stack([side, side], axis=1)], axis=1)
+    def _crops(
+        self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64], boxes: BoxesPerSample
+    ) -> NDArray[np.int64]:
+        def words(count: int) -> NDArray[np.uint64]:
+            return _words(self.seed, view, _CROP, 0, ids, count)
 
-    def _jitter_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        words = _words(self.seed, view, _CROP, 0, ids, 4)
-        side = np.maximum(np.rint(sizes.max(axis=1) / _between(words[:, 0], *self.scale)), 1).astype(np.int64)
-        corner_n2 = _below(words[:, 1:3], np.maximum(sizes - side[:, None], 0) + 1)
-        return np.concatenate([corner_n2, np.stack([side, side], axis=1)], axis=1)
+        if self.augment == "pad-crop-flip":
+            return pad_crops(words(PAD_WORDS), sizes, self.size, self.pad)
+        if self.augment == "scale-jitter-flip":
+            return jitter_crops(words(JITTER_WORDS), sizes, self.scale)
+        if self.augment == "scale-crop-flip":
+            return scale_crops(words(SCALE_WORDS), sizes, self.size, self.scale)
+        if isinstance(self.crop, ExpandCrop):
+            # a round of attempts is one more of the counter's passes: only samples that need it draw its words
+            def drawn(number: int, rows: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
+                return _words(self.seed, view, _CROP, number, ids[rows], count)
 
-    def _resized_crops(self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        words = _words(self.seed, view, _CROP, 0, ids, _CROP_WORDS)
-        image_h, image_w = sizes[:, :1], sizes[:, 1:]  # [n, 1]
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        area = (image_h * image_w) * _between(words[:, 0 : 2 * _CROP_ATTEMPTS : 2], *self.scale)  # [n, attempt]
-        ratio = np.exp(_between(words[:, 1 : 2 * _CROP_ATTEMPTS : 2], low, high))
-        # rint is Python's round(): halves go to the even neighbor, as in torchvision
-        width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-        height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-        fits = (width > 0) & (width <= image_w) & (height > 0) & (height <= image_h)
-        first = np.argmax(fits, axis=1)[:, None]
-        found = np.take_along_axis(fits, first, axis=1)[:, 0]
-        h = np.take_along_axis(height, first, axis=1)[:, 0]
-        w = np.take_along_axis(width, first, axis=1)[:, 0]
-        h0, w0 = image_h[:, 0], image_w[:, 0]
-        narrow, wide = w0 / h0 < self.ratio[0], w0 / h0 > self.ratio[1]
-        h = np.where(found, h, np.where(narrow, np.rint(w0 / self.ratio[0]).astype(np.int64), h0))
-        w = np.where(found, w, np.where(wide, np.rint(h0 * self.ratio[1]).astype(np.int64), w0))
-        at = words[:, 2 * _CROP_ATTEMPTS :]
-        top = np.where(found, _below(at[:, 0], h0 - h + 1), (h0 - h) // 2)
-        left = np.where(found, _below(at[:, 1], w0 - w + 1), (w0 - w) // 2)
-        return np.stack([top, left, h, w], axis=1)
+            return expand_crops(drawn, sizes, boxes, self.crop)
+        if isinstance(self.crop, MultiCrop):
+            # drawn once per sample, so of view 0: over a round of views each sample has every kind its number of times
+            begin = (_words(self.seed, 0, _KIND, 0, ids, 1)[:, 0] % np.uint64(len(self.crop.kinds))).astype(np.int64)
+            kind = self.crop.kinds[(view + begin) % len(self.crop.kinds)]
+            return self.crop.crops(words(RESIZED_WORDS), sizes, kind)
+        return resized_crops(words(RESIZED_WORDS), sizes, self.scale, self.ratio)
 
 
 def pass_order(
@@ -411,8 +458,8 @@ def _require(name: str, ok: bool, expected: str, found: object) -> None:
 
 def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
     ids_n = np.asarray(ids)
-    if ids_n.ndim != 1 or (ids_n.size and ids_n.dtype.kind not in "iu"):
-        raise ValueError(f"ids: expected a 1-D array of integers, got {ids_n.dtype} {ids_n.shape}")
+    if ids_n.ndim != 1 or (ids_n.size and (ids_n.dtype.kind not in "iu" or ids_n.min() < 0)):
+        raise ValueError(f"ids: expected a 1-D array of non-negative integers, got {ids_n.dtype} {ids_n.shape}: {ids}")
     return ids_n.astype(np.int64)
 
 
@@ -421,10 +468,9 @@ def _words(
 ) -> NDArray[np.uint64]:
     """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards.
 
-    Philox is a block cipher over a 256-bit counter. The key is (seed, view); the counter's third word names the purpose
-    (order, crop, flip, ...), the fourth the pass, and the first runs with the sample id: every sample owns its own
-    words, and any range of samples can be drawn without the ones before it. NumPy guarantees its Philox stream; only
-    raw words are taken from it and mapped to floats and integers below, so no NumPy release can move a crop by a pixel.
+    Philox's key is (seed, view); its counter's third word names the purpose (order, crop, flip, ...), the fourth the
+    pass, and the first runs with the sample id: any range of samples can be drawn without the ones before it. Only raw
+    words, a stream that NumPy guarantees, are taken and mapped below: no NumPy release can move a crop by a pixel.
     """
     out = np.empty((len(ids), words), dtype=np.uint64)
     for where, first, count in _runs(ids):
@@ -442,8 +488,6 @@ def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]
     if ids.size == 0:
         return
     by_id = np.argsort(ids, kind="stable")
-    if ids[by_id[0]] < 0:
-        raise ValueError(f"ids: expected non-negative, got {ids[by_id[0]]}")
     block = ids[by_id] // _BLOCK_SAMPLES
     per_run = _RUN_SAMPLES // _BLOCK_SAMPLES
     gap = np.flatnonzero(np.diff(block) > 1) + 1  # blocks nobody asked for are not drawn
@@ -453,19 +497,3 @@ def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]
         for part in np.split(piece, long):
             first, last = int(block[part[0]]), int(block[part[-1]])
             yield by_id[part], first * _BLOCK_SAMPLES, (last - first + 1) * _BLOCK_SAMPLES
-
-
-def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Uniform on [0, 1): the top 53 bits, every value exact in float64."""
-    unit: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return unit
-
-
-def _between(words: NDArray[np.uint64], low: float, high: float) -> NDArray[np.float64]:
-    return low + (high - low) * _unit(words)
-
-
-def _below(words: NDArray[np.uint64], bound: NDArray[np.int64] | np.int64) -> NDArray[np.int64]:
-    """Uniform integers in [0, bound), bound broadcast; the bias is below bound * 2**-53."""
-    drawn: NDArray[np.int64] = np.floor(_unit(words) * bound).astype(np.int64)
-    return drawn

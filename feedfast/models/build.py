@@ -1,8 +1,9 @@
 """From a name in a recipe to a network with its weights.
 
-``zoo/…`` are the papers' CIFAR networks, ``torchvision/…`` that library's classifiers, ``timm/…`` timm's (an extra),
-``package.module:factory`` any function of the user's that returns an `nn.Module`. Networks are built on the CPU in
-fp32, in train mode as their libraries leave them; moving and freezing is the caller's business.
+``zoo/…`` are the papers' networks, ``torchvision/…`` that library's (classifiers, and `dense.DENSE_NAMES`),
+``timm/…`` timm's (an extra), ``package.module:factory`` any function of the user's that returns an `nn.Module`.
+Networks are built on the CPU in fp32, in train mode as their libraries leave them; moving and freezing is the caller's
+business.
 
 Two promises. A seed makes initialization reproducible and the process's random state is as it was afterwards: the
 weights of teacher *b* cannot depend on whether teacher *a* was built first. And a weight file is data
@@ -28,14 +29,16 @@ import torch
 from torch import nn
 
 from feedfast.errors import RequestError
-from feedfast.models.weights import load_state, load_weights, weights_sha256
+from feedfast.models.weights import load_backbone, load_state, load_weights, weights_sha256
 from feedfast.models.zoo import ZOO_NAMES, build_zoo
 
 __all__ = ["build_model", "load_weights", "weights_sha256"]
 
 log = logging.getLogger(__name__)
 
-ZOO_CLASSES = 100  # CIFAR-100, what the zoo's networks were published on
+# What the zoo's networks were published on: CIFAR-100, and Pascal VOC with and without background.
+ZOO_CLASSES = 100
+DENSE_CLASSES = {"deeplabv3plus": 21, "ssd300": 20}
 
 # The two torchvision networks that return auxiliary logits with the real ones while training.
 _AUXILIARY = ("googlenet", "inception_v3")
@@ -50,6 +53,7 @@ def build_model(
     key: str = "",
     prefix: str = "",
     new_head: bool = False,
+    backbone: str | Path | None = None,
 ) -> nn.Module:
     """Build a network.
 
@@ -68,6 +72,9 @@ def build_model(
         prefix: likewise.
         new_head: whether weights of another number of classes are taken without their classifier, which then stays
             as it was initialized and is reported; of files and published weights.
+        backbone: of a network of segmentation or detection, the weights of the classifier its backbone comes from, in
+            place of ``weights``: "" or a name = published by torchvision, a path = its state_dict (``key`` and
+            ``prefix`` are of it). None = none.
 
     Returns:
         The network, on the CPU.
@@ -75,6 +82,10 @@ def build_model(
     Raises:
         RequestError: unknown name (with close matches), missing extra, weights that cannot be fetched or do not fit.
     """
+    if backbone is not None and weights is not None:
+        raise RequestError(
+            f"model {name}: backbone: expected none where weights are given, which include the backbone's"
+        )
     fixed = seed is not None or weights is not None
     # devices=[]: building happens on the CPU, and looking at the other generators would start CUDA
     with torch.random.fork_rng(devices=[]) if fixed else contextlib.nullcontext():
@@ -96,6 +107,8 @@ def build_model(
             )
     if weights is not None and str(weights) != "":
         load_weights(model, weights, name=name, key=key, prefix=prefix, new_head=new_head)
+    if backbone is not None:
+        _backbone(model, backbone, name, key, prefix)
     return model
 
 
@@ -105,7 +118,13 @@ def published_weights(name: str, weights: str) -> bool:
     if weights == "" or family != "torchvision":
         return weights == "" and family in ("torchvision", "timm")
     tv = importlib.import_module("torchvision.models")
-    return rest in tv.list_models(module=tv) and weights in tv.get_model_weights(rest).__members__
+    return rest in _torchvisions() and weights in tv.get_model_weights(rest).__members__
+
+
+def _torchvisions() -> list[str]:
+    """The networks of torchvision that can be asked for by name."""
+    tv = importlib.import_module("torchvision.models")
+    return [*tv.list_models(module=tv), *importlib.import_module("feedfast.models.dense").DENSE_NAMES]
 
 
 def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.Module:
@@ -114,7 +133,9 @@ def _zoo(rest: str, num_classes: int | None, weights: str | Path | None) -> nn.M
             f'model zoo/{rest}: weights = "" asks for published weights, and the zoo has none; '
             f"expected the path of a state_dict (feedfast train writes student.pt)"
         )
-    return build_zoo(rest, ZOO_CLASSES if num_classes is None else num_classes)
+    if num_classes is None:
+        num_classes = DENSE_CLASSES.get(rest.partition("-")[0], ZOO_CLASSES)
+    return build_zoo(rest, num_classes)
 
 
 def _torchvision(
@@ -123,10 +144,13 @@ def _torchvision(
     """The network and what is left to load into it (a file, or None)."""
     tv = importlib.import_module("torchvision.models")  # half a second of imports that zoo users need not pay
 
-    known = tv.list_models(module=tv)
+    known = _torchvisions()
     if rest not in known:
         raise RequestError(f"model torchvision/{rest} is not known" + _close("torchvision/", rest, known))
     chosen = named_weights(rest, weights)
+    dense = importlib.import_module("feedfast.models.dense")
+    if chosen is None and rest in dense.DENSE_NAMES:
+        return dense.build_dense(rest, num_classes), weights
     options: dict[str, Any] = {"aux_logits": False} if rest in _AUXILIARY else {}
     if chosen is None:
         if num_classes is not None:
@@ -136,20 +160,40 @@ def _torchvision(
             # these two files expect a further normalization inside, which torchvision adds for published weights
             options["transform_input"] = published_file(rest, weights) is not None
         return tv.get_model(rest, weights=None, **options), weights
-    published_classes = len(chosen.meta["categories"])
+    published_classes = dense.data_classes(rest, len(chosen.meta["categories"]))
+    make = dense.build_dense if rest in dense.DENSE_NAMES else tv.get_model
     if not new_head:
         _same_classes(f"torchvision/{rest}", published_classes, num_classes)
     try:
         # Proves that the file holds plain tensors only; torchvision's own call below then reads the same cached file
         # (it renames keys of some old files, which is why its loader is used and not ours).
         chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        model: nn.Module = tv.get_model(rest, weights=chosen, **options)
+        model: nn.Module = make(rest, weights=chosen, **options)
         if num_classes not in (None, published_classes):
-            whole, model = model, tv.get_model(rest, weights=None, num_classes=num_classes, **options)
+            whole, model = model, make(rest, weights=None, num_classes=num_classes, **options)
             load_state(model, whole.state_dict(), "published weights", f"torchvision/{rest}", new_head=True)
     except Exception as error:
         raise _unfetched(f"torchvision/{rest}", chosen.url, error) from error
     return model, None
+
+
+def _backbone(model: nn.Module, backbone: str | Path, name: str, key: str, prefix: str) -> None:
+    published = getattr(model, "published", "")
+    if not published:
+        raise RequestError(
+            f"model {name}: backbone: expected a network with a backbone of torchvision's (zoo/deeplabv3plus-…, "
+            f"zoo/ssd300-…, torchvision/deeplabv3_…), found {type(model).__name__}; weights fills a whole network"
+        )
+    source: Any = backbone
+    chosen = named_weights(published, backbone)
+    if chosen is not None:
+        try:
+            source = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except Exception as error:
+            raise _unfetched(f"torchvision/{published}", chosen.url, error) from error
+    with torch.device("meta"):
+        classifier = importlib.import_module("torchvision.models").get_model(published, weights=None)
+    load_backbone(model, source, classifier=classifier, name=name, key=key, prefix=prefix)
 
 
 def named_weights(rest: str, weights: str | Path | None) -> Any:
@@ -255,9 +299,7 @@ def _close(prefix: str, name: str, known: Iterable[str]) -> str:
 
 def _guess(name: str) -> str:
     """For a name without its family: where a network of that name is."""
-    tv = importlib.import_module("torchvision.models")
-
-    families = {"zoo": ZOO_NAMES, "torchvision": tv.list_models(module=tv)}
+    families = {"zoo": ZOO_NAMES, "torchvision": _torchvisions()}
     exact = [f"{family}/{name}" for family, names in families.items() if name in names]
     short = name.rpartition("/")[2]
     near = [

@@ -2,8 +2,8 @@
 
 A teacher that sees other numbers than it was trained on computes nonsense without a word, so what its library or its
 file says is the default wherever a recipe says nothing. Three say something: timm's networks carry it
-(``pretrained_cfg``), torchvision's published weights carry it (their ``transforms``), and weights that a run of
-feedfast saved lie in its folder, beside the recipe it was trained by (which the stages read).
+(``pretrained_cfg``), torchvision's published weights carry it (their ``transforms``; its detectors themselves), and
+weights that a run of feedfast saved lie in its folder, beside the recipe it was trained by (which the stages read).
 """
 
 from __future__ import annotations
@@ -61,11 +61,17 @@ def own_input(name: str, weights: str | Path | None, model: nn.Module | None = N
 
 
 def _torchvision(rest: str, weights: str | Path | None) -> OwnInput | None:
+    dense = importlib.import_module("feedfast.models.dense")
     chosen = named_weights(rest, weights) or published_file(rest, weights)
+    if dense.is_detector(rest):  # torchvision normalizes inside the network, whoever's the weights are
+        found = dense.detector_input(rest)
+        return OwnInput(found.mean, found.std, found.size, chosen is not None, f"torchvision's {rest}")
     if chosen is not None:
         made = chosen.transforms()
         mean, std = tuple(map(float, made.mean)), tuple(map(float, made.std))
-        return OwnInput(mean, std, int(made.crop_size[0]), True, f"torchvision's {chosen}")  # type: ignore[arg-type]
+        # a segmenter's have no size: its images keep their shapes, and it is trained on crops of the data's size
+        size = int(made.crop_size[0]) if hasattr(made, "crop_size") else 0
+        return OwnInput(mean, std, size, size > 0, f"torchvision's {chosen}")  # type: ignore[arg-type]
     return None
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from feedfast.errors import RequestError
 from feedfast.models.branched import Branched
 from feedfast.models.layout import prefix_tokens
+from feedfast.models.presets_dense import dense_taps
 from feedfast.models.taps import Tap, tap_layout
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace
 from feedfast.models.zoo import CifarResNet, MobileNetV1, WideResNet
@@ -73,6 +74,9 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
         return found
     if group not in GROUPS:
         raise RequestError(f"taps {group!r}: expected {', '.join(map(repr, GROUPS))} or name=module.path[:pre]")
+    dense = dense_taps(model)
+    if dense is not None:
+        return dense[group]
     places = _table(model)
     if places is None:
         seen = trace(model, _example(model) if example is None else example)

@@ -31,13 +31,14 @@ from feedfast.errors import FeedfastError, RequestError
 from feedfast.models.layout import Layout, layout_of
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace, undisturbed
 
-__all__ = ["Tap", "Tapped", "bn_parameters", "find_module", "logits_of", "parse_tap", "tap_layout"]
+__all__ = ["Outputs", "Tap", "Tapped", "bn_parameters", "find_module", "logits_of", "parse_tap", "tap_layout"]
 
 # A block's own activation runs up to three times (Bottleneck); one that serves a whole network stays in place, for the
 # memory it saves everywhere else.
 _FEW_CALLS = 3
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+Outputs = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 # What methods read is a map; tokens under such a name become one.
 _MAP_NAME = re.compile(r"final|(ofd|stage)\d+")
 
@@ -215,7 +216,8 @@ class Tapped(nn.Module):
             example's pass showed one directly before the activation (or before the residual sum).
         shapes: of each tap's map without the batch: (channel, height, width), (channel, token) or (channel,).
         layouts: of each tap's tensor inside the network.
-        outputs: shape of the network's own output without the batch, None if it is no tensor.
+        outputs: shape of the network's own output without its first axis; of a mapping of tensors, such as a
+            detector's, name → shape; None if it is neither.
 
     Raises:
         RequestError: a path that is not in the network or never called, an output that is no tensor or whose layout
@@ -239,7 +241,7 @@ class Tapped(nn.Module):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.layouts: dict[str, Layout] = {}
         self._as_map = tuple(tap.wants_map for tap in self.taps)
-        self.outputs: tuple[int, ...] | None
+        self.outputs: Outputs
         self._expected: tuple[int, ...] = ()
         self._recorder = _Recorder(len(self.taps))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -247,8 +249,7 @@ class Tapped(nn.Module):
         self._copies_training: tuple[bool, ...] = ()
         self._writes: tuple[int, ...] = ()
         seen = trace(model, example)
-        output = logits_of(seen.output)
-        self.outputs = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
+        self.outputs = _outputs(logits_of(seen.output))
         if self.taps:
             self._install(seen)
             try:
@@ -307,7 +308,7 @@ class Tapped(nn.Module):
             for tap, value, as_map in zip(self.taps, maps, self._as_map, strict=True)
         }
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the network.
 
         Args:
@@ -399,12 +400,24 @@ def tap_layout(model: nn.Module, tap: Tap, seen: Trace, tensor: Tensor) -> Layou
 
 
 def logits_of(output: Any) -> Any:
-    """The logits in what a network returns: itself, ``.logits``, ``["logits"]``, a tuple's first; else as it is."""
+    """The logits in what a network returns, ``[B, K]`` or per pixel ``[B, K, h, w]``; else the output as it is.
+
+    They are the output itself, ``.logits``, ``["logits"]``, ``["out"]`` (torchvision's segmentation), or a tuple's
+    first. Another mapping, such as a detector's, stays what it is.
+    """
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "logits", None)
     if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
+        found = output.get("logits", output.get("out"))
     if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
-    return found if isinstance(found, Tensor) and found.dim() == 2 else output
+    return found if isinstance(found, Tensor) and found.dim() in (2, 4) else output
+
+
+def _outputs(output: Any) -> Outputs:
+    if isinstance(output, Tensor):
+        return tuple(output.shape[1:])
+    if isinstance(output, Mapping) and output and all(isinstance(value, Tensor) for value in output.values()):
+        return {str(name): tuple(value.shape[1:]) for name, value in output.items()}
+    return None

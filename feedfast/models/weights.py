@@ -16,6 +16,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from feedfast.errors import RequestError
 from feedfast.files import check_zip
 
-__all__ = ["load_state", "load_weights", "weights_sha256"]
+__all__ = ["load_backbone", "load_state", "load_weights", "weights_sha256"]
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,59 @@ def load_state(model: nn.Module, state: State, what: str, name: str, *, new_head
     """Copy a state_dict into the network ``name``; ``what`` it is begins the message. See `load_weights`."""
     own = _own(model)
     if new_head:
-        state = _without_head(state, own, f"{what} of model {name}")
+        state = _without_head(state, own, model, f"{what} of model {name}")
     _refuse_misfit(state, own, f"{what} do not fit model {name}")
     model.load_state_dict(state, strict=False)
+
+
+def load_backbone(
+    model: nn.Module, source: State | str | Path, *, classifier: nn.Module, name: str, key: str = "", prefix: str = ""
+) -> None:
+    """Copy a classifier's weights into the backbone of a network of segmentation or detection.
+
+    Args:
+        model: has ``backbone``; the rest stays as it is.
+        source: the classifier's state_dict, or a file of it as `load_weights` takes it.
+        classifier: the network it is of; only its names and shapes are read, so it may be on the meta device.
+        name: of the model, for messages.
+        key: of a file, see `load_weights`.
+        prefix: likewise.
+
+    Raises:
+        RequestError: as `load_weights`; that a file has a classifier of its own, or none, is no fault.
+    """
+    theirs = _own(classifier)
+    own = {_published_name(k, model): v for k, v in model.get_submodule("backbone").state_dict().items()}
+    own = {k: v for k, v in own.items() if k in theirs}
+    if isinstance(source, Mapping):
+        state, what = source, "published backbone weights"
+    else:
+        what = f"backbone weights {source}"
+        where = f"{what} of model {name}"
+        state = _chosen(_read(Path(source), where), key, prefix, classifier, theirs, where)
+    left_out = sorted({k.rpartition(".")[0] for k in state if k in theirs and k not in own})
+    state = {k: v for k, v in state.items() if k not in theirs or k in own}
+    _refuse_misfit(state, own, f"{what} do not fit the backbone of model {name}")
+    if left_out:
+        log.info("%s of model %s: not the backbone's and left out: %s", what, name, ", ".join(_heads(left_out)))
+    with torch.no_grad():
+        for k, value in state.items():
+            own[k].copy_(value)
+
+
+def _heads(names: Iterable[str]) -> list[str]:
+    """Modules in few words: fc, layer4, features.18."""
+    short = {".".join(name.split(".")[: 2 if name.startswith(("features.", "classifier.")) else 1]) for name in names}
+    return sorted(short)
+
+
+def _published_name(key: str, model: nn.Module) -> str:
+    """What torchvision's classifier calls a tensor of the backbone."""
+    kind = getattr(model, "published", "")
+    if kind == "vgg16":  # the detector's second part begins with the pooling after conv4_3
+        found = re.fullmatch(r"extra\.0\.(\d+)\.(\w+)", key)
+        return f"features.{int(found[1]) + 23}.{found[2]}" if found else key
+    return f"features.{key}" if kind == "mobilenet_v3_large" else key
 
 
 def _own(model: nn.Module) -> State:
@@ -286,8 +337,9 @@ def _torchvisions(state: State, model: nn.Module, own: Mapping[str, Tensor]) -> 
     if kind == "DenseNet":
         renamed = {k: _OLD_DENSENET.sub(r"\1\2", k) for k in state}
         return {renamed[k] if renamed[k] in own else k: v for k, v in state.items()}
-    if kind in ("Inception3", "GoogLeNet") and not any(k.startswith(_AUXILIARY) for k in own):
-        return {k: v for k, v in state.items() if not k.startswith(_AUXILIARY)}
+    auxiliary = _AUXILIARY if kind in ("Inception3", "GoogLeNet") else getattr(model, "AUXILIARY", ())
+    if auxiliary and not any(k.startswith(auxiliary) for k in own):
+        return {k: v for k, v in state.items() if not k.startswith(auxiliary)}
     return state
 
 
@@ -303,23 +355,34 @@ def _fits(state: State, own: Mapping[str, Tensor]) -> bool:
     return _names_fit(state, own) and all(v.shape == own[k].shape for k, v in state.items())
 
 
-def _without_head(state: State, own: Mapping[str, Tensor], where: str) -> State:
+def _without_head(state: State, own: Mapping[str, Tensor], model: nn.Module, where: str) -> State:
     """The state without a classifier of another number of classes; whatever else differs is left to be refused."""
     other = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
     heads = {k.rpartition(".")[0] for k in other}
     names = list(own)
     last = bool(other) and set(names[min(names.index(k) for k in other) :]) == set(other)
+    # a detector's is not its last module, and has a row per class and kind of box, background counted
+    detector: str = getattr(model, "HEAD", "")
+    background = 1 if detector else 0
+    last = last or bool(other and detector and all(k.startswith(detector) for k in other))
     linear = last and all(
         own[k].dim() in (1, 2, 4) and state[k].shape[1:] == own[k].shape[1:] and k.endswith(("weight", "bias"))
         for k in other
     )
-    sizes = {(state[k].shape[0], own[k].shape[0]) for k in other}
+    here: Any = model.get_submodule(detector.rstrip(".")).num_columns if detector else None
+    sizes = {
+        (
+            state[k].shape[0] if here is None else Fraction(state[k].shape[0] * here, own[k].shape[0]),
+            own[k].shape[0] if here is None else here,
+        )
+        for k in other
+    }
     if not linear or len(sizes) != 1:
         return state
     ((there, here),) = sizes
     log.warning(
-        "%s: its classifier %s has %d classes and not %d: the new one starts at random, all else is taken",
-        *(where, ", ".join(sorted(heads)), there, here),
+        "%s: its classifier %s has %s classes and not %d: the new one starts at random, all else is taken",
+        *(where, ", ".join(sorted(heads)), there - background, here - background),
     )
     return {k: own[k] if k in other else v for k, v in state.items()}
 

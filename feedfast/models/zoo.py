@@ -40,6 +40,8 @@ ZOO_NAMES = (
     "pyramidnet-110-84", "pyramidnet-110-270", "pyramidnet-164-270", "pyramidnet-200-240", "pyramidnet-272-200",
     "resnet-50-p25", "resnet-50-p37.5", "resnet-50-p50",
     "fitnet-1", "fitnet-2", "fitnet-3", "fitnet-4",
+    "deeplabv3plus-resnet18", "deeplabv3plus-resnet50", "deeplabv3plus-resnet101", "deeplabv3plus-mobilenetv2",
+    "ssd300-resnet18", "ssd300-resnet34", "ssd300-resnet50", "ssd300-vgg16",
 )  # fmt: skip
 
 _PRUNED = {"resnet-50-p25": 0.25, "resnet-50-p37.5": 0.375, "resnet-50-p50": 0.5}  # shares of filters left out
@@ -243,8 +245,8 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
             ``mobilenetv1-224`` (of stride 2, as published), or ``pyramidnet-D-A`` with
             D = 6n+2 up to 110 (basic blocks), else 9n+2 (bottlenecks); ``pyramidnet-D-Ab``: bottlenecks at any depth;
             ``resnet-50-p25``, ``-p37.5``, ``-p50`` (torchvision's with so many per cent of the filters left out);
-            ``fitnet-1`` to ``fitnet-4``.
-        num_classes: at least 1.
+            ``fitnet-1`` to ``fitnet-4``; ``deeplabv3plus-B`` segments and ``ssd300-B`` detects, B their backbone.
+        num_classes: at least 1; of a detector without background.
 
     Raises:
         RequestError: unknown name (close matches are listed) or a depth or width the family does not have.
@@ -273,6 +275,15 @@ def build_zoo(name: str, num_classes: int) -> nn.Module:
         from feedfast.models.zoo_pruned import PrunedResNet50
 
         return PrunedResNet50(_PRUNED[name], num_classes)
+    family, _, backbone = name.partition("-")
+    if name in ZOO_NAMES and family == "deeplabv3plus":
+        from feedfast.models.zoo_deeplab import DeepLabV3Plus
+
+        return DeepLabV3Plus(backbone, num_classes)
+    if name in ZOO_NAMES and family == "ssd300":
+        from feedfast.models.zoo_ssd import build_ssd
+
+        return build_ssd(backbone, num_classes)
     if found := re.fullmatch(r"fitnet-([1-4])", name):
         return FitNet(int(found[1]), num_classes)
     if found := re.fullmatch(r"pyramidnet-(\d{1,6})-(\d{1,6})(b?)", name):

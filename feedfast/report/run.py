@@ -27,6 +27,12 @@ td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}
 td:first-child,th:first-child{text-align:left}
 img{max-width:100%}
 pre{background:#f6f6f6;padding:1em;overflow:auto}
+h3{margin:1em 0 .2em;font-size:1em}
+.pictures{display:flex;flex-wrap:wrap;gap:.6em}
+figure{margin:0}
+figcaption{font-size:.85em;color:#555}
+.legend span{margin-right:1em;white-space:nowrap}
+.legend i{display:inline-block;width:1em;height:1em;margin-right:.3em;vertical-align:-.15em}
 """
 
 _MAX_ROW_BYTES = 1 << 20
@@ -184,7 +190,10 @@ def write_report(
         more: HTML to be shown below the curves.
     """
     rows = read_metrics(out / "metrics.jsonl")
-    body = table_html([{"figure": key, "value": value} for key, value in result.items()])
+    figures: dict[str, Any] = {}
+    for key, value in result.items():
+        figures |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    body = table_html([{"figure": key, "value": value} for key, value in figures.items()])
     listing = html.escape(json.dumps(recipe, indent=2))
     body += f"{figure_html(curves(rows))}{more}{provenance_html(processes)}<h2>Recipe</h2><pre>{listing}</pre>"
     path = out / "report.html"

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from feedfast.tasks.classify import Mixed, Top1
+from feedfast.tasks.segment import IGNORE
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +33,19 @@ class Accuracies:
         self.classes = classes
         self._metrics = {name: Top1() for name, count in outputs.items() if classes > 1 and count == classes}
 
-    def update(self, teacher: str, logits: Tensor, labels: Tensor | Mixed) -> None:
-        """Take logits [B, K] and labels int64 [B], -1 = unlabeled, into account; of mixed images those that are not."""
+    def update(self, teacher: str, logits: Tensor | None, labels: Tensor | Mixed) -> None:
+        """Take logits [B, K] and labels int64 [B], -1 = unlabeled, into account; of mixed images those that are not.
+
+        Or logits [B, K, h, w] and masks int64 [B, H, W], each place of the logits by the pixel in its middle.
+        """
+        if teacher not in self._metrics or logits is None:
+            return
         if not isinstance(labels, Tensor):
             labels = torch.where(labels.weight == 1, labels.first, -1)
-        if teacher in self._metrics:
-            self._metrics[teacher].update(logits, labels.to(logits.device))
+        if logits.dim() == 4:
+            labels = F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0].long()
+            labels = labels.where(labels != IGNORE, -1)
+        self._metrics[teacher].update(logits, labels.to(logits.device))
 
     def of(self, teacher: str) -> tuple[float | None, int]:
         """Top-1 in 0..1 and the number of labeled rows it is of; None and 0 where nothing was counted."""

@@ -193,6 +193,7 @@ def _teacher(spec: recipes.Teacher, recipe: recipes.Recipe, needs: Sequence[str]
             classes=stored.num_classes,
             seed=recipe.seed,
             device=torch.device("cpu"),
+            task=recipe.task.name,
             without_weights=published_weights(spec.model, spec.weights),
         )
     except RequestError as error:

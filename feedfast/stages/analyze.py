@@ -98,10 +98,11 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
     job = Provenance.begin()
     runs = _open_runs(paths)
     ensure_dir(out, "out")
-    data = runs[0].recipe.data
+    recipe = runs[0].recipe
+    data = recipe.data
     log.info("images: %s, as %s names them", ", ".join([*data.train, *data.val])[:500], runs[0].path / RECIPE)
-    train = open_train(data)
-    val = open_val(data, train)
+    train = open_train(recipe)
+    val = open_val(recipe, train)
     if val is None:
         raise RequestError(f"{runs[0].path}: data.val: expected validation images to measure on, found none")
     device = pick_device("auto", key="device")

@@ -137,8 +137,9 @@ def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str,
             if group in missing[spec.name]
         ]
         targets: dict[str, dict[str, Any]] = {}
-        # the cache keeps every teacher's logits, whether this method reads them or not
-        needs = (*kind.needs, LOGITS) if kind.needs and not refused else ()
+        # the cache keeps every classifier's logits, whether this method reads them or not
+        kept = (LOGITS,) if recipe.task.name == "classify" else ()
+        needs = (*kind.needs, *kept) if kind.needs and not refused else ()
         for teacher, taps in shapes.items():
             for tap in matching(needs, taps):
                 targets[f"{teacher}/{tap}"] = {
@@ -158,7 +159,7 @@ def _classes(recipe: Recipe) -> int:
     if all(spec.classes or not spec.weights for spec in recipe.teachers):
         return 0
     try:
-        return len(open_train(recipe.data).classes)
+        return len(open_train(recipe).classes)
     except RequestError as error:
         log.warning("methods: %s; logits are counted with each network's own number of classes", error)
         return 0
@@ -189,7 +190,8 @@ def _teacher_shapes(
         except RequestError as error:
             missing[group] = f"{where}: {error}"
     tapped = Tapped(model, tuple(taps.values()), example)
-    return {**tapped.shapes, LOGITS: tapped.outputs or ()}, missing
+    outputs = tapped.outputs
+    return {**tapped.shapes, **({LOGITS: outputs} if isinstance(outputs, tuple) else {})}, missing
 
 
 def run_recipes(name: str | None = None, out: Path | None = None) -> dict[str, Any]:

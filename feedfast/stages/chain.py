@@ -40,7 +40,7 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
     world = Worker.from_env().world
     if world > 1:
         raise RequestError(f"chain: expected one process, found {world} ranks; run its stages with torchrun one by one")
-    classes = len(Selection.of(recipe.data).open(recipe.data.check).classes)
+    classes = len(Selection.of(recipe).open(recipe.data.check).classes)
     if classes:  # without labels the first generation ends at once, and says so
         refuse_unusable_generations(links[1], classes)
     ensure_dir(Path(recipe.train.out), "train.out")

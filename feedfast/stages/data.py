@@ -27,17 +27,20 @@ _NAMED = 3  # classes in the first line of a job
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images are trained on: where they lie, and how many of each class are taken (see `open_dataset`)."""
+    """Which images are trained on: where they lie, how many of each class are taken, and what is learned of them
+    (see `open_dataset`)."""
 
     train: tuple[str, ...]
     limit: int = 0
     fraction: float = 1.0
     arrays: tuple[str, ...] = ()
+    task: recipes.TaskName = "classify"
 
     @classmethod
-    def of(cls, data: recipes.Data) -> Selection:
+    def of(cls, recipe: recipes.Recipe) -> Selection:
         """The recipe's."""
-        return cls(data.train, data.limit, data.fraction, data.arrays)
+        data = recipe.data
+        return cls(data.train, data.limit, data.fraction, data.arrays, recipe.task.name)
 
     def open(self, check: Literal["fast", "full"] = "fast", given: ImageSource | None = None) -> Dataset:
         """The images, looked at.
@@ -55,21 +58,23 @@ class Selection:
                 'data.train = "python": expected the Python object that the images come from, found none; '
                 "feedfast.run_cache and run_train take it as train=..., feedfast.open_cache as data=..."
             )
-        return open_dataset(source, limit=self.limit, fraction=self.fraction, arrays=self.arrays, check=check)
+        return open_dataset(
+            source, limit=self.limit, fraction=self.fraction, arrays=self.arrays, check=check, task=self.task
+        )
 
 
-def open_train(data: recipes.Data, given: ImageSource | None = None) -> Dataset:
+def open_train(recipe: recipes.Recipe, given: ImageSource | None = None) -> Dataset:
     """The training images, limited and thinned as the recipe says; the first line a job says is what they are.
 
     Args:
-        data: the recipe's section.
+        recipe: its sections on data and task.
         given: the object they come from, with ``data.train = "python"``.
 
     Raises:
         RequestError: as of `open_dataset`, or an object is given and not asked for, or the other way round.
     """
-    _refuse_both(data.train, given, "train")
-    found = Selection.of(data).open(data.check, given)
+    _refuse_both(recipe.data.train, given, "train")
+    found = Selection.of(recipe).open(recipe.data.check, given)
     log.info("data: %s", said_of(found))
     warn_of(found)
     return found
@@ -110,21 +115,23 @@ def _refuse_both(named: tuple[str, ...], given: object, key: str) -> None:
         raise RequestError(f'data.{key}: expected "python" where an object is passed as {key}=..., found {named}')
 
 
-def open_val(data: recipes.Data, train: Dataset, given: ImageSource | None = None) -> Dataset | None:
+def open_val(recipe: recipes.Recipe, train: Dataset, given: ImageSource | None = None) -> Dataset | None:
     """The validation images, None without ``data.val``; ``given`` is their object, with ``data.val = "python"``.
 
     Raises:
         RequestError: they have no labels, or a label number means another class than in ``train``.
     """
+    data, dense = recipe.data, recipe.task.name != "classify"
     _refuse_both(data.val, given, "val")
     if not data.val:
         return None
     if data.val == PYTHON and given is None:
         raise RequestError('data.val = "python": expected the object passed to run_train as val=..., found none')
     source: ImageSource = data.val if given is None else given
-    val = open_dataset(source, arrays=data.val_arrays or data.arrays, split="val", check=data.check)
+    arrays = data.val_arrays or data.arrays
+    val = open_dataset(source, arrays=arrays, split="val", check=data.check, task=recipe.task.name)
     warn_of(val)
-    if not val.classes or not (val.labels >= 0).any():
+    if not dense and (not val.classes or not (val.labels >= 0).any()):
         raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")
     if not train.classes:
         return val
@@ -137,10 +144,10 @@ def open_val(data: recipes.Data, train: Dataset, given: ImageSource | None = Non
     if not (_numbered(val) or _numbered(train)):
         for number, (found, expected) in enumerate(zip(val.classes, train.classes, strict=False)):
             if found != expected:
+                cure = "" if dense else "; labels are numbered by sorted name, so both need the same class folders"
                 raise RequestError(
                     f"data.val: expected class {number} to be {expected!r} as in data.train, "
-                    f"found {found!r} in {val.source}; "
-                    "labels are numbered by sorted name, so both need the same class folders"
+                    f"found {found!r} in {val.source}{cure}"
                 )
     return val
 

@@ -33,11 +33,14 @@ from feedfast.models.build import build_model, weights_sha256
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
+from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
-from feedfast.tasks import Classify
+from feedfast.stages.trainee import method_entries, needs_of
+from feedfast.tasks import Outputs, Task, task_named
 
 Triple = tuple[float, float, float]
 LOGITS = "logits"
+BOX_LOGITS = "cls_logits"  # of a detector, as torchvision calls them
 MARGIN_SUFFIX = "+margin"
 PROBE_ROWS = 8
 
@@ -75,7 +78,10 @@ class FrozenTeacher:
         source: what it was built from.
         size: side of its input in pixels.
         requests: the taps it serves, by name.
-        shapes: (channel, height, width), (channel, token) or (channel,) of each tap; (class,) of ``logits``.
+        shapes: (channel, height, width), (channel, token) or (channel,) of each tap; (class,) of ``logits``, (class,
+            height, width) where every pixel has its own.
+        classes: that it tells apart.
+        dense: whether it tells them apart in places of an image.
         weights_sha256: hex digest of the loaded state_dict.
         margins: OFD's margin per channel for every tap whose last layer is a BatchNorm (float32, CPU).
     """
@@ -93,6 +99,8 @@ class FrozenTeacher:
         std: Triple,
         size: int,
         device: torch.device,
+        task: Task | None = None,
+        logits: bool = True,
     ) -> None:
         """Freeze a network.
 
@@ -107,9 +115,11 @@ class FrozenTeacher:
             std: of its input.
             size: side of its input in pixels; images of another size are resized.
             device: where it runs.
+            task: what it must have learned; None = that is known.
+            logits: whether its logits are served; those of a detector never are.
 
         Raises:
-            RequestError: a tap is not there, or it is no classifier.
+            RequestError: a tap is not there, or it is no network for the task.
         """
         self.name, self.source, self.device = name, source, device
         self.bn, self.precision, self.mean, self.std, self.size = bn, precision, mean, std, size
@@ -123,8 +133,14 @@ class FrozenTeacher:
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
         self.requests = {request.tap.name: request for request in taps(example)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
-        Classify().check(self.tapped.outputs, f"teachers[{name}]")
-        self.shapes: dict[str, tuple[int, ...]] = {**self.tapped.shapes, LOGITS: self.tapped.outputs or ()}
+        outputs = self.tapped.outputs
+        if task is not None:
+            task.check(outputs, f"teachers[{name}]")
+        self.shapes: dict[str, tuple[int, ...]] = dict(self.tapped.shapes)
+        if logits and isinstance(outputs, tuple):
+            self.shapes[LOGITS] = outputs
+        self.classes = classes_of(outputs)
+        self.dense = not (isinstance(outputs, tuple) and len(outputs) == 1)
         self.margins: dict[str, Tensor] = {}
         for tap in self.tapped.taps:  # resolved: a hand-written place has been given the norm in front of it
             parameters = bn_parameters(model, tap)
@@ -134,14 +150,18 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class]."""
+        """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class, ...].
+
+        Logits of pixels come along where they are not served, too: they show whether the network knows its images.
+        """
         pixels = self.normalize(images.to(self.device, non_blocking=True))
         if pixels.shape[2:] != (self.size, self.size):
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits, maps = self.tapped(pixels)
         out = {name: _channels_last(value.float()) for name, value in maps.items()}
-        out[LOGITS] = logits.float().contiguous()
+        if isinstance(logits, Tensor):
+            out[LOGITS] = _channels_last(logits.float())
         return out
 
     def described(self, side: int) -> dict[str, Any]:
@@ -154,6 +174,7 @@ class FrozenTeacher:
             "mean": self.mean,
             "std": self.std,
             "size": 0 if self.size == side else self.size,
+            "outputs": self.classes if self.dense else 0,
         }
 
     def tap_info(self, name: str) -> TapInfo:
@@ -213,6 +234,13 @@ def is_signed(tap: Tap) -> bool:
     return tap.position == "pre" or tap.bn is not None or bool(numbered_taps((tap.name,), "ofd"))
 
 
+def classes_of(outputs: Outputs) -> int:
+    """Classes that a network of these outputs tells apart, without a detector's background; 0 = unknown."""
+    if isinstance(outputs, Mapping):
+        return outputs[BOX_LOGITS][-1] - 1 if BOX_LOGITS in outputs else 0
+    return outputs[0] if outputs else 0
+
+
 def outputs_of(spec: recipes.Teacher, classes: int) -> int | None:
     """How many classes a recipe's teacher is built with; None = as many as the model has by itself.
 
@@ -229,6 +257,7 @@ def teacher_from_recipe(
     classes: int,
     seed: int,
     device: torch.device,
+    task: recipes.TaskName = "classify",
     without_weights: bool = False,
 ) -> FrozenTeacher:
     """A teacher as a recipe describes it.
@@ -240,10 +269,12 @@ def teacher_from_recipe(
         classes: of the images; 0 = they have no labels.
         seed: of a network without weights.
         device: where it runs.
+        task: what it must have learned. Logits of pixels are served only where they are asked for, in ``needs`` or by
+            the entry's taps: they are large.
         without_weights: leave it as it was born: for its taps and shapes alone.
 
     Raises:
-        RequestError: it cannot be built, has no such taps, or is no classifier.
+        RequestError: it cannot be built, has no such taps, or is no network for the task.
     """
     where = f"teachers[{spec.name}]"
     weights = None if without_weights else spec.weights
@@ -260,7 +291,7 @@ def teacher_from_recipe(
         hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
         raise RequestError(f"{where}: {error}{hint}") from error
     own = teacher_input(spec, data, model)
-    specs = spec.taps or tuple(dict.fromkeys(tap_groups(needs)))
+    specs = [text for text in spec.taps or dict.fromkeys(tap_groups(needs)) if text != LOGITS]
     return FrozenTeacher(
         spec.name,
         model,
@@ -272,6 +303,8 @@ def teacher_from_recipe(
         std=own.std,
         size=own.size,
         device=device,
+        task=task_named(task, 0),
+        logits=task == "classify" or LOGITS in (spec.taps or needs),
     )
 
 
@@ -316,6 +349,7 @@ def teacher_from_manifest(
         std=info.std,
         size=info.size or size,
         device=device,
+        logits=LOGITS in info.taps,
     )
     if teacher.weights_sha256 != info.weights_sha256:
         raise CacheMismatchError(
@@ -327,15 +361,21 @@ def teacher_from_manifest(
 
 def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:
     """Every teacher of the recipe, by name, in the recipe's order."""
-    needs = [need for entry in recipe.method for need in method_named(entry.name).needs]
-    return {
-        spec.name: teacher_from_recipe(spec, recipe.data, needs, classes=classes, seed=recipe.seed, device=device)
-        for spec in recipe.teachers
-    }
+    needs: Sequence[str] = [need for entry in recipe.method for need in method_named(entry.name).needs]
+    if recipe.task.name != "classify":  # whose maps are large: what these options read, and no more
+        needs = needs_of(method_entries(recipe.method))
+    given: dict[str, Any] = {"classes": classes, "seed": recipe.seed, "device": device, "task": recipe.task.name}
+    return {spec.name: teacher_from_recipe(spec, recipe.data, needs, **given) for spec in recipe.teachers}
+
+
+def accuracies(teachers: Mapping[str, FrozenTeacher], classes: int) -> Accuracies:
+    """To be told what teachers say of labeled images or pixels; detectors are not asked."""
+    asked = {name: teacher.classes for name, teacher in teachers.items() if isinstance(teacher.tapped.outputs, tuple)}
+    return Accuracies(asked, classes)
 
 
 def method_taps(teachers: Mapping[str, FrozenTeacher]) -> dict[str, dict[str, TapInfo]]:
-    """Teacher → tap → what a method needs to know, with ``logits``."""
+    """Teacher → tap → what a method needs to know, with ``logits`` where they are served."""
     return {name: {tap: teacher.tap_info(tap) for tap in teacher.shapes} for name, teacher in teachers.items()}
 
 

@@ -48,6 +48,8 @@ def dataset_info(chosen: Selection, data: Dataset) -> DatasetInfo:
     source = {"train": paths, "limit": chosen.limit, "fraction": chosen.fraction}
     if chosen.arrays:
         source["arrays"] = list(chosen.arrays)
+    if chosen.task != "classify":
+        source["task"] = chosen.task
     return DatasetInfo(
         kind=data.kind,
         count=len(data),

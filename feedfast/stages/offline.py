@@ -41,15 +41,16 @@ from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
+from feedfast.data.work import boxes_of
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.models.build import published_weights
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
-from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
+from feedfast.stages.accuracy import near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
@@ -104,12 +105,11 @@ class OfflineRun:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         say_slow_bf16(recipe, self.device, student=False)
-        self.data: Dataset = open_train(recipe.data, train)
+        self.data: Dataset = open_train(recipe, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
-        outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in self.teachers.items()}
-        self.pilot_accuracy, self.accuracy = (Accuracies(outputs, len(self.data.classes)) for _ in range(2))
+        self.pilot_accuracy, self.accuracy = (accuracies(self.teachers, len(self.data.classes)) for _ in range(2))
         self.resumed = 0  # rows of this part that an earlier run has written
         self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
@@ -174,7 +174,7 @@ class OfflineRun:
                 if tap not in known:
                     return None
                 refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
-            if LOGITS not in known:
+            if LOGITS in teacher.shapes and LOGITS not in known:
                 return None
         if held.views < self.recipe.cache.views or not reader.complete:
             return None
@@ -228,13 +228,9 @@ class OfflineRun:
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
             taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
             taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
-            taps[LOGITS] = TapInfo(
-                name=LOGITS,
-                path="",
-                position="post",
-                shape=teacher.shapes[LOGITS],
-                codec=stored_codec(LOGITS, recipe.cache.codec),
-            )
+            if LOGITS in teacher.shapes:
+                codec, shape = stored_codec(LOGITS, recipe.cache.codec), teacher.shapes[LOGITS]
+                taps[LOGITS] = TapInfo(name=LOGITS, path="", position="post", shape=shape, codec=codec)
             teachers[name] = TeacherInfo(
                 name=name,
                 **teacher.described(recipe.data.size),
@@ -244,7 +240,7 @@ class OfflineRun:
                 published=published_weights(teacher.source, weights[name]),
             )
         return Manifest(
-            dataset=dataset_info(Selection.of(recipe.data), self.data),
+            dataset=dataset_info(Selection.of(recipe), self.data),
             plan=plan_info(self._mixing_plan(held)),
             decoder=decoder_info(self.loader.describe()),
             images=recipe.cache.images,
@@ -308,7 +304,7 @@ class OfflineRun:
                 _log_fitted(name, entry.info)
         return out
 
-    def _seen(self, teacher: str, labels: list[Any], number: int, logits: torch.Tensor) -> None:
+    def _seen(self, teacher: str, labels: list[Any], number: int, logits: torch.Tensor | None) -> None:
         self.pilot_accuracy.update(teacher, logits, labels[number])
 
     def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
@@ -334,8 +330,9 @@ class OfflineRun:
             if name == names.ORDER:
                 columns.append(order)
             else:
-                sizes = self.data.sizes[np.searchsorted(self.data.ids, order)]
-                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes))
+                positions = np.searchsorted(self.data.ids, order)
+                sizes, boxes = self.data.sizes[positions], boxes_of(self.data, positions)
+                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes, boxes))
         return np.stack(columns)
 
     def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter) -> None:
@@ -345,7 +342,7 @@ class OfflineRun:
             wanted = recorder.wants(view, start, stop)
             maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wanted}
             for name, found in maps.items():
-                self.accuracy.update(name, found[LOGITS], batch.annotations)
+                self.accuracy.update(name, found.get(LOGITS), batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), maps)
             meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
 

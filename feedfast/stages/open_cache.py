@@ -193,7 +193,7 @@ class OpenedCache:
         Raises:
             RequestError: no such images, or other classes than those of the cache.
         """
-        found = open_dataset(images, split="val")
+        found = open_dataset(images, split="val", task=selection_of(self.reader).task)
         warn_of(found)
         classes = self.manifest.dataset.classes
         if classes and found.classes != classes[: len(found.classes)]:

@@ -63,7 +63,7 @@ def run_pilot(
     held_out: list[Tensor],
     codec: CodecName,
     granule: int,
-    seen: Callable[[int, Tensor], None] | None = None,
+    seen: Callable[[int, Tensor | None], None] | None = None,
 ) -> dict[str, Fitted]:
     """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
 
@@ -74,7 +74,7 @@ def run_pilot(
         held_out: pixels it is measured on.
         codec: of the taps.
         granule: of the plan.
-        seen: is told the number of each batch, held-out ones after the others, and its logits.
+        seen: is told the number of each batch, held-out ones after the others, and its logits if they are served.
 
     Raises:
         FeedfastError: a map of the pilot is not finite.
@@ -88,7 +88,7 @@ def run_pilot(
         for images in group:
             maps = teacher(images)
             if seen is not None:
-                seen(number, maps[LOGITS])
+                seen(number, maps.get(LOGITS))
             number += 1
             for name, sample in samples.items():
                 values = maps[name].cpu()

@@ -42,7 +42,7 @@ from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, stored_codec, tap_row_bytes
 from feedfast.stages.plan_screen import plan_screen, screen_width
 from feedfast.stages.progress import Meter, format_bytes
@@ -114,7 +114,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     path = Path(recipe.cache.path)
     refuse_foreign(path)
     device = pick_device(recipe.train.device)
-    data = open_train(recipe.data)
+    data = open_train(recipe)
     count, views = len(data), recipe.cache.views
     classes = len(data.classes)
     log.info("plan: %s images, %d views, %d teachers on %s", f"{count:,}", views, len(recipe.teachers), device)
@@ -266,8 +266,7 @@ def _measure(
     """Run teachers and student on a few batches; progress is shown."""
     batches, pixels_per_second = _batches(recipe, data, device)
     first = batches[0].images
-    outputs = {name: teacher.shapes[LOGITS][0] for name, teacher in teachers.items()}
-    found = _Measured(len(first), Accuracies(outputs, len(data.classes)), pixels_per_second)
+    found = _Measured(len(first), accuracies(teachers, len(data.classes)), pixels_per_second)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
@@ -281,7 +280,7 @@ def _measure(
             for number in range(TIMED + 1):
                 batch = batches[number % len(batches)]
                 begin = time.perf_counter()
-                logits = teacher(batch.images)[LOGITS]
+                logits = teacher(batch.images).get(LOGITS)
                 _synchronize()
                 times.append((time.perf_counter() - begin) * 1e3 * len(first) / len(batch))
                 if number < len(batches):
@@ -340,7 +339,10 @@ def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.devi
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            logits_of(student(normalize(images))).float().logsumexp(1).sum().backward()
+            output = logits_of(student(normalize(images)))
+            parts = [part for part in output.values() if part.requires_grad] if isinstance(output, dict) else [output]
+            loss = torch.stack([part.float().logsumexp(-1).mean() for part in parts]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         meter.advance(1, "student")
 
     return _median_ms(step)

@@ -13,7 +13,7 @@ are looked at differs from run to run: what the first run missed, a later one ma
 from __future__ import annotations
 
 import logging
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from feedfast.cache.log import Problem, problem
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import CodecName
 from feedfast.cache.transform import Transform, transform_of
-from feedfast.data.augment import operations_of
+from feedfast.data.augment import crop_of, operations_of
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
+from feedfast.data.work import boxes_of
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import parse_json
+from feedfast.recipe import TaskName
 from feedfast.stages.data import Selection
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.probe import refuse_other_probe
@@ -62,10 +64,11 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
         )
     for view in range(views):
         order = plan.order(view, data.ids)
-        sizes = data.sizes[np.searchsorted(data.ids, order)]
+        positions = np.searchsorted(data.ids, order)
+        sizes, boxes = data.sizes[positions], boxes_of(data, positions)
         for array in reader.manifest.plan.arrays:
             name = array.removeprefix("views/")
-            want = order if name == "order" else plan.resolved(name, view, order, sizes)
+            want = order if name == "order" else plan.resolved(name, view, order, sizes, boxes)
             stored = reader.read_array(array, view)
             if not np.array_equal(stored, want):
                 row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])
@@ -251,7 +254,8 @@ def selection_of(reader: CacheReader) -> Selection:
         # caches made before there were fractions do not name one
         fraction = float(source.get("fraction", 1.0))
         arrays = tuple(str(name) for name in source.get("arrays", ()))
-        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays)
+        task = get_args(TaskName)[get_args(TaskName).index(source.get("task", "classify"))]
+        return Selection(tuple(str(path) for path in source["train"]), int(source["limit"]), fraction, arrays, task)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise RequestError(f"{reader.path}: the manifest does not say where the images are; give --recipe") from None
 
@@ -287,4 +291,5 @@ def plan_of(reader: CacheReader) -> ViewPlan:
         granule=plan.granule,
         window=plan.window,
         operations=() if plan.operations is None else operations_of(plan.operations.listed, plan.operations.table),
+        crop=None if plan.crop is None else crop_of(plan.crop),
     )

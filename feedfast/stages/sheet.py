@@ -24,13 +24,16 @@ log = logging.getLogger(__name__)
 SAMPLES, VIEWS = 3, 6
 
 
-def row_words(work: Work, row: int) -> list[str]:
+def row_words(work: Work, row: int, size: int) -> list[str]:
     """What a view does to one row: crop, flip, steps and mixing, those that do something."""
     geometry = work.geometry.rows(np.array([row]))
     words = []
     if geometry.boxed:
         top, left, height, width = geometry.box[0].tolist()
         words.append(f"crop {height}x{width} at {top},{left}")
+    if geometry.overhung(size):
+        (top, left), (height, width) = geometry.window[0].tolist(), geometry.resized[0].tolist()
+        words.append(f"shown {min(height, size)}x{min(width, size)} at {max(-top, 0)},{max(-left, 0)}")
     if geometry.mirrored:
         words.append("flip")
     if work.program is not None:
@@ -70,7 +73,7 @@ def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
                     axis.set_axis_off()
                     if not place:
                         axis.set_title(f"view {view}", fontsize=9)
-                    lines = [line for word in row_words(work, place) for line in textwrap.wrap(word, 30)]
+                    lines = [line for word in row_words(work, place, plan.size) for line in textwrap.wrap(word, 30)]
                     below = {"ha": "center", "va": "top", "transform": axis.transAxes}
                     axis.text(0.5, -0.04, "\n".join(lines), fontsize=6.5, **below)
     except FeedfastError as error:

@@ -26,7 +26,7 @@ from feedfast.cache import names
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.transform import floored
-from feedfast.data.batch import Batch
+from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -144,7 +144,7 @@ class Live(Plain):
         """``probes``: what each teacher computes on the first batch; part of `identity`."""
         super().__init__(data, plan, device, views=views, threads=threads)
         self.teachers, self.taps, self.probes = teachers, taps, probes or {}
-        self.classes = next((teacher.shapes[LOGITS][0] for teacher in teachers.values()), 0)
+        self.classes = next((teacher.classes for teacher in teachers.values()), 0)
         # As a cache of these teachers holds them: OFD floors at the margin itself, other methods read maps as they are.
         self._floors = {
             (name, tap): None if tap == LOGITS else teachers[name].transform(tap).floor(device)
@@ -261,7 +261,7 @@ class Cached(Plain):
                 view=view,
                 targets=self._targets(item),
             )
-            yield batch if self.device.type == "cpu" else replace(batch, annotations=batch.annotations.to(self.device))
+            yield replace(batch, annotations=moved(batch.annotations, self.device))
 
     def _moved(self, array: np.ndarray) -> Tensor:
         data = torch.from_numpy(array)
@@ -312,7 +312,7 @@ def open_source(
             if any(teacher.needs_pilot for teacher in teachers.values()):
                 pilot, *_ = pilot_pixels(cutter, recipe.cache.pilot)
             probes = {name: teacher.probe(first) for name, teacher in teachers.items()}
-            refuse_other_outputs(recipe, dataset_info(Selection.of(recipe.data), data), cutter, teachers, probes)
+            refuse_other_outputs(recipe, dataset_info(Selection.of(recipe), data), cutter, teachers, probes)
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
@@ -328,7 +328,7 @@ def _open_cached(
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
-    dataset = dataset_info(Selection.of(recipe.data), data)
+    dataset = dataset_info(Selection.of(recipe), data)
     refuse_other_recipe(reader, dataset, plan, recipe, needs)
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:

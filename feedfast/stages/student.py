@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
+from feedfast.models.taps import Tapped
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
@@ -47,6 +49,7 @@ from feedfast.stages.folder import (
     start_run_dir,
 )
 from feedfast.stages.loop import Loop, Trainer
+from feedfast.stages.predictions import maps_html, predictions_html
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
@@ -62,9 +65,12 @@ from feedfast.stages.trainee import (
 )
 from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
-from feedfast.tasks import Classify, Task
+from feedfast.tasks import Task, task_named
 
 log = logging.getLogger(__name__)
+
+Found = dict[str, float | None]
+"""Metric → value, of the validation images."""
 
 
 def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSource | None = None) -> dict[str, Any]:
@@ -76,7 +82,8 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         val: the same for ``data.val = "python"``.
 
     Returns:
-        The JSON of `feedfast train`: ``val_accuracy``, ``final_loss``, ``steps``, ``images_per_second``,
+        The JSON of `feedfast train`: ``val_accuracy`` (of dense tasks ``val_miou`` or ``val_ap50``, and ``val_metrics``
+        with all that was measured), ``final_loss``, ``steps``, ``images_per_second``,
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
         ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
         best branch is saved as a plain network, ``branch.pt``.
@@ -120,16 +127,18 @@ class StudentRun:
         with contextlib.ExitStack() as undo:
             undo.callback(self._unlock)
             self.resumed = check_run_dir(self.out, recipe)
-            self.data = open_train(recipe.data, images)
+            self.data = open_train(recipe, images)
             if len(self.data) < train.batch:
                 raise RequestError(
                     f"train.batch: expected at most the {len(self.data)} training samples, found {train.batch}"
                 )
             plan = view_plan(recipe.data, recipe.seed)
-            val: Dataset | None = open_val(recipe.data, self.data, val_images)
+            val: Dataset | None = open_val(recipe, self.data, val_images)
             self.val: Loader | None = None
             if val is not None:
-                self.val = pixel_loader(val, plan, BATCH, self.device, recipe.data.threads)
+                shown = replace(plan, size=recipe.data.val_size or plan.size)
+                batch = BATCH if recipe.task.name == "classify" else train.batch  # dense outputs are large
+                self.val = pixel_loader(val, shown, batch, self.device, recipe.data.threads)
             # Where the images say how many classes there are, a student that cannot be built is named before a cache.
             student = self._student() if self.data.classes else None
             self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
@@ -140,7 +149,8 @@ class StudentRun:
             }
             run = resumed_run(self.out, self.identity) if self.resumed else ""
             self.normalize = Normalize(*recipe.data.normalization).to(self.device)
-            self.task: Task = Classify(self._num_classes())
+            side = recipe.data.val_size or recipe.data.size
+            self.task: Task = task_named(recipe.task.name, self._num_classes(), side)
             student = student or self._student()
             self.trainer = self._trainer(student, total_steps(train, len(self.data)))
             self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
@@ -169,7 +179,8 @@ class StudentRun:
         methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed, samples)
         methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
         stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
-        trainee: nn.Module = Trainee(self.normalize, stepped, self.task, methods, self.entries)
+        weight = recipe.task.weight
+        trainee: nn.Module = Trainee(self.normalize, stepped, self.task, methods, self.entries, weight)
         if self.me.world > 1:
             trainee = nn.parallel.DistributedDataParallel(
                 trainee, device_ids=None if self.device.type == "cpu" else [self.device.index]
@@ -240,14 +251,13 @@ class StudentRun:
         events = EventLog(self.out, step) if self.me.first else None
         try:
             with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
-                accuracy = None
+                found: Found = {}
                 while step < stop:
                     step = loop.epoch(step, stop, events, meter)
-                    accuracy = self._evaluate_if_due(step, stop, events)
+                    found = self._evaluate_if_due(step, stop, events)
                     loop.checkpoint(step)
                 loop.hold.deliver()
-                if accuracy is None:
-                    accuracy = self.evaluate()
+                found = found or self.evaluate()
                 branches = self._branches()
         except KeyboardInterrupt:
             loop.rescue()
@@ -257,7 +267,7 @@ class StudentRun:
                 events.close()
         if trains:
             record_process(self.out, self.provenance.finished())
-        return self._finish(step, accuracy, branches, events)
+        return self._finish(step, found, branches, events)
 
     def _prepare(self) -> None:
         """Let the methods learn from targets what they must know before the first step, and tell all ranks."""
@@ -284,9 +294,9 @@ class StudentRun:
         if self._lock is not None:
             self._lock.close()
 
-    def evaluate(self) -> float | None:
-        """Top-1 accuracy of the bare student on ``data.val``, the same on every rank; None without it."""
-        return self._accuracy(self.trainer.student)
+    def evaluate(self) -> Found:
+        """The task's metric of the bare student on ``data.val``, the same on every rank; empty without it."""
+        return self._measured(self.trainer.student)
 
     def _branches(self) -> list[tuple[nn.Module, float | None]]:
         """The plain networks a student of branches is made of, with their accuracies; empty for a single one."""
@@ -297,29 +307,38 @@ class StudentRun:
         for number in range(len(student.branches)):
             branch = build_model(asked.model, num_classes=self._num_classes(), seed=0)
             branch.load_state_dict(student.branch_state(number))
-            found.append((branch, self._accuracy(branch.to(self.device))))
+            found.append((branch, self._measured(branch.to(self.device)).get(self.task.score)))
         return found
 
-    def _accuracy(self, student: nn.Module) -> float | None:
+    def _measured(self, student: nn.Module) -> Found:
         if self.val is None:
-            return None
-        found = evaluate(student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast)
-        return found["accuracy"]
+            return {}
+        return evaluate(student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast)
 
-    def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> float | None:
+    def _pictures(self) -> str:
+        """HTML of what a dense student says of validation images, and of its maps."""
+        if self.val is None or self.task.name == "classify":
+            return ""
+        trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
+        tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
+        said = predictions_html(self.trainer.student, self.normalize, self.val, self.task)
+        return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data)
+
+    def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:
         epoch = math.ceil(step / self.loop.steps_per_epoch)
         every = self.recipe.train.eval_every
         if not (step == stop or (every and epoch % every == 0)):
-            return None
-        accuracy = self.evaluate()
-        if events is not None and accuracy is not None:
-            events.scalars(step, {"val_accuracy": accuracy, "epoch": epoch})
-        return accuracy
+            return {}
+        found = self.evaluate()
+        known = {f"val_{name}": value for name, value in found.items() if value is not None}
+        if events is not None and known:
+            events.scalars(step, {**known, "epoch": epoch})
+        return found
 
     def _finish(
         self,
         step: int,
-        accuracy: float | None,
+        found: Found,
         branches: list[tuple[nn.Module, float | None]],
         events: EventLog | None,
     ) -> dict[str, Any]:
@@ -329,7 +348,7 @@ class StudentRun:
             with contextlib.suppress(OSError, ValueError):  # a damaged one is written again
                 earlier = read_sealed(held)
         result: dict[str, Any] = {
-            "val_accuracy": accuracy,
+            f"val_{self.task.score}": found.get(self.task.score),
             "final_loss": events.last("loss") if events is not None else None,
             "steps": step,
             "images_per_second": timing.images_per_second(),
@@ -344,6 +363,8 @@ class StudentRun:
         }
         timed = ("images_per_second", "data_wait_fraction", "step_ms", "seconds")
         result.update({key: earlier[key] for key in timed if key in earlier})
+        if len(found) > 1:
+            result["val_metrics"] = found
         if branches:
             result["branch_accuracy"] = [found for _, found in branches]
         if self.me.first:
@@ -354,5 +375,5 @@ class StudentRun:
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
             stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
             sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, sheet)
+            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, self._pictures() + sheet)
         return result

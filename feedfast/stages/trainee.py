@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
-from feedfast.errors import RequestError
-from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options
-from feedfast.methods.base import LOGITS, Shapes, Teachers, tap_groups
+from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options, refuse_other_logits
+from feedfast.methods.base import Shapes, Teachers, tap_groups
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tapped
 from feedfast.recipe import MethodEntry
-from feedfast.tasks import Task
+from feedfast.tasks import Outputs, Task
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,16 @@ class Trainee(nn.Module):
     """Student, task and methods: images and targets in, losses out."""
 
     def __init__(
-        self, normalize: Normalize, tapped: nn.Module, task: Task, methods: nn.ModuleList, entries: Sequence[Entry]
+        self,
+        normalize: Normalize,
+        tapped: nn.Module,
+        task: Task,
+        methods: nn.ModuleList,
+        entries: Sequence[Entry],
+        task_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.normalize, self.tapped, self.task = normalize, tapped, task
+        self.normalize, self.tapped, self.task, self.task_weight = normalize, tapped, task, task_weight
         self.methods, self.entries = methods, entries
 
     def forward(
@@ -114,7 +119,9 @@ class Trainee(nn.Module):
         student = StudentOutput(output, taps)
         if ids is not None and any(method.remembers for method in methods):
             student.ids = torch.from_numpy(ids.astype(np.int64)).to(images.device)
-        return losses_of(self.task, self.entries, methods, student, targets, annotations, progress)
+        return losses_of(
+            self.task, self.entries, methods, student, targets, annotations, progress, task_weight=self.task_weight
+        )
 
 
 def losses_of(
@@ -125,9 +132,11 @@ def losses_of(
     targets: Targets,
     annotations: Any,
     progress: float,
+    *,
+    task_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached."""
-    task_weight = math.prod(method.task_weight(progress) for method in methods)
+    task_weight *= math.prod(method.task_weight(progress) for method in methods)
     fusing = next((n for n, method in enumerate(methods) if method.fuses and isinstance(task, method.fuses)), None)
     terms: dict[str, Tensor] = {}
     if fusing is None:
@@ -167,6 +176,7 @@ def build_student(asked: recipes.Student, classes: int, seed: int) -> nn.Module:
             key=asked.key,
             prefix=asked.prefix,
             new_head=True,
+            backbone=asked.backbone,
         )
     seeds = np.random.SeedSequence((seed, asked.branches)).generate_state(asked.branches, np.uint64)
     networks = [build_model(asked.model, num_classes=classes, seed=int(s)) for s in seeds]
@@ -200,7 +210,7 @@ def build_methods(
     entries: Sequence[Entry],
     student: Shapes,
     teachers: Teachers,
-    outputs: tuple[int, ...] | None,
+    outputs: Outputs,
     seed: int,
     samples: tuple[Tensor, Tensor] | None = None,
 ) -> nn.ModuleList:
@@ -226,18 +236,5 @@ def build_methods(
                 method.meet(*samples)
             methods.append(method)
     for entry in entries:
-        if LOGITS not in entry.kind.needs:
-            continue
-        if outputs is None or len(outputs) != 1:
-            found = "no tensor" if outputs is None else f"{list(outputs)} per sample"
-            raise RequestError(
-                f"method.name: {entry.kind.name!r} compares logits, "
-                f"expected a student that returns them as [batch, class], found {found}"
-            )
-        for name, infos in teachers.items():
-            if infos[LOGITS].shape != outputs:
-                raise RequestError(
-                    f"method.name: {entry.kind.name!r} compares classes one by one, "
-                    f"expected {outputs[0]} in every teacher, found {infos[LOGITS].shape[0]} in {name!r}"
-                )
+        refuse_other_logits(entry.kind, entry.options, outputs, teachers)
     return methods

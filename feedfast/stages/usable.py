@@ -16,7 +16,7 @@ import torch
 
 from feedfast.cache.schema import Manifest
 from feedfast.errors import RequestError
-from feedfast.methods import METHODS, TapInfo
+from feedfast.methods import METHODS, TapInfo, refuse_dense
 from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
 from feedfast.methods.ft import FACTOR, FT, TAP, factor_channels
 from feedfast.models.normalize import Normalize
@@ -34,7 +34,7 @@ from feedfast.stages.trainee import (
     student_needs_of,
     tap_student,
 )
-from feedfast.tasks import Classify
+from feedfast.tasks import task_named
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,18 @@ def trainable_entries(recipe: Recipe) -> tuple[Entry, ...]:
     if source == "live" and FACTOR in needs:
         raise RequestError("method.factors: 'stored' needs train.source='cache', found 'live'; expected 'own'")
     _refuse_mixed(recipe, entries)
+    _refuse_task(recipe, entries)
     return entries
+
+
+def _refuse_task(recipe: Recipe, entries: Sequence[Entry]) -> None:
+    """Raise if a method cannot serve the task, or the student is of branches, which classify."""
+    for entry in entries:
+        refuse_dense(entry.kind, recipe.task.name, entry.options)
+    if recipe.task.name != "classify" and recipe.student.branches > 1:
+        raise RequestError(
+            f"student.branches: expected 1 for task {recipe.task.name!r}, found {recipe.student.branches}"
+        )
 
 
 def _refuse_mixed(recipe: Recipe, entries: Sequence[Entry]) -> None:
@@ -156,12 +167,14 @@ def refuse_unusable_generations(recipe: Recipe, classes: int) -> None:
         std=std,
         size=size,
         device=torch.device("cpu"),
+        logits=recipe.task.name == "classify" or LOGITS in needs_of(entries),
     )
     _try(recipe, entries, coming_taps({name: teacher}, None, entries), classes)
 
 
 def _try(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int) -> None:
     _refuse_mixed(recipe, entries)
+    _refuse_task(recipe, entries)
     needs = needs_of(entries)
     if not needs:
         return
@@ -171,12 +184,12 @@ def _try(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int)
     asked, size = recipe.student, recipe.data.size
     # a file must be there and fit; what would be fetched is left for training
     is_file = asked.weights and (Path(asked.weights).suffix or Path(asked.weights).exists())
-    classes = classes or next(infos[LOGITS].shape[0] for infos in taps.values())
-    bare = asked if is_file else asked.model_copy(update={"weights": None})
+    classes = classes or next((infos[LOGITS].shape[0] for infos in taps.values() if LOGITS in infos), 0)
+    bare = asked.model_copy(update={"backbone": None} | ({} if is_file else {"weights": None}))
     student = build_student(bare, classes, recipe.train_seed)
     example = Normalize(*recipe.data.normalization)(torch.full((2, size, size, 3), 128, dtype=torch.uint8))
     where = f"student {asked.model}"
-    tapped = tap_student(student, student_needs_of(entries), example, Classify(classes), where)
+    tapped = tap_student(student, student_needs_of(entries), example, task_named(recipe.task.name, classes), where)
     read = {name: {tap: infos[tap] for tap in matching(needs, infos)} for name, infos in taps.items()}
     build_methods(entries, tapped.shapes, read, tapped.outputs, recipe.train_seed)
 
@@ -201,7 +214,7 @@ def served(taps: Teachers, classes: int) -> dict[str, str]:
     for name, kind in METHODS.items():
         needs = kind.needed(kind.Options())
         reason = lacks(needs, taps) if needs else "needs no cache"
-        other = [teacher for teacher, infos in taps.items() if infos[LOGITS].shape != (classes,)]
+        other = [t for t, infos in taps.items() if LOGITS in infos and infos[LOGITS].shape[0] != classes]
         if not reason and LOGITS in needs and classes and other:
             width = taps[other[0]][LOGITS].shape[0]
             reason = f"compares classes, found {width} in {other[0]!r} and {classes} in the images"

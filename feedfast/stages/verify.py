@@ -64,7 +64,7 @@ def run_verify(
     replayed = 0
     cosine: dict[str, float] = {}
     if (replay or teachers_percent) and not problems:
-        chosen = source_of(reader) if recipe is None else Selection.of(recipe.data)
+        chosen = source_of(reader) if recipe is None else Selection.of(recipe)
         data = chosen.open()
         plan = plan_of(reader)
         expected = {"dataset": dataset_info(chosen, data), "num_rows": len(data)}

@@ -6,20 +6,26 @@ on validation images. It knows neither teachers nor methods: those add their own
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+
+Outputs = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
+"""Shape of one sample's output; of a mapping of tensors name → shape without the first axis; None of anything else."""
 
 
 class Metric(Protocol):
     """Counts over validation batches. Ranks count separately; `merge` puts their counts together."""
 
     def update(self, output: Any, annotations: Any) -> None:
-        """Take one batch into account: a network's output, and what the images are annotated with."""
+        """Take one batch into account: a network's output, and what the images are annotated with.
+
+        The two may be on different devices.
+        """
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank has counted, as tensors."""
+        """What this rank has counted, as tensors on the CPU."""
 
     def merge(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Replace the counts by those of all ranks together; ``states`` holds every rank's, this one's included."""
@@ -39,11 +45,24 @@ class Task(Protocol):
     def term(self) -> str:
         """What its loss is called among a step's losses."""
 
-    def check(self, outputs: tuple[int, ...] | None, where: str) -> None:
-        """Raise a RequestError unless a network with this output shape can learn the task; ``where`` begins it."""
+    @property
+    def score(self) -> str:
+        """The name of the metric that a run is judged by; higher is better."""
+
+    def check(self, outputs: Outputs, where: str) -> None:
+        """Raise a RequestError unless a network with these outputs can learn the task; ``where`` begins it."""
 
     def loss(self, output: Any, annotations: Any) -> Tensor:
         """Scalar fp32 loss of a batch, averaged as the task does."""
 
     def metric(self) -> Metric:
         """A fresh metric."""
+
+
+def described(outputs: Outputs) -> str:
+    """A network's outputs in words, for messages; ``no tensor``, ``[10] per sample``, or each name with its shape."""
+    if outputs is None:
+        return "no tensor"
+    if isinstance(outputs, Mapping):
+        return "a mapping of " + ", ".join(f"{name} {['…', *shape]}" for name, shape in outputs.items())
+    return f"{list(outputs)} per sample"

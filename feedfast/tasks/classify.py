@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feedfast.errors import RequestError
+from feedfast.tasks.base import Outputs, described
 
 
 class Mixed(Protocol):
@@ -32,20 +33,22 @@ class Classify:
     classes: int = 0
     name: str = "classify"
     term: str = "ce"
+    score: str = "accuracy"
 
-    def check(self, outputs: tuple[int, ...] | None, where: str) -> None:
+    def check(self, outputs: Outputs, where: str) -> None:
         """Raise unless a network returns one tensor of logits [B, K] with K = ``classes``.
 
         Args:
-            outputs: shape of one sample's output; None where it is no tensor.
+            outputs: of one sample, as the network was seen to return them.
             where: begins the message.
 
         Raises:
             RequestError: it is no classifier, or one of other classes.
         """
-        if outputs is None or len(outputs) != 1:
-            found = "no tensor" if outputs is None else f"{list(outputs)} per sample"
-            raise RequestError(f"{where}: expected a classifier that returns logits [batch, class], found {found}")
+        if not isinstance(outputs, tuple) or len(outputs) != 1:
+            raise RequestError(
+                f"{where}: expected a classifier that returns logits [batch, class], found {described(outputs)}"
+            )
         if self.classes and outputs[0] != self.classes:
             raise RequestError(f"{where}: expected logits of {self.classes} classes, found {outputs[0]}")
 

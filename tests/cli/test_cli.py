@@ -304,7 +304,7 @@ def test_a_factory_that_makes_no_classifier(recipe: Path, tmp_path: Path, monkey
         "def good(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(768, num_classes))\n"
     )
     plain = ("train", recipe, "method.name=none", "train.source=none", "train.max_steps=1", "train.out=out")
-    for name, found in {"Pair": "no tensor", "maps": "[10, 14, 14]", "stubborn": "found 7"}.items():
+    for name, found in {"Pair": "[10, 14, 14]", "maps": "[10, 14, 14]", "stubborn": "found 7"}.items():
         outcome = feedfast(*plain, f"student.model=my_nets:{name}")
         assert outcome.code == 2
         assert f"my_nets:{name}" in outcome.error

@@ -112,7 +112,9 @@ TEXTS = {
     "Teacher.name", "Teacher.model", "Teacher.taps", "Student.model", "MethodEntry.name", "Cache.part", "Train.device",
     "Data.arrays", "Data.val_arrays", "Data.augment", "Teacher.key", "Teacher.prefix", "Student.key", "Student.prefix",
 }  # fmt: skip
-PATHS = {"Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Train.out"}
+PATHS = {
+    "Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Student.backbone", "Train.out",
+}  # fmt: skip
 
 
 def sections(model: type[BaseModel]) -> set[type[BaseModel]]:

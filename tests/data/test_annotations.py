@@ -130,6 +130,17 @@ def test_boxes_of_a_batch() -> None:
     assert boxes.fingerprint() != Boxes(xyxy, boxes.labels, np.array([0, 2, 3, 4])).fingerprint()
 
 
+def test_which_boxes_stay() -> None:
+    """Of a view of the left half: a large box with its center outside, a small one inside, a line, one on the edge."""
+    xyxy = np.array([[0, 0, 7, 8], [3.5, 0, 3.9, 1], [1, 1, 1, 5], [3, 0, 5, 8], [0, 0, 8, 1]], dtype=np.float32)
+    boxes = Boxes(xyxy, np.arange(5), np.array([0, 5]))
+    half = geometry_of((8, 8), (0, 0, 8, 4), (8, 8), (0, 0), 0)
+    (visible,), (center,) = (boxes.at(np.array([0]), half, 8, keep) for keep in ("visible", "center"))
+    assert visible["labels"].tolist() == [0, 1, 2, 3, 4]
+    assert center["labels"].tolist() == [0, 1]
+    assert center["boxes"].tolist() == [[0, 0, 8, 8], pytest.approx([7, 0, 7.8, 1], abs=1e-5)]
+
+
 def test_class_labels_come_with_the_batch(drawn: tuple[Path, NDArray[np.uint8]]) -> None:
     data = open_dataset(drawn[0])
     assert isinstance(data.annotations, ClassLabels)

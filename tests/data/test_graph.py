@@ -6,26 +6,28 @@ equalize is OpenCV's, so those two are held to a mean instead; warped pixels may
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as F
 
 from feedfast.data import operations as ops
 from feedfast.data.augment import plan_with
 from feedfast.data.dataset import Dataset, open_dataset
+from feedfast.data.distort import PhotometricDistort
 from feedfast.data.geometry import Geometry
 from feedfast.data.graph import Stored, build_pipeline
 from feedfast.data.loader import Loader
 from feedfast.data.mixing import CutMix, Mixup
 from feedfast.data.operations import PixelOperation
-from feedfast.data.steps import CODE_OF, PARAMETERS, Program
+from feedfast.data.steps import CODE_OF, CODES, PARAMETERS, Program
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work
 
@@ -42,15 +44,23 @@ def photos(shared_data: Any) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- what is shown
 
 
-def run(images: np.ndarray, operation: PixelOperation, code: str, parameters: list[list[float]]) -> np.ndarray:
+def run(
+    images: np.ndarray, operation: PixelOperation, code: str, parameters: Sequence[Sequence[float]], slot: int = 0
+) -> np.ndarray:
     """What the graph makes of images of which each has one step."""
     n = len(images)
     values = np.zeros((n, operation.slots, PARAMETERS), np.float32)
     codes = np.zeros((n, operation.slots), np.uint8)
-    codes[:, 0] = CODE_OF[code]
+    codes[:, slot] = CODE_OF[code]
     for row in range(n):
         given_ = parameters[row % len(parameters)]
-        values[row, 0, : len(given_)] = given_
+        values[row, slot, : len(given_)] = given_
+    return show(images, operation, Program(codes, values))
+
+
+def show(images: np.ndarray, operation: PixelOperation, program: Program) -> np.ndarray:
+    """What the graph makes of images whose steps are a program of one operation."""
+    n = len(images)
     whole = np.array([[SIDE, SIDE]] * n, np.int32)
     box = np.concatenate([np.zeros((n, 2), np.int32), whole], axis=1)
     geometry = Geometry(whole, box, whole, np.zeros((n, 2), np.int32), np.zeros(n, np.int32))
@@ -60,7 +70,7 @@ def run(images: np.ndarray, operation: PixelOperation, code: str, parameters: li
         return lambda: (images, *(np.ascontiguousarray(array) for array in arrays))
 
     pipeline = build_pipeline(
-        plan, Work(np.arange(n), geometry, Program(codes, values)), Stored(files=False, planar=False), source,
+        plan, Work(np.arange(n), geometry, program), Stored(files=False, planar=False), source,
         batch_size=n, threads=1, prefetch=1, device_id=None,
     )  # fmt: skip
     (out,) = pipeline.run()
@@ -97,6 +107,34 @@ def test_pixels_are_torchvisions(
     for row, image in enumerate(photos):
         expected = reference(tensor(image), float(np.float32(values[row % len(values)]))).permute(1, 2, 0).numpy()
         assert np.abs(out[row].astype(int) - expected.astype(int)).max() <= most, row
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_channels_are_permuted_exactly(photos: np.ndarray, order: tuple[int, int, int]) -> None:
+    out = run(photos, PhotometricDistort(), "permute-channels", [list(order), [0, 1, 2]], slot=5)
+    for row, image in enumerate(photos):
+        expected = v2.functional.permute_channels(tensor(image), list(order)) if row % 2 == 0 else tensor(image)
+        assert np.array_equal(out[row], expected.permute(1, 2, 0).numpy())
+
+
+def test_photometric_distort_is_torchvisions_but_for_hue(photos: np.ndarray) -> None:
+    """All six steps, as drawn; those of a row are torchvision's functions in the same order."""
+    operation = PhotometricDistort(p=0.7, hue=0.0)
+    plan = ViewPlan(4, SIDE, "none", operations=(operation,))
+    program = plan.program(0, np.arange(len(photos)))
+    assert program is not None
+    out = show(photos, operation, program)
+    reference = {"brightness": F.adjust_brightness, "contrast": F.adjust_contrast, "saturation": F.adjust_saturation}
+    for row, image in enumerate(photos):
+        expected = tensor(image)
+        for code, parameters in zip(program.codes[row].tolist(), program.parameters[row].tolist(), strict=True):
+            if CODES[code] == "permute-channels":
+                expected = v2.functional.permute_channels(expected, [int(value) for value in parameters[:3]])
+            elif CODES[code] in reference:
+                expected = reference[CODES[code]](expected, parameters[0])
+        off = np.abs(out[row].astype(int) - expected.permute(1, 2, 0).numpy().astype(int))
+        assert off.max() <= 5  # each step rounds; saturation of 1.5 widens a difference of 2
+        assert off.mean() < 1.5
 
 
 def test_flat_images_stay_as_they_are_under_auto_contrast() -> None:
@@ -181,7 +219,7 @@ def pixels(data: Dataset, plan: ViewPlan, rows: np.ndarray, batch: int, start: i
 
 
 @pytest.mark.parametrize("preset", ["deit", pytest.param("lightly-distill", marks=pytest.mark.slow),
-                                    pytest.param("ml-dr", marks=pytest.mark.slow)])  # fmt: skip
+                                    pytest.param("ml-dr", marks=pytest.mark.slow), "deeplab"])  # fmt: skip
 def test_bytes_do_not_depend_on_batches_order_or_restart(cifar: Dataset, preset: str) -> None:
     plan = plan_with(preset, seed=3, size=32, flip=0.5)
     rows = np.arange(40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from torchvision.transforms import functional as F
 
 from feedfast.data import operations as ops
 from feedfast.data.augment import OPERATIONS, PRESETS, plan_with
+from feedfast.data.distort import PhotometricDistort
 from feedfast.data.mixing import CutMix, Mixup
 from feedfast.data.operations import PixelOperation
 from feedfast.data.policies import AUTO_AUGMENT, TABLES
@@ -45,6 +47,7 @@ EVERYTHING: tuple[PixelOperation, ...] = (
     ops.RandAugment(space="timm", p=0.5, magnitude_std=0.5, interpolation="bilinear"),
     ops.TrivialAugment(),
     ops.AutoAugment(policy="cifar10"),
+    PhotometricDistort(),
 )
 
 
@@ -78,6 +81,32 @@ def test_color_jitter_has_torchvisions_ranges_and_every_order() -> None:
     orders, counts = np.unique(program.codes[on], axis=0, return_counts=True)
     assert len(orders) == 24
     assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_photometric_distort_has_torchvisions_parts() -> None:
+    """Against torchvision's own draws: how often each part is applied, before or after, and with what."""
+    program = drawn(PhotometricDistort(p=0.4))
+    names = ("brightness", "contrast", "saturation", "hue", "contrast", "permute-channels")
+    assert [set(codes) for codes in program.codes.T.tolist()] == [{0, CODE_OF[name]} for name in names]
+    torch.manual_seed(0)
+    theirs = [v2.RandomPhotometricDistort(p=0.4).make_params([torch.empty(3, 2, 2)]) for _ in range(4000)]
+    for slot, name in enumerate(names[:5]):
+        own = program.parameters[program.codes[:, slot] != 0, slot, 0]
+        key = f"{name}_factor"
+        values = [
+            given[key] * (360 if name == "hue" else 1)
+            for given in theirs
+            if given[key] is not None and (name != "contrast" or given["contrast_before"] == (slot == 1))
+        ]
+        assert stats.ks_2samp(own, values).pvalue > 1e-4, name
+        assert len(own) / COUNT == pytest.approx(len(values) / len(theirs), abs=0.03), name
+    on = program.codes[:, 5] != 0
+    assert on.mean() == pytest.approx(0.4, abs=0.02)
+    orders, counts = np.unique(program.parameters[on, 5, :3], axis=0, return_counts=True)
+    assert sorted(map(tuple, orders.tolist())) == list(itertools.permutations(range(3)))
+    assert stats.chisquare(counts).pvalue > 1e-4
+    together = np.corrcoef((program.codes != 0)[:, [0, 2, 3, 5]].T)[np.triu_indices(4, 1)]
+    assert np.abs(together).max() < 0.03
 
 
 def test_a_jitter_of_one_kind_is_one_step() -> None:

@@ -83,7 +83,7 @@ def as_toml(recipe: Recipe, path: Path) -> Path:
     """The recipe as a file, for a process of its own."""
     lines = [f"seed = {recipe.seed}"]
     tree = recipe.model_dump(mode="json", exclude_none=True)
-    for section in ("data", "cache", "student", "train", "chain"):
+    for section in ("data", "task", "cache", "student", "train", "chain"):
         lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in tree[section].items())]
     for section in ("teachers", "method"):
         # one method as the table that most recipes have, so that method.name=... overrides it

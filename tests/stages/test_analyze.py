@@ -46,7 +46,7 @@ def own_maps(folder: Path, name: str, model: str) -> tuple[Tensor, Tensor]:
     network = build_model(model, num_classes=10, weights=folder / name / "student.pt").eval()
     caught: list[Tensor] = []
     network.get_submodule("relu").register_forward_hook(lambda *call: caught.append(call[2].detach().clone()))
-    train = open_train(plain(folder, name).data)
+    train = open_train(plain(folder, name))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in plain(folder, name).data.normalization)
     maps = []
     for file, chosen in (("digits-train.npz", train.ids), ("digits-val.npz", slice(None))):
@@ -91,7 +91,7 @@ def by_hand(maps: Tensor, unseen: Tensor, orders: list[np.ndarray], seed: int) -
 def test_the_curves_are_those_of_a_loop_by_hand(runs: Path, tmp_path: Path) -> None:
     found = run_reconstruction([runs / "narrow", runs / "wide"], tmp_path, Setting(epochs=3, seed=5))
     plan = view_plan(plain(runs, "narrow", data={"augment": "none", "flip": 0.0}).data, 5)
-    ids = open_train(plain(runs, "narrow").data).ids
+    ids = open_train(plain(runs, "narrow")).ids
     orders = [np.searchsorted(ids, plan.order(view, ids)) for view in range(3)]
     for run, (name, model) in zip(found["runs"], [("narrow", "zoo/wrn-10-1"), ("wide", "zoo/wrn-10-2")], strict=True):
         maps, unseen = own_maps(runs, name, model)

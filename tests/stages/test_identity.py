@@ -67,7 +67,7 @@ def replaced(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, tuple[str
     everything = ("data.limit=30", "cache.views=1", "cache.pilot=32", "teachers.0.taps=[]", "method.name=kd")
     assert feedfast("cache", world.file(), *everything).code == 0
     file = world.folder / "digits-train.npz"
-    ids = Selection.of(world.recipe(*everything).data).open().ids
+    ids = Selection.of(world.recipe(*everything)).open().ids
     changed = int(ids[min(set(range(len(ids))) - set(np.linspace(0, len(ids) - 1, 256).astype(int)))])
 
     def invert(images: np.ndarray, _: np.ndarray) -> None:
@@ -138,7 +138,7 @@ def test_replayed_blocks_differ_from_run_to_run(whole: World, monkeypatch: pytes
 
     monkeypatch.setattr(Loader, "stream", spy)
     reader = CacheReader(whole.cache)
-    data = Selection.of(whole.recipe().data).open()
+    data = Selection.of(whole.recipe()).open()
     for _ in range(6):
         assert replay_pixels(reader, data, plan_of(reader), blocks=1, views=2) == 1
     assert len(set(seen)) > 1
@@ -454,7 +454,7 @@ def test_lines_without_their_sums_are_damaged(world: World) -> None:
 
 def test_a_replay_that_can_compare_nothing_has_failed(whole: World) -> None:
     reader = CacheReader(whole.cache)
-    data = Selection.of(whole.recipe().data).open()
+    data = Selection.of(whole.recipe()).open()
     assert replay_pixels(reader, data, plan_of(reader), blocks=0, views=2) == 0, "nothing was asked for"
     sums = [key for key in reader._commits if key[0] == "pixels/sums"]
     for key in sums:

@@ -2,6 +2,7 @@
 
 Runs are the product's own stages on a few generated images, with random teachers; only sizes, batches and the number of
 steps are overridden. Whole runs of everything are slow together: a teacher, a cached student and a chain are quick.
+Recipes of segmentation and detection run on scenes of squares and discs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from scenes import DATA as SCENES
+from scenes import write_scenes
 
 from feedfast.methods import Method, StudentOutput, TapInfo, margin_from_bn
 from feedfast.models.branched import Branched
@@ -27,13 +31,13 @@ from feedfast.stages.plan import run_plan
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.student import run_train
 from feedfast.stages.trainee import build_methods, losses_of, method_entries, needs_of, student_needs_of, tap_student
-from feedfast.tasks import Classify
+from feedfast.tasks import Classify, task_named
 
 NAMES = tuple(packaged_recipes())
-SMALL = {28: 28, 32: 32, 224: 64}  # size of a recipe → of the test
+SMALL = {28: 28, 32: 32, 224: 64, 513: 65, 300: 64, 160: 64}  # size of a recipe → of the test
 QUICK = ("lp-mnist", "teacher-wrn-16-2-mnist")
 BATCH = 4
-CLASSES = 10
+CLASSES = {"classify": 10, "segment": 3, "detect": 2}  # of the generated images
 
 
 def read(name: str, folder: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -54,6 +58,8 @@ def test_the_settings_of_the_papers_are_there() -> None:
     expected |= {f"kd-resnet-50-{ratio}-imagenet" for ratio in ("p25", "p37.5", "p50")}
     expected |= {"plain-resnet-50-pruned-imagenet", "ofd-resnet152-resnet50-imagenet"}
     expected |= {"ofd-resnet50-mobilenetv1-imagenet", "ft-resnet-20-cifar10", "repdistiller-wrn-16-2-cifar100"}
+    expected |= {"ofd-voc-segmentation-resnet18", "ofd-voc-segmentation-mobilenetv2"}
+    expected |= {"ofd-voc0712-detection-ssd300-resnet18"}
     assert expected <= set(NAMES)
     for beginning in ("pfeed-", "sfeed-", "ekd-", "lp-", "teacher-"):
         assert [name for name in NAMES if name.startswith(beginning)], beginning
@@ -113,6 +119,8 @@ PUBLISHED = {
     "ft-resnet-20-cifar10": (164, 128, {81: 0.1, 82: 0.01, 122: 0.01, 123: 0.001}),
     "repdistiller-wrn-16-2-cifar100": (240, 64, {149: 0.05, 150: 5e-3, 179: 5e-3, 180: 5e-4, 210: 5e-5}),
     "kd-resnet-50-p50-imagenet": (360, 256, {5: 0.1, 119: 0.1, 120: 0.01, 239: 0.01, 240: 1e-3, 319: 1e-3, 320: 1e-4}),
+    "ofd-voc-segmentation-resnet18": (50, 12, {}),  # poly there, cosine here
+    "ofd-voc-segmentation-mobilenetv2": (50, 12, {}),  # poly there, cosine here
     "plain-resnet-50-pruned-imagenet": (360, 256, {5: 0.1, 119: 0.1, 120: 0.01, 240: 1e-3, 320: 1e-4}),
 }
 
@@ -136,6 +144,17 @@ def test_limited_data_is_trained_on_for_as_long(tmp_path: Path) -> None:
     assert tenth.data.fraction == 0.1
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ofd-voc-segmentation-")])
+def test_the_loss_of_segmentation_is_the_authors(name: str, tmp_path: Path) -> None:
+    """CE / B + 1e-5 / B * sum of d_i / divider_i: term by term what the recipe's weights make of ours."""
+    recipe = read(name, tmp_path)
+    (entry,) = method_entries(recipe.method)
+    assert recipe.task.weight == pytest.approx(1 / recipe.train.batch, rel=1e-4)
+    assert entry.weight == 1
+    assert entry.options.alpha == 1e-5  # ours divides the sum over a batch by B, too
+    assert [1 / weight for weight in entry.options.tap_weights] == [8, 4, 2, 1, 1, 16]
+
+
 # ---- the networks fit the methods
 
 
@@ -156,28 +175,30 @@ FIT = ("lp-mnist", "ekd-cifar100", "sfeed-resnet-56-cifar100", "ofd-d-cifar100")
 def test_its_networks_fit_its_methods(name: str, student: str | None, tmp_path: Path) -> None:
     """Built at the recipe's own size where that is small; torchvision's and timm's at 64 pixels."""
     recipe = read(name, tmp_path, (f"student.model={student}",) if student else ())
-    size = SMALL[recipe.data.size]
+    size, task = SMALL[recipe.data.size], task_named(recipe.task.name, CLASSES[recipe.task.name])
     example = torch.randn(2, 3, size, size)
     entries = method_entries(recipe.method)
-    networks = [build_model(recipe.student.model, num_classes=CLASSES, seed=n) for n in range(recipe.student.branches)]
+    networks = [
+        build_model(recipe.student.model, num_classes=task.classes, seed=n) for n in range(recipe.student.branches)
+    ]
     network = Branched(networks) if len(networks) > 1 else networks[0]
-    tapped = tap_student(network, student_needs_of(entries), example, Classify(CLASSES), "student")
+    tapped = tap_student(network, student_needs_of(entries), example, task, "student")
     teachers: dict[str, dict[str, TapInfo]] = {}
     for spec in recipe.teachers:
-        model = build_model(spec.model, num_classes=CLASSES, seed=0)
+        model = build_model(spec.model, num_classes=task.classes, seed=0)
         specs = spec.taps or tuple(need.removesuffix("*") for need in needs_of(entries) if need != "logits")
         taps = [request.tap for request in tap_requests(model, specs, example, spec.name)]
         assert taps or needs_of(entries) == ("logits",)
         found = Tapped(model, taps, example)
-        assert found.outputs == (CLASSES,)
-        teachers[spec.name] = {"logits": TapInfo((CLASSES,))}
+        task.check(found.outputs, spec.name)
+        teachers[spec.name] = {"logits": TapInfo((task.classes,))} if recipe.task.name == "classify" else {}
         for tap in taps:
             parameters = bn_parameters(model, tap)
             margin = None if parameters is None else margin_from_bn(*parameters)
             teachers[spec.name][tap.name] = TapInfo(found.shapes[tap.name], margin)
     if recipe.chain.generations:  # the first generation's student is the second's teacher
         (tap,) = preset_taps(networks[0], "final")
-        teachers["generation-1"] = {"logits": TapInfo((CLASSES,)), "final": TapInfo(tapped.shapes[tap.name])}
+        teachers["generation-1"] = {"logits": TapInfo((task.classes,)), "final": TapInfo(tapped.shapes[tap.name])}
     methods = build_methods(entries, tapped.shapes, teachers, tapped.outputs, seed=0)
     assert len(methods) == len(recipe.method)
 
@@ -187,13 +208,14 @@ def test_the_pruned_students_loss_is_the_authors(ratio: str, tmp_path: Path) -> 
     """0.4 CE + 0.6 KL(student || mean of the teachers' logits) at temperature 1, in float64 by hand."""
     (entry,) = method_entries(read(f"kd-resnet-50-{ratio}-imagenet", tmp_path).method)
     generator = torch.Generator().manual_seed(0)
-    z, a, b = (torch.randn(6, CLASSES, generator=generator, dtype=torch.float64) for _ in range(3))
+    classes = CLASSES["classify"]
+    z, a, b = (torch.randn(6, classes, generator=generator, dtype=torch.float64) for _ in range(3))
     labels = torch.arange(6)
-    infos = {name: {"logits": TapInfo((CLASSES,))} for name in "ab"}
-    (method,) = build_methods((entry,), {"logits": (CLASSES,)}, infos, (CLASSES,), seed=0)
+    infos = {name: {"logits": TapInfo((classes,))} for name in "ab"}
+    (method,) = build_methods((entry,), {"logits": (classes,)}, infos, (classes,), seed=0)
     targets = {"a": {"logits": a.float()}, "b": {"logits": b.float()}}
     student = StudentOutput(z.float(), {})
-    found = losses_of(Classify(CLASSES), (entry,), [cast("Method", method)], student, targets, labels, 0.5)["loss"]
+    found = losses_of(Classify(classes), (entry,), [cast("Method", method)], student, targets, labels, 0.5)["loss"]
     p, q = z.log_softmax(1), ((a + b) / 2).log_softmax(1)
     expected = 0.4 * -p[torch.arange(6), labels].mean() + 0.6 * (p.exp() * (p - q)).sum(1).mean()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
@@ -214,18 +236,20 @@ def settle(model: torch.nn.Module, images: torch.Tensor) -> None:
 def tiny(name: str, folder: Path) -> Recipe:
     """The recipe with sixteen generated images, random teachers and two steps of four."""
     recipe = read(name, folder)
-    size = SMALL[recipe.data.size]
+    size, classes = SMALL[recipe.data.size], CLASSES[recipe.task.name]
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (16, size + 8 * (size == 64), size, 3), dtype=np.uint8)
-    if size == 64:  # photographs in class folders
+    if recipe.task.name != "classify":
+        write_scenes(folder / "scenes", train=16, val=4)
+        train = folder / "scenes" / SCENES[recipe.task.name][0]
+    elif size == 64:  # photographs in class folders
         train = folder / "images"
         for number, pixels in enumerate(images):
-            (train / f"class-{number % CLASSES}").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(train / f"class-{number % CLASSES}" / f"{number}.jpg")
+            (train / f"class-{number % classes}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(train / f"class-{number % classes}" / f"{number}.jpg")
     else:
         train = folder / "images.npz"
-        classes = np.array([str(number) for number in range(CLASSES)])
-        np.savez(train, images=images, labels=np.arange(16) % CLASSES, classes=classes)
+        np.savez(train, images=images, labels=np.arange(16) % classes, classes=np.arange(classes).astype(str))
     overrides = [f"data.train={train}", f"data.val={train}", f"data.size={size}", "cache.pilot=16", "train.device=cpu"]
     overrides += [f"cache.batch={BATCH}", f"train.batch={BATCH}", f"cache.views={min(recipe.cache.views, 1)}"]
     overrides += ["train.max_steps=2", f"train.out={folder / 'out'}", "train.lr=0.001", "train.log_every=1"]
@@ -236,9 +260,13 @@ def tiny(name: str, folder: Path) -> Recipe:
         overrides.append(f"cache.path={folder / 'cache.zarr'}")
     if recipe.chain.generations:
         overrides.append("chain.generations=2")
+    if recipe.student.backbone is not None:  # the published weights are not to be had here
+        network = build_model(recipe.student.model, num_classes=classes, seed=0)
+        torch.save(torchvision.models.get_model(network.published).state_dict(), folder / "backbone.pt")
+        overrides.append(f"student.backbone={folder / 'backbone.pt'}")
     for number, teacher in enumerate(recipe.teachers):
         weights = folder / f"teacher-{number}.pt"
-        model = build_model(teacher.model, num_classes=CLASSES, seed=number)
+        model = build_model(teacher.model, num_classes=classes, seed=number)
         settle(model, torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
         torch.save(model.state_dict(), weights)
         overrides.append(f"teachers.{number}.weights={weights}")
@@ -267,4 +295,5 @@ def test_it_plans_caches_and_trains_two_steps(name: str, tmp_path: Path) -> None
     assert np.isfinite(result["final_loss"])
     state = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
     if recipe.student.branches == 1:
-        build_model(recipe.student.model, num_classes=CLASSES).load_state_dict(state)
+        classes = CLASSES[recipe.task.name]
+        build_model(recipe.student.model, num_classes=classes).load_state_dict(state)

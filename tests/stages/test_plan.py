@@ -41,7 +41,7 @@ def test_teachers_accuracy(file: Path, planned: tuple[dict[str, Any], str]) -> N
     """Counted again, one image at a time, over the rows that were timed; only who guesses is warned of."""
     document, said = planned
     recipe = load_recipe(file)
-    data = open_train(recipe.data)
+    data = open_train(recipe)
     teachers = load_teachers(recipe, 10, torch.device("cpu"))
     right = dict.fromkeys(teachers, 0)
     with pixel_loader(data, view_plan(recipe.data, 0), 32, torch.device("cpu")) as loader:

@@ -70,7 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, A
 def rows(world: tuple[Recipe, dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """The pixels of view 0, row by row, in 0..1 as [100, 3, 32, 32], and the labels."""
     recipe, _ = world
-    data = open_train(recipe.data)
+    data = open_train(recipe)
     with pixel_loader(data, view_plan(recipe.data, recipe.seed), 100, CPU) as loader:
         batch = next(iter(loader.stream(0, np.arange(100))))
         return batch.images.permute(0, 3, 1, 2).float() / 255, batch.labels
@@ -289,7 +289,7 @@ def test_images_are_resized_for_a_teacher_and_the_cache_knows(tmp_path: Path) ->
     run_cache(recipe)
     reader = CacheReader(recipe.cache.path)
     assert reader.manifest.teachers["vit"].size == 32
-    data = open_train(recipe.data)
+    data = open_train(recipe)
     with pixel_loader(data, view_plan(recipe.data, recipe.seed), 32, CPU) as loader:
         images = next(iter(loader.stream(0, np.arange(32)))).images
     large = torch.nn.functional.interpolate(

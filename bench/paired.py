@@ -1,0 +1,129 @@
+"""Rows of students: added line by line when they end, and compared seed by seed with students of another kind.
+
+Two students of one seed start from the same weights and see the same views of the same images in the same order, so
+their difference says more than that of two means. Intervals are Student's t at 95 % over the seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feedfast.cache import names
+from feedfast.cache.log import read_log
+from feedfast.cache.manifest import read_manifest
+from feedfast.methods import METHODS
+from feedfast.methods.base import matching
+from feedfast.recipe import Recipe
+
+Row = dict[str, str]
+
+T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom
+
+
+def device_name() -> str:
+    """Of what the students are trained on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def environment() -> dict[str, str]:
+    """What every row says of where and when it was made: ``date``, ``commit``, ``device``, ``torch``."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    date = datetime.now(UTC).date().isoformat()
+    return {"date": date, "commit": commit, "device": device_name(), "torch": torch.__version__}
+
+
+def record(row: Mapping[str, Any], columns: Sequence[str], path: Path) -> None:
+    """Add a line to the results."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+def settings_of(path: Path, setting: Sequence[str], student: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
+    """The lines by setting, of each student the last: only students of one setting are compared."""
+    if not path.exists():
+        return {}
+    found: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = defaultdict(dict)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found[tuple(row[key] for key in setting)][tuple(row[key] for key in student)] = row
+    return {setting: list(rows.values()) for setting, rows in found.items()}
+
+
+def bytes_per_sample(recipe: Recipe) -> float | None:
+    """What a sample of one view takes of the cache for this method: codes of the taps it reads, compressed."""
+    needs = METHODS[recipe.method[0].name].needs
+    path = Path(recipe.cache.path)
+    if recipe.train.source != "cache" or not (path / "zarr.json").is_file():
+        return None
+    manifest, committed = read_manifest(path), read_log(path)
+    total = 0.0
+    chosen = [teacher.name for teacher in recipe.teachers] or list(manifest.teachers)[-1:]
+    for teacher in chosen:
+        for tap in matching(needs, manifest.teachers[teacher].taps):
+            commits = committed.of(names.codes(teacher, tap))
+            total += sum(c.bytes for c in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
+    return total
+
+
+def half_interval(differences: Sequence[float]) -> float:
+    """Half of the 95 % interval of their mean; infinite of fewer than two."""
+    if len(differences) < 2:
+        return math.inf
+    t = T_95[min(len(differences) - 1, len(T_95) - 1)]
+    return t * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def summarize(
+    rows: Sequence[Row],
+    key: Sequence[str],
+    *,
+    value: str,
+    pair: Sequence[str],
+    baseline: Callable[[Row], bool],
+    over: str = "over_plain",
+) -> list[dict[str, Any]]:
+    """Mean, deviation and paired difference of every group of rows, the best first.
+
+    Args:
+        rows: of one setting.
+        key: columns that name a group.
+        value: the column that is compared.
+        pair: columns in which a row and its partner agree.
+        baseline: which rows are partners.
+        over: what the mean difference is called.
+    """
+    partners = {tuple(row[name] for name in pair): float(row[value]) for row in rows if baseline(row)}
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in key)].append(row)
+    table = []
+    for name, group in groups.items():
+        values = [float(row[value]) for row in group]
+        found = [(float(row[value]), partners.get(tuple(row[k] for k in pair))) for row in group]
+        differences = [own - other for own, other in found if other is not None]
+        table.append(
+            {
+                **dict(zip(key, name, strict=True)),
+                "seeds": len(group),
+                "mean": statistics.mean(values),
+                "deviation": statistics.stdev(values) if len(values) > 1 else math.nan,
+                over: statistics.mean(differences) if differences else math.nan,
+                "half_interval": half_interval(differences),
+                "bytes_per_sample": float(group[-1]["bytes_per_sample"] or 0),
+            }
+        )
+    return sorted(table, key=lambda line: -line["mean"])
