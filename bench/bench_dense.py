@@ -191,15 +191,18 @@ def train_teacher(args: argparse.Namespace, tree: dict[str, Any]) -> float:
 
 
 def recipe_of(tree: dict[str, Any], variant: str, source: str, seed: int, out: Path) -> Recipe:
-    """One student: a variant from ``none``, ``cache``, ``live`` (the cached views) or ``fresh`` (new ones)."""
+    """One student: a variant from ``none``, ``cache``, ``live`` (the cached views) or ``fresh`` (a new one per epoch).
+
+    A plain student has no teacher either way; from ``fresh`` it sees new views, too.
+    """
     words = words_of(variant, tree["task"]["name"])
-    sections = {**tree, "method": words, "teachers": [] if words["name"] == "none" else tree["teachers"]}
-    if source == "fresh":
-        sections["cache"] = {"views": 0, "batch": BATCH}
-    elif source == "none":
-        sections["cache"] = {"views": tree["cache"]["views"], "batch": BATCH}
+    plain = words["name"] == "none"
+    sections = {**tree, "method": words, "teachers": [] if plain else tree["teachers"]}
+    if plain or source == "fresh":
+        sections["cache"] = {"views": 0 if source == "fresh" else tree["cache"]["views"], "batch": BATCH}
     folder = out / f"{variant}-{source}-{tree['cache']['views']}-{tree['cache']['codec']}-{tree['train']['epochs']}"
-    train = {"source": "live" if source == "fresh" else source, "seed": seed, "out": str(folder / str(seed))}
+    runs = "none" if plain else {"fresh": "live"}.get(source, source)
+    train = {"source": runs, "seed": seed, "out": str(folder / str(seed))}
     return parse_recipe({**sections, "train": {**tree["train"], **train}})
 
 
@@ -226,7 +229,8 @@ def run_students(args: argparse.Namespace, task: str) -> None:
     }
     held = paired.settings_of(args.results, SETTING, STUDENT).get(tuple(str(setting[key]) for key in SETTING), [])
     done = {tuple(row[key] for key in STUDENT) for row in held}
-    jobs = [(name, source) for name in variants for source in (args.sources if name in taught else ["none"])]
+    alone = ["none", "fresh"] if "fresh" in args.sources else ["none"]
+    jobs = [(name, source) for name in variants for source in (args.sources if name in taught else alone)]
     for seed in range(1, args.seeds + 1):
         for variant, source in jobs:
             views = 0 if source == "fresh" else args.views
@@ -254,7 +258,9 @@ def run_students(args: argparse.Namespace, task: str) -> None:
 def over_plain(rows: list[Row]) -> list[dict[str, Any]]:
     """Every variant and source: mean, deviation, paired difference to the plain student of the seed and views."""
     key = ("variant", "source", "views", "codec")
-    return paired.summarize(rows, key, value="score", pair=("seed",), baseline=lambda row: row["variant"] == "plain")
+    return paired.summarize(
+        rows, key, value="score", pair=("views", "seed"), baseline=lambda row: row["variant"] == "plain"
+    )
 
 
 def cached_over_live(rows: list[Row]) -> list[dict[str, Any]]:

@@ -34,9 +34,9 @@ __all__ = [
     "class_names",
     "names_in",
     "plain_path",
-    "refuse_doubtful",
     "scan",
     "shortened",
+    "size_fault",
 ]
 
 CLASSES_FILE = "classes.txt"
@@ -111,14 +111,12 @@ def scan(
         turns[at] = 1 if header is None else header.orientation
         return look(at, header)
 
-    sizes, problems, remarks = scan_images(
-        paths, full=asked.full, progress=asked.progress, threads=min(8, 2 * (os.cpu_count() or 1)), look=looked
-    )
+    sizes, problems, remarks = scan_images(paths, full=asked.full, progress=asked.progress, look=looked)
     for at, why in problems:
         faults.add(paths[at], why)
     turned = int((turns != 1).sum())
     if turned:
-        remarks["turned by EXIF, and what is marked in stored pixels with it"] = turned
+        remarks["turned by EXIF; masks and boxes are taken to be in stored pixels, and turned with it"] = turned
     return sizes, turns, dict(remarks)
 
 
@@ -184,7 +182,7 @@ def plain_path(name: Any) -> bool:
     return not path.is_absolute() and path.parts != () and ".." not in path.parts
 
 
-def refuse_doubtful(header: Header, declared: tuple[int, int]) -> str | None:
+def size_fault(header: Header, declared: tuple[int, int]) -> str | None:
     """What is wrong with the size (height, width) that boxes were drawn on, None if it is the image's as stored."""
     if declared == header[:2]:
         return None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import Boxes, turn_boxes
 from feedfast.data.coco import image_folder, read_coco
-from feedfast.data.dense import Asked, Faults, Opened, class_names, names_in, refuse_doubtful, scan, shortened
+from feedfast.data.dense import Asked, Faults, Opened, class_names, names_in, scan, shortened, size_fault
 from feedfast.data.headers import Header, Unreadable
 from feedfast.data.voc import VOC_CLASSES, common_root, is_voc, read_boxes, voc_images, voc_lists
 from feedfast.errors import RequestError
@@ -103,7 +103,7 @@ def open_detect(paths: Sequence[Path], asked: Asked) -> Opened:
             return [str(why)]
         if header is None:
             return wrong
-        doubtful = refuse_doubtful(header, objects.size) if objects.size is not None else None
+        doubtful = size_fault(header, objects.size) if objects.size is not None else None
         if doubtful:
             return [*wrong, doubtful]
         xyxy, outside = _within(objects, header)

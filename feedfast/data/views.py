@@ -459,7 +459,7 @@ def _require(name: str, ok: bool, expected: str, found: object) -> None:
 def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
     ids_n = np.asarray(ids)
     if ids_n.ndim != 1 or (ids_n.size and (ids_n.dtype.kind not in "iu" or ids_n.min() < 0)):
-        raise ValueError(f"ids: expected a 1-D array of non-negative integers, got {ids_n.dtype} {ids_n.shape}: {ids}")
+        raise ValueError(f"ids: expected a 1-D array of non-negative integers, got {ids_n.dtype} {ids_n.shape}")
     return ids_n.astype(np.int64)
 
 

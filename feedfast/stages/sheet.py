@@ -1,4 +1,4 @@
-"""A contact sheet: the views of a few samples as the networks see them, with what was done written under each."""
+"""A contact sheet: views of a few samples as networks see them, masks and boxes drawn, what was done written below."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import textwrap
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.annotations import Boxes, Masks
+from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.steps import describe
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work
 from feedfast.errors import FeedfastError
+from feedfast.report.pictures import boxes_drawn, overlay
 from feedfast.report.run import figure_html
 
 __all__ = ["contact_sheet", "row_words"]
@@ -66,10 +69,10 @@ def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
                 whole = loader.work(view)
                 rows = _rows_of(whole.positions, shown)
                 work = whole.rows(rows)
-                images = next(iter(loader.stream(view, rows))).images.numpy()
+                batch = next(iter(loader.stream(view, rows)))
                 for place in range(len(shown)):
                     axis = axes[place][view]
-                    axis.imshow(images[place], interpolation="nearest")
+                    axis.imshow(_marked(batch, place, data), interpolation="nearest")
                     axis.set_axis_off()
                     if not place:
                         axis.set_title(f"view {view}", fontsize=9)
@@ -81,6 +84,17 @@ def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
         return ""
     names = ", ".join(html.escape(data.name(position)) for position in shown.tolist())
     return f"<h2>Views of {names}</h2>" + figure_html(figure)
+
+
+def _marked(batch: Batch, row: int, data: Dataset) -> NDArray[np.uint8]:
+    """An image of a batch, with its mask over it or its boxes drawn."""
+    image: NDArray[np.uint8] = batch.images[row].numpy()
+    if isinstance(data.marks, Masks):
+        return overlay(image, batch.annotations[row].numpy(), len(data.classes))
+    if isinstance(data.marks, Boxes):
+        boxes, labels = (batch.annotations[row][key].numpy() for key in ("boxes", "labels"))
+        return boxes_drawn(image, boxes, labels, data.classes)
+    return image
 
 
 def _rows_of(positions: NDArray[np.int64], shown: NDArray[np.int64]) -> NDArray[np.int64]:

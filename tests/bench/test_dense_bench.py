@@ -39,8 +39,10 @@ def test_differences_are_paired_by_seed() -> None:
     ]
     rows = [rows[index] for index in rng.permutation(len(rows))]
     rows += [row("kd", "cache", 9, 0.5), row("ofd", "cache", 3, 0.75, codec="f32")]  # a seed without a plain student
+    rows += [row("plain", "fresh", 1, 0.5, views="0"), row("ofd", "fresh", 1, 0.625, views="0")]
     found = {(line["variant"], line["source"], line["codec"]): line for line in bench_dense.over_plain(rows)}
-    assert len(found) == 5
+    assert len(found) == 7
+    assert found["ofd", "fresh", "u8"]["over_plain"] == 0.125  # over the plain one that saw new views, too
     for source, values in (("cache", cached), ("live", live)):
         line, differences = found["ofd", source, "u8"], values - plain
         low, high = stats.t.interval(0.95, 3, differences.mean(), stats.sem(differences))

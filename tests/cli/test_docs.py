@@ -57,6 +57,14 @@ def test_the_example_is_a_recipe() -> None:
     assert recipe.method[0].name in METHODS
 
 
+def test_what_is_new_for_dense_tasks_is_a_recipe() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "dense.md").read_text(encoding="utf-8"), re.DOTALL)
+    words = tomllib.loads(block)
+    recipe = parse_recipe({**words, "data": {"train": "x", **words["data"]}})
+    assert recipe.task.name == "segment"
+    assert recipe.student.backbone == "resnet18.pth"
+
+
 def test_tables_hold_type_range_and_default() -> None:
     """A few rows, written by hand, as a reader would want them."""
     data = make_docs().recipe_page().split("## ")[2]
@@ -88,7 +96,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_paths_in_documents_exist() -> None:
     """Signposts name files; one that has moved is a wrong signpost."""
     gone = []
-    for page in ("README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/results.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/dense.md", "docs/results.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         paths = re.findall(
             r"(?<![\w./-])(?:feedfast|kernels|tests|tools|bench|docs)/[\w./-]+\.(?:py|sh|md|toml|csv)\b", text
