@@ -1,4 +1,4 @@
-"""Where each family keeps the maps the methods ask for.
+"""Where each family keeps the maps the methods ask for (of segmentation and detection: `presets_dense`).
 
 Three groups. ``final`` is the last map before the global pooling, after its activation: what FEED and Factor Transfer
 compare. ``ofd`` is the end of each stage *before* the activation, ``ofd1`` (largest map) to ``ofdn``: what the Overhaul
@@ -20,6 +20,7 @@ at the same places, for hints and attention maps; MobileNetV2/V3's, and a basic 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -44,6 +45,7 @@ Place = TypeVar("Place")
 
 GROUPS = ("final", "ofd", "stage")
 BRANCH = "branch"  # of a student of parallel branches: branch1.final, branch1.logits, branch2.final, ...
+_ONE = re.compile(r"(ofd|stage)\d+")
 _STAGES = 4  # OFD's number of maps for networks with more stages than that
 # Anything else needs taps by hand: a guess that trains on the wrong map would go unnoticed.
 _BY_HAND = "name taps by hand, as in ofd1=module.path:pre or final=module.path (feedfast taps lists the places)"
@@ -54,7 +56,8 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
 
     Args:
         model: the bare network.
-        group: "final" (one tap of that name), "ofd" ("ofd1" .. "ofdn", first stage to last) or "stage" (likewise).
+        group: "final" (one tap of that name), "ofd" ("ofd1" .. "ofdn", first stage to last) or "stage" (likewise); or
+            one of these taps, as "ofd2".
         example: normalized images ``[B, 3, H, W]`` for families that are not in the table and are watched on one
             forward pass; None = zeros of the size the network says it wants, else of 64 pixels.
 
@@ -63,6 +66,12 @@ def preset_taps(model: nn.Module, group: str, example: Tensor | None = None) -> 
     """
     if group == BRANCH:
         return _branches(model)
+    if one := _ONE.fullmatch(group):
+        every = preset_taps(model, one[1], example)
+        found = tuple(tap for tap in every if tap.name == group)
+        if not found:
+            raise RequestError(f"taps {group!r}: expected one of {', '.join(tap.name for tap in every)}")
+        return found
     if group not in GROUPS:
         raise RequestError(f"taps {group!r}: expected {', '.join(map(repr, GROUPS))} or name=module.path[:pre]")
     dense = dense_taps(model)

@@ -227,6 +227,16 @@ def test_final_of_networks_without_a_table_is_found_on_one_pass(name: str) -> No
 def test_unknown_groups_are_refused() -> None:
     with pytest.raises(RequestError, match="'final', 'ofd', 'stage' or name="):
         preset_taps(build("zoo/resnet-20"), "fitnet")
+    with pytest.raises(RequestError, match=r"^taps 'ofd4': expected one of ofd1, ofd2, ofd3$"):
+        preset_taps(build("zoo/resnet-20"), "ofd4")
+
+
+def test_one_tap_of_a_group() -> None:
+    """So that a recipe can store some of the large maps: ``taps = ["ofd2+margin", "ofd3+margin"]``."""
+    model = build("zoo/resnet-20")
+    for group in ("ofd", "stage"):
+        every = preset_taps(model, group)
+        assert [preset_taps(model, f"{group}{number}") for number in (1, 2, 3)] == [(tap,) for tap in every]
 
 
 class FunctionalBlock(nn.Module):
