@@ -133,8 +133,10 @@ def test_photometric_distort_is_torchvisions_but_for_hue(photos: np.ndarray) -> 
             elif CODES[code] in reference:
                 expected = reference[CODES[code]](expected, parameters[0])
         off = np.abs(out[row].astype(int) - expected.permute(1, 2, 0).numpy().astype(int))
-        assert off.max() <= 5  # each step rounds; saturation of 1.5 widens a difference of 2
-        assert off.mean() < 1.5
+        steps = sum(CODES[code] in reference for code in program.codes[row])
+        # torchvision cuts what DALI rounds, half a byte per step, and later steps widen what is there by up to 1.5
+        assert off.max() <= 2 * max(steps, 0.5)
+        assert off.mean() <= 0.75 * steps
 
 
 def test_flat_images_stay_as_they_are_under_auto_contrast() -> None:
