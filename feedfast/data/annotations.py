@@ -121,8 +121,12 @@ class Boxes:
         return digest.hexdigest()
 
     def of(self, positions: NDArray[np.integer[Any]]) -> list[NDArray[np.float32]]:
-        """The boxes of some samples, float32 [k, 4] each, in pixels of the source."""
-        return [self.xyxy[self._own(position)] for position in positions.tolist()]
+        """The boxes that are learned from of some samples, float32 [k, 4] each, in pixels of the source."""
+        out = []
+        for position in positions.tolist():
+            own = self._own(position)
+            out.append(self.xyxy[own] if self.taught else self.xyxy[own][~self.difficult[own]])
+        return out
 
     def at(
         self, positions: NDArray[np.integer[Any]], geometry: Geometry, size: int, keep: Keep = "visible"

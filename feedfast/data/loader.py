@@ -184,23 +184,30 @@ class Loader:
             # A CUDA stream of its own: waiting for the copy must not wait for the consumer's kernels.
             cuda: Any = torch.cuda  # parts of it carry no types
             copier = cuda.Stream(self.device) if self.device.type == "cuda" else None
+            ahead: deque[tuple[Work, Future[Any]]] = (
+                deque()
+            )  # masks are files, too: read by the threads that read images
             for index, part in enumerate(parts):
+                while len(ahead) < min(self.prefetch, len(parts) - index):
+                    here = work.rows(np.arange(len(rows))[parts[index + len(ahead)]])
+                    ahead.append((here, reader.submit(self._annotated, here, view)))
                 try:
                     (output,) = pipeline.run()
                 except RuntimeError as error:
                     bad = np.concatenate([positions[p] for positions in shown for p in parts[index : feed.fed]])
                     raise _explained(error, self.dataset, bad) from error
-                here = work.rows(np.arange(len(rows))[part])
                 images = _owned(output, self.device, copier)
-                yield Batch(images, self._annotated(here, view), self.dataset.ids[here.positions], rows[part], view)
+                here, annotated = ahead.popleft()
+                annotations = annotated.result()
+                if not (view == _EVALUATION and isinstance(annotations, list)):  # metrics work on the CPU
+                    annotations = moved(annotations, self.device)
+                yield Batch(images, annotations, self.dataset.ids[here.positions], rows[part], view)
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 
     def _annotated(self, work: Work, view: int) -> Any:
-        if view != _EVALUATION:
-            return moved(annotations_of(self.dataset, work, self.plan.size), self.device)
-        truth = truth_of(self.dataset, work, self.plan.size)
-        return truth if isinstance(truth, list) else moved(truth, self.device)  # metrics work on the CPU
+        what = truth_of if view == _EVALUATION else annotations_of
+        return what(self.dataset, work, self.plan.size)
 
     def _pipeline(self, work: Work, feed: _Feed) -> Any:
         store = self.dataset.pixels_store

@@ -10,7 +10,6 @@ torchvision's and its files load. Auxiliary classifiers of segmentation are left
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3  # type: igno
 
 from feedfast.models.zoo_ssd import plain
 
-__all__ = ["DENSE_NAMES", "DetectorInput", "build_dense", "data_classes", "detector_input", "is_detector"]
+__all__ = ["DENSE_NAMES", "build_dense", "data_classes", "detector_input", "is_detector"]
 
 # name → the classifier whose published weights fit the backbone; "": none (SSDLite's is narrower than the classifier)
 _SEGMENTERS = {
@@ -107,19 +106,13 @@ def build_dense(name: str, num_classes: int | None = None, weights: Any = None) 
     return model
 
 
-@dataclass(frozen=True)
-class DetectorInput:
-    """What a detector's own transform does: mean and std per channel in 0..1 units, side in pixels."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    size: int
-
-
 @functools.cache
-def detector_input(name: str) -> DetectorInput:
-    """Read from the transform that torchvision puts in front of the detector, which nothing here runs."""
+def detector_input(name: str) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Mean and std per channel in 0..1 units and the side in pixels, of the transform that torchvision puts in front.
+
+    Nothing here runs it.
+    """
     with torch.device("meta"):
         transform: Any = build_dense(name).transform
     mean, std = tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std))
-    return DetectorInput(mean, std, int(transform.fixed_size[0]))  # type: ignore[arg-type]
+    return mean, std, int(transform.fixed_size[0])

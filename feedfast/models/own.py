@@ -64,14 +64,14 @@ def _torchvision(rest: str, weights: str | Path | None) -> OwnInput | None:
     dense = importlib.import_module("feedfast.models.dense")
     chosen = named_weights(rest, weights) or published_file(rest, weights)
     if dense.is_detector(rest):  # torchvision normalizes inside the network, whoever's the weights are
-        found = dense.detector_input(rest)
-        return OwnInput(found.mean, found.std, found.size, chosen is not None, f"torchvision's {rest}")
+        mean, std, size = dense.detector_input(rest)
+        return OwnInput(mean, std, size, chosen is not None, f"torchvision's {rest}")
     if chosen is not None:
         made = chosen.transforms()
         mean, std = tuple(map(float, made.mean)), tuple(map(float, made.std))
         # a segmenter's have no size: its images keep their shapes, and it is trained on crops of the data's size
         size = int(made.crop_size[0]) if hasattr(made, "crop_size") else 0
-        return OwnInput(mean, std, size, size > 0, f"torchvision's {chosen}")  # type: ignore[arg-type]
+        return OwnInput(mean, std, size, size > 0, f"torchvision's {chosen}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Where each family keeps the maps the methods ask for.
+"""Where each family keeps the maps the methods ask for (of segmentation and detection: `presets_dense`).
 
 Three groups. ``final`` is the last map before the global pooling, after its activation: what FEED and Factor Transfer
 compare. ``ofd`` is the end of each stage *before* the activation, ``ofd1`` (largest map) to ``ofdn``: what the Overhaul

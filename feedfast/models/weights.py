@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -361,28 +361,23 @@ def _without_head(state: State, own: Mapping[str, Tensor], model: nn.Module, whe
     heads = {k.rpartition(".")[0] for k in other}
     names = list(own)
     last = bool(other) and set(names[min(names.index(k) for k in other) :]) == set(other)
-    # a detector's is not its last module, and has a row per class and kind of box, background counted
+    # a detector's is not its last module, and has a row per default box and class, background counted
     detector: str = getattr(model, "HEAD", "")
-    background = 1 if detector else 0
     last = last or bool(other and detector and all(k.startswith(detector) for k in other))
     linear = last and all(
         own[k].dim() in (1, 2, 4) and state[k].shape[1:] == own[k].shape[1:] and k.endswith(("weight", "bias"))
         for k in other
     )
-    here: Any = model.get_submodule(detector.rstrip(".")).num_columns if detector else None
-    sizes = {
-        (
-            state[k].shape[0] if here is None else Fraction(state[k].shape[0] * here, own[k].shape[0]),
-            own[k].shape[0] if here is None else here,
-        )
-        for k in other
-    }
-    if not linear or len(sizes) != 1:
+    ratios = {Fraction(state[k].shape[0], own[k].shape[0]) for k in other} if linear else set()
+    if len(ratios) != 1:
         return state
-    ((there, here),) = sizes
+    here = int(
+        cast("Any", model.get_submodule(detector.rstrip("."))).num_columns if detector else own[other[0]].shape[0]
+    )
+    background = 1 if detector else 0
     log.warning(
         "%s: its classifier %s has %s classes and not %d: the new one starts at random, all else is taken",
-        *(where, ", ".join(sorted(heads)), there - background, here - background),
+        *(where, ", ".join(sorted(heads)), ratios.pop() * here - background, here - background),
     )
     return {k: own[k] if k in other else v for k, v in state.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +198,9 @@ def test_margins_come_from_the_norm_that_made_the_map(name: str) -> None:
             torch.testing.assert_close(maps[tap.name].std((0, 2, 3), correction=0), gamma, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [*SMALL, *(f"torchvision/{n}" for n in ("lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"))]
+)
 def test_gradients_reach_every_parameter(name: str) -> None:
     model = build(name).train()
     output, _ = Tapped(model, preset_taps(model, "ofd"), images(65))(images(65))
@@ -261,6 +264,17 @@ def test_deeplab_is_the_authors() -> None:
     torch.testing.assert_close(logits, expected)
     # at a side of 16n+1 the grids nest: every fourth place of the decoder's is one of the pyramid's
     assert [m.shape[2] for m in maps.values()] == [33, 17, 9, 9, 9, 33]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side", "values"),
+    [("zoo/deeplabv3plus-resnet101", 513, 14_307_584), ("zoo/ssd300-resnet50", 300, 1_723_648), (SSD, 300, 614_528)],
+)
+def test_an_images_taps_have_as_many_values_as_the_authors_networks(name: str, side: int, values: int) -> None:
+    model = build_model(name, seed=0).eval()
+    shapes = Tapped(model, preset_taps(model, "ofd"), images(side, batch=1)).shapes.values()
+    assert sum(math.prod(shape) for shape in shapes) == values
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +112,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(world: Path, task: str, tmp_p
     ours, theirs = (torch.load(tmp_path / name / "student.pt", weights_only=True) for name in ("w", "p"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert set(result["val_metrics"]) >= ({"miou", "pixel_accuracy"} if task == "segment" else {"ap", "ap50"})
+    page = (tmp_path / "w" / "report.html").read_text()
+    for words in ("Validation images", "ground truth", "Maps of teachers and student", "wide ofd1", "student ofd1"):
+        assert words in page
 
 
 @pytest.mark.slow
@@ -123,6 +130,31 @@ def test_a_plain_student_learns_the_scenes(task: str, tmp_path: Path) -> None:
     )
     found = run_train(asked)
     assert found["val_miou" if task == "segment" else "val_ap50"] > 0.5, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_a_killed_caching_job_goes_on_to_the_same_digest(task: str, tmp_path: Path) -> None:
+    def asked(name: str) -> Recipe:
+        cache = {"path": str(tmp_path / f"{name}.zarr"), "views": 40}
+        return dense_recipe(tmp_path, task, cache=cache, train={"threads": 1})
+
+    whole = run_cache(asked("whole"))["digest"]
+    recipe_file = as_toml(asked("torn"), tmp_path / "torn.toml")
+    helpers = str(Path(__file__).parents[1] / "helpers")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([helpers, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "feedfast", "cache", str(recipe_file)]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs = tmp_path / "torn.zarr" / "commits"
+    while job.poll() is None and sum(path.read_bytes().count(b"ofd1/codes") for path in logs.glob("part-*")) < 5:
+        time.sleep(0.005)
+    assert job.poll() is None, "the job ended before it could be killed"
+    job.kill()
+    job.wait()
+    found = run_cache(asked("torn"))
+    assert found["rows_resumed"] > 0
+    assert found["rows_written"] > 0
+    assert found["digest"] == whole
 
 
 def _kind(task: str) -> str:
