@@ -104,11 +104,13 @@ def refuse_other_logits(
         where: begins the sentence.
 
     Raises:
-        RequestError: the student returns no logits, or a teacher has other classes.
+        RequestError: student or teacher has no logits, or they are of other classes.
     """
     if LOGITS not in kind.needed(options):
         return
     for name, infos in teachers.items():
+        if LOGITS not in infos:
+            raise RequestError(f"{where}.name: {kind.name!r} compares logits, found none of teacher {name!r}")
         shape = infos[LOGITS].shape
         if not isinstance(outputs, tuple) or len(outputs) != len(shape):
             form = "[batch, class]" if len(shape) == 1 else "[batch, class, height, width]"

@@ -35,7 +35,8 @@ SMALL_SIDE = 32  # of the first map, in pixels: CIFAR's networks have 32 there, 
 ALPHA_SMALL, ALPHA_LARGE = 1e-3, 1e-4
 # DeepLabV3+: four stages, the head (ASPP), and the decoder, whose map is as large as the first stage's. The authors
 # divide the distances by 8, 4, 2, 1, 1, 16; they also divide the mean cross-entropy by the batch (task.weight).
-DECODER_WEIGHTS, ALPHA_DECODER = (1 / 8, 1 / 4, 1 / 2, 1.0, 1.0, 1 / 16), 1e-5
+DECODER_WEIGHTS = (1 / 8, 1 / 4, 1 / 2, 1.0, 1.0, 1 / 16)
+ALPHA_DENSE, CLASSIFIER_TAPS = 1e-5, 4  # classifiers have four taps at most, segmenters and detectors five or six
 
 
 class OFD(Method):
@@ -55,8 +56,8 @@ class OFD(Method):
             None,
             ge=0,
             description="weight of the feature term; default: the authors' 1e-3 where the first map has up to 32 "
-            "pixels per side (CIFAR), 1e-4 where it has more (ImageNet), 1e-5 of DeepLabV3+'s six taps; they name 1e-5 "
-            "for detection, too",
+            "pixels per side (CIFAR), 1e-4 where it has more (ImageNet), 1e-5 where there are more than four taps "
+            "(segmentation, detection)",
         )
         taps: tuple[int, ...] | None = Field(
             None,
@@ -160,7 +161,9 @@ def _authors(shapes: Sequence[tuple[int, ...]]) -> tuple[float, tuple[float, ...
     """The authors' alpha and weights of taps of a network with maps of these shapes (C, H, W), first to last."""
     count = len(shapes)
     sides = [max(shape[1:], default=1) for shape in shapes]
-    if count == len(DECODER_WEIGHTS) and sides[-1] > sides[-2]:
-        return ALPHA_DECODER, DECODER_WEIGHTS
     alpha = ALPHA_SMALL if sides[0] <= SMALL_SIDE else ALPHA_LARGE
+    if count > CLASSIFIER_TAPS:
+        alpha = ALPHA_DENSE
+    if count == len(DECODER_WEIGHTS) and sides[-1] > sides[-2]:
+        return alpha, DECODER_WEIGHTS
     return alpha, tuple(0.5 ** (count - index) for index in range(1, count + 1))

@@ -177,8 +177,8 @@ def partial(t: np.ndarray, s: np.ndarray) -> float:
         (DEEPLAB, {}, (1 / 8, 1 / 4, 1 / 2, 1, 1, 1 / 16), 1e-5),
         (DEEPLAB, {"taps": [2, 3, 6]}, (0, 1 / 4, 1 / 2, 0, 0, 1 / 16), 1e-5),
         (DEEPLAB, {"taps": [2, 4], "tap_weights": [3, 1], "alpha": 0.5}, (0, 3, 0, 1, 0, 0), 0.5),
-        (SSD, {}, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), 1e-3),
-        ((38, *SSD[1:]), {"alpha": 1e-5}, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), 1e-5),
+        (SSD, {}, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), 1e-5),
+        ((38, *SSD[1:]), {"alpha": 1e-3}, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1), 1e-3),
     ],
 )
 def test_ofd_weighs_six_taps_as_its_authors_do(
@@ -333,6 +333,11 @@ def test_logits_of_student_and_teachers_must_be_of_one_form() -> None:
         ((5,), maps, r"'kd' compares logits, expected .*\[batch, class, height, width\], .*found \[5\] per sample"),
         ((5, 9, 9), rows, r"'kd' compares logits, expected .*\[batch, class\], .*found \[5, 9, 9\] per sample"),
         ({"cls_logits": (10, 5)}, maps, "'kd' compares logits, expected .*found no tensor"),
+        (
+            {"cls_logits": (10, 5)},
+            {"a": {"ofd1": TapInfo((4, 9, 9))}},
+            "'kd' compares logits, found none of teacher 'a'",
+        ),
         ((6, 9, 9), maps, "'kd' compares classes one by one, expected 6 in every teacher, found 5 in 'a'"),
     ):
         with pytest.raises(RequestError, match=message):
