@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SHOWN = 6
 TAPS_SIZE = 32  # pixels; of a network that does not say what it wants
+DENSE_SIZE = 300  # of one for boxes or pixels: SSD's
 
 
 def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
@@ -197,7 +198,8 @@ def run_taps(model: str, size: int | None, classes: int) -> dict[str, Any]:
     network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
     if size is None:
         own = own_input(model, None, network)
-        size = (own.size if own is not None else built_size(network)) or TAPS_SIZE
+        default = DENSE_SIZE if model.startswith(("zoo/deeplabv3plus-", "zoo/ssd300-")) else TAPS_SIZE
+        size = (own.size if own is not None else built_size(network)) or default
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]
     hazards = dict.fromkeys(hazard for row in rows for hazard in row["hazards"])
     notes = {hazard: number for number, hazard in enumerate(hazards, 1)}

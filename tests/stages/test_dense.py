@@ -17,6 +17,7 @@ from commands import feedfast
 from scenes import dense_recipe, write_scenes
 from small import as_toml
 
+import feedfast as package
 from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
@@ -172,6 +173,21 @@ def test_verify_replays_pixels_and_teachers(world: Path, task: str, tmp_path: Pa
     assert found["ok"], found["problems"]
     assert found["replayed"] == 2
     assert file.exists()
+
+
+def test_a_loop_of_one_s_own_gets_masks_and_boxes(world: Path) -> None:
+    for task in TASKS:
+        batches = list(package.open_cache(world / f"{task}-f32.zarr").stream(1, 8))
+        assert len(batches) == 3
+        for batch in batches:
+            assert batch.images.shape == (8, 3, 48, 48)
+            assert batch.targets["wide"]["ofd1"].shape[0] == 8
+            if task == "segment":
+                assert batch.annotations.shape == (8, 48, 48)
+                assert set(batch.annotations.unique().tolist()) <= {0, 1, 2, 255}
+            else:
+                assert all(own["boxes"].shape == (len(own["labels"]), 4) for own in batch.annotations)
+                assert sum(len(own["labels"]) for own in batch.annotations)
 
 
 def test_boxes_moved_since_the_cache_was_made_are_refused(world: Path, tmp_path: Path) -> None:
