@@ -101,7 +101,8 @@ class Data(_Section):
     augment: str | tuple[dict[str, Any], ...] = Field(
         "pad-crop-flip",
         description="pad-crop-flip: shifted by up to size // 8 pixels, as on CIFAR; resized-crop-flip: a random part "
-        "of the image, resized, as on ImageNet; none: as for evaluation; a preset, or a list of operations "
+        "of the image, resized, as on ImageNet; scale-crop-flip: for masks; expand-crop-flip: for boxes; none: as for "
+        "evaluation; a preset, or a list of operations "
         '`{ op = "rand-augment", … }`: docs/augmentations.md has both',
     )
     flip: float = Field(
