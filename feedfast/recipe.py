@@ -184,7 +184,8 @@ class Teacher(_Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     taps: tuple[str, ...] = Field(
         (),
-        description='groups (final, ofd, ofd+margin, stage) or "name=module.path", with :pre, :post or :end and, of '
+        description="groups (final, ofd, ofd+margin, stage), one tap of a group (ofd2), logits of pixels, or "
+        '"name=module.path", with :pre, :post or :end and, of '
         "tokens, :map or :tokens after it (`feedfast taps MODEL` lists them); [] = what the methods need",
     )
     mean: Mean | None = Field(

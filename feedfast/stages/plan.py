@@ -149,7 +149,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     seconds = (teachers_ms * (rows + pilot) + measured.encode_ms * rows) / measured.batch / 1e3
     epoch_ms = teachers_ms * count / measured.batch
     epochs = recipe.train.steps * recipe.train.batch / count if recipe.train.steps else recipe.train.epochs
-    methods = served(taps, classes)
+    methods = served(taps, classes, recipe.task.name)
     document = {
         "bytes": total,
         "raw_bytes": sum(entry["raw_bytes"] for entry in targets.values()),
