@@ -5,7 +5,8 @@ students on boxes of cars, pedestrians and bicyclists that `tools/boxes_of_masks
 AP50. Nothing published is fetched here: segmenters start at random, detectors from the backbone of one of them
 (``--pretrain``), without which they learn next to nothing from so few boxes. The teacher is a larger network of the
 same family, trained longer and on all images. All students of a seed start from the same weights and see the same
-views in the same order; plain ones too. A live teacher sees the cached views (``live``) or a new one every epoch (``fresh``).
+views in the same order; plain ones too. A live teacher sees the cached views (``live``) or a new one every epoch
+(``fresh``).
 
     python bench/bench_dense.py DATA/camvid [--task segment detect] [--seeds 3] [--out runs/dense]
     python bench/bench_dense.py DATA/camvid --methods ofd-1e-3 ofd-1e-4 --sources cache --seeds 1 --epochs 8   a search

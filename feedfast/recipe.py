@@ -273,7 +273,7 @@ class Train(_Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     nesterov: bool = Field(True, description="sgd with momentum only")
     weight_decay: float = Field(5e-4, ge=0, description="the optimizer's own; of all parameters")
-    schedule: Literal["cosine", "step", "one-cycle", "constant"] = Field(
+    schedule: Literal["cosine", "step", "one-cycle", "poly", "constant"] = Field(
         "cosine", description="how the learning rate falls, a function of the step alone"
     )
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: fractions of the run")
