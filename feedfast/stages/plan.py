@@ -183,7 +183,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
     for name, entry in document["teachers"].items():
         if entry["near_chance"]:
-            tell_accuracy(name, entry["top1"], entry["top1_rows"], classes)
+            tell_accuracy(name, entry["top1"], entry["top1_rows"], classes, recipe.task.name)
     if not document["fits"]:
         log.error("plan: %s", _no_room(document, str(standing), views))
     return document
