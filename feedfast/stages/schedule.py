@@ -36,7 +36,7 @@ class Schedule:
         if train.schedule == "cosine":
             return _anneal(train.lr, 0.0, done)
         if train.schedule == "poly":
-            return train.lr * (1 - done) ** POLY_POWER
+            return float(train.lr * (1 - done) ** POLY_POWER)
         if train.schedule == "step":
             passed = sum(step >= round(milestone * self.total) for milestone in train.milestones)
             return train.lr * train.gamma**passed
