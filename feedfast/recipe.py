@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -29,16 +29,19 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
+    field_validator,
+    model_serializer,
     model_validator,
 )
 
 from feedfast.errors import RequestError
 from feedfast.files import deeper_than, read_file
-from feedfast.words import MAX_DEPTH, override, read_toml, refuse_odd_values
+from feedfast.words import MAX_DEPTH, override, read_tap, read_toml, refuse_odd_values, write_tap
 
 MAX_RECIPE_BYTES: Final = 1 << 18  # 256 KiB; the longest packaged one has 3
 
 TaskName = Literal["classify", "segment", "detect"]
+CodecName = Literal["f32", "f16", "u8", "u4"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -145,7 +148,12 @@ class Cache(_Section):
         le=65535,
         description="augmentation seeds, used in turn by epoch; 0 = a new one every epoch (live, none)",
     )
-    codec: Literal["f32", "f16", "u8", "u4"] = Field("u8", description="the stored form of a map's values")
+    codec: CodecName = Field("u8", description="the stored form of a map's values, of taps that name none of their own")
+    compression: Literal["auto", "zstd", "raw"] = Field(
+        "auto",
+        description="of maps: auto = zstd where it makes the pilot's codes at least 1.15 times smaller; zstd = always; "
+        "raw = never. A tap that is cached already keeps what it has; logits and pixels are raw",
+    )
     images: Literal["replay", "stored"] = Field(
         "replay", description="replay: pixels are decoded again; stored: the cache keeps them too, as uint8"
     )
@@ -158,6 +166,61 @@ class Cache(_Section):
         description="i/n: write every n-th shard from the i-th; under torchrun: rank/world",
     )
     threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
+
+
+class TapEntry(_Section):
+    """One entry of `taps` as a table; as text it is `place[+margin][:codec]`: `"ofd+margin"`, `"ofd2:u4"`."""
+
+    tap: str = Field(
+        min_length=1,
+        description="a group (final, ofd, stage), one tap of a group (ofd2), logits of pixels, or "
+        '"name=module.path", with :pre, :post or :end and, of tokens, :map or :tokens after it '
+        "(`feedfast taps MODEL` lists them)",
+    )
+    margin: bool = Field(False, description="store the map after OFD's margin ReLU, as `+margin` does")
+    codec: CodecName | None = Field(
+        None,
+        description="the stored form of its values; none = `cache.codec`. Logits have none of their own: they are f32 "
+        "where all of the teacher's other taps are, else f16",
+    )
+
+    @property
+    def name(self) -> str:
+        """The group's name, or that of the tap written by hand."""
+        return self.tap.partition("=")[0]
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether it is a place of its own and no group."""
+        return "=" in self.tap
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return read_tap(value, get_args(CodecName))
+        if not isinstance(value, (Mapping, cls)):
+            # pydantic reports no TypeError
+            raise ValueError('expected text or a table { tap = "...", margin = ..., codec = "..." }')  # noqa: TRY004
+        return value
+
+    @field_validator("tap")
+    @classmethod
+    def _place_alone(cls, value: str) -> str:
+        if read_tap(value, get_args(CodecName)) != {"tap": value}:
+            raise ValueError("expected the place alone; margin and codec are keys of their own")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tap == "logits" and (self.margin or self.codec):
+            raise ValueError("expected neither margin nor codec with logits, which are f16, or f32 with f32 maps")
+        return self
+
+    @model_serializer
+    def _as_text(self) -> str:
+        # recipes are compared as JSON: both forms are one, and runs of before tables are continued
+        return write_tap(self.tap, margin=self.margin, codec=self.codec)
 
 
 class Teacher(_Section):
@@ -182,11 +245,8 @@ class Teacher(_Section):
         "eval", description="statistics of its batch norms: its own, or those of each batch of `cache.batch` rows"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
-    taps: tuple[str, ...] = Field(
-        (),
-        description="groups (final, ofd, ofd+margin, stage), one tap of a group (ofd2), logits of pixels, or "
-        '"name=module.path", with :pre, :post or :end and, of '
-        "tokens, :map or :tokens after it (`feedfast taps MODEL` lists them); [] = what the methods need",
+    taps: tuple[TapEntry, ...] = Field(
+        (), description="what is stored of it, each as text or as a table (below); [] = what the methods need"
     )
     mean: Mean | None = Field(
         None,
@@ -405,7 +465,7 @@ def parse_recipe(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, wher
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "": Recipe, "data": Data, "task": Task, "cache": Cache, "teachers": Teacher, "student": Student,
+    "": Recipe, "data": Data, "task": Task, "cache": Cache, "teachers": Teacher, "taps": TapEntry, "student": Student,
     "method": MethodEntry, "train": Train, "chain": Chain,
 }  # fmt: skip
 
@@ -414,7 +474,7 @@ def _sentence(item: Mapping[str, Any]) -> str:
     """One pydantic error as key, expected, found."""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section = next((part for part in item["loc"][:-1] if isinstance(part, str)), "")
+        section = next((part for part in reversed(item["loc"][:-1]) if part in _SECTIONS), "")
         known = sorted(_SECTIONS[section].model_fields)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"

@@ -17,13 +17,14 @@ from pydantic import BaseModel
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import expected_words
-from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
+from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, TapEntry, Teacher, Train, packaged_recipes
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python tools/make_docs.py"
 SECTIONS: dict[str, type[BaseModel]] = {
-    "Top level": Recipe, "[data]": Data, "[cache]": Cache, "[[teachers]]": Teacher, "[student]": Student,
-    "[method] or [[method]]": MethodEntry, "[train]": Train,
+    "Top level": Recipe, "[data]": Data, "[cache]": Cache, "[[teachers]]": Teacher,
+    "An entry of teachers.N.taps": TapEntry, "[student]": Student, "[method] or [[method]]": MethodEntry,
+    "[train]": Train,
 }  # fmt: skip
 EXAMPLE = """\
 seed = 0
@@ -80,7 +81,9 @@ def recipe_rows(section: type[BaseModel]) -> Iterator[Sequence[str]]:
     schema = section.model_json_schema()
     for key, entry in schema["properties"].items():
         target = str(entry.get("$ref") or entry.get("items", {}).get("$ref") or entry.get("allOf"))
-        if "$defs" in target or key == "method":
+        if key == "taps":
+            kind, limits, default = "list of: text or table", "", literal(entry["default"])
+        elif "$defs" in target or key == "method":
             kind, limits, default = "section", "", "required" if key in schema.get("required", ()) else "see below"
         else:
             kind, limits = describe(entry)

@@ -9,7 +9,7 @@ memory is touched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import google_crc32c
 import numpy as np
@@ -21,6 +21,7 @@ from feedfast.cache.schema import Compression
 from feedfast.errors import CacheDamageError
 
 Array = npt.NDArray[Any]
+AskedCompression = Literal["auto", "zstd", "raw"]
 Buffer = bytes | bytearray | memoryview | Array
 
 ZSTD_PAYS: Final = 1.15
@@ -88,8 +89,10 @@ def zstd_content_size(header: bytes) -> int | None:
     return size + 256 if width == 2 else size
 
 
-def choose_compression(blocks: Iterable[Buffer]) -> Compression:
-    """``zstd`` if it shrinks these pilot blocks of real codes by 1.15 or more, else ``none``."""
+def choose_compression(blocks: Iterable[Buffer], asked: AskedCompression = "auto") -> Compression:
+    """What is asked for; "auto": ``zstd`` if it shrinks these pilot blocks of codes by 1.15 or more, else ``none``."""
+    if asked != "auto":
+        return "zstd" if asked == "zstd" else "none"
     raw = stored = 0
     for block in blocks:
         raw += np.frombuffer(block, np.uint8).size

@@ -25,9 +25,9 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.base import matching
 from feedfast.models.build import published_weights
+from feedfast.stages.codecs import codecs_of
 from feedfast.stages.ensemble import FrozenTeacher, teacher_from_recipe
 from feedfast.stages.identity import decoder_info, plan_info, refuse_differences
-from feedfast.stages.pilot import stored_codec
 from feedfast.stages.probe import Probe, refuse_other_probe
 
 
@@ -40,7 +40,7 @@ def refuse_other_recipe(
         reader: the cache.
         dataset: the images, as `dataset_info` describes them.
         plan: their views.
-        recipe: what is to be trained; its teachers, codec and batch.
+        recipe: what is to be trained; its teachers, codecs and batch.
         needs: selectors of the taps that its methods read.
 
     Raises:
@@ -78,16 +78,18 @@ def refuse_other_recipe(
         },
     }
     refuse_differences(reader.path, found.model_copy(update=asked), found)
+    codecs = codecs_of(recipe.teachers, recipe.cache.codec)
     for spec in recipe.teachers:
         stored = found.teachers[spec.name].taps
         for tap in matching(needs, stored):
-            _refuse_other(reader.path, spec.name, stored[tap], {"codec": stored_codec(tap, recipe.cache.codec)})
+            _refuse_other(reader.path, spec.name, stored[tap], {"codec": codecs.of(spec.name, tap)})
     for spec in recipe.teachers if recipe.train.check_teachers else ():
         stored, teacher = found.teachers[spec.name].taps, built[spec.name]
         for tap in teacher.requests:
             if tap in stored:
                 # A recipe that names no taps says nothing of margins; who reads these maps floors them itself.
-                refuse_other_tap(reader.path, teacher, tap, recipe.cache.codec, stored[tap], transform=bool(spec.taps))
+                codec = codecs.of(spec.name, tap)
+                refuse_other_tap(reader.path, teacher, tap, codec, stored[tap], transform=bool(spec.taps))
 
 
 def refuse_other_outputs(
@@ -141,7 +143,7 @@ def refuse_other_tap(
         path: of the cache.
         teacher: has the tap.
         tap: its name.
-        codec: the recipe's.
+        codec: the recipe's for it.
         known: the manifest's entry.
         transform: whether the margin counts.
 

@@ -23,11 +23,12 @@ from feedfast.models.build import build_model
 from feedfast.models.taps import Tap, Tapped
 from feedfast.recipe import Recipe, packaged_recipe, packaged_recipes
 from feedfast.report.compare import print_table
+from feedfast.stages.codecs import codecs_of
 from feedfast.stages.data import open_train
 from feedfast.stages.ensemble import outputs_of, tap_requests
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.inputs import teacher_input
-from feedfast.stages.pilot import stored_codec, tap_row_bytes
+from feedfast.stages.pilot import tap_row_bytes
 from feedfast.stages.progress import format_bytes
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _shown_bytes(count: int | None) -> str:
 
 def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str, Any]]:
     """Method → ``bytes_per_sample``, ``targets``, and ``refused`` where a teacher has no such maps."""
-    classes = _classes(recipe)
+    classes, codecs = _classes(recipe), codecs_of(recipe.teachers, recipe.cache.codec)
     groups = tuple(dict.fromkeys(group for kind in kinds for group in tap_groups(kind.needs)))
     shapes: dict[str, Shapes] = {}
     missing: dict[str, dict[str, str]] = {}
@@ -144,8 +145,8 @@ def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str,
             for tap in matching(needs, taps):
                 targets[f"{teacher}/{tap}"] = {
                     "shape": list(taps[tap]),
-                    "codec": stored_codec(tap, recipe.cache.codec),
-                    "bytes_per_sample": tap_row_bytes(tap, taps[tap], recipe.cache.codec),
+                    "codec": (codec := codecs.of(teacher, tap)),
+                    "bytes_per_sample": tap_row_bytes(taps[tap], codec),
                 }
         total = None if refused else sum(entry["bytes_per_sample"] for entry in targets.values())
         costs[kind.name] = {"bytes_per_sample": total, "targets": targets}
@@ -179,7 +180,7 @@ def _teacher_shapes(
         raise RequestError(f"{where}: {error}") from error
     size = teacher_input(spec, data, model).size
     example = torch.zeros(2, 3, size, size)
-    by_hand = tap_requests(model, [text for text in spec.taps if "=" in text], example, where)
+    by_hand = tap_requests(model, [entry for entry in spec.taps if entry.by_hand], example, where)
     taps: dict[str, Tap] = {request.tap.name: request.tap for request in by_hand}
     missing: dict[str, str] = {}
     for group in groups:

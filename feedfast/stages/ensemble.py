@@ -33,6 +33,7 @@ from feedfast.models.build import build_model, weights_sha256
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
+from feedfast.recipe import TapEntry
 from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
 from feedfast.stages.trainee import method_entries, needs_of
@@ -41,7 +42,6 @@ from feedfast.tasks import Outputs, Task, task_named
 Triple = tuple[float, float, float]
 LOGITS = "logits"
 BOX_LOGITS = "cls_logits"  # of a detector, as torchvision calls them
-MARGIN_SUFFIX = "+margin"
 PROBE_ROWS = 8
 
 
@@ -53,20 +53,22 @@ class TapRequest:
     margin: bool
 
 
-def tap_requests(model: nn.Module, specs: Sequence[str], example: Tensor, where: str) -> tuple[TapRequest, ...]:
-    """The taps that ``specs`` ask for ("final", "ofd", "name=path:pre", each with an optional "+margin").
+def tap_requests(
+    model: nn.Module, specs: Sequence[str | TapEntry], example: Tensor, where: str
+) -> tuple[TapRequest, ...]:
+    """The taps that ``specs`` ask for: a recipe's entries, or places without options ("final", "ofd", "name=path:pre").
 
     Raises:
         RequestError: a group the model has no preset for, a bad path, or one name asked for twice.
     """
     found: dict[str, TapRequest] = {}
     for spec in specs:
-        text = spec.removesuffix(MARGIN_SUFFIX)
+        text, margin = (spec, False) if isinstance(spec, str) else (spec.tap, spec.margin)
         taps = (parse_tap(text),) if "=" in text else preset_taps(model, text, example)
         for tap in taps:
             if tap.name in found or tap.name == LOGITS:
                 raise RequestError(f"{where}.taps: every tap needs its own name, found {tap.name!r} twice or reserved")
-            found[tap.name] = TapRequest(tap, margin=spec.endswith(MARGIN_SUFFIX))
+            found[tap.name] = TapRequest(tap, margin)
     return tuple(found.values())
 
 
@@ -291,7 +293,10 @@ def teacher_from_recipe(
         hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
         raise RequestError(f"{where}: {error}{hint}") from error
     own = teacher_input(spec, data, model)
-    specs = [text for text in spec.taps or dict.fromkeys(tap_groups(needs)) if text != LOGITS]
+    specs = (
+        [entry for entry in spec.taps if entry.tap != LOGITS] if spec.taps else list(dict.fromkeys(tap_groups(needs)))
+    )
+    dense_logits = LOGITS in ([entry.tap for entry in spec.taps] or needs)
     return FrozenTeacher(
         spec.name,
         model,
@@ -304,7 +309,7 @@ def teacher_from_recipe(
         size=own.size,
         device=device,
         task=task_named(task, 0),
-        logits=task == "classify" or LOGITS in (spec.taps or needs),
+        logits=task == "classify" or dense_logits,
     )
 
 

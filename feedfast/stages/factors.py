@@ -196,7 +196,9 @@ class _Factors:
                 values.append(thin(factors, batches))
             samples.append(np.concatenate(values))
         assert first is not None
-        scale, compression, error = fit_values(samples[0], samples[1], first, codec, Transform())
+        scale, compression, error = fit_values(
+            samples[0], samples[1], first, codec, Transform(), self.recipe.cache.compression
+        )
         flat = _flat(paraphraser)
         info = TapInfo(
             name=FACTOR,

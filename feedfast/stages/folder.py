@@ -241,7 +241,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
             "device",
         ),
         "data": ("threads", "check"),
-        "cache": ("threads", "part"),
+        "cache": ("threads", "part", "compression"),
     }.items():
         for key in keys:
             tree[section].pop(key)

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
+from feedfast.cache.blocks import choose_compression
 from feedfast.cache.create import open_for_writing, record_pass, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, check_length, object_key, read_log
 from feedfast.cache.manifest import held_manifest
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
+from feedfast.cache.schema import Compression, Manifest, TapInfo, TeacherInfo
 from feedfast.cache.store import COMMITS, Store
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
@@ -49,11 +50,12 @@ from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.bf16 import say_slow_bf16
+from feedfast.stages.codecs import codecs_of
 from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
-from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
+from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot
 from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.proof import content_of
@@ -99,6 +101,7 @@ class OfflineRun:
     def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
         self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
+        self.codecs = codecs_of(recipe.teachers, recipe.cache.codec)
         self.part, self.first = me.part(recipe.cache.part), me.first
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         self.device = pick_device(recipe.train.device, me.local)
@@ -173,7 +176,7 @@ class OfflineRun:
             for tap in teacher.requests:
                 if tap not in known:
                     return None
-                refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
+                refuse_other_tap(self.path, teacher, tap, self.codecs.of(name, tap), known[tap])
             if LOGITS in teacher.shapes and LOGITS not in known:
                 return None
         if held.views < self.recipe.cache.views or not reader.complete:
@@ -229,7 +232,7 @@ class OfflineRun:
             taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
             taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
             if LOGITS in teacher.shapes:
-                codec, shape = stored_codec(LOGITS, recipe.cache.codec), teacher.shapes[LOGITS]
+                codec, shape = self.codecs.of(name, LOGITS), teacher.shapes[LOGITS]
                 taps[LOGITS] = TapInfo(name=LOGITS, path="", position="post", shape=shape, codec=codec)
             teachers[name] = TeacherInfo(
                 name=name,
@@ -267,8 +270,8 @@ class OfflineRun:
         """The recipe's plan; how passes mix rows is the existing cache's, whose blocks are made for it."""
         if held is not None:
             return replace(self.plan, granule=held.plan.granule, window=held.plan.window)
-        cache = self.recipe.cache
-        return mixing_plan(self.plan, row_bytes(self.teachers.values(), cache.codec, cache.images, self.plan.size))
+        images = self.recipe.cache.images
+        return mixing_plan(self.plan, row_bytes(self.teachers.values(), self.codecs, images, self.plan.size))
 
     def _fit(self, held: Manifest | None, granule: int) -> dict[tuple[str, str], Fitted]:
         """Pilot for the taps the cache does not have yet, and for those whose scale is lost or was never written."""
@@ -285,7 +288,8 @@ class OfflineRun:
             known = held.teachers[name].taps if held is not None and name in held.teachers else {}
             for tap in teacher.requests:
                 if tap in known:
-                    refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
+                    refuse_other_tap(self.path, teacher, tap, self.codecs.of(name, tap), known[tap])
+                    self._say_compression(f"{name}/{tap}", known[tap].compression)
                 if tap not in known or names.scale(name, tap) not in durable:
                     wanted.setdefault(name, []).append(tap)
         if not wanted:
@@ -293,9 +297,9 @@ class OfflineRun:
         fit, held_out, labels = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
         for name, taps in wanted.items():
-            codec = self.recipe.cache.codec
+            codecs = {tap: self.codecs.of(name, tap) for tap in taps}
             entries = run_pilot(
-                *(self.teachers[name], taps, fit, held_out, codec, granule),
+                *(self.teachers[name], codecs, fit, held_out, granule, self.recipe.cache.compression),
                 seen=partial(self._seen, name, labels),
             )
             tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes), self.recipe.task.name)
@@ -303,6 +307,11 @@ class OfflineRun:
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
         return out
+
+    def _say_compression(self, target: str, held: Compression) -> None:
+        asked = self.recipe.cache.compression
+        if choose_compression((), asked) != held and asked != "auto":
+            log.info("cache: %s stays as it is stored (%s); cache.compression is for what is new", target, held)
 
     def _seen(self, teacher: str, labels: list[Any], number: int, logits: torch.Tensor | None) -> None:
         self.pilot_accuracy.update(teacher, logits, labels[number])

@@ -15,7 +15,7 @@ WRN-16-2 cost 14 to 27 % more error than 2,048).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.blocks import choose_compression
+from feedfast.cache.blocks import AskedCompression, choose_compression
 from feedfast.cache.fit import fit_affine, measure
 from feedfast.cache.layout import ArraySpec, block_rows_for
 from feedfast.cache.schema import CodecName, Compression, TapInfo
@@ -32,6 +32,7 @@ from feedfast.cache.transform import Transform
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan, pass_sizes, readable_sizes
 from feedfast.errors import FeedfastError
+from feedfast.stages.codecs import Codecs
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed
 from feedfast.stages.record import encode_rows
 from feedfast_kernels.codes import CODECS
@@ -58,28 +59,28 @@ class _Sample:
 
 def run_pilot(
     teacher: FrozenTeacher,
-    names: Iterable[str],
+    codecs: Mapping[str, CodecName],
     batches: list[Tensor],
     held_out: list[Tensor],
-    codec: CodecName,
     granule: int,
+    compression: AskedCompression = "auto",
     seen: Callable[[int, Tensor | None], None] | None = None,
 ) -> dict[str, Fitted]:
-    """Fit and measure the taps ``names`` of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
+    """Fit and measure taps of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
 
     Args:
         teacher: the network.
-        names: its taps to fit; may be empty where only ``seen`` is wanted.
+        codecs: its taps to fit, each with its codec; may be empty where only ``seen`` is wanted.
         batches: pixels the codec is fitted on.
         held_out: pixels it is measured on.
-        codec: of the taps.
         granule: of the plan.
+        compression: of the taps, or "auto".
         seen: is told the number of each batch, held-out ones after the others, and its logits if they are served.
 
     Raises:
         FeedfastError: a map of the pilot is not finite.
     """
-    samples: dict[str, _Sample] = {name: _Sample() for name in names}
+    samples: dict[str, _Sample] = {name: _Sample() for name in codecs}
     if not samples and seen is None:
         return {}
     number = 0
@@ -99,9 +100,9 @@ def run_pilot(
                     )
                 getattr(sample, kind).append(thin(values, len(group)))
                 if sample.first is None:
-                    block = block_rows_for(tap_row_bytes(name, tuple(values.shape[1:]), codec), granule)
+                    block = block_rows_for(tap_row_bytes(tuple(values.shape[1:]), codecs[name]), granule)
                     sample.first = values[:block]
-    return {name: _fit(teacher, name, sample, codec) for name, sample in samples.items()}
+    return {name: _fit(teacher, name, sample, codecs[name], compression) for name, sample in samples.items()}
 
 
 def thin(values: Tensor, batches: int) -> np.ndarray:
@@ -113,7 +114,14 @@ def thin(values: Tensor, batches: int) -> np.ndarray:
 
 
 def fit_values(
-    fit: np.ndarray, unseen: np.ndarray, first: Tensor, codec: CodecName, transform: Transform, *, signed: bool = False
+    fit: np.ndarray,
+    unseen: np.ndarray,
+    first: Tensor,
+    codec: CodecName,
+    transform: Transform,
+    compression: AskedCompression,
+    *,
+    signed: bool = False,
 ) -> tuple[np.ndarray, Compression, dict[str, float]]:
     """What a tap's manifest entry says of its codec, from a sample of its values.
 
@@ -123,18 +131,19 @@ def fit_values(
         first: a block of maps before ``transform``, which is compressed on trial.
         codec: of the tap.
         transform: of the tap.
+        compression: of the tap; "auto" = what that trial says.
         signed: whether signs count, as of a pre-activation map.
 
     Returns:
-        Offset and step [2, channel], the compression that pays, and the measured errors.
+        Offset and step [2, channel], the compression, and the measured errors.
     """
     offset, step = fit_affine(fit, codec)
     block, _ = encode_rows(first, codec, torch.from_numpy(offset), torch.from_numpy(step), transform)
-    compression = choose_compression([np.ascontiguousarray(block)])
-    return np.stack([offset, step]), compression, measure(unseen, offset, step, codec, pre_activation=signed)
+    chosen = choose_compression([np.ascontiguousarray(block)], compression)
+    return np.stack([offset, step]), chosen, measure(unseen, offset, step, codec, pre_activation=signed)
 
 
-def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -> Fitted:
+def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName, asked: AskedCompression) -> Fitted:
     request = teacher.requests[name]
     margin, transform = teacher.margins.get(name), teacher.transform(name)
     fit, unseen = (
@@ -144,7 +153,7 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     assert sample.first is not None
     try:
         scale, compression, error = fit_values(
-            fit, unseen, sample.first, codec, transform, signed=is_signed(request.tap)
+            fit, unseen, sample.first, codec, transform, asked, signed=is_signed(request.tap)
         )
     except FeedfastError as why:  # beyond float16
         raise FeedfastError(f"teacher {teacher.name!r}, tap {name!r}: {why}") from why
@@ -163,25 +172,18 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName) -
     return Fitted(info, scale if CODECS[codec].quantized else None)
 
 
-def row_bytes(teachers: Iterable[FrozenTeacher], codec: CodecName, images: str, size: int) -> int:
+def row_bytes(teachers: Iterable[FrozenTeacher], codecs: Codecs, images: str, size: int) -> int:
     """Decoded bytes per row of all that a recipe stores: maps, logits, and pixels where ``images`` is "stored"."""
     total = size * size * 3 if images == "stored" else 0
     for teacher in teachers:
         for tap, shape in teacher.shapes.items():
-            total += tap_row_bytes(tap, shape, codec)
+            total += tap_row_bytes(shape, codecs.of(teacher.name, tap))
     return total
 
 
-def tap_row_bytes(tap: str, shape: tuple[int, ...], codec: CodecName) -> int:
-    """Bytes per stored row of one tap."""
-    return TapInfo(name=tap, path="", position="post", shape=shape, codec=stored_codec(tap, codec)).row_bytes
-
-
-def stored_codec(tap: str, codec: CodecName) -> CodecName:
-    """Logits are float16, except with float32 maps: a cache made for exact comparison must be exact throughout."""
-    if tap != LOGITS:
-        return codec
-    return "f32" if codec == "f32" else "f16"
+def tap_row_bytes(shape: tuple[int, ...], codec: CodecName) -> int:
+    """Bytes per stored row of a tap."""
+    return TapInfo(name="tap", path="", position="post", shape=shape, codec=codec).row_bytes
 
 
 def mixing_plan(plan: ViewPlan, row_bytes: int) -> ViewPlan:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.blocks import compress_block
+from feedfast.cache.blocks import AskedCompression, choose_compression, compress_block
 from feedfast.cache.create import refuse_foreign
 from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
@@ -41,9 +41,10 @@ from feedfast.models.taps import Tapped, logits_of
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
+from feedfast.stages.codecs import Codecs, codecs_of
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
-from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, stored_codec, tap_row_bytes
+from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
 from feedfast.stages.plan_screen import plan_screen, screen_width
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
@@ -121,22 +122,20 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     teachers = load_teachers(recipe, classes, device)
     taps = coming_taps(teachers, held_manifest(path), entries)
     unusable = refuse_unusable(recipe, entries, taps, classes, check=check)
-    ratio = say_slow_bf16(recipe, device)
+    ratio, codecs = say_slow_bf16(recipe, device), codecs_of(recipe.teachers, recipe.cache.codec)
     mixed = mixing_plan(
         view_plan(recipe.data, recipe.seed),
-        row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, recipe.data.size),
+        row_bytes(teachers.values(), codecs, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
-    measured = _measure(recipe, data, teachers, granule, device, usable=not unusable)
-    stored = _stored(recipe, teachers, taps, entries)
+    measured = _measure(recipe, data, teachers, codecs, granule, device, usable=not unusable)
+    stored = _stored(codecs, teachers, taps, entries)
     targets = {
-        name: _target(
-            name.rpartition("/")[2], info.shape, codec, measured.compression.get(name, 1.0), count, views, granule
-        )
+        name: _target(info.shape, codec, measured.compression.get(name, 1.0), count, views, granule)
         for name, (info, codec) in stored.items()
     }
     if recipe.cache.images == "stored":
-        targets["pixels"] = _target("pixels", (3, recipe.data.size, recipe.data.size), "u8", 1.0, count, views, granule)
+        targets["pixels"] = _target((3, recipe.data.size, recipe.data.size), "u8", 1.0, count, views, granule)
     rows = count * views
     total = sum(entry["bytes"] for entry in targets.values()) + view_row_bytes(mixed) * rows + SAMPLE * count
     standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
@@ -200,7 +199,7 @@ def _no_room(document: Mapping[str, Any], folder: str, views: int) -> str:
 
 
 def _stored(
-    recipe: Recipe,
+    codecs: Codecs,
     teachers: Mapping[str, FrozenTeacher],
     taps: Mapping[str, Mapping[str, TapInfo]],
     entries: Sequence[Entry],
@@ -210,19 +209,18 @@ def _stored(
     With stored factors in use, `feedfast factors` follows and adds them.
     """
     found: dict[str, tuple[TapInfo, CodecName]] = {}
-    codec = recipe.cache.codec
     factors = any(FACTOR in entry.kind.needed(entry.options) for entry in entries)
     for name, teacher in teachers.items():
         for tap in (*teacher.shapes, *((FACTOR,) if factors and FACTOR in taps[name] else ())):
-            found[f"{name}/{tap}"] = taps[name][tap], stored_codec(tap, codec)
+            found[f"{name}/{tap}"] = taps[name][tap], codecs.of(name, tap)
     return found
 
 
 def _target(
-    tap: str, shape: tuple[int, ...], codec: CodecName, ratio: float, count: int, views: int, granule: int
+    shape: tuple[int, ...], codec: CodecName, ratio: float, count: int, views: int, granule: int
 ) -> dict[str, Any]:
     """What one array takes, in all ``views`` of ``count`` rows."""
-    raw = tap_row_bytes(tap, shape, codec)
+    raw = tap_row_bytes(shape, codec)
     block = block_rows_for(raw, granule)
     blocks = -(-count // block) * views
     # Blocks are whole: what fills up the last one of a view takes room unless zstd squeezes it to nothing.
@@ -258,6 +256,7 @@ def _measure(
     recipe: Recipe,
     data: Dataset,
     teachers: Mapping[str, FrozenTeacher],
+    codecs: Codecs,
     granule: int,
     device: torch.device,
     *,
@@ -272,7 +271,9 @@ def _measure(
         for name, teacher in teachers.items():
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
-                ratio, encode_ms = _encoded(teacher, tap, values, recipe.cache.codec, granule)
+                ratio, encode_ms = _encoded(
+                    *(teacher, tap, values, codecs.of(name, tap), recipe.cache.compression, granule)
+                )
                 found.compression[f"{name}/{tap}"] = ratio
                 found.encode_ms += encode_ms
                 meter.advance(1, f"{name}/{tap}")
@@ -312,7 +313,9 @@ def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[
     return batches, made / max(seconds, 1e-6)
 
 
-def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int) -> tuple[float, float]:
+def _encoded(
+    teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, compression: AskedCompression, granule: int
+) -> tuple[float, float]:
     """What zstd makes of a block of real codes, 1 where it would not be used; and milliseconds to encode a batch."""
     if tap == LOGITS:
         return 1.0, 0.0
@@ -324,9 +327,9 @@ def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName,
     begin = time.perf_counter()
     codes, _ = encode_rows(values, codec, offset, step, transform)
     encode_ms = (time.perf_counter() - begin) * 1e3
-    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(tap, teacher.shapes[tap], codec), granule)])
+    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.shapes[tap], codec), granule)])
     ratio = block.nbytes / len(compress_block(block, "zstd"))
-    return (ratio if ratio >= 1.15 else 1.0), encode_ms
+    return (ratio if choose_compression([block], compression) == "zstd" else 1.0), encode_ms
 
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:

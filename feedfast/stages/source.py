@@ -37,6 +37,7 @@ from feedfast.methods.base import matching
 from feedfast.methods.ft import FACTOR
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
+from feedfast.stages.codecs import codecs_of
 from feedfast.stages.data import Selection, pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info
@@ -317,7 +318,8 @@ def open_source(
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
         taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
-        plan = mixing_plan(plan, row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, plan.size))
+        codecs = codecs_of(recipe.teachers, recipe.cache.codec)
+        plan = mixing_plan(plan, row_bytes(teachers.values(), codecs, recipe.cache.images, plan.size))
         taps = taps if needs else {}
         return Live(data, plan, device, teachers, taps, views=views, threads=threads, probes=probes)
     return _open_cached(recipe, data, plan, device, needs, method)

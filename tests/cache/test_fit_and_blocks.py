@@ -285,6 +285,8 @@ def test_compression_must_pay() -> None:
     assert choose_compression(noise) == "none"
     assert choose_compression(zeros) == "zstd"
     assert choose_compression([]) == "none"
+    assert choose_compression(noise, "zstd") == "zstd", "asked for"
+    assert choose_compression(zeros, "raw") == "none", "asked for"
 
 
 @settings(deadline=None)

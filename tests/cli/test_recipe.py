@@ -13,7 +13,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS
-from feedfast.recipe import Recipe, load_recipe, parse_recipe
+from feedfast.models.taps import parse_tap
+from feedfast.recipe import CodecName, Recipe, TapEntry, load_recipe, parse_recipe
 from feedfast.stages.folder import comparable, differences
 
 MINIMAL = {"data": {"train": "images"}}
@@ -108,9 +109,68 @@ def test_one_method_or_several() -> None:
     ]
 
 
+CODEC_NAMES = get_args(CodecName)
+FORMS = ("", ":pre", ":post", ":end", ":map", ":tokens", ":pre:map", ":tokens:end")
+NAMES = st.text("abcxyz019_-", min_size=1, max_size=6)
+PLACES = st.sampled_from(["final", "ofd", "ofd2", "stage", "stage11"]) | st.builds(
+    lambda name, path, form: f"{name}={'.'.join(path)}{form}",
+    *(NAMES, st.lists(NAMES | st.sampled_from(CODEC_NAMES), min_size=1, max_size=3), st.sampled_from(FORMS)),
+)
+
+
+def taps_of(*entries: Any) -> tuple[TapEntry, ...]:
+    return parse_recipe({**MINIMAL, "teachers": [{"name": "a", "model": "m", "taps": list(entries)}]}).teachers[0].taps
+
+
+@given(place=PLACES, margin=st.booleans(), codec=st.sampled_from([None, *CODEC_NAMES]))
+def test_a_tap_as_text_and_as_a_table(place: str, margin: bool, codec: str | None) -> None:
+    """The same entry, and the same text in a run's recipe.json; what belongs to the place stays with it."""
+    text = place + ("+margin" if margin else "") + (f":{codec}" if codec else "")
+    table = {"tap": place, "margin": margin, "codec": codec}
+    said = {key: value for key, value in table.items() if value}
+    assert len({*taps_of(text, table, said)}) == 1
+    entry = taps_of(text)[0]
+    assert (entry.tap, entry.margin, entry.codec) == (place, margin, codec)
+    assert json.loads(entry.model_dump_json()) == text
+
+
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_no_codec_is_a_word_of_a_place(codec: str) -> None:
+    with pytest.raises(RequestError, match="expected :pre, :post or :end"):
+        parse_tap(f"x=layer1:{codec}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("ofd:u7", ["taps.0: expected a group", "+margin", "u4", "found 'ofd:u7'"]),
+        ("ofd:u4+margin", ["taps.0: expected a group", "found 'ofd:u4+margin'"]),
+        ("ofd+margin+margin", ["found 'ofd+margin+margin'"]),
+        (":u4", ["taps.0: expected a group", "found ':u4'"]),
+        ("", ["taps.0: expected a group", "found ''"]),
+        (5, ["taps.0: expected text or a table", "found 5"]),
+        ({"margin": True}, ["taps.0.tap: required"]),
+        ({"tap": "ofd", "margn": True}, ["taps.0.margn: unknown key", "did you mean 'margin'"]),
+        ({"tap": "ofd", "width": 1}, ["taps.0.width: unknown key", "known keys: codec, margin, tap"]),
+        ({"tap": "ofd", "codec": "u7"}, ["taps.0.codec", "'u8'", "found 'u7'"]),
+        ({"tap": "ofd+margin"}, ["taps.0.tap: expected the place alone", "found 'ofd+margin'"]),
+        ({"tap": "x=layer1:pre:u4"}, ["taps.0.tap: expected the place alone", "found 'x=layer1:pre:u4'"]),
+        ("logits:f16", ["taps.0: expected neither margin nor codec with logits"]),
+        ({"tap": "logits", "margin": True}, ["taps.0: expected neither margin nor codec with logits"]),
+    ],
+)
+def test_mistakes_in_a_tap(entry: Any, words: list[str]) -> None:
+    with pytest.raises(RequestError) as caught:
+        taps_of(entry)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 TEXTS = {
     "Teacher.name", "Teacher.model", "Teacher.taps", "Student.model", "MethodEntry.name", "Cache.part", "Train.device",
     "Data.arrays", "Data.val_arrays", "Data.augment", "Teacher.key", "Teacher.prefix", "Student.key", "Student.prefix",
+    "TapEntry.tap",
 }  # fmt: skip
 PATHS = {
     "Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Student.backbone", "Train.out",

@@ -173,6 +173,8 @@ def test_codes_of_a_lost_scale_are_made_again(world: World) -> None:
         ('teachers.0.taps=["final", "ofd"]', ["targets/a/ofd1", "transform", "none", "margin"]),
         ("cache.codec=f32", ["targets/a/final", "codec", "f32", "u8"]),
         ("cache.codec=f16", ["targets/a/final", "codec", "f16", "u8"]),
+        ('teachers.0.taps=["final:u4", "ofd+margin"]', ["targets/a/final", "codec", "u4", "u8"]),
+        ('teachers.0.taps=["final", { tap = "ofd", margin = true, codec = "f16" }]', ["a/ofd1", "codec", "f16", "u8"]),
         ("cache.batch=16", ["batch_rows", "16", "32"]),
         ("teachers.0.mean=[0.1, 0.2, 0.3]", ["teachers.a.mean"]),
         ("teachers.0.model=zoo/wrn-10-2", ["zoo/wrn-10-2"]),
