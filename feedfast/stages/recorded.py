@@ -117,10 +117,7 @@ class Recorded(Cached):
         """See `Source`: teachers and what is fitted once, which stay as they are while the cache grows."""
         scales = {names.scale(teacher, tap) for _, teacher, tap, *_ in self._entries} & self.reader.specs.keys()
         arrays = {*scales, *self.reader.manifest.plan.arrays, names.CONTENT}
-        return {
-            "cache": self.reader.digest(arrays, self.views),
-            **self._teachers_identity,
-        }
+        return {"cache": self.reader.digest(arrays, self.views), **self._teachers_identity}
 
     def close(self) -> None:
         """See `Source`."""
@@ -168,7 +165,7 @@ class Recorded(Cached):
             log.info(
                 "record: view %d is complete, %s rows in %.1f s",
                 view,
-                f"{int(cuts.sum()) * size:,}" if cuts.sum() < len(cuts) else f"{len(self.data):,}",
+                f"{min(int(cuts.sum()) * size, len(self.data)):,}",
                 time.perf_counter() - began,
             )
         self._renew()
@@ -176,20 +173,15 @@ class Recorded(Cached):
             yield self._batch(held.take(batch_size), work)
 
     def _record(self, view: int, rows: Rows) -> None:
-        """Record what is missing of the shards that hold some rows; nobody trains on it."""
+        """Record what is missing up to the last shard that holds any of some rows; nobody trains on it."""
         with self._writing() as recorder:
-            cuts = _lacking(recorder, view)
-            # Shards nest: whole units, in which no shard of any array begins or ends.
-            unit = unit_rows(recorder.writer.specs)
-            numbers, size = np.arange(len(cuts)), self._manifest.batch_rows
-            units = np.unique(rows // unit)
-            touched = np.zeros(len(cuts), bool)
-            for first in (units * unit).tolist():
-                touched |= (numbers >= first // size) & (numbers * size < first + unit)
-            wanted = cuts & touched
-            if wanted.any():
-                log.info("record: view %d: %s rows that are not there yet", view, f"{int(wanted.sum()) * size:,}")
-            for _ in self._walk(recorder, view, wanted, np.zeros(len(cuts), bool)):
+            lacking, size = _lacking(recorder, view), self._manifest.batch_rows
+            # From the view's start: a shard is written from its first row, and cuts do not begin where shards do.
+            unit = unit_rows(recorder.writer.specs)  # the largest shard; no other crosses its edge
+            stop = (int(rows.max(initial=0)) // unit + 1) * unit
+            cuts = lacking & (np.arange(len(lacking)) * size < stop)
+            log.info("record: view %d: %s rows that are not there yet", view, f"{int(cuts.sum()) * size:,}")
+            for _ in self._walk(recorder, view, cuts, np.zeros(len(cuts), bool)):
                 pass
         self._renew()
 

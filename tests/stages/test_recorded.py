@@ -17,6 +17,7 @@ import torch
 from scenes import dense_recipe
 from small import as_toml, digits_recipe
 
+from feedfast.cache import names
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError, RequestError
@@ -147,7 +148,10 @@ def test_checkpoint_and_cache_need_not_agree(world: Path, whole: Path, cache: st
     """Stopped in either view, and the cache as it is, behind or ahead: same weights, same digest."""
     path, out = tmp_path / "r.zarr", tmp_path / "out"
     run_train(recipe_for(world, "u8", path, source="record", out=str(out), max_steps=stop))
-    assert not CacheReader(path).complete
+    left = CacheReader(path)
+    assert not left.complete
+    assert left.committed(names.codes("a", "ofd1"), stop // 6), "an epoch left halfway keeps the shards that are full"
+    assert (not left.missing(views=[0])) == (stop > 6)
     if cache == "with holes":
         _lose(path, 0.4)
     elif cache == "gone":
@@ -158,6 +162,24 @@ def test_checkpoint_and_cache_need_not_agree(world: Path, whole: Path, cache: st
     assert same_weights(out, whole)
     assert cache_digest(path) == cache_digest(world / "u8.zarr")
     assert run_verify(str(path), full=True)["ok"]
+
+
+def test_rows_of_no_epoch_are_recorded_before_they_are_read(world: Path, tmp_path: Path) -> None:
+    """As for the pictures of a report: any rows, those between them, and no more than their shards need."""
+    one, two = (
+        StudentRun(recipe_for(world, "u8", path, source=source, out=str(tmp_path / source)), Worker.from_env())
+        for source, path in (("record", tmp_path / "r.zarr"), ("cache", world / "u8.zarr"))
+    )
+    rows = np.array([97, 5, 98])
+    ours, theirs = (next(iter(run.source.batches(1, rows, 3))) for run in (one, two))
+    assert torch.equal(ours.images, theirs.images)
+    for name in ("a", "b"):
+        assert torch.equal(ours.targets[name]["logits"], theirs.targets[name]["logits"])
+    reader = CacheReader(tmp_path / "r.zarr")
+    assert not reader.committed(names.codes("a", "ofd1"), 0)
+    assert len(reader.committed(names.codes("a", "ofd1"), 1)) < reader.specs[names.codes("a", "ofd1")].num_shards
+    for run in (one, two):
+        run.close()
 
 
 def test_only_what_is_missing_is_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
