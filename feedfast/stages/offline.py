@@ -224,5 +224,5 @@ class OfflineRun:
         if not rows:
             top1, rows = manifest.teachers[name].top1, manifest.teachers[name].top1_rows
         classes = len(self.data.classes)
-        tell_accuracy(name, top1, rows, classes)
+        tell_accuracy(name, top1, rows, classes, self.recipe.task.name)
         return {"top1": top1, "top1_rows": rows, "near_chance": near_chance(top1, rows, classes)}

@@ -197,7 +197,7 @@ class Preparation:
                 *(self.teachers[name], taps, fit, held_out, codec, granule),
                 seen=partial(self._seen, name, labels),
             )
-            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes))
+            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes), self.recipe.task.name)
             for tap, entry in entries.items():
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
