@@ -103,7 +103,8 @@ def test_with_equal_batches_and_stored_pixels(tmp_path: Path, bn: str) -> None:
     assert cache_digest(tmp_path / "record.zarr") == expected
 
 
-@pytest.mark.parametrize("task", [pytest.param("segment", marks=pytest.mark.slow), "detect"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segment", "detect"])
 def test_dense_tasks(task: str, tmp_path: Path) -> None:
     """Masks and boxes follow when batches are cut anew."""
     cached, recorded = (
@@ -230,6 +231,7 @@ def test_rows_of_no_epoch_then_an_epoch_half_read(tmp_path: Path, seen: list[tup
     assert cache_digest(tmp_path / "record.zarr") == expected
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_run(world: Path, tmp_path: Path, seen: list[tuple[str, int]]) -> None:
     """Teacher a is cached: its maps are read while b's are recorded. A second student runs neither."""
     path = tmp_path / "r.zarr"
