@@ -126,6 +126,17 @@ class Recorded(Cached):
 
     # ---- what is there
 
+    def views_complete(self) -> int:
+        """How many views hold all that this job records; where some are missing, a line says who completes them."""
+        found = sum(self._is_complete(view) for view in range(self.views))
+        if found < self.views:
+            log.info(
+                "record: %d of %d views are complete; `feedfast cache` or a longer run records the rest",
+                found,
+                self.views,
+            )
+        return found
+
     def _is_complete(self, view: int) -> bool:
         """Whether a view has everything that this job records of it, in files of the committed lengths."""
         if view not in self._complete:

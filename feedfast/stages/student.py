@@ -52,7 +52,7 @@ from feedfast.stages.folder import (
 from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.predictions import maps_html, predictions_html
 from feedfast.stages.progress import Meter
-from feedfast.stages.recorded import open_recorded, refuse_unrecordable
+from feedfast.stages.recorded import Recorded, open_recorded, refuse_unrecordable
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
 from feedfast.stages.source import Cached, Source, open_source
@@ -88,7 +88,7 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         with all that was measured), ``final_loss``, ``steps``, ``images_per_second``,
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
         ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
-        best branch is saved as a plain network, ``branch.pt``.
+        best branch is saved as a plain network, ``branch.pt``; ``views_complete`` of a run that records.
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.
@@ -374,6 +374,8 @@ class StudentRun:
         result.update({key: earlier[key] for key in timed if key in earlier})
         if len(found) > 1:
             result["val_metrics"] = found
+        if isinstance(self.source, Recorded):
+            result["views_complete"] = self.source.views_complete()
         if branches:
             result["branch_accuracy"] = [found for _, found in branches]
         if self.me.first:

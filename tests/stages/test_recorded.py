@@ -169,10 +169,11 @@ def _lose(path: Path, share: float) -> None:
 def test_checkpoint_and_cache_need_not_agree(world: Path, whole: Path, cache: str, stop: int, tmp_path: Path) -> None:
     """Stopped in either view, and the cache as it is, behind or ahead: same weights, same digest."""
     path, out = tmp_path / "r.zarr", tmp_path / "out"
-    run_train(recipe_for(world, "u8", path, source="record", out=str(out), max_steps=stop))
+    stopped = run_train(recipe_for(world, "u8", path, source="record", out=str(out), max_steps=stop))
     left = CacheReader(path)
     assert not left.complete
     assert left.committed(names.codes("a", "ofd1"), stop // 6), "an epoch left halfway keeps the shards that are full"
+    assert stopped["views_complete"] == stop // 6
     assert (not left.missing(views=[0])) == (stop > 6)
     if cache == "with holes":
         _lose(path, 0.4)
@@ -180,7 +181,7 @@ def test_checkpoint_and_cache_need_not_agree(world: Path, whole: Path, cache: st
         shutil.rmtree(path)
     elif cache == "finished":
         run_cache(recipe_for(world, "u8", path))
-    run_train(recipe_for(world, "u8", path, source="record", out=str(out)))
+    assert run_train(recipe_for(world, "u8", path, source="record", out=str(out)))["views_complete"] == 2
     assert same_weights(out, whole)
     assert cache_digest(path) == cache_digest(world / "u8.zarr")
     assert run_verify(str(path), full=True)["ok"]
