@@ -98,7 +98,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
         ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
-        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers``
+        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
+        ``first_student`` (of ``cache`` before training, and of ``record``: ``wait_seconds`` until its first step,
+        ``seconds`` until its last, None where ``student_ms`` is). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
         ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
         recipe's own cannot use it, "" if it can), ``bf16_over_fp32``; ``data`` (see
@@ -170,6 +172,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / epoch_ms,
         "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
+        "first_student": _first_student(measured, count, pilot, views, epochs),
         "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in teachers.items()},
         "serves": [name for name, reason in methods.items() if not reason],
         "serves_not": {name: reason for name, reason in methods.items() if reason and name != "none"},
@@ -186,6 +189,29 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     if not document["fits"]:
         log.error("plan: %s", _no_room(document, str(standing), views))
     return document
+
+
+def _first_student(
+    measured: _Measured, count: int, pilot: float, views: int, epochs: float
+) -> dict[str, dict[str, float | None]]:
+    """How long the first student takes with the whole cache before it, and if it records its views as it trains.
+
+    Args:
+        measured: by a few batches.
+        count: rows per view.
+        pilot: rows that the teachers see before the first is recorded.
+        views: of the cache.
+        epochs: of the student; each records a view, until there are no more.
+    """
+    per_row = 1e-3 / measured.batch
+    teachers, student_ms = sum(measured.teacher_ms.values()), measured.student_ms
+    fitting, recording = teachers * pilot * per_row, (teachers + measured.encode_ms) * count * per_row
+    training = None if student_ms is None else student_ms * count * epochs * per_row
+    before, during = fitting + recording * views, fitting + recording * min(epochs, views)
+    return {
+        "cache": {"wait_seconds": before, "seconds": None if training is None else before + training},
+        "record": {"wait_seconds": fitting, "seconds": None if training is None else during + training},
+    }
 
 
 def _no_room(document: Mapping[str, Any], folder: str, views: int) -> str:

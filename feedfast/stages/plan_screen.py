@@ -114,6 +114,7 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
         "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "
         f"{_count(document['break_even_runs'], 'run')} of this recipe" + faster,
     }
+    found["student"] = _first_student(document["first_student"])
     rows = max(entry["top1_rows"] for entry in document["teachers"].values())
     if rows:
         found["top-1"] = f"on the first {rows:,} training images as augmented; ! = near chance"
@@ -127,6 +128,17 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
     if document["bf16_over_fp32"] is not None:
         found["bf16"] = f"{document['bf16_over_fp32']:.1f} times the time of fp32 on this processor"
     return found
+
+
+def _first_student(found: Mapping[str, Mapping[str, float | None]]) -> str:
+    """When the first student begins to learn, and when it has learned, both ways."""
+    first, words = {"cache": "cache, then train", "record": "train.source=record"}, []
+    for way, times in found.items():
+        wait, whole = times["wait_seconds"], times["seconds"]
+        assert wait is not None
+        after = "" if whole is None else f", trained after {_duration(whole)}"
+        words.append(f"{first[way]}: first step after {_duration(wait)}{after}")
+    return "; ".join(words)
 
 
 def _count(value: float, unit: str) -> str:
