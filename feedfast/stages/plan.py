@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.manifest import held_manifest
-from feedfast.cache.schema import MAX_VIEWS, CodecName
+from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -43,16 +43,19 @@ from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers, method_taps
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, stored_codec, tap_row_bytes
 from feedfast.stages.plan_rates import DiskRate, decode_ms, disk_rate
 from feedfast.stages.plan_record import keep_plan
 from feedfast.stages.plan_screen import plan_screen, screen_width
+from feedfast.stages.plan_step import step_ms
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
 from feedfast.stages.trainee import Entry, build_student, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
+from feedfast_kernels import Codes, Target
+from feedfast_kernels.codes import CODECS
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class _Measured:
         teacher_ms: teacher → forward pass of a batch.
         top1: of the teachers on these batches.
         student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
+        step_ms: of the recipe's student with its task, methods and optimizer; None if that cannot be built here.
         batch: rows of a batch.
         pixels_per_second: images that the loader makes per second of a core's time, augmented.
     """
@@ -87,6 +91,7 @@ class _Measured:
     decode_ms: float = 0.0
     teacher_ms: dict[str, float] = field(default_factory=dict)
     student_ms: float | None = None
+    step_ms: float | None = None
 
 
 def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
@@ -101,6 +106,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
         ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Reading: ``read_ms``
         (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
@@ -135,7 +141,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
-    measured = _measure(recipe, data, teachers, granule, device, usable=not unusable)
+    measured = _measure(recipe, data, teachers, entries, granule, device, usable=not unusable)
     stored = _stored(recipe, teachers, taps, entries)
     targets = {
         name: _target(
@@ -174,6 +180,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "teachers_ms": teachers_ms,
         "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
+        "step_ms": measured.step_ms,
         "pixels_per_core_second": measured.pixels_per_second,
         "view_bytes_per_row": view_row_bytes(mixed),
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
@@ -204,7 +211,7 @@ def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | 
 
     A batch is read, then decoded by ``threads``; a student that waits for nothing takes a batch per step.
     """
-    rows, student_ms = measured.batch, document["student_ms"]
+    rows, student_ms = measured.batch, document["step_ms"] or document["student_ms"]
     stored = document["bytes_per_sample"] * rows
     raw = document["raw_bytes"] / document["bytes"] * stored
     cores = max(1, min(threads, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
@@ -289,6 +296,7 @@ def _measure(
     recipe: Recipe,
     data: Dataset,
     teachers: Mapping[str, FrozenTeacher],
+    entries: Sequence[Entry],
     granule: int,
     device: torch.device,
     *,
@@ -299,14 +307,16 @@ def _measure(
     first = batches[0].images
     found = _Measured(len(first), accuracies(teachers, len(data.classes)), pixels_per_second)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
+    targets: dict[str, dict[str, Target]] = {}
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
-                ratio, encoding, decoding = _encoded(teacher, tap, values, recipe.cache.codec, granule)
-                found.compression[f"{name}/{tap}"] = ratio
-                found.encode_ms += encoding
-                found.decode_ms += decoding
+                made = _encoded(teacher, tap, values, recipe.cache.codec, granule)
+                targets.setdefault(name, {})[tap] = made.target
+                found.compression[f"{name}/{tap}"] = made.compression
+                found.encode_ms += made.encode_ms
+                found.decode_ms += made.decode_ms
                 meter.advance(1, f"{name}/{tap}")
             times = []
             for number in range(TIMED + 1):
@@ -324,6 +334,10 @@ def _measure(
         except RequestError:
             if usable:
                 raise
+    if usable:
+        found.step_ms = step_ms(
+            recipe, data, entries, method_taps(teachers), replace(batches[0], targets=targets), device
+        )
     return found
 
 
@@ -344,12 +358,20 @@ def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[
     return batches, made / max(seconds, 1e-6)
 
 
-def _encoded(
-    teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int
-) -> tuple[float, float, float]:
-    """What zstd makes of a block of real codes, 1 where it would not be used; ms to encode a batch and to decode it."""
+@dataclass(frozen=True)
+class _Encoded:
+    """A tap of a batch as a cache would hold it: raw bytes per stored byte, ms to encode and decode, and as target."""
+
+    target: Target
+    compression: float = 1.0
+    encode_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int) -> _Encoded:
+    """Its compression is what zstd makes of a block of real codes, 1 where it would not be used."""
     if tap == LOGITS:
-        return 1.0, 0.0, 0.0
+        return _Encoded(values.float())
     transform = teacher.transform(tap)
     here = values.cpu()
     flat = transform.teacher(here).movedim(1, -1).reshape(-1, values.shape[1])
@@ -359,12 +381,17 @@ def _encoded(
     codes, _ = encode_rows(values, codec, offset, step, transform)
     encoding = (time.perf_counter() - begin) * 1e3
     block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(tap, teacher.shapes[tap], codec), granule)])
-    stored = compress_block(block, "zstd")
+    kind: Compression = "zstd"
+    stored = compress_block(block, kind)
     ratio = block.nbytes / len(stored)
     if ratio < ZSTD_PAYS:
-        decoding = decode_ms(compress_block(block, "none"), "none", block.nbytes)
-        return 1.0, encoding, decoding * len(codes) / len(block)
-    return ratio, encoding, decode_ms(stored, "zstd", block.nbytes) * len(codes) / len(block)
+        ratio, kind, stored = 1.0, "none", compress_block(block, "none")
+    decoding = decode_ms(stored, kind, block.nbytes) * len(codes) / len(block)
+    data = torch.from_numpy(codes).to(values.device)
+    target: Target = data.movedim(-1, 1) if data.dim() > 2 else data.float()
+    if CODECS[codec].quantized:
+        target = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
+    return _Encoded(target, ratio, encoding, decoding)
 
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:

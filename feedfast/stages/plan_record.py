@@ -39,7 +39,7 @@ def keep_plan(recipe: Recipe, device: torch.device, document: Mapping[str, Any],
         batch: rows of the batches that were timed.
     """
     share = recipe.train.batch / batch
-    student, read = document["student_ms"], document["read_ms"] or 0.0
+    student, read = document["step_ms"] or document["student_ms"], document["read_ms"] or 0.0
     content = {
         "caching": _key(recipe, device),
         "training": _key(recipe, device, training=True),

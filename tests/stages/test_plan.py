@@ -17,12 +17,14 @@ from small import KNOWN, as_toml, digits_recipe, write_teacher
 
 from feedfast.cache.blocks import compress_block
 from feedfast.errors import CacheDamageError
+from feedfast.methods import METHODS, PFEED, StudentOutput, Targets
 from feedfast.recipe import load_recipe
 from feedfast.stages import plan_rates
 from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.plan_screen import plan_screen
 from feedfast.stages.student import run_train
+from feedfast_kernels import Codes
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +89,28 @@ def test_reading_belongs_together(planned: tuple[dict[str, Any], str]) -> None:
     stored = document["bytes"] / (2 * 200) * 32
     assert document["read_ms"] > stored / document["disk_bytes_per_second"] * 1e3, "decoding comes on top"
     assert document["available_bytes_per_second"] == pytest.approx(stored / document["read_ms"] * 1e3)
-    assert document["needed_bytes_per_second"] == pytest.approx(stored / document["student_ms"] * 1e3)
+    assert document["needed_bytes_per_second"] == pytest.approx(stored / document["step_ms"] * 1e3)
     assert document["pays"] is (document["read_ms"] < document["teachers_ms"])
     assert document["decoder_bytes_per_second"] > 0
+
+
+def test_the_step_is_the_recipes_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the method's loss, which here takes its time, on codes; a recipe that cannot be trained has none."""
+    seen: list[object] = []
+
+    class Slow(PFEED):
+        def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, torch.Tensor]:
+            seen.extend(taps["final"] for taps in targets.values())
+            time.sleep(0.05)
+            return super().forward(student, targets, annotations)
+
+    monkeypatch.setitem(METHODS, "pfeed", Slow)
+    assert feedfast("plan", file).document["step_ms"] >= 50
+    assert seen
+    assert {type(target) for target in seen} == {Codes}
+    document = feedfast("plan", "--no-check", file, "method.name=at").document
+    assert document["unusable"]
+    assert document["step_ms"] is None
 
 
 @pytest.mark.parametrize(("bytes_per_second", "pays"), [(1e3, False), (1e13, True)])
@@ -149,7 +170,7 @@ def test_a_job_says_how_far_off_its_plan_was(file: Path, tmp_path: Path) -> None
     assert again["rows_written"] == 0
     assert again["prediction_error"] == {"bytes": made["prediction_error"]["bytes"], "seconds": None}
     trained = feedfast("train", file, *words, "train.max_steps=3").document
-    step = max(planned["student_ms"], planned["read_ms"])  # train.batch is the batch that was timed
+    step = max(planned["step_ms"], planned["read_ms"])  # train.batch is the batch that was timed
     assert trained["predicted"] == {"step_ms": pytest.approx(step)}
     assert trained["prediction_error"]["step_ms"] == pytest.approx(trained["step_ms"] / step - 1)
     assert (
