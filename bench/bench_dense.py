@@ -2,9 +2,11 @@
 
 CamVid (SegNet's 11 classes): DeepLabV3+ students on its masks, judged by mIoU at the images' own resolution, and SSD
 students on boxes of cars, pedestrians and bicyclists that `tools/boxes_of_masks.py` derives from the masks, judged by
-AP50. Every network starts at random, since nothing published is fetched here; the teacher is a larger one of the same
-family, trained longer and on all images. All students of a seed start from the same weights and see the same views in
-the same order; plain ones too. A live teacher sees the cached views (``live``) or a new one every epoch (``fresh``).
+AP50. Nothing published is fetched here: segmenters start at random, detectors from the backbone of one of them
+(``--pretrain``), without which they learn next to nothing from so few boxes. The teacher is a larger network of the
+same family, trained longer and on all images. All students of a seed start from the same weights and see the same
+views in the same order; plain ones too. A live teacher sees the cached views (``live``) or a new one every epoch
+(``fresh``).
 
     python bench/bench_dense.py DATA/camvid [--task segment detect] [--seeds 3] [--out runs/dense]
     python bench/bench_dense.py DATA/camvid --methods ofd-1e-3 ofd-1e-4 --sources cache --seeds 1 --epochs 8   a search
@@ -46,10 +48,22 @@ RESULTS = Path(__file__).with_name("results_dense.csv")
 BOXES_OF_MASKS = Path(__file__).parents[1] / "tools" / "boxes_of_masks.py"
 COLUMNS = (
     "date", "commit", "device", "torch", "task", "images", "size", "epochs", "batch", "lr", "teacher", "student",
-    "teacher_epochs", "variant", "source", "views", "codec", "seed", "score", "metrics", "loss", "bytes_per_sample",
-    "parameters", "teacher_score", "seconds",
+    "teacher_epochs", "pretrain", "variant", "source", "views", "codec", "seed", "score", "metrics", "loss",
+    "bytes_per_sample", "parameters", "teacher_score", "seconds",
 )  # fmt: skip
-SETTING = ("device", "task", "images", "size", "epochs", "batch", "lr", "teacher", "student", "teacher_epochs")
+SETTING = (
+    "device",
+    "task",
+    "images",
+    "size",
+    "epochs",
+    "batch",
+    "lr",
+    "teacher",
+    "student",
+    "teacher_epochs",
+    "pretrain",
+)
 STUDENT = ("variant", "source", "views", "codec", "seed")
 SCORE = {"segment": "miou", "detect": "ap50"}
 NETWORKS = {  # teacher, student
@@ -66,6 +80,8 @@ BATCH = 8
 # The authors use 1e-5 next to a cross-entropy that is divided by the batch once more; here it is not.
 ALPHA = {"segment": 1e-5 * BATCH, "detect": 1e-5 * BATCH}
 BOXED = ("Car", "Pedestrian", "Bicyclist")
+LEAST_PIXELS = 400  # of a box's object in the image of 480x360; SSD's smallest default box is about that
+PRETRAIN_SIZE = 128
 GROUPS = {"ofd*": "ofd+margin", "stage*": "stage", "final": "final", "logits": "logits"}
 TINY_CLASSES = ("Ground", "Square", "Bar")
 
@@ -115,6 +131,7 @@ def sources_of(args: argparse.Namespace, task: str) -> tuple[str, str]:
         out = Path(args.out) / "boxes" / f"{split}.json"
         names = TINY_CLASSES[1:] if args.tiny else BOXED
         words = [str(args.data / split), "--classes", str(args.data / "classes.txt"), "--of", *names, "--out", str(out)]
+        words += ["--least", str(LEAST_PIXELS)]
         if runpy.run_path(str(BOXES_OF_MASKS))["main"](words):
             raise SystemExit(2)
         found.append(str(out))
@@ -151,6 +168,7 @@ def tree_of(args: argparse.Namespace, task: str) -> dict[str, Any]:
             }
         ],
         "student": {"model": student},
+        "starts": ({}, {}),  # of teacher and student
         "train": {
             "epochs": args.epochs,
             "batch": BATCH,
@@ -174,6 +192,19 @@ def finished(recipe: Recipe) -> dict[str, Any]:
     return run_train(recipe)
 
 
+def pretrained(args: argparse.Namespace, model: str) -> dict[str, str]:
+    """Student words for a detector: the backbone of a DeepLabV3+ of its ResNet, trained on the masks for a while."""
+    if not args.pretrain:
+        return {}
+    network = f"zoo/deeplabv3plus-{model.rpartition('-')[2]}"
+    out = Path(args.out) / "backbones" / f"{network.partition('/')[2]}-{args.pretrain}"
+    tree, train = tree_of(args, "segment"), {"source": "none", "epochs": args.pretrain, "out": str(out)}
+    data = {**tree["data"], "size": PRETRAIN_SIZE, "limit": 0, "fraction": 1.0}
+    sections = {"task": tree["task"], "data": data, "cache": {"views": 0}, "student": {"model": network}}
+    finished(parse_recipe({"seed": 2, **sections, "train": {**tree["train"], "lr": 0.05, **train}}))
+    return {"backbone": str(out / "student.pt"), "prefix": "backbone."}
+
+
 def train_teacher(args: argparse.Namespace, tree: dict[str, Any]) -> float:
     """The teacher, on all images; its score."""
     (teacher,) = tree["teachers"]
@@ -184,7 +215,7 @@ def train_teacher(args: argparse.Namespace, tree: dict[str, Any]) -> float:
             "task": tree["task"],
             "data": {**tree["data"], "limit": 0, "fraction": 1.0},
             "cache": {"views": 0},
-            "student": {"model": teacher["model"]},
+            "student": {"model": teacher["model"], **tree["starts"][0]},
             "train": {**tree["train"], **words},
         }
     )
@@ -199,7 +230,12 @@ def recipe_of(tree: dict[str, Any], variant: str, source: str, seed: int, out: P
     """
     words = words_of(variant, tree["task"]["name"])
     plain = words["name"] == "none"
-    sections = {**tree, "method": words, "teachers": [] if plain else tree["teachers"]}
+    tree = {**tree, "student": {**tree["student"], **tree["starts"][1]}}
+    sections = {
+        **{key: value for key, value in tree.items() if key != "starts"},
+        "method": words,
+        "teachers": [] if plain else tree["teachers"],
+    }
     if plain or source == "fresh":
         sections["cache"] = {"views": 0 if source == "fresh" else tree["cache"]["views"], "batch": BATCH}
     folder = out / f"{variant}-{source}-{tree['cache']['views']}-{tree['cache']['codec']}-{tree['train']['epochs']}"
@@ -211,6 +247,9 @@ def recipe_of(tree: dict[str, Any], variant: str, source: str, seed: int, out: P
 def run_students(args: argparse.Namespace, task: str) -> None:
     """Teacher, cache, then every variant from every source at every seed, seed by seed: whole seeds come first."""
     tree = tree_of(args, task)
+    if task == "detect":
+        models = tree["teachers"][0]["model"], tree["student"]["model"]
+        tree["starts"] = tuple(pretrained(args, model) for model in models)
     teacher_score = train_teacher(args, tree)
     variants = args.methods or DEFAULTS[task]["methods"]
     taught = [name for name in variants if words_of(name, task)["name"] != "none"]
@@ -228,6 +267,7 @@ def run_students(args: argparse.Namespace, task: str) -> None:
         "teacher": tree["teachers"][0]["model"],
         "student": tree["student"]["model"],
         "teacher_epochs": args.teacher_epochs,
+        "pretrain": args.pretrain if task == "detect" else 0,
     }
     held = paired.settings_of(args.results, SETTING, STUDENT).get(tuple(str(setting[key]) for key in SETTING), [])
     done = {tuple(row[key] for key in STUDENT) for row in held}
@@ -305,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", default="u8", choices=["f32", "f16", "u8", "u4"])
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--teacher-epochs", type=int, default=48)
+    parser.add_argument("--pretrain", type=int, default=6, help="epochs of segmentation that a detector's backbone has")
     parser.add_argument("--lr", type=float, default=0.0, help="0 = 0.05 for masks, 0.005 for boxes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -320,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
     if args.tiny:
-        args.data = Path(args.out) / "scenes"
+        args.data, args.pretrain = Path(args.out) / "scenes", 0
         write_scenes(args.data)
     for task in [] if args.summary else args.task:
         run_students(args, task)

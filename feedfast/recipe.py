@@ -101,7 +101,8 @@ class Data(_Section):
     augment: str | tuple[dict[str, Any], ...] = Field(
         "pad-crop-flip",
         description="pad-crop-flip: shifted by up to size // 8 pixels, as on CIFAR; resized-crop-flip: a random part "
-        "of the image, resized, as on ImageNet; none: as for evaluation; a preset, or a list of operations "
+        "of the image, resized, as on ImageNet; scale-crop-flip: for masks; expand-crop-flip: for boxes; none: as for "
+        "evaluation; a preset, or a list of operations "
         '`{ op = "rand-augment", … }`: docs/augmentations.md has both',
     )
     flip: float = Field(
@@ -183,7 +184,8 @@ class Teacher(_Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     taps: tuple[str, ...] = Field(
         (),
-        description='groups (final, ofd, ofd+margin, stage) or "name=module.path", with :pre, :post or :end and, of '
+        description="groups (final, ofd, ofd+margin, stage), one tap of a group (ofd2), logits of pixels, or "
+        '"name=module.path", with :pre, :post or :end and, of '
         "tokens, :map or :tokens after it (`feedfast taps MODEL` lists them); [] = what the methods need",
     )
     mean: Mean | None = Field(
@@ -271,7 +273,7 @@ class Train(_Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     nesterov: bool = Field(True, description="sgd with momentum only")
     weight_decay: float = Field(5e-4, ge=0, description="the optimizer's own; of all parameters")
-    schedule: Literal["cosine", "step", "one-cycle", "constant"] = Field(
+    schedule: Literal["cosine", "step", "one-cycle", "poly", "constant"] = Field(
         "cosine", description="how the learning rate falls, a function of the step alone"
     )
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="step schedule: fractions of the run")

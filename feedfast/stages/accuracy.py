@@ -69,15 +69,16 @@ def near_chance(top1: float | None, rows: int, classes: int) -> bool:
     return top1 is not None and classes > 1 and rows * chance_limit(classes) >= HITS and top1 < chance_limit(classes)
 
 
-def tell_accuracy(teacher: str, top1: float | None, rows: int, classes: int) -> None:
-    """Log a teacher's top-1, as a warning near chance."""
+def tell_accuracy(teacher: str, top1: float | None, rows: int, classes: int, task: str = "classify") -> None:
+    """Log a teacher's top-1, as a warning near chance; of ``task`` segment it is of pixels."""
     if top1 is None:
         return
+    unit = "pixels" if task == "segment" else "rows"
     if near_chance(top1, rows, classes):
         log.warning(
-            "teachers[%s]: top-1 %.1f %% on %s labeled rows, near chance (%.1f %% of %d classes): are its weights the "
+            "teachers[%s]: top-1 %.1f %% on %s labeled %s, near chance (%.1f %% of %d classes): are its weights the "
             "right file, its mean and std those it was trained with, its classes in the order of data.train?",
-            *(teacher, 100 * top1, f"{rows:,}", 100 / classes, classes),
+            *(teacher, 100 * top1, f"{rows:,}", unit, 100 / classes, classes),
         )
     else:
-        log.info("teachers[%s]: top-1 %.1f %% on %s labeled rows", teacher, 100 * top1, f"{rows:,}")
+        log.info("teachers[%s]: top-1 %.1f %% on %s labeled %s", teacher, 100 * top1, f"{rows:,}", unit)

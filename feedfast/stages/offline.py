@@ -300,7 +300,7 @@ class OfflineRun:
                 *(self.teachers[name], taps, fit, held_out, codec, granule),
                 seen=partial(self._seen, name, labels),
             )
-            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes))
+            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes), self.recipe.task.name)
             for tap, entry in entries.items():
                 out[name, tap] = entry
                 _log_fitted(name, entry.info)
@@ -401,7 +401,7 @@ class OfflineRun:
         if not rows:
             top1, rows = manifest.teachers[name].top1, manifest.teachers[name].top1_rows
         classes = len(self.data.classes)
-        tell_accuracy(name, top1, rows, classes)
+        tell_accuracy(name, top1, rows, classes, self.recipe.task.name)
         return {"top1": top1, "top1_rows": rows, "near_chance": near_chance(top1, rows, classes)}
 
 

@@ -163,7 +163,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     seconds = (teachers_ms * (rows + pilot) + measured.encode_ms * rows) / measured.batch / 1e3
     epoch_ms = teachers_ms * count / measured.batch
     epochs = recipe.train.steps * recipe.train.batch / count if recipe.train.steps else recipe.train.epochs
-    methods = served(taps, classes)
+    methods = served(taps, classes, recipe.task.name)
     document = {
         "bytes": total,
         "raw_bytes": sum(entry["raw_bytes"] for entry in targets.values()),
@@ -200,7 +200,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
     for name, entry in document["teachers"].items():
         if entry["near_chance"]:
-            tell_accuracy(name, entry["top1"], entry["top1_rows"], classes)
+            tell_accuracy(name, entry["top1"], entry["top1_rows"], classes, recipe.task.name)
     if not document["fits"]:
         log.error("plan: %s", _no_room(document, str(standing), views))
     return document

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from feedfast.recipe import Train
 
+POLY_POWER = 0.9
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -23,7 +25,8 @@ class Schedule:
         """The rate of ``step`` (0-based).
 
         Warm-up is linear from lr/warm-up steps; cosine ends at 0; one-cycle climbs for 30 % from lr/25 and ends at
-        lr/25e4 (torch's OneCycleLR defaults, with ``lr`` as its peak); step multiplies by ``gamma`` at each milestone.
+        lr/25e4 (torch's OneCycleLR defaults, with ``lr`` as its peak); poly is lr * (1 - share done)^0.9, as DeepLab is
+        trained; step multiplies by ``gamma`` at each milestone.
         """
         train = self.train
         warm = round(train.warmup_epochs * self.steps_per_epoch)
@@ -32,6 +35,8 @@ class Schedule:
         done = (step - warm) / max(self.total - warm, 1)
         if train.schedule == "cosine":
             return _anneal(train.lr, 0.0, done)
+        if train.schedule == "poly":
+            return float(train.lr * (1 - done) ** POLY_POWER)
         if train.schedule == "step":
             passed = sum(step >= round(milestone * self.total) for milestone in train.milestones)
             return train.lr * train.gamma**passed

@@ -41,7 +41,7 @@ from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
 from feedfast.stages.data import Selection, pixel_loader
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info
-from feedfast.stages.pilot import mixing_plan, pilot_pixels, row_bytes
+from feedfast.stages.pilot import mixing_plan, pilot_pixels, readable_plan, row_bytes
 from feedfast.stages.probe import Probe
 from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
 from feedfast.stages.resident import Item, Resident, resident
@@ -218,6 +218,7 @@ class Cached(Plain):
                     offset, step = (torch.from_numpy(np.array(row, dtype=np.float32)).to(device) for row in scale)
                 self.arrays.append(array)
                 self._entries.append((array, teacher, tap, codec, offset, step))
+        self.plan = readable_plan(plan, [reader.specs[array] for array in self.arrays])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loader": None}  # another process makes its own

@@ -16,7 +16,7 @@ import torch
 
 from feedfast.cache.schema import Manifest
 from feedfast.errors import RequestError
-from feedfast.methods import METHODS, TapInfo, refuse_dense
+from feedfast.methods import METHODS, TapInfo, refuse_dense, tasks_of
 from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
 from feedfast.methods.ft import FACTOR, FT, TAP, factor_channels
 from feedfast.models.normalize import Normalize
@@ -203,17 +203,20 @@ def lacks(needs: Sequence[str], taps: Teachers) -> str:
     return ""
 
 
-def served(taps: Teachers, classes: int) -> dict[str, str]:
+def served(taps: Teachers, classes: int, task: str = "classify") -> dict[str, str]:
     """Method → why a cache of these targets does not serve it, "" if it does; with its default options.
 
     Args:
         taps: teacher → tap → shape and margin.
         classes: of the images; 0 = unknown.
+        task: of the recipe.
     """
     found = {}
     for name, kind in METHODS.items():
         needs = kind.needed(kind.Options())
         reason = lacks(needs, taps) if needs else "needs no cache"
+        if task not in tasks_of(kind):
+            reason = f"does not serve task {task!r}"
         other = [t for t, infos in taps.items() if LOGITS in infos and infos[LOGITS].shape[0] != classes]
         if not reason and LOGITS in needs and classes and other:
             width = taps[other[0]][LOGITS].shape[0]

@@ -195,7 +195,7 @@ def test_nan_keeps_the_checkpoint_and_says_of_which_step(world: Path, tmp_path: 
         assert f"{checkpoint} holds step {step})" in str(caught.value)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step", "one-cycle"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "one-cycle", "poly"])
 def test_schedules_are_torchs(schedule: str) -> None:
     """Against torch.optim.lr_scheduler, step by step."""
     total = 200
@@ -206,6 +206,8 @@ def test_schedules_are_torchs(schedule: str) -> None:
         reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     elif schedule == "step":
         reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [100, 150], 0.1)
+    elif schedule == "poly":
+        reference = torch.optim.lr_scheduler.PolynomialLR(optimizer, total, power=0.9)
     else:
         reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=total + 1)
     ours = Schedule(train, total, total // 10)
