@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ def keep_plan(recipe: Recipe, device: torch.device, document: Mapping[str, Any],
         "live_step_ms": None if student is None else (document["teachers_ms"] + student) * share,
         "pays": document["pays"],
     }
-    path = _path(recipe)
     try:
+        path = _path(recipe)
         make_dirs(path.parent)
         write_sealed(path, content)
-    except (OSError, FeedfastError) as error:
+    except (OSError, ValueError, FeedfastError) as error:
         log.info("plan: not kept for later comparison: %s", error)
 
 
@@ -71,7 +72,7 @@ def predicted_step(recipe: Recipe, device: torch.device) -> dict[str, Any] | Non
     held = _held(recipe)
     if held is None or held.get("training") != _key(recipe, device, training=True) or recipe.train.source == "none":
         return None
-    return {"step_ms": held.get(f"{'live' if recipe.train.source == 'live' else 'cached'}_step_ms")}
+    return {"step_ms": held.get("cached_step_ms" if recipe.train.source == "cache" else "live_step_ms")}
 
 
 def prediction_error(
@@ -110,7 +111,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _path(recipe: Recipe) -> Path:
-    path = Path(recipe.cache.path).absolute()
+    path = Path(os.path.abspath(recipe.cache.path))
     return path.with_name(f"{path.name}.plan.json")
 
 

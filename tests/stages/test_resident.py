@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -178,6 +179,18 @@ def test_threads_end_with_the_iterator(cache: Cache) -> None:
             time.sleep(0.01)
         assert left == []
         walk(held, values, list(held.arrays), 0, np.arange(ROWS), 10)
+
+
+def test_a_copy_in_another_process_begins_empty(cache: Cache, blocks_read: list[int]) -> None:
+    path, values = cache
+    with CacheReader(path) as reader:
+        held = Resident(reader, ["targets/a/raw/codes"], 2, CPU)
+        walk(held, values, list(held.arrays), 0, np.arange(ROWS), 30)
+        data = pickle.dumps(held)
+        assert len(data) < 10_000, "what is held does not travel"
+        blocks_read.clear()
+        walk(pickle.loads(data), values, list(held.arrays), 0, np.arange(ROWS), 30)
+        assert blocks_read != []
 
 
 def groups(root: Path, version: int, place: str, levels: dict[str, tuple[object, int, int]]) -> Path:
