@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -29,19 +29,17 @@ from pydantic import (
     Field,
     FiniteFloat,
     ValidationError,
-    field_validator,
-    model_serializer,
     model_validator,
 )
 
 from feedfast.errors import RequestError
 from feedfast.files import deeper_than, read_file
-from feedfast.words import MAX_DEPTH, override, read_tap, read_toml, refuse_odd_values, write_tap
+from feedfast.tap_entry import CodecName, TapEntry
+from feedfast.words import MAX_DEPTH, override, read_toml, refuse_odd_values
 
 MAX_RECIPE_BYTES: Final = 1 << 18  # 256 KiB; the longest packaged one has 3
 
 TaskName = Literal["classify", "segment", "detect"]
-CodecName = Literal["f32", "f16", "u8", "u4"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -170,61 +168,6 @@ class Cache(_Section):
     threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
 
 
-class TapEntry(_Section):
-    """One entry of `taps` as a table; as text it is `place[+margin][:codec]`: `"ofd+margin"`, `"ofd2:u4"`."""
-
-    tap: str = Field(
-        min_length=1,
-        description="a group (final, ofd, stage), one tap of a group (ofd2), logits of pixels, or "
-        '"name=module.path", with :pre, :post or :end and, of tokens, :map or :tokens after it '
-        "(`feedfast taps MODEL` lists them)",
-    )
-    margin: bool = Field(False, description="store the map after OFD's margin ReLU, as `+margin` does")
-    codec: CodecName | None = Field(
-        None,
-        description="the stored form of its values; none = `cache.codec`. Logits have none of their own: they are f32 "
-        "where all of the teacher's other taps are, else f16",
-    )
-
-    @property
-    def name(self) -> str:
-        """The group's name, or that of the tap written by hand."""
-        return self.tap.partition("=")[0]
-
-    @property
-    def by_hand(self) -> bool:
-        """Whether it is a place of its own and no group."""
-        return "=" in self.tap
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return read_tap(value, get_args(CodecName))
-        if not isinstance(value, (Mapping, cls)):
-            # pydantic reports no TypeError
-            raise ValueError('expected text or a table { tap = "...", margin = ..., codec = "..." }')  # noqa: TRY004
-        return value
-
-    @field_validator("tap")
-    @classmethod
-    def _place_alone(cls, value: str) -> str:
-        if read_tap(value, get_args(CodecName)) != {"tap": value}:
-            raise ValueError("expected the place alone; margin and codec are keys of their own")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.tap == "logits" and (self.margin or self.codec):
-            raise ValueError("expected neither margin nor codec with logits, which are f16, or f32 with f32 maps")
-        return self
-
-    @model_serializer
-    def _as_text(self) -> str:
-        # recipes are compared as JSON: both forms are one, and runs of before tables are continued
-        return write_tap(self.tap, margin=self.margin, codec=self.codec)
-
-
 class Teacher(_Section):
     """A frozen network of the ensemble."""
 
@@ -351,6 +294,12 @@ class Train(_Section):
     threads: int = Field(0, ge=0, le=1024, description="torch threads on the CPU; 0 = torch's own choice")
     out: PathText = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
+    residency: Literal["auto", "disk", "ram", "gpu"] = Field(
+        "auto",
+        description="where cached targets come from after the first pass of a view: disk, or memory of the host (ram) "
+        "or of the training device (gpu) in which they are held as codes; auto: ram if all that the run reads fits in "
+        "half of the memory that is available, else disk. The batches are the same",
+    )
     check_teachers: bool = Field(
         True,
         description="build the recipe's teachers once and compare weights, taps and normalization with those of the "

@@ -1,24 +1,19 @@
-"""TOML and ``key=value`` as anybody may write them: read within bounds, into plain trees that `recipe.py` validates.
-
-Also an entry of ``teachers.N.taps`` written as text: ``place[+margin][:codec]``.
-"""
+"""TOML and ``key=value`` as anybody may write them: read within bounds, into plain trees that `recipe.py` validates."""
 
 from __future__ import annotations
 
 import math
 import re
 import tomllib
-from collections.abc import Collection
 from typing import Any, Final
 
 from feedfast.errors import RequestError
 
-__all__ = ["MAX_DEPTH", "override", "read_tap", "read_toml", "refuse_odd_values", "write_tap"]
+__all__ = ["MAX_DEPTH", "override", "read_toml", "refuse_odd_values"]
 
 MAX_DEPTH: Final = 8
 _MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
 _MAX_NUMBER: Final = 1e18  # two of them multiplied are a float32 still
-_MARGIN: Final = "+margin"
 _MANY_PARTS: Final = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 
@@ -98,35 +93,3 @@ def _element(node: list[Any], index: str, key: str) -> Any:
     if not re.fullmatch("[0-9]{1,6}", index) or int(index) >= len(node):
         raise RequestError(f"override {key!r}: expected a number below {len(node)} after the list, found {index!r}")
     return node[int(index)]
-
-
-def read_tap(text: str, codecs: Collection[str]) -> dict[str, Any]:
-    """``place[+margin][:codec]`` as a table: ``tap`` and, where they are said, ``margin`` and ``codec``.
-
-    The place is a group ("ofd", "final") or "name=module.path", which may end with :pre, :map and the like. No codec is
-    called like these, and only the last word can be one: what belongs to the place needs no network to be told.
-
-    Args:
-        text: of the recipe.
-        codecs: their names.
-
-    Raises:
-        ValueError: another order, or no such codec.
-    """
-    rest, colon, last = text.rpartition(":")
-    found: dict[str, Any] = {"codec": last} if colon and last in codecs else {}
-    place = rest if found else text
-    if place.endswith(_MARGIN):
-        found["margin"] = True
-        place = place.removesuffix(_MARGIN)
-    if not place or _MARGIN in place or ("=" not in place and ":" in place):
-        raise ValueError(
-            f"expected a group or name=module.path, then {_MARGIN}, then : and one of {', '.join(codecs)}, "
-            "each of the two where it is wanted"
-        )
-    return {"tap": place, **found}
-
-
-def write_tap(tap: str, *, margin: bool, codec: str | None) -> str:
-    """The text that `read_tap` reads as these values."""
-    return f"{tap}{_MARGIN if margin else ''}{f':{codec}' if codec else ''}"

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import expected_words
-from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, TapEntry, Teacher, Train, packaged_recipes
+from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
+from feedfast.tap_entry import TapEntry
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python tools/make_docs.py"

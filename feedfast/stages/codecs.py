@@ -13,6 +13,7 @@ from feedfast import recipe as recipes
 from feedfast.cache.schema import CodecName
 from feedfast.methods.base import LOGITS, numbered_taps
 from feedfast.methods.ft import FACTOR, TAP
+from feedfast.tap_entry import TapEntry
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Codecs:
     """
 
     default: CodecName
-    entries: Mapping[str, tuple[recipes.TapEntry, ...]]
+    entries: Mapping[str, tuple[TapEntry, ...]]
 
     def of(self, teacher: str, tap: str) -> CodecName:
         """The codec of one tap, ``logits`` and stored factors included.

@@ -33,10 +33,10 @@ from feedfast.models.build import build_model, weights_sha256
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
-from feedfast.recipe import TapEntry
 from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
 from feedfast.stages.trainee import method_entries, needs_of
+from feedfast.tap_entry import TapEntry
 from feedfast.tasks import Outputs, Task, task_named
 
 Triple = tuple[float, float, float]

@@ -43,6 +43,7 @@ from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, view_plan
 from feedfast.stages.ensemble import LOGITS, accuracies
 from feedfast.stages.identity import refuse_differences
+from feedfast.stages.plan_record import predicted_cache, prediction_error
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import Recorder
@@ -66,7 +67,8 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool =
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
         ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction),
         ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``path``, ``data``
-        (see `feedfast.stages.data.facts_of`).
+        (see `feedfast.stages.data.facts_of`); ``predicted`` by `run_plan` of the same recipe (None without one) and
+        ``prediction_error`` (found / predicted - 1 of ``bytes`` and ``seconds``; None of what is not comparable).
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -202,9 +204,17 @@ class OfflineRun:
                     "bytes_per_sample": sum(commit.bytes for commit in commits) / max(count, 1),
                 }
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
+        # Comparable are a cache of these teachers alone, and a job that wrote all of it.
+        whole = {
+            "bytes": total if complete and manifest.teachers.keys() == self.teachers.keys() else None,
+            "seconds": seconds if rows == manifest.num_rows * manifest.views else None,
+        }
+        predicted = predicted_cache(self.recipe, self.device)
         return {
             "rows_written": rows,
             "rows_resumed": self.resumed,
+            "predicted": predicted,
+            "prediction_error": prediction_error("cache", predicted, whole),
             "bytes": total,
             "bytes_written": written,
             "bytes_per_sample": total / (manifest.num_rows * manifest.views),

@@ -12,10 +12,11 @@ epoch, a cached one paid it once per view.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,19 @@ from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.codecs import Codecs, codecs_of
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers, method_taps
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
+from feedfast.stages.plan_rates import DiskRate, decode_ms, disk_rate
+from feedfast.stages.plan_record import keep_plan
 from feedfast.stages.plan_screen import plan_screen, screen_width
+from feedfast.stages.plan_step import step_ms
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
 from feedfast.stages.trainee import Entry, build_student, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
+from feedfast_kernels import Codes, Target
+from feedfast_kernels.codes import CODECS
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +75,11 @@ class _Measured:
     Attributes:
         compression: teacher/tap → raw bytes per stored byte.
         encode_ms: of all taps of a batch.
+        decode_ms: of all taps of a batch, one thread.
         teacher_ms: teacher → forward pass of a batch.
         top1: of the teachers on these batches.
         student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
+        step_ms: of the recipe's student with its task, methods and optimizer; None if that cannot be built here.
         batch: rows of a batch.
         pixels_per_second: images that the loader makes per second of a core's time, augmented.
     """
@@ -81,8 +89,10 @@ class _Measured:
     pixels_per_second: float
     compression: dict[str, float] = field(default_factory=dict)
     encode_ms: float = 0.0
+    decode_ms: float = 0.0
     teacher_ms: dict[str, float] = field(default_factory=dict)
     student_ms: float | None = None
+    step_ms: float | None = None
 
 
 def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
@@ -97,10 +107,14 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
         ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
         ``first_student`` (of ``cache`` before training, and of ``record``: ``wait_seconds`` until its first step,
-        ``seconds`` until its last, None where ``student_ms`` is). Use: ``teachers``
+        ``seconds`` until its last, None where ``student_ms`` is). Reading: ``read_ms`` (one batch,
+        decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student that waits
+        for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
+        the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
         ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
         recipe's own cannot use it, "" if it can), ``bf16_over_fp32``; ``data`` (see
@@ -130,7 +144,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         row_bytes(teachers.values(), codecs, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
-    measured = _measure(recipe, data, teachers, codecs, granule, device, usable=not unusable)
+    measured = _measure(recipe, data, teachers, codecs, entries, granule, device, usable=not unusable)
     stored = _stored(codecs, teachers, taps, entries)
     targets = {
         name: _target(info.shape, codec, measured.compression.get(name, 1.0), count, views, granule)
@@ -167,6 +181,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "teachers_ms": teachers_ms,
         "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
+        "step_ms": measured.step_ms,
         "pixels_per_core_second": measured.pixels_per_second,
         "view_bytes_per_row": view_row_bytes(mixed),
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
@@ -181,6 +196,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "bf16_over_fp32": ratio,
         "data": facts_of(data),
     }
+    document |= _reading(document, measured, disk_rate(standing, free), recipe.cache.threads)
+    keep_plan(recipe, device, document, measured.batch)
     if log.isEnabledFor(logging.INFO):
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
     for name, entry in document["teachers"].items():
@@ -211,6 +228,27 @@ def _first_student(
     return {
         "cache": {"wait_seconds": before, "seconds": None if training is None else before + training},
         "record": {"wait_seconds": fitting, "seconds": None if training is None else during + training},
+    }
+
+
+def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | None, threads: int) -> dict[str, Any]:
+    """Whether reading a batch takes less than computing it; rates are None where the disk could not be measured.
+
+    A batch is read, then decoded by ``threads``; a student that waits for nothing takes a batch per step.
+    """
+    rows, student_ms = measured.batch, document["step_ms"] or document["student_ms"]
+    stored = document["bytes_per_sample"] * rows
+    raw = document["raw_bytes"] / document["bytes"] * stored
+    cores = max(1, min(threads, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    read_ms = None if disk is None else stored / disk.bytes_per_second * 1e3 + measured.decode_ms / cores
+    return {
+        "read_ms": read_ms,
+        "pays": None if read_ms is None else read_ms < document["teachers_ms"],
+        "needed_bytes_per_second": None if student_ms is None else stored / student_ms * 1e3,
+        "available_bytes_per_second": None if read_ms is None else stored / read_ms * 1e3,
+        "disk_bytes_per_second": None if disk is None else disk.bytes_per_second,
+        "disk_direct": None if disk is None else disk.direct,
+        "decoder_bytes_per_second": raw / measured.decode_ms * 1e3 if measured.decode_ms else None,
     }
 
 
@@ -283,6 +321,7 @@ def _measure(
     data: Dataset,
     teachers: Mapping[str, FrozenTeacher],
     codecs: Codecs,
+    entries: Sequence[Entry],
     granule: int,
     device: torch.device,
     *,
@@ -293,15 +332,16 @@ def _measure(
     first = batches[0].images
     found = _Measured(len(first), accuracies(teachers, len(data.classes)), pixels_per_second)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
+    targets: dict[str, dict[str, Target]] = {}
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
-                ratio, encode_ms = _encoded(
-                    *(teacher, tap, values, codecs.of(name, tap), recipe.cache.compression, granule)
-                )
-                found.compression[f"{name}/{tap}"] = ratio
-                found.encode_ms += encode_ms
+                made = _encoded(teacher, tap, values, codecs.of(name, tap), recipe.cache.compression, granule)
+                targets.setdefault(name, {})[tap] = made.target
+                found.compression[f"{name}/{tap}"] = made.compression
+                found.encode_ms += made.encode_ms
+                found.decode_ms += made.decode_ms
                 meter.advance(1, f"{name}/{tap}")
             times = []
             for number in range(TIMED + 1):
@@ -319,6 +359,10 @@ def _measure(
         except RequestError:
             if usable:
                 raise
+    if usable:
+        found.step_ms = step_ms(
+            recipe, data, entries, method_taps(teachers), replace(batches[0], targets=targets), device
+        )
     return found
 
 
@@ -339,12 +383,22 @@ def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[
     return batches, made / max(seconds, 1e-6)
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A tap of a batch as a cache would hold it: raw bytes per stored byte, ms to encode and decode, and as target."""
+
+    target: Target
+    compression: float = 1.0
+    encode_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
 def _encoded(
     teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, compression: AskedCompression, granule: int
-) -> tuple[float, float]:
-    """What zstd makes of a block of real codes, 1 where it would not be used; and milliseconds to encode a batch."""
+) -> _Encoded:
+    """Its compression is what zstd makes of a block of real codes, 1 where it would not be used."""
     if tap == LOGITS:
-        return 1.0, 0.0
+        return _Encoded(values.float())
     transform = teacher.transform(tap)
     here = values.cpu()
     flat = transform.teacher(here).movedim(1, -1).reshape(-1, values.shape[1])
@@ -352,10 +406,17 @@ def _encoded(
     offset, step = (torch.from_numpy(row).to(values.device) for row in fit_affine(thin, codec))
     begin = time.perf_counter()
     codes, _ = encode_rows(values, codec, offset, step, transform)
-    encode_ms = (time.perf_counter() - begin) * 1e3
+    encoding = (time.perf_counter() - begin) * 1e3
     block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.shapes[tap], codec), granule)])
-    ratio = block.nbytes / len(compress_block(block, "zstd"))
-    return (ratio if choose_compression([block], compression) == "zstd" else 1.0), encode_ms
+    kind = choose_compression([block], compression)
+    stored = compress_block(block, kind)
+    ratio = block.nbytes / len(stored) if kind == "zstd" else 1.0
+    decoding = decode_ms(stored, kind, block.nbytes) * len(codes) / len(block)
+    data = torch.from_numpy(codes).to(values.device)
+    target: Target = data.movedim(-1, 1) if data.dim() > 2 else data.float()
+    if CODECS[codec].quantized:
+        target = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
+    return _Encoded(target, ratio, encoding, decoding)
 
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS
 from feedfast.models.taps import parse_tap
-from feedfast.recipe import CodecName, Recipe, TapEntry, load_recipe, parse_recipe
+from feedfast.recipe import Recipe, load_recipe, parse_recipe
 from feedfast.stages.folder import comparable, differences
+from feedfast.tap_entry import CodecName, TapEntry
 
 MINIMAL = {"data": {"train": "images"}}
 EXAMPLE = """

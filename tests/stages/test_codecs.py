@@ -11,7 +11,6 @@ import pytest
 import torch
 from small import digits_recipe
 
-from feedfast import recipe as recipes
 from feedfast.cache import names, schema
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
@@ -23,6 +22,7 @@ from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
 from feedfast.stages.student import run_train
+from feedfast.tap_entry import CodecName
 from feedfast_kernels.codes import CODECS
 
 TWO = 'teachers.0.taps=["final", { tap = "ofd1", margin = true, codec = "u4" }, "ofd2+margin", "ofd3+margin"]'
@@ -65,7 +65,7 @@ def test_whose_codec_a_tap_has(taps: list[str], default: Any, expected: dict[str
 
 
 def test_codecs_have_the_same_names_everywhere() -> None:
-    assert get_args(recipes.CodecName) == get_args(schema.CodecName) == tuple(CODECS)
+    assert get_args(CodecName) == get_args(schema.CodecName) == tuple(CODECS)
 
 
 def test_each_tap_is_stored_and_measured_by_its_own_codec(made: tuple[Path, dict[str, Any]]) -> None:
