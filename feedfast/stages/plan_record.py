@@ -127,6 +127,7 @@ def _key(recipe: Recipe, device: torch.device, *, training: bool = False) -> str
     tree = comparable(recipe)
     parts = {name: tree[name] for name in ("seed", "data", "cache", "teachers", "method")}
     parts["cache"] = {key: value for key, value in parts["cache"].items() if key != "path"}
+    parts["compression"] = recipe.cache.compression  # no part of a run, but of its bytes and times
     parts["device"], parts["threads"] = device.type, recipe.train.threads
     if training:
         parts |= {"student": tree["student"], "task": tree["task"]}

@@ -21,6 +21,7 @@ from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
+from feedfast.stages.plan_record import predicted_cache
 from feedfast.stages.student import run_train
 from feedfast.tap_entry import CodecName
 from feedfast_kernels.codes import CODECS
@@ -92,8 +93,14 @@ def test_each_tap_is_stored_and_measured_by_its_own_codec(made: tuple[Path, dict
         assert 0.03 < error < 0.3 if tap == "ofd1" else error < 0.02
 
 
-def test_a_plan_counts_each_tap_by_its_own_codec(made: tuple[Path, dict[str, Any]]) -> None:
-    planned = run_plan(two(made[0]))["targets"]
+@pytest.mark.parametrize(("asked", "other"), [("zstd", "raw"), ("raw", "auto")])
+def test_a_plan_counts_each_tap_by_its_own_codec(made: tuple[Path, dict[str, Any]], asked: str, other: str) -> None:
+    recipe = two(made[0], f"cache.compression={asked}")
+    planned = run_plan(recipe)["targets"]
+    assert {entry["compression"] == 1.0 for tap, entry in planned.items() if tap != "a/logits"} == {asked == "raw"}
+    device = torch.device("cpu")
+    assert predicted_cache(recipe, device) is not None
+    assert predicted_cache(two(made[0], f"cache.compression={other}"), device) is None, "of other bytes"
     for tap, bits in {"final": 8, "ofd1": 4, "ofd2": 8, "ofd3": 8, "logits": 16}.items():
         entry = planned[f"a/{tap}"]
         assert entry["raw_bytes"] == 100 * math.prod(entry["shape"]) * bits // 8
