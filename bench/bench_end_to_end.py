@@ -12,7 +12,9 @@ drifts for both; quoted is the median of the rounds' ratios with the lowest and 
 full when a round begins and when it ends, so a round pays for what it consumes. Losses of cached and live f32 steps
 are compared elsewhere (tests/stages/test_parity.py); here a round is refused if its loss is not finite.
 
-    python bench/bench_end_to_end.py [--data CIFAR-100.bin] [--teachers a.pt b.pt c.pt] [--tiny]
+    python bench/bench_end_to_end.py [--data CIFAR-100.bin] [--teachers a.pt b.pt c.pt] [--residency ram] [--tiny]
+
+``--residency`` adds steps whose targets are held after a first pass (`train.residency`) to the rounds.
 
 Teachers without weights files are random ones; their maps compress differently from trained ones, so say which you
 used. Rows go to bench/results_end_to_end.csv, the last stdout line is one JSON document.
@@ -74,16 +76,23 @@ def base_recipe(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cache": {"views": 2, "batch": batch, "pilot": 256},
         "teachers": teachers,
         "student": {"model": "zoo/wrn-10-1" if small else "zoo/wrn-16-1"},
-        "train": {"batch": batch, "precision": args.student_precision, "epochs": 1000, "replay": 0},
+        "train": {
+            "batch": batch,
+            "precision": args.student_precision,
+            "epochs": 1000,
+            "replay": 0,
+            "residency": "disk",
+        },
     }
 
 
-def recipe(tree: dict[str, Any], method: str, folder: Path, source: str = "cache") -> Recipe:
+def recipe(tree: dict[str, Any], method: str, folder: Path, source: str = "cache", residency: str = "disk") -> Recipe:
     """The recipe of one method: its taps, its cache, its source."""
     taps = {"kd": [], "pfeed": ["final"], "ofd": ["ofd+margin"]}[method]
     teachers = [{**teacher, "taps": taps} for teacher in tree["teachers"]] if taps else tree["teachers"]
     cache = {**tree["cache"], "path": str(folder / f"{method}.zarr")}
-    train = {**tree["train"], "source": source, "out": str(folder / f"{method}-{source}")}
+    out = str(folder / f"{method}-{source}-{residency}")
+    train = {**tree["train"], "source": source, "residency": residency, "out": out}
     return parse_recipe(
         {**tree, "teachers": teachers, "cache": cache, "method": {"name": method, **METHODS[method]}, "train": train}
     )
@@ -144,12 +153,26 @@ def steps(run: StudentRun, start: int) -> Iterator[tuple[int, Batch]]:
             start += 1
 
 
-def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int) -> dict[str, Any]:
-    """Step from the cache, from RAM (pixels and targets), and with live teachers."""
+def held_run(of: Recipe) -> StudentRun:
+    """A run that has walked every view once."""
+    run = StudentRun(of, Worker())
+    for epoch in range(of.cache.views):
+        for _ in run.loop.targets(epoch):
+            pass
+    return run
+
+
+def bench_steps(
+    tree: dict[str, Any], method: str, folder: Path, rounds: int, count: int, residency: str = ""
+) -> dict[str, Any]:
+    """Step from the cache, from RAM (pixels and targets), with live teachers, and with targets that are held."""
     cached = StudentRun(recipe(tree, method, folder), Worker())
     live = StudentRun(recipe(tree, method, folder, "live"), Worker())
     held = [batch for _, batch in zip(range(count), cached.loop.batches(0), strict=False)]
-    streams = {"cached": steps(cached, 0), "live": steps(live, 0)}
+    runs, streams = {"cached": cached, "live": live}, {"cached": steps(cached, 0), "live": steps(live, 0)}
+    if residency:
+        runs["resident"] = held_run(recipe(tree, method, folder, residency=residency))
+        streams["resident"] = steps(runs["resident"], 0)
 
     def one(kind: str, number: int) -> float:
         begin = time.perf_counter()
@@ -160,13 +183,13 @@ def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, co
             losses = cached.trainer.step(number, held[number % len(held)])
         else:
             step, batch = next(streams[kind])
-            losses = (cached if kind == "cached" else live).trainer.step(step, batch)
+            losses = runs[kind].trainer.step(step, batch)
         value = float(losses["loss"])
         if not np.isfinite(value):
             raise SystemExit(f"{method}, {kind}: loss {value}; no timing without a sound step")
         return (time.perf_counter() - begin) * 1e3
 
-    kinds = ("ram", "cached", "live", "teachers")
+    kinds = ("ram", *runs, "teachers")
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for kind in kinds if number % 2 else reversed(kinds):
@@ -174,7 +197,7 @@ def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, co
             if number:
                 times[kind].append(statistics.median(measured))
             time.sleep(0.02)
-    for run in (cached, live):
+    for run in runs.values():
         run.close()
     ideal = [(teachers + ram) / ram for teachers, ram in zip(times["teachers"], times["ram"], strict=True)]
     live_over_cached = _ratios(times["live"], times["cached"])
@@ -183,6 +206,7 @@ def bench_steps(tree: dict[str, Any], method: str, folder: Path, rounds: int, co
         "live_over_cached": live_over_cached,
         "ideal_live_over_cached": ideal,
         "share_of_ideal": _ratios(live_over_cached, ideal),
+        **({"resident_over_cached": _ratios(times["resident"], times["cached"])} if residency else {}),
         **{f"{kind}_ms": statistics.median(values) for kind, values in times.items()},
     }
 
@@ -219,6 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps a round")
     parser.add_argument("--repeats", type=int, default=3, help="caching passes")
     parser.add_argument(
+        "--residency", default="", choices=["ram", "gpu"], help="steps with held targets, too; rows are not appended"
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="digits and small networks: checks the bench, measures nothing"
     )
     args = parser.parse_args(argv)
@@ -231,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         tree = base_recipe(args, folder)
         for method in args.methods:
             caching = bench_caching(tree, method, folder, args.repeats)
-            step = bench_steps(tree, method, folder, args.rounds, args.steps)
+            step = bench_steps(tree, method, folder, args.rounds, args.steps, args.residency)
             row = {
                 "method": method,
                 "cached / RAM": spread(step["cached_over_ram"]),
@@ -243,11 +270,13 @@ def main(argv: list[str] | None = None) -> None:
                 "cached ms": step["cached_ms"],
                 "live ms": step["live_ms"],
             }
+            if args.residency:
+                row["resident / cached"] = spread(step["resident_over_cached"])
             print_table("end to end (median of rounds, lowest to highest)", [row])
             figures = {**step, **{f"caching_{key}": value for key, value in caching.items()}}
             shown = {key: _cell(value) for key, value in figures.items()}
             rows.append({**provenance(args), "method": method, **shown})
-    if not args.tiny:
+    if not args.tiny and not args.residency:  # the file's columns are those of a run without it
         _append(rows)
     print(json.dumps({"rows": rows}))
 

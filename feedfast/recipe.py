@@ -288,6 +288,12 @@ class Train(_Section):
     threads: int = Field(0, ge=0, le=1024, description="torch threads on the CPU; 0 = torch's own choice")
     out: PathText = Field("runs/student", description="folder of the run; a run that lies there is continued")
     replay: int = Field(2, ge=0, description="blocks of pixels checked against the cache before training; 0 = none")
+    residency: Literal["auto", "disk", "ram", "gpu"] = Field(
+        "auto",
+        description="where cached targets come from after the first pass of a view: disk, or memory of the host (ram) "
+        "or of the training device (gpu) in which they are held as codes; auto: ram if all that the run reads fits in "
+        "half of the memory that is available, else disk. The batches are the same",
+    )
     check_teachers: bool = Field(
         True,
         description="build the recipe's teachers once and compare weights, taps and normalization with those of the "

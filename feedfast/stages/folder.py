@@ -239,6 +239,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
             "checkpoint_minutes",
             "eval_every",
             "device",
+            "residency",
         ),
         "data": ("threads", "check"),
         "cache": ("threads", "part"),

@@ -54,6 +54,7 @@ from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_tea
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
+from feedfast.stages.plan_record import predicted_cache, prediction_error
 from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.proof import content_of
@@ -78,7 +79,8 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool =
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
         ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction),
         ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``path``, ``data``
-        (see `feedfast.stages.data.facts_of`).
+        (see `feedfast.stages.data.facts_of`); ``predicted`` by `run_plan` of the same recipe (None without one) and
+        ``prediction_error`` (found / predicted - 1 of ``bytes`` and ``seconds``; None of what is not comparable).
 
     Raises:
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
@@ -369,9 +371,17 @@ class OfflineRun:
                     "bytes_per_sample": sum(commit.bytes for commit in commits) / max(count, 1),
                 }
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
+        # Comparable are a cache of these teachers alone, and a job that wrote all of it.
+        whole = {
+            "bytes": total if complete and manifest.teachers.keys() == self.teachers.keys() else None,
+            "seconds": seconds if rows == manifest.num_rows * manifest.views else None,
+        }
+        predicted = predicted_cache(self.recipe, self.device)
         return {
             "rows_written": rows,
             "rows_resumed": self.resumed,
+            "predicted": predicted,
+            "prediction_error": prediction_error("cache", predicted, whole),
             "bytes": total,
             "bytes_written": written,
             "bytes_per_sample": total / (manifest.num_rows * manifest.views),

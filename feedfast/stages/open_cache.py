@@ -26,8 +26,9 @@ from feedfast.stages.data import warn_of
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, replay_pixels, selection_of, source_of
+from feedfast.stages.resident import Residency, resident
 from feedfast.stages.source import Cached, manifest_taps
-from feedfast.stages.worker import pick_device
+from feedfast.stages.worker import pick_device, ranks_here
 
 Wanted = Mapping[str, str | Sequence[str]]
 
@@ -141,6 +142,7 @@ class OpenedCache:
         normalize: bool = True,
         rank: int | None = None,
         world_size: int | None = None,
+        residency: Residency = "disk",
     ) -> Epochs:
         """A loader: each time it is iterated, the next epoch, walking through the views and then mixing their rows.
 
@@ -153,6 +155,8 @@ class OpenedCache:
             normalize: as of `stream`.
             rank: as of `stream`.
             world_size: as of `stream`.
+            residency: as ``train.residency``, with all views counted, once per rank of this machine: where rows come
+                from after the first pass of a view. Each worker of a DataLoader begins with nothing held.
 
         Raises:
             RequestError, CacheDamageError: as `stream`; every view is looked at now.
@@ -161,6 +165,12 @@ class OpenedCache:
             raise RequestError(f"epoch: expected at least 0, found {epoch}")
         source = self._source(device, taps)
         self.reader.require(source.arrays, range(self.views))
+        source.resident = resident(
+            *(residency, self.reader, source.arrays, source.device),
+            views=self.views,
+            ranks=ranks_here(),
+            key="residency",
+        )
         return Epochs(
             source,
             batch_size=batch_size,

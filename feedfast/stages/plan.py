@@ -12,10 +12,11 @@ epoch, a cached one paid it once per view.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.blocks import compress_block
+from feedfast.cache.blocks import ZSTD_PAYS, compress_block
 from feedfast.cache.create import refuse_foreign
 from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.manifest import held_manifest
-from feedfast.cache.schema import MAX_VIEWS, CodecName
+from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -42,14 +43,19 @@ from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers, method_taps
 from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, stored_codec, tap_row_bytes
+from feedfast.stages.plan_rates import DiskRate, decode_ms, disk_rate
+from feedfast.stages.plan_record import keep_plan
 from feedfast.stages.plan_screen import plan_screen, screen_width
+from feedfast.stages.plan_step import step_ms
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
 from feedfast.stages.trainee import Entry, build_student, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
+from feedfast_kernels import Codes, Target
+from feedfast_kernels.codes import CODECS
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +74,11 @@ class _Measured:
     Attributes:
         compression: teacher/tap → raw bytes per stored byte.
         encode_ms: of all taps of a batch.
+        decode_ms: of all taps of a batch, one thread.
         teacher_ms: teacher → forward pass of a batch.
         top1: of the teachers on these batches.
         student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
+        step_ms: of the recipe's student with its task, methods and optimizer; None if that cannot be built here.
         batch: rows of a batch.
         pixels_per_second: images that the loader makes per second of a core's time, augmented.
     """
@@ -80,8 +88,10 @@ class _Measured:
     pixels_per_second: float
     compression: dict[str, float] = field(default_factory=dict)
     encode_ms: float = 0.0
+    decode_ms: float = 0.0
     teacher_ms: dict[str, float] = field(default_factory=dict)
     student_ms: float | None = None
+    step_ms: float | None = None
 
 
 def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
@@ -96,8 +106,12 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
         ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
-        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Use: ``teachers``
+        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Reading: ``read_ms``
+        (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
+        that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
+        the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
         ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
         recipe's own cannot use it, "" if it can), ``bf16_over_fp32``; ``data`` (see
@@ -127,7 +141,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         row_bytes(teachers.values(), recipe.cache.codec, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
-    measured = _measure(recipe, data, teachers, granule, device, usable=not unusable)
+    measured = _measure(recipe, data, teachers, entries, granule, device, usable=not unusable)
     stored = _stored(recipe, teachers, taps, entries)
     targets = {
         name: _target(
@@ -166,6 +180,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "teachers_ms": teachers_ms,
         "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
+        "step_ms": measured.step_ms,
         "pixels_per_core_second": measured.pixels_per_second,
         "view_bytes_per_row": view_row_bytes(mixed),
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
@@ -179,6 +194,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "bf16_over_fp32": ratio,
         "data": facts_of(data),
     }
+    document |= _reading(document, measured, disk_rate(standing, free), recipe.cache.threads)
+    keep_plan(recipe, device, document, measured.batch)
     if log.isEnabledFor(logging.INFO):
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
     for name, entry in document["teachers"].items():
@@ -187,6 +204,27 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     if not document["fits"]:
         log.error("plan: %s", _no_room(document, str(standing), views))
     return document
+
+
+def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | None, threads: int) -> dict[str, Any]:
+    """Whether reading a batch takes less than computing it; rates are None where the disk could not be measured.
+
+    A batch is read, then decoded by ``threads``; a student that waits for nothing takes a batch per step.
+    """
+    rows, student_ms = measured.batch, document["step_ms"] or document["student_ms"]
+    stored = document["bytes_per_sample"] * rows
+    raw = document["raw_bytes"] / document["bytes"] * stored
+    cores = max(1, min(threads, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    read_ms = None if disk is None else stored / disk.bytes_per_second * 1e3 + measured.decode_ms / cores
+    return {
+        "read_ms": read_ms,
+        "pays": None if read_ms is None else read_ms < document["teachers_ms"],
+        "needed_bytes_per_second": None if student_ms is None else stored / student_ms * 1e3,
+        "available_bytes_per_second": None if read_ms is None else stored / read_ms * 1e3,
+        "disk_bytes_per_second": None if disk is None else disk.bytes_per_second,
+        "disk_direct": None if disk is None else disk.direct,
+        "decoder_bytes_per_second": raw / measured.decode_ms * 1e3 if measured.decode_ms else None,
+    }
 
 
 def _no_room(document: Mapping[str, Any], folder: str, views: int) -> str:
@@ -258,6 +296,7 @@ def _measure(
     recipe: Recipe,
     data: Dataset,
     teachers: Mapping[str, FrozenTeacher],
+    entries: Sequence[Entry],
     granule: int,
     device: torch.device,
     *,
@@ -268,13 +307,16 @@ def _measure(
     first = batches[0].images
     found = _Measured(len(first), accuracies(teachers, len(data.classes)), pixels_per_second)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
+    targets: dict[str, dict[str, Target]] = {}
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
-                ratio, encode_ms = _encoded(teacher, tap, values, recipe.cache.codec, granule)
-                found.compression[f"{name}/{tap}"] = ratio
-                found.encode_ms += encode_ms
+                made = _encoded(teacher, tap, values, recipe.cache.codec, granule)
+                targets.setdefault(name, {})[tap] = made.target
+                found.compression[f"{name}/{tap}"] = made.compression
+                found.encode_ms += made.encode_ms
+                found.decode_ms += made.decode_ms
                 meter.advance(1, f"{name}/{tap}")
             times = []
             for number in range(TIMED + 1):
@@ -292,6 +334,10 @@ def _measure(
         except RequestError:
             if usable:
                 raise
+    if usable:
+        found.step_ms = step_ms(
+            recipe, data, entries, method_taps(teachers), replace(batches[0], targets=targets), device
+        )
     return found
 
 
@@ -312,10 +358,20 @@ def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[
     return batches, made / max(seconds, 1e-6)
 
 
-def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int) -> tuple[float, float]:
-    """What zstd makes of a block of real codes, 1 where it would not be used; and milliseconds to encode a batch."""
+@dataclass(frozen=True)
+class _Encoded:
+    """A tap of a batch as a cache would hold it: raw bytes per stored byte, ms to encode and decode, and as target."""
+
+    target: Target
+    compression: float = 1.0
+    encode_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, granule: int) -> _Encoded:
+    """Its compression is what zstd makes of a block of real codes, 1 where it would not be used."""
     if tap == LOGITS:
-        return 1.0, 0.0
+        return _Encoded(values.float())
     transform = teacher.transform(tap)
     here = values.cpu()
     flat = transform.teacher(here).movedim(1, -1).reshape(-1, values.shape[1])
@@ -323,10 +379,19 @@ def _encoded(teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName,
     offset, step = (torch.from_numpy(row).to(values.device) for row in fit_affine(thin, codec))
     begin = time.perf_counter()
     codes, _ = encode_rows(values, codec, offset, step, transform)
-    encode_ms = (time.perf_counter() - begin) * 1e3
+    encoding = (time.perf_counter() - begin) * 1e3
     block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(tap, teacher.shapes[tap], codec), granule)])
-    ratio = block.nbytes / len(compress_block(block, "zstd"))
-    return (ratio if ratio >= 1.15 else 1.0), encode_ms
+    kind: Compression = "zstd"
+    stored = compress_block(block, kind)
+    ratio = block.nbytes / len(stored)
+    if ratio < ZSTD_PAYS:
+        ratio, kind, stored = 1.0, "none", compress_block(block, "none")
+    decoding = decode_ms(stored, kind, block.nbytes) * len(codes) / len(block)
+    data = torch.from_numpy(codes).to(values.device)
+    target: Target = data.movedim(-1, 1) if data.dim() > 2 else data.float()
+    if CODECS[codec].quantized:
+        target = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
+    return _Encoded(target, ratio, encoding, decoding)
 
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:

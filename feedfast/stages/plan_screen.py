@@ -111,6 +111,7 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
         f"{document['view_bytes_per_row']} bytes per row say what was done",
         "disk": f"{needed} needed{there}, {format_bytes(document['free_bytes'])} free in {folder}: "
         + (f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"),
+        "reading": _reading(document),
         "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "
         f"{_count(document['break_even_runs'], 'run')} of this recipe" + faster,
     }
@@ -127,6 +128,21 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
     if document["bf16_over_fp32"] is not None:
         found["bf16"] = f"{document['bf16_over_fp32']:.1f} times the time of fp32 on this processor"
     return found
+
+
+def _reading(document: Mapping[str, Any]) -> str:
+    """Whether the cache pays at all, and the rates that say so."""
+    if document["pays"] is None:
+        return "not measured: no file could be written there"
+    times = f"a batch is read in {document['read_ms']:,.1f} ms and computed in {document['teachers_ms']:,.1f} ms"
+    rates = f"{'disk' if document['disk_direct'] else 'page cache'} {format_bytes(document['disk_bytes_per_second'])}/s"
+    if document["decoder_bytes_per_second"] is not None:
+        rates += f", decoder {format_bytes(document['decoder_bytes_per_second'])}/s"
+    rates += f": {format_bytes(document['available_bytes_per_second'])}/s available"
+    if document["needed_bytes_per_second"] is not None:
+        rates += f", {format_bytes(document['needed_bytes_per_second'])}/s needed"
+    verdict = "" if document["pays"] else 'A CACHE WOULD NOT PAY, use train.source = "live": '
+    return f"{verdict}{times}; {rates}"
 
 
 def _count(value: float, unit: str) -> str:

@@ -13,6 +13,7 @@ the checksums taken when the teachers saw them; and the bytes of every sample ar
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -43,6 +44,9 @@ from feedfast.stages.identity import dataset_info
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, readable_plan, row_bytes
 from feedfast.stages.probe import Probe
 from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
+from feedfast.stages.resident import Item, Resident, resident
+from feedfast.stages.schedule import total_steps
+from feedfast.stages.worker import ranks_here
 from feedfast_kernels import Codes, Target
 from feedfast_kernels.codes import CODECS
 
@@ -199,6 +203,7 @@ class Cached(Plain):
     ) -> None:
         super().__init__(data, plan, device, views=views, threads=threads)
         self.reader, self.taps = reader, taps
+        self.resident: Resident | None = None  # what holds the rows of `arrays`, where they are to be held
         self.classes = next((teacher.num_classes for teacher in reader.manifest.teachers.values()), 0)
         self.stored_images = reader.manifest.images == "stored"
         self.arrays = [names.PIXELS] if self.stored_images else []
@@ -222,7 +227,7 @@ class Cached(Plain):
         """See `Source`. Opened here and not by the first batch: a missing shard raises now, not mid-iteration."""
         if not self.arrays:
             return super().batches(view, rows, batch_size, start)
-        items = self.reader.stream(self.arrays, view, rows, batch_size, start_batch=start)
+        items = (self.resident or self.reader).stream(self.arrays, view, rows, batch_size, start_batch=start)
         if self.stored_images:
             return self._with_stored_images(items, view, rows, batch_size, start)
         return self._with_targets(super().batches(view, rows, batch_size, start), items)
@@ -230,7 +235,7 @@ class Cached(Plain):
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`. Nothing is decoded."""
         arrays = [array for array in self.arrays if array != names.PIXELS]
-        return (self._targets(item) for item in self.reader.stream(arrays, view, rows, batch_size))
+        return (self._targets(item) for item in (self.resident or self.reader).stream(arrays, view, rows, batch_size))
 
     def identity(self) -> dict[str, Any]:
         """See `Source`: a digest of the objects it reads, so that a cache may grow meanwhile."""
@@ -243,12 +248,12 @@ class Cached(Plain):
     def _content(self) -> NDArray[np.uint64]:
         return content_of(self.reader, self.data)
 
-    def _with_targets(self, pixels: Iterator[Batch], items: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
+    def _with_targets(self, pixels: Iterator[Batch], items: Iterator[Item]) -> Iterator[Batch]:
         for batch, item in zip(pixels, items, strict=True):
             yield replace(batch, targets=self._targets(item))
 
     def _with_stored_images(
-        self, items: Iterator[dict[str, np.ndarray]], view: int, rows: Rows, batch_size: int, start: int
+        self, items: Iterator[Item], view: int, rows: Rows, batch_size: int, start: int
     ) -> Iterator[Batch]:
         work = view_work(self.plan, self.data, view)
         for number, item in enumerate(items, start):
@@ -264,7 +269,9 @@ class Cached(Plain):
             )
             yield replace(batch, annotations=moved(batch.annotations, self.device))
 
-    def _moved(self, array: np.ndarray) -> Tensor:
+    def _moved(self, array: np.ndarray | Tensor) -> Tensor:
+        if isinstance(array, Tensor):  # page-locked, or on the device
+            return array.to(self.device, non_blocking=True)
         data = torch.from_numpy(array)
         if self.device.type == "cpu":
             return data
@@ -272,7 +279,7 @@ class Cached(Plain):
         # ended; torch keeps its pinned memory until then.
         return data.pin_memory().to(self.device, non_blocking=True)
 
-    def _targets(self, item: dict[str, np.ndarray]) -> dict[str, dict[str, Target]]:
+    def _targets(self, item: Item) -> dict[str, dict[str, Target]]:
         out: dict[str, dict[str, Target]] = {}
         for array, teacher, tap, codec, offset, step in self._entries:
             data = self._moved(item[array])
@@ -353,6 +360,12 @@ def _open_cached(
     check_views(reader, data, plan, views)
     if not source.stored_images:
         replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=views)
+    train = recipe.train
+    steps = min(total_steps(train, len(data)), train.max_steps or sys.maxsize)
+    walked = -(-steps // max(len(data) // train.batch, 1))
+    source.resident = resident(
+        *(train.residency, reader, source.arrays, device), views=views, walked=walked, ranks=ranks_here()
+    )
     return source
 
 

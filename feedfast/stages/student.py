@@ -49,6 +49,7 @@ from feedfast.stages.folder import (
     start_run_dir,
 )
 from feedfast.stages.loop import Loop, Trainer
+from feedfast.stages.plan_record import predicted_step, prediction_error
 from feedfast.stages.predictions import maps_html, predictions_html
 from feedfast.stages.progress import Meter
 from feedfast.stages.schedule import Schedule, total_steps
@@ -86,7 +87,8 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         with all that was measured), ``final_loss``, ``steps``, ``images_per_second``,
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
         ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
-        best branch is saved as a plain network, ``branch.pt``.
+        best branch is saved as a plain network, ``branch.pt``; ``predicted`` (``step_ms``, by `run_plan` of the same
+        recipe and one rank; None without one) and ``prediction_error`` (found / predicted - 1).
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.
@@ -361,7 +363,10 @@ class StudentRun:
             "parameters": self.parameters,
             "out": str(self.out),
         }
-        timed = ("images_per_second", "data_wait_fraction", "step_ms", "seconds")
+        predicted = predicted_step(self.recipe, self.device) if self.me.world == 1 else None
+        result["predicted"] = predicted
+        result["prediction_error"] = prediction_error("train", predicted, {"step_ms": result["step_ms"]})
+        timed = ("predicted", "prediction_error", "images_per_second", "data_wait_fraction", "step_ms", "seconds")
         result.update({key: earlier[key] for key in timed if key in earlier})
         if len(found) > 1:
             result["val_metrics"] = found

@@ -142,6 +142,15 @@ class Worker:
             return isinstance(error, FeedfastError)
 
 
+def ranks_here(env: Mapping[str, str] | None = None) -> int:
+    """How many ranks run on this machine, as torchrun and srun say; all of them where neither does."""
+    env = os.environ if env is None else env
+    world = Worker.from_env(env).world
+    text = env.get("LOCAL_WORLD_SIZE", "") or env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts = [int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)]
+    return min(max(counts, default=world), world)
+
+
 def pick_device(text: str, local_rank: int = 0, key: str = "train.device") -> torch.device:
     """``auto`` = this rank's CUDA device when there is one, else the CPU; ``key`` begins the message.
 

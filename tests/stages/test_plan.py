@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,16 @@ import torch
 from commands import feedfast
 from small import KNOWN, as_toml, digits_recipe, write_teacher
 
+from feedfast.cache.blocks import compress_block
+from feedfast.errors import CacheDamageError
+from feedfast.methods import METHODS, PFEED, StudentOutput, Targets
 from feedfast.recipe import load_recipe
+from feedfast.stages import plan_rates
 from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.plan_screen import plan_screen
 from feedfast.stages.student import run_train
+from feedfast_kernels import Codes
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,107 @@ def test_the_numbers_belong_together(planned: tuple[dict[str, Any], str]) -> Non
     assert (document["method"], document["unusable"]) == ("pfeed", "")
     assert document["pixels_per_core_second"] > 100
     assert document["view_bytes_per_row"] == 25
+
+
+def test_reading_belongs_together(planned: tuple[dict[str, Any], str]) -> None:
+    """All of it per batch of 32 rows, in stored bytes."""
+    document, _ = planned
+    stored = document["bytes"] / (2 * 200) * 32
+    assert document["read_ms"] > stored / document["disk_bytes_per_second"] * 1e3, "decoding comes on top"
+    assert document["available_bytes_per_second"] == pytest.approx(stored / document["read_ms"] * 1e3)
+    assert document["needed_bytes_per_second"] == pytest.approx(stored / document["step_ms"] * 1e3)
+    assert document["pays"] is (document["read_ms"] < document["teachers_ms"])
+    assert document["decoder_bytes_per_second"] > 0
+
+
+def test_the_step_is_the_recipes_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the method's loss, which here takes its time, on codes; a recipe that cannot be trained has none."""
+    seen: list[object] = []
+
+    class Slow(PFEED):
+        def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, torch.Tensor]:
+            seen.extend(taps["final"] for taps in targets.values())
+            time.sleep(0.05)
+            return super().forward(student, targets, annotations)
+
+    monkeypatch.setitem(METHODS, "pfeed", Slow)
+    assert feedfast("plan", file).document["step_ms"] >= 50
+    assert seen
+    assert {type(target) for target in seen} == {Codes}
+    document = feedfast("plan", "--no-check", file, "method.name=at").document
+    assert document["unusable"]
+    assert document["step_ms"] is None
+
+
+@pytest.mark.parametrize(("bytes_per_second", "pays"), [(1e3, False), (1e13, True)])
+def test_a_cache_that_would_not_pay_is_told(
+    file: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_second: float, pays: bool
+) -> None:
+    monkeypatch.setattr("feedfast.stages.plan.disk_rate", lambda *_: plan_rates.DiskRate(bytes_per_second, True))
+    monkeypatch.setattr("feedfast.stages.plan.decode_ms", lambda *_: 1e-3)
+    outcome = feedfast("plan", file)
+    assert outcome.document["pays"] is pays
+    assert ("A CACHE WOULD NOT PAY" in outcome.err) is not pays
+
+
+def test_the_disk_is_measured_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that sleeps is no faster than that; the file goes; no room or no permission is no rate."""
+    plain, waits = plan_rates.os.preadv, 0.02
+
+    def slow(*arguments: Any) -> int:
+        time.sleep(waits)
+        return plain(*arguments)
+
+    monkeypatch.setattr(plan_rates.os, "preadv", slow)
+    monkeypatch.setattr(plan_rates, "FILE_BYTES", 3 * plan_rates.PIECE_BYTES)
+    found = plan_rates.disk_rate(tmp_path, 1 << 40)
+    assert found is not None
+    assert 0 < found.bytes_per_second <= plan_rates.PIECE_BYTES / waits
+    assert list(tmp_path.iterdir()) == []
+    assert plan_rates.disk_rate(tmp_path, 10 * plan_rates.PIECE_BYTES - 1) is None
+    assert plan_rates.disk_rate(tmp_path / "nowhere", 1 << 40) is None
+
+
+def test_the_decoder_that_is_timed_decodes() -> None:
+    block = np.arange(1 << 14, dtype=np.uint16).view(np.uint8)
+    for compression in ("zstd", "none"):
+        stored = compress_block(block, compression)
+        assert plan_rates.decode_ms(stored, compression, block.nbytes) > 0
+        with pytest.raises(CacheDamageError):
+            plan_rates.decode_ms(stored[:-1], compression, block.nbytes)
+
+
+def test_a_job_says_how_far_off_its_plan_was(file: Path, tmp_path: Path) -> None:
+    """Of the same recipe; of another one, of half a job, or from a file that was edited there is nothing to say."""
+    words = [f"cache.path={tmp_path / 'new' / 'c.zarr'}", f"train.out={tmp_path / 'out'}", "train.eval_every=0"]
+    kept = tmp_path / "new" / "c.zarr.plan.json"
+    assert feedfast("cache", file, *words[:1], "cache.views=1").document["predicted"] is None
+    shutil.rmtree(tmp_path / "new")
+    planned = feedfast("plan", file, *words).document
+    outcome = feedfast("cache", file, *words)
+    made = outcome.document
+    assert made["predicted"] == {"bytes": planned["bytes"], "seconds": planned["seconds"]}
+    for name in ("bytes", "seconds"):
+        assert made["prediction_error"][name] == pytest.approx(made[name] / planned[name] - 1)
+    assert abs(made["prediction_error"]["bytes"]) < 0.15
+    assert f"planned {planned['seconds']:,.1f} s" in outcome.err
+    assert feedfast("verify", tmp_path / "new" / "c.zarr", "--full").code == 0
+    again = feedfast("cache", file, *words).document
+    assert again["rows_written"] == 0
+    assert again["prediction_error"] == {"bytes": made["prediction_error"]["bytes"], "seconds": None}
+    trained = feedfast("train", file, *words, "train.max_steps=3").document
+    step = max(planned["step_ms"], planned["read_ms"])  # train.batch is the batch that was timed
+    assert trained["predicted"] == {"step_ms": pytest.approx(step)}
+    assert trained["prediction_error"]["step_ms"] == pytest.approx(trained["step_ms"] / step - 1)
+    assert (
+        feedfast("train", file, *words, "train.max_steps=3", "student.model=zoo/wrn-16-1", "overwrite=true").document[
+            "predicted"
+        ]
+        is None
+    )
+    content = kept.read_text()
+    kept.write_text(content.replace('"bytes": ', '"bytes": 1'))
+    assert feedfast("cache", file, *words).document["predicted"] is None
 
 
 def test_a_strong_view_is_planned_for(file: Path) -> None:
