@@ -138,7 +138,9 @@ class Data(_Section):
 class Cache(_Section):
     """What the offline stage stores, and how."""
 
-    path: PathText = Field("", description='folder of the cache; needed by `cache` and by `train.source = "cache"`')
+    path: PathText = Field(
+        "", description='folder of the cache; needed by `cache` and by `train.source = "cache"` or `"record"`'
+    )
     views: int = Field(
         4,
         ge=0,
@@ -255,9 +257,10 @@ class Task(_Section):
 class Train(_Section):
     """The student stage."""
 
-    source: Literal["cache", "live", "none"] = Field(
+    source: Literal["cache", "live", "record", "none"] = Field(
         "cache",
-        description="where targets come from: the cache, teachers that run with the student, or none (plain training)",
+        description="where targets come from: the cache; live: teachers that run with the student; record: the same, "
+        "and the cache fills as it trains, views that are complete are read; or none (plain training)",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; none = the recipe's seed"

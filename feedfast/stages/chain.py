@@ -84,7 +84,7 @@ def chain_recipes(recipe: Recipe) -> list[Recipe]:
     if not needs_of(method_entries(recipe.method)):
         raise RequestError("method.name: a chain needs a method that learns from a teacher, such as sfeed or ban")
     if recipe.train.source == "none":
-        raise RequestError("train.source: expected cache or live in a chain, found 'none'")
+        raise RequestError("train.source: expected cache, live or record in a chain, found 'none'")
     links: list[Recipe] = []
     for number in range(1, count + 1):
         tree = recipe.model_dump(mode="json", exclude_none=True)

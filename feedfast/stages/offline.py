@@ -16,14 +16,8 @@ the same pixels.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +25,27 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.create import open_for_writing, record_pass, refuse_foreign
-from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import cache_digest, check_length, object_key, read_log
+from feedfast.cache.create import record_pass, refuse_foreign
+from feedfast.cache.layout import array_specs
+from feedfast.cache.log import cache_digest, read_log
 from feedfast.cache.manifest import held_manifest
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest, TapInfo, TeacherInfo
-from feedfast.cache.store import COMMITS, Store
+from feedfast.cache.schema import Manifest
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
-from feedfast.data.work import boxes_of
-from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
-from feedfast.models.build import published_weights
+from feedfast.errors import RequestError
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.bf16 import say_slow_bf16
-from feedfast.stages.data import Selection, facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
-from feedfast.stages.folder import ensure_dir
-from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
-from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot, stored_codec
+from feedfast.stages.data import facts_of, open_train, view_plan
+from feedfast.stages.ensemble import LOGITS, accuracies
+from feedfast.stages.identity import refuse_differences
 from feedfast.stages.plan_record import predicted_cache, prediction_error
-from feedfast.stages.probe import refuse_other_probe
+from feedfast.stages.prepare import Preparation
 from feedfast.stages.progress import Meter, format_bytes
-from feedfast.stages.proof import content_of
 from feedfast.stages.record import Recorder
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
@@ -109,11 +97,10 @@ class OfflineRun:
         say_slow_bf16(recipe, self.device, student=False)
         self.data: Dataset = open_train(recipe, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
-        self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(self.data.classes), self.device)
-        self.probes: dict[str, dict[str, tuple[float, float]]] = {}
-        self.pilot_accuracy, self.accuracy = (accuracies(self.teachers, len(self.data.classes)) for _ in range(2))
+        self.preparation = Preparation(recipe, self.data, self.plan, self.device, self.part)
+        self.teachers, self.loader = self.preparation.teachers, self.preparation.loader
+        self.accuracy = accuracies(self.teachers, len(self.data.classes))
         self.resumed = 0  # rows of this part that an earlier run has written
-        self.loader = pixel_loader(self.data, self.plan, recipe.cache.batch, self.device, recipe.data.threads)
 
     def run(self) -> dict[str, Any]:
         """See `run_cache`."""
@@ -126,8 +113,7 @@ class OfflineRun:
             return self._summary(done, 0, 0, 0.0, time.perf_counter() - started)
         coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
         refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
-        with _one_at_a_time(self.path):
-            manifest = self._prepare()
+        manifest = self.preparation.prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
             recorder = Recorder(
                 writer,
@@ -168,7 +154,7 @@ class OfflineRun:
         held = held_manifest(self.path)
         if held is None or os.access(self.path, os.W_OK):
             return None
-        refuse_differences(self.path, self._manifest(held, {}), held)
+        refuse_differences(self.path, self.preparation.manifest(held, {}), held)
         reader = CacheReader(self.path)
         for name, teacher in self.teachers.items():
             known = held.teachers[name].taps if name in held.teachers else {}
@@ -183,159 +169,6 @@ class OfflineRun:
         reader.require(reader.specs, range(held.views))
         self.resumed = held.num_rows * held.views
         return held
-
-    def _refuse_empty_views(self, held: Manifest) -> None:
-        """A manifest may promise views that nobody has begun: those are written only when they are asked for."""
-        begun = {commit.view for commit in read_log(self.path).commits.values()}
-        most = max(self.recipe.cache.views, len(begun))
-        if held.views > most:
-            raise CacheMismatchError(
-                f"{self.path}: its manifest says {held.views} views, but its log holds rows of {len(begun)} and the "
-                f"recipe asks for {self.recipe.cache.views}; cache.views={held.views} writes all of them"
-            )
-
-    def _prepare(self) -> Manifest:
-        """Agree with an existing cache or fit what is new; returns the merged manifest, small arrays written."""
-        held = held_manifest(self.path)
-        bare = self._manifest(held, {})
-        if held is not None:
-            refuse_differences(self.path, bare, held)
-            # A lost one is written again below, a damaged one is refused by the writer.
-            with suppress(CacheDamageError):
-                self.loader.content = content_of(CacheReader(self.path), self.data)
-            self._refuse_empty_views(held)
-        self._probe(held)
-        fitted = self._fit(held, bare.plan.granule)
-        manifest = open_for_writing(self.path, self._manifest(held, fitted))
-        with CacheWriter(self.path, manifest, part=self.part, workers=1) as writer:
-            for name, array in array_specs(manifest).items():
-                # A kill may have left a teacher in the manifest that this recipe does not name: not ours to finish.
-                target = names.parse(name)
-                ours = (
-                    target is None or target[:2] in fitted or (target.tap == LOGITS and target.teacher in self.teachers)
-                )
-                if ours and not array.sharded and writer.missing(name):
-                    writer.put(name, self._small(name, array, fitted))
-            content = writer.stored(names.CONTENT)
-            assert content is not None  # written above, if not before
-            self.loader.content = content[self.data.ids]  # also of a new cache: images may change while the pass runs
-        return manifest
-
-    def _manifest(self, held: Manifest | None, fitted: dict[tuple[str, str], Fitted]) -> Manifest:
-        """The manifest this recipe asks for; taps are those of ``fitted`` and those already held."""
-        recipe = self.recipe
-        weights = {spec.name: spec.weights for spec in recipe.teachers}
-        teachers = {}
-        for name, teacher in self.teachers.items():
-            known = held.teachers[name].taps if held is not None and name in held.teachers else {}
-            taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
-            taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
-            if LOGITS in teacher.shapes:
-                codec, shape = stored_codec(LOGITS, recipe.cache.codec), teacher.shapes[LOGITS]
-                taps[LOGITS] = TapInfo(name=LOGITS, path="", position="post", shape=shape, codec=codec)
-            teachers[name] = TeacherInfo(
-                name=name,
-                **teacher.described(recipe.data.size),
-                taps=taps,
-                probe=self.probes.get(name, {}),
-                **dict(zip(("top1", "top1_rows"), self.pilot_accuracy.of(name), strict=True)),
-                published=published_weights(teacher.source, weights[name]),
-            )
-        return Manifest(
-            dataset=dataset_info(Selection.of(recipe), self.data),
-            plan=plan_info(self._mixing_plan(held)),
-            decoder=decoder_info(self.loader.describe()),
-            images=recipe.cache.images,
-            num_rows=len(self.data),
-            views=recipe.cache.views,
-            shard_bytes=held.shard_bytes if held else int(recipe.cache.shard_mb * 2**20),
-            batch_rows=recipe.cache.batch,
-            teachers=teachers,
-            versions=decisive_versions(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            folder=self.path.stat().st_ino,
-        )
-
-    def _probe(self, held: Manifest | None) -> None:
-        """Run each teacher on the first batch: does it compute what it did when the cache was made?"""
-        first = np.arange(min(len(self.data), self.recipe.cache.batch))
-        images = next(iter(self.loader.stream(0, first))).images
-        for name, teacher in self.teachers.items():
-            self.probes[name] = teacher.probe(images)
-            if held is not None and name in held.teachers:
-                refuse_other_probe(name, teacher.precision, held.teachers[name].probe, self.probes[name])
-
-    def _mixing_plan(self, held: Manifest | None) -> ViewPlan:
-        """The recipe's plan; how passes mix rows is the existing cache's, whose blocks are made for it."""
-        if held is not None:
-            return replace(self.plan, granule=held.plan.granule, window=held.plan.window)
-        cache = self.recipe.cache
-        return mixing_plan(self.plan, row_bytes(self.teachers.values(), cache.codec, cache.images, self.plan.size))
-
-    def _fit(self, held: Manifest | None, granule: int) -> dict[tuple[str, str], Fitted]:
-        """Pilot for the taps the cache does not have yet, and for those whose scale is lost or was never written."""
-        cache = Store(self.path)
-        durable = {
-            commit.array
-            for commit in read_log(cache).commits.values()
-            if check_length(commit.bytes, partial(cache.size, object_key(commit.array, commit.shard))) is None
-        }
-        wanted: dict[str, list[str]] = {}
-        for name, teacher in self.teachers.items():
-            if held is None or name not in held.teachers:
-                wanted[name] = []  # a new one, of which perhaps only logits are asked: its accuracy is measured
-            known = held.teachers[name].taps if held is not None and name in held.teachers else {}
-            for tap in teacher.requests:
-                if tap in known:
-                    refuse_other_tap(self.path, teacher, tap, self.recipe.cache.codec, known[tap])
-                if tap not in known or names.scale(name, tap) not in durable:
-                    wanted.setdefault(name, []).append(tap)
-        if not wanted:
-            return {}
-        fit, held_out, labels = pilot_pixels(self.loader, self.recipe.cache.pilot)
-        out: dict[tuple[str, str], Fitted] = {}
-        for name, taps in wanted.items():
-            codec = self.recipe.cache.codec
-            entries = run_pilot(
-                *(self.teachers[name], taps, fit, held_out, codec, granule),
-                seen=partial(self._seen, name, labels),
-            )
-            tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes), self.recipe.task.name)
-            for tap, entry in entries.items():
-                out[name, tap] = entry
-                _log_fitted(name, entry.info)
-        return out
-
-    def _seen(self, teacher: str, labels: list[Any], number: int, logits: torch.Tensor | None) -> None:
-        self.pilot_accuracy.update(teacher, logits, labels[number])
-
-    def _small(self, name: str, spec: ArraySpec, fitted: dict[tuple[str, str], Fitted]) -> np.ndarray:
-        """The content of an unsharded array: plan parameters, labels, or a tap's offset and step."""
-        if name == names.LABEL:
-            labels = np.full(spec.shape, -1, np.int32)
-            labels[self.data.ids] = self.data.labels
-            return labels
-        if name == names.CONTENT:
-            content = np.zeros(spec.shape, np.uint64)
-            content[self.data.ids] = self.data.content()
-            return content
-        target = names.parse(name)
-        if target is not None:
-            fit = fitted.get((target.teacher, target.tap))
-            if fit is not None and fit.scale is not None:
-                return fit.scale
-            channels = spec.shape[1]  # a float map: offset 0, step 1
-            return np.stack([np.zeros(channels, np.float32), np.ones(channels, np.float32)])
-        columns: list[np.ndarray] = []
-        for view in range(spec.views):
-            order = self.plan.order(view, self.data.ids)
-            if name == names.ORDER:
-                columns.append(order)
-            else:
-                positions = np.searchsorted(self.data.ids, order)
-                sizes, boxes = self.data.sizes[positions], boxes_of(self.data, positions)
-                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes, boxes))
-        return np.stack(columns)
 
     def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter) -> None:
         """Run the batches of one view."""
@@ -403,29 +236,3 @@ class OfflineRun:
         classes = len(self.data.classes)
         tell_accuracy(name, top1, rows, classes, self.recipe.task.name)
         return {"top1": top1, "top1_rows": rows, "near_chance": near_chance(top1, rows, classes)}
-
-
-def _log_fitted(teacher: str, info: TapInfo) -> None:
-    """One line on what the pilot found for a tap."""
-    flips = f", {info.error['mask_flip_rate']:.3%} signs flip" if "mask_flip_rate" in info.error else ""
-    log.info(
-        "pilot: %s/%s %s %s, %s: relative RMS error %s (worst channel %s)%s",
-        teacher,
-        info.name,
-        list(info.shape),
-        info.codec,
-        info.compression,
-        f"{info.error['relative_rms_error']:.2%}",
-        f"{info.error['worst_channel_rms_error']:.2%}",
-        flips,
-    )
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Serialize the preparation of jobs that start together on one cache: the first fits, the others find it done."""
-    ensure_dir(path / COMMITS, "cache.path")
-    lock = Store(path).lock(f"{COMMITS}/.lock-prepare", patience_s=math.inf)
-    assert lock is not None
-    with lock:
-        yield

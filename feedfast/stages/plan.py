@@ -108,7 +108,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
         ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
-        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length). Reading: ``read_ms``
+        ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
+        ``first_student`` (of ``cache`` before training, and of ``record``: ``wait_seconds`` until its first step,
+        ``seconds`` until its last, None where ``student_ms`` is). Reading: ``read_ms``
         (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
         that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
         the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
@@ -186,6 +188,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / epoch_ms,
         "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
+        "first_student": _first_student(measured, count, pilot, views, epochs),
         "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in teachers.items()},
         "serves": [name for name, reason in methods.items() if not reason],
         "serves_not": {name: reason for name, reason in methods.items() if reason and name != "none"},
@@ -224,6 +227,29 @@ def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | 
         "disk_bytes_per_second": None if disk is None else disk.bytes_per_second,
         "disk_direct": None if disk is None else disk.direct,
         "decoder_bytes_per_second": raw / measured.decode_ms * 1e3 if measured.decode_ms else None,
+    }
+
+
+def _first_student(
+    measured: _Measured, count: int, pilot: float, views: int, epochs: float
+) -> dict[str, dict[str, float | None]]:
+    """How long the first student takes with the whole cache before it, and if it records its views as it trains.
+
+    Args:
+        measured: by a few batches.
+        count: rows per view.
+        pilot: rows that the teachers see before the first is recorded.
+        views: of the cache.
+        epochs: of the student; each records a view, until there are no more.
+    """
+    per_row = 1e-3 / measured.batch
+    teachers, student_ms = sum(measured.teacher_ms.values()), measured.student_ms
+    fitting, recording = teachers * pilot * per_row, (teachers + measured.encode_ms) * count * per_row
+    training = None if student_ms is None else student_ms * count * epochs * per_row
+    before, during = fitting + recording * views, fitting + recording * min(epochs, views)
+    return {
+        "cache": {"wait_seconds": before, "seconds": None if training is None else before + training},
+        "record": {"wait_seconds": fitting, "seconds": None if training is None else during + training},
     }
 
 

@@ -9,7 +9,7 @@ teacher, tap or version of a decoder, is compared with it row by row: targets of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,15 @@ class Recorder:
             if any(self.pending.lacks(array, view, start, stop) for array in arrays.values())
         }
 
-    def record(self, view: int, start: int, pixels: np.ndarray, maps: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def record(
+        self,
+        view: int,
+        start: int,
+        pixels: np.ndarray,
+        maps: Mapping[str, Mapping[str, Tensor]],
+        *,
+        keep: Collection[str] = (),
+    ) -> dict[str, np.ndarray]:
         """Take a batch.
 
         Args:
@@ -70,6 +78,10 @@ class Recorder:
             start: row of the first sample; the others follow it.
             pixels: uint8 [B, H, W, 3], as the teachers saw them.
             maps: teacher → tap → float map [B, C, H, W], [B, C, N] or [B, C], for the teachers that `wants` named.
+            keep: arrays of these maps whose codes are wanted, also where they are durable already.
+
+        Returns:
+            Array → codes [B, ...] as they are stored, channels last, of those in ``keep``.
 
         Raises:
             CacheMismatchError: the pixels are not those that earlier teachers saw.
@@ -80,11 +92,17 @@ class Recorder:
         self.writer.append(names.SUMS, view, start, sums)
         if names.PIXELS in self.writer.specs:
             self.writer.append(names.PIXELS, view, start, pixels)
+        kept = {}
         for name, taps in maps.items():
             for tap, array in self._arrays[name].items():
-                if self.pending.lacks(array, view, start, start + len(pixels)):
+                lacks = self.pending.lacks(array, view, start, start + len(pixels))
+                if lacks or array in keep:
                     codes, saturated = self._encoded(name, tap, taps[tap], view, start)
-                    self.writer.append(array, view, start, codes, saturated=saturated)
+                    if lacks:
+                        self.writer.append(array, view, start, codes, saturated=saturated)
+                    if array in keep:
+                        kept[array] = codes
+        return kept
 
     def _encoded(self, teacher: str, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
         info = self.manifest.teachers[teacher].taps[tap]

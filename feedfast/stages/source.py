@@ -2,7 +2,7 @@
 
 Every source has one face, so a training loop cannot tell them apart: `batches` walks given rows of a view and yields
 whole batches, read ahead. The live source is the oracle that the cached one is tested against; the plain one is the
-baseline that both are timed against. Recording (live, and filling the cache as it trains) is to be a fourth.
+baseline that both are timed against. A fourth, live and filling the cache as it trains, is `feedfast.stages.recorded`.
 
 Codes stay codes: a u8 map travels to the device as uint8 and is dequantized inside the loss.
 
@@ -163,16 +163,7 @@ class Live(Plain):
 
     def identity(self) -> dict[str, Any]:
         """See `Source`: weights, and what they compute, which changed code would change."""
-        return {
-            "teachers": {
-                name: {
-                    "weights_sha256": teacher.weights_sha256,
-                    "precision": teacher.precision,
-                    "outputs": {tap: list(values) for tap, values in self.probes.get(name, {}).items()},
-                }
-                for name, teacher in self.teachers.items()
-            }
-        }
+        return teachers_identity(self.teachers, self.probes)
 
     def targets(self, images: Tensor) -> dict[str, dict[str, Target]]:
         """One forward pass of every teacher on uint8 pixels [B, H, W, 3]."""
@@ -292,10 +283,24 @@ class Cached(Plain):
         return out
 
 
+def teachers_identity(teachers: Mapping[str, FrozenTeacher], probes: Mapping[str, Probe]) -> dict[str, Any]:
+    """What names live teachers, as JSON values: weights, and what they compute, which changed code would change."""
+    return {
+        "teachers": {
+            name: {
+                "weights_sha256": teacher.weights_sha256,
+                "precision": teacher.precision,
+                "outputs": {tap: list(values) for tap, values in probes.get(name, {}).items()},
+            }
+            for name, teacher in teachers.items()
+        }
+    }
+
+
 def open_source(
     recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
 ) -> Source:
-    """The source that ``train.source`` names.
+    """The source that ``train.source`` names, unless it is ``record`` (`feedfast.stages.recorded.open_recorded`).
 
     Args:
         recipe: what to train from.

@@ -24,6 +24,7 @@ from torch import nn
 
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
+from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
@@ -52,6 +53,7 @@ from feedfast.stages.loop import Loop, Trainer
 from feedfast.stages.plan_record import predicted_step, prediction_error
 from feedfast.stages.predictions import maps_html, predictions_html
 from feedfast.stages.progress import Meter
+from feedfast.stages.recorded import Recorded, open_recorded, refuse_unrecordable
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
 from feedfast.stages.source import Cached, Source, open_source
@@ -87,8 +89,9 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         with all that was measured), ``final_loss``, ``steps``, ``images_per_second``,
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
         ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
-        best branch is saved as a plain network, ``branch.pt``; ``predicted`` (``step_ms``, by `run_plan` of the same
-        recipe and one rank; None without one) and ``prediction_error`` (found / predicted - 1).
+        best branch is saved as a plain network, ``branch.pt``; ``views_complete`` of a run that records; ``predicted``
+        (``step_ms``, by `run_plan` of the same recipe and one rank; None without one) and ``prediction_error`` (found /
+        predicted - 1).
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.
@@ -121,7 +124,9 @@ class StudentRun:
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
         self.entries = trainable_entries(recipe)
-        say_slow_bf16(recipe, self.device, teachers=train.source == "live")
+        if train.source == "record":
+            refuse_unrecordable(recipe, me)
+        say_slow_bf16(recipe, self.device, teachers=train.source in ("live", "record"))
         self.needs = needs_of(self.entries)
         ensure_dir(self.out, "train.out")
         # The first rank holds it for all; they end together.
@@ -143,7 +148,7 @@ class StudentRun:
                 self.val = pixel_loader(val, shown, batch, self.device, recipe.data.threads)
             # Where the images say how many classes there are, a student that cannot be built is named before a cache.
             student = self._student() if self.data.classes else None
-            self.source: Source = open_source(recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            self.source: Source = self._open_source(plan)
             self.identity = {
                 "data": self.data.fingerprint(),
                 "val": None if val is None else val.fingerprint(),
@@ -158,6 +163,11 @@ class StudentRun:
             self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
             self.loop.run = run
             undo.pop_all()
+
+    def _open_source(self, plan: ViewPlan) -> Source:
+        if self.recipe.train.source == "record":
+            return open_recorded(self.recipe, self.data, plan, self.device, self.entries)
+        return open_source(self.recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
 
     def _student(self) -> nn.Module:
         return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
@@ -370,6 +380,8 @@ class StudentRun:
         result.update({key: earlier[key] for key in timed if key in earlier})
         if len(found) > 1:
             result["val_metrics"] = found
+        if isinstance(self.source, Recorded):
+            result["views_complete"] = self.source.views_complete()
         if branches:
             result["branch_accuracy"] = [found for _, found in branches]
         if self.me.first:

@@ -50,10 +50,10 @@ def trainable_entries(recipe: Recipe) -> tuple[Entry, ...]:
     needs, source = needs_of(entries), recipe.train.source
     if source == "none" and needs:
         raise RequestError(
-            f"train.source: method {names_of(entries)!r} needs targets, expected cache or live, found 'none'"
+            f"train.source: method {names_of(entries)!r} needs targets, expected cache, live or record, found 'none'"
         )
-    if source == "live" and FACTOR in needs:
-        raise RequestError("method.factors: 'stored' needs train.source='cache', found 'live'; expected 'own'")
+    if source in ("live", "record") and FACTOR in needs:
+        raise RequestError(f"method.factors: 'stored' needs train.source='cache', found {source!r}; expected 'own'")
     _refuse_mixed(recipe, entries)
     _refuse_task(recipe, entries)
     return entries
@@ -130,7 +130,7 @@ def refuse_unusable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cl
         RequestError: with the sentence that training would end with.
     """
     try:
-        _try(recipe, entries, taps, classes)
+        require_usable(recipe, entries, taps, classes)
     except RequestError as error:
         if check:
             raise RequestError(
@@ -169,10 +169,15 @@ def refuse_unusable_generations(recipe: Recipe, classes: int) -> None:
         device=torch.device("cpu"),
         logits=recipe.task.name == "classify" or LOGITS in needs_of(entries),
     )
-    _try(recipe, entries, coming_taps({name: teacher}, None, entries), classes)
+    require_usable(recipe, entries, coming_taps({name: teacher}, None, entries), classes)
 
 
-def _try(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int) -> None:
+def require_usable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int) -> None:
+    """Raise unless the recipe's student can learn by its methods from these targets; arguments as `refuse_unusable`.
+
+    Raises:
+        RequestError: with the sentence that training would end with.
+    """
     _refuse_mixed(recipe, entries)
     _refuse_task(recipe, entries)
     needs = needs_of(entries)

@@ -56,11 +56,16 @@ def test_every_generation_teaches_the_next_and_stays_in_the_cache(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_chain_may_begin_with_a_teacher_and_live(tmp_path: Path) -> None:
-    """Born-again: generation 1 learns from the given teacher; live and cached chains end alike, f32 in stored order."""
+@pytest.mark.parametrize("source", ["live", "record"])
+def test_a_chain_may_begin_with_a_teacher(source: str, tmp_path: Path) -> None:
+    """Born-again: generation 1 learns from the given teacher; live, recording and cached chains end alike, f32 in
+    stored order."""
     words: dict[str, Any] = {"generations": 2, "teachers": 1, "method": {"name": "ban"}}
     found = run_chain(recipe_for(tmp_path, cache={"codec": "f32", "path": str(tmp_path / "f32.zarr")}, **words))
-    expected = run_chain(recipe_for(tmp_path, train={"source": "live", "out": str(tmp_path / "live")}, **words))
+    cache = {"codec": "f32", "path": str(tmp_path / "other.zarr")}
+    expected = run_chain(
+        recipe_for(tmp_path, cache=cache, train={"source": source, "out": str(tmp_path / "other")}, **words)
+    )
     for ours, theirs in zip(found["generations"], expected["generations"], strict=True):
         assert ours["final_loss"] == theirs["final_loss"]
         assert ours["method"] == theirs["method"] == "ban"
@@ -110,7 +115,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) 
         ({"student": {"branches": 2}}, "student.branches: expected 1 in a chain, found 2"),
         ({"method": {"name": "none"}}, "method.name: a chain needs a method that learns from a teacher"),
         ({"method": {"name": "sfed"}}, "method.name: expected .*did you mean 'sfeed'"),
-        ({"train": {"source": "none"}}, "train.source: expected cache or live in a chain, found 'none'"),
+        ({"train": {"source": "none"}}, "train.source: expected cache, live or record in a chain, found 'none'"),
     ],
 )
 def test_what_is_no_chain_is_refused(tmp_path: Path, words: dict[str, Any], message: str) -> None:

@@ -76,6 +76,12 @@ def test_the_numbers_belong_together(planned: tuple[dict[str, Any], str]) -> Non
     saved = document["teachers_ms"] * 200 / 32 / 1e3
     assert document["break_even_epochs"] == pytest.approx(document["seconds"] / saved)
     assert document["break_even_runs"] == pytest.approx(document["break_even_epochs"] / 2)
+    # 200 digits in batches of 32; 200 pilot rows: a quarter of the 160 that fit measures the fit
+    cache, record = (document["first_student"][way] for way in ("cache", "record"))
+    assert cache["wait_seconds"] == pytest.approx(document["seconds"])
+    assert record["wait_seconds"] == pytest.approx(saved)
+    training = document["student_ms"] * 2 * 200 / 32 / 1e3
+    assert cache["seconds"] == pytest.approx(record["seconds"]) == pytest.approx(document["seconds"] + training)
     assert "ofd" in document["serves"]
     assert document["serves_not"].keys() == {"fitnet", "at", "vid"}
     assert (document["method"], document["unusable"]) == ("pfeed", "")
@@ -231,7 +237,13 @@ def test_the_screen_fits(file: Path, planned: tuple[dict[str, Any], str], width:
         assert re.search(rf"{name} +{'x'.join(map(str, entry['shape']))} +{entry['codec']} ", words)
     assert f"{document['teachers']['a']['top1']:.1%} " in words
     assert f"{document['teachers']['b']['top1']:.1%} !" in words
-    for word in ("torchvision/convnext_tiny", "to cache 2 views", "free in /a/folder: fits", "student epochs"):
+    for word in (
+        "torchvision/convnext_tiny",
+        "to cache 2 views",
+        "free in /a/folder: fits",
+        "student epochs",
+        "first step after",
+    ):
         assert word in words
     assert "pfeed with zoo/wrn-10-1: can use it" in words
     assert "fitnet, at, vid: needs the 'stage*' taps of teacher 'a'" in words
