@@ -11,6 +11,7 @@ views in the same order; plain ones too. A live teacher sees the cached views (`
     python bench/bench_dense.py DATA/camvid [--task segment detect] [--seeds 3] [--out runs/dense]
     python bench/bench_dense.py DATA/camvid --methods ofd-1e-3 ofd-1e-4 --sources cache --seeds 1 --epochs 8   a search
     python bench/bench_dense.py --summary       no run, only the tables of what there is
+    python bench/bench_dense.py --overfit DATA/coco128/train.json   six photographs by heart: does a detector learn?
     python bench/bench_dense.py --tiny          scenes of squares and bars: does it run?
 
 Whatever is interrupted continues: every part is a stage that resumes, and one line per student is added to
@@ -297,6 +298,44 @@ def run_students(args: argparse.Namespace, task: str) -> None:
             record(row, COLUMNS, args.results)
 
 
+def overfit(args: argparse.Namespace) -> dict[str, Any]:
+    """A detector from a random start, trained and judged on the first photographs of few and large objects."""
+    tree = json.loads(args.overfit.read_text())
+    boxes: dict[int, list[list[float]]] = {image["id"]: [] for image in tree["images"]}
+    for own in tree["annotations"]:
+        boxes[own["image_id"]].append(own["bbox"])
+    large = [
+        image
+        for image in tree["images"]
+        if 1 <= len(boxes[image["id"]]) <= 4
+        and min(w * h for _, _, w, h in boxes[image["id"]]) > 0.05 * image["width"] * image["height"]
+    ][:6]
+    kept = {image["id"] for image in large}
+    annotations = [a for a in tree["annotations"] if a["image_id"] in kept]
+    folder = Path(args.out) / "overfit"
+    folder.mkdir(parents=True, exist_ok=True)
+    few, link = folder / "few.json", folder / "few"
+    few.write_text(json.dumps({**tree, "images": large, "annotations": annotations}))
+    if not link.exists():
+        link.symlink_to((args.overfit.parent / args.overfit.stem).resolve())
+    result = finished(
+        parse_recipe(
+            {
+                "task": {"name": "detect"},
+                "data": {"train": str(few), "val": str(few), "size": 128, "augment": [{"op": "flip"}]},
+                "cache": {"views": 0},
+                "student": {"model": NETWORKS["detect"][1]},
+                "train": {
+                    "source": "none", "optimizer": "adamw", "lr": 1e-3, "epochs": 150, "batch": len(large),
+                    "schedule": "one-cycle", "precision": "bf16", "eval_every": 0, "threads": args.threads,
+                    "out": str(folder / "run"),
+                },
+            }
+        )
+    )  # fmt: skip
+    return {"images": len(large), "boxes": len(annotations), **result["val_metrics"]}
+
+
 def over_plain(rows: list[Row]) -> list[dict[str, Any]]:
     """Every variant and source: mean, deviation, paired difference to the plain student of the seed and views."""
     key = ("variant", "source", "views", "codec")
@@ -356,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--student", default="", help="a model; default: ResNet-18 of the family")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no student after so long")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--overfit", type=Path, help="a COCO JSON, with its images in a folder of its name")
     parser.add_argument("--summary", action="store_true")
     args = parser.parse_args(argv)
     configure_logging()
@@ -363,9 +403,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tiny:
         args.data, args.pretrain = Path(args.out) / "scenes", 0
         write_scenes(args.data)
-    for task in [] if args.summary else args.task:
-        run_students(args, task)
     document: dict[str, Any] = {"settings": []}
+    if args.overfit:
+        document["overfit"] = overfit(args)
+    for task in [] if args.summary or args.overfit else args.task:
+        run_students(args, task)
     for setting, rows in paired.settings_of(args.results, SETTING, STUDENT).items():
         found: dict[str, Any] = dict(zip(SETTING, setting, strict=True))
         found["teacher_score"] = float(rows[-1]["teacher_score"])

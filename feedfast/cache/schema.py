@@ -161,7 +161,8 @@ class TapInfo(_Part):
 
     ``shape`` is (C, H, W), (C, N) of tokens or (C,). ``margin`` is OFD's margin per channel, which its loss needs
     whatever was stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
-    and ``error`` hold the pilot's measurements; like ``compression`` and ``margin`` they are found, not requested.
+    and ``error`` hold the pilot's measurements; like ``compression`` (a recipe may force it, for taps that are new) and
+    ``margin`` they are found, not requested.
     """
 
     name: Name

@@ -43,7 +43,8 @@ class Codecs:
         named = [entry for entry in entries if entry.name == name]
         number = name.partition(".")[0]  # branch1 of branch1.final
         groups = [entry for entry in entries if not entry.by_hand and numbered_taps((number,), entry.name)]
-        return next((entry.codec for entry in (*named, *groups) if entry.codec), self.default)
+        entry = next(iter((*named, *groups)), None)
+        return self.default if entry is None or entry.codec is None else entry.codec
 
 
 def codecs_of(teachers: Iterable[recipes.Teacher], default: CodecName) -> Codecs:

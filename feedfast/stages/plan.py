@@ -111,9 +111,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
         ``first_student`` (of ``cache`` before training, and of ``record``: ``wait_seconds`` until its first step,
-        ``seconds`` until its last, None where ``student_ms`` is). Reading: ``read_ms`` (one batch,
-        decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student that waits
-        for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
+        ``seconds`` until its last, None where ``student_ms`` is). Reading: ``read_ms``
+        (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
+        that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
         the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
         ``bytes_per_view``), ``serves`` (methods), ``serves_not`` (method → why), ``method`` and ``unusable`` (why the
@@ -208,6 +208,27 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     return document
 
 
+def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | None, threads: int) -> dict[str, Any]:
+    """Whether reading a batch takes less than computing it; rates are None where the disk could not be measured.
+
+    A batch is read, then decoded by ``threads``; a student that waits for nothing takes a batch per step.
+    """
+    rows, student_ms = measured.batch, document["step_ms"] or document["student_ms"]
+    stored = document["bytes_per_sample"] * rows
+    raw = document["raw_bytes"] / document["bytes"] * stored
+    cores = max(1, min(threads, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    read_ms = None if disk is None else stored / disk.bytes_per_second * 1e3 + measured.decode_ms / cores
+    return {
+        "read_ms": read_ms,
+        "pays": None if read_ms is None else read_ms < document["teachers_ms"],
+        "needed_bytes_per_second": None if student_ms is None else stored / student_ms * 1e3,
+        "available_bytes_per_second": None if read_ms is None else stored / read_ms * 1e3,
+        "disk_bytes_per_second": None if disk is None else disk.bytes_per_second,
+        "disk_direct": None if disk is None else disk.direct,
+        "decoder_bytes_per_second": raw / measured.decode_ms * 1e3 if measured.decode_ms else None,
+    }
+
+
 def _first_student(
     measured: _Measured, count: int, pilot: float, views: int, epochs: float
 ) -> dict[str, dict[str, float | None]]:
@@ -228,27 +249,6 @@ def _first_student(
     return {
         "cache": {"wait_seconds": before, "seconds": None if training is None else before + training},
         "record": {"wait_seconds": fitting, "seconds": None if training is None else during + training},
-    }
-
-
-def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | None, threads: int) -> dict[str, Any]:
-    """Whether reading a batch takes less than computing it; rates are None where the disk could not be measured.
-
-    A batch is read, then decoded by ``threads``; a student that waits for nothing takes a batch per step.
-    """
-    rows, student_ms = measured.batch, document["step_ms"] or document["student_ms"]
-    stored = document["bytes_per_sample"] * rows
-    raw = document["raw_bytes"] / document["bytes"] * stored
-    cores = max(1, min(threads, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
-    read_ms = None if disk is None else stored / disk.bytes_per_second * 1e3 + measured.decode_ms / cores
-    return {
-        "read_ms": read_ms,
-        "pays": None if read_ms is None else read_ms < document["teachers_ms"],
-        "needed_bytes_per_second": None if student_ms is None else stored / student_ms * 1e3,
-        "available_bytes_per_second": None if read_ms is None else stored / read_ms * 1e3,
-        "disk_bytes_per_second": None if disk is None else disk.bytes_per_second,
-        "disk_direct": None if disk is None else disk.direct,
-        "decoder_bytes_per_second": raw / measured.decode_ms * 1e3 if measured.decode_ms else None,
     }
 
 

@@ -131,17 +131,6 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
     return found
 
 
-def _first_student(found: Mapping[str, Mapping[str, float | None]]) -> str:
-    """When the first student begins to learn, and when it has learned, both ways."""
-    first, words = {"cache": "cache, then train", "record": "train.source=record"}, []
-    for way, times in found.items():
-        wait, whole = times["wait_seconds"], times["seconds"]
-        assert wait is not None
-        after = "" if whole is None else f", trained after {_duration(whole)}"
-        words.append(f"{first[way]}: first step after {_duration(wait)}{after}")
-    return "; ".join(words)
-
-
 def _reading(document: Mapping[str, Any]) -> str:
     """Whether the cache pays at all, and the rates that say so."""
     if document["pays"] is None:
@@ -155,6 +144,17 @@ def _reading(document: Mapping[str, Any]) -> str:
         rates += f", {format_bytes(document['needed_bytes_per_second'])}/s needed"
     verdict = "" if document["pays"] else 'A CACHE WOULD NOT PAY, use train.source = "live": '
     return f"{verdict}{times}; {rates}"
+
+
+def _first_student(found: Mapping[str, Mapping[str, float | None]]) -> str:
+    """When the first student begins to learn, and when it has learned, both ways."""
+    first, words = {"cache": "cache, then train", "record": "train.source=record"}, []
+    for way, times in found.items():
+        wait, whole = times["wait_seconds"], times["seconds"]
+        assert wait is not None
+        after = "" if whole is None else f", trained after {_duration(whole)}"
+        words.append(f"{first[way]}: first step after {_duration(wait)}{after}")
+    return "; ".join(words)
 
 
 def _count(value: float, unit: str) -> str:

@@ -90,8 +90,8 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         ``data_wait_fraction``, ``step_ms`` (median; on a GPU mean), ``seconds``, ``source``, ``method``,
         ``model``, ``parameters`` (of the bare student), ``out``; ``branch_accuracy`` of a student of branches, whose
         best branch is saved as a plain network, ``branch.pt``; ``views_complete`` of a run that records; ``predicted``
-        (``step_ms``, by `run_plan` of the same recipe and one rank; None without one) and ``prediction_error``
-        (found / predicted - 1).
+        (``step_ms``, by `run_plan` of the same recipe and one rank; None without one) and ``prediction_error`` (found /
+        predicted - 1).
 
     Raises:
         RequestError: the recipe cannot be run, or ``train.out`` holds another run.

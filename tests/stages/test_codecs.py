@@ -56,6 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         (["logits"], "f32", {"logits": "f32"}),
         (["logits", "final:u4"], "f32", {"logits": "f16"}),
         (["ofd1=layer1:pre:u4", "ofd2=layer2:pre"], "f16", {"ofd1": "u4", "ofd2": "f16"}),
+        (["ofd:u4", "ofd9=layer1:pre"], "u8", {"ofd1": "u4", "ofd9": "u8"}),
         (["ofd=layer1:u4"], "u8", {"ofd": "u4", "ofd1": "u8"}),  # a place called ofd is no group
     ],
 )
