@@ -118,7 +118,8 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
     found["student"] = _first_student(document["first_student"])
     rows = max(entry["top1_rows"] for entry in document["teachers"].values())
     if rows:
-        found["top-1"] = f"on the first {rows:,} training images as augmented; ! = near chance"
+        what = "labeled places of training images" if recipe.task.name == "segment" else "training images"
+        found["top-1"] = f"on the first {rows:,} {what} as augmented; ! = near chance"
     found["recipe"] = f"{document['method']} with {recipe.student.model}: {document['unusable'] or 'can use it'}"
     found["serves"] = ", ".join(document["serves"]) or "no method"
     lacking: dict[str, list[str]] = {}
