@@ -75,13 +75,16 @@ NETWORKS = {  # teacher, student
 NO_CANVAS = [{"op": "expand-crop", "expand_p": 0.0}, {"op": "flip"}, {"op": "photometric-distort"}]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "segment": {"size": 160, "lr": 0.05, "methods": ("plain", "ofd", "kd", "cwd"), "augment": "scale-crop-flip"},
-    "detect": {"size": 224, "lr": 0.005, "methods": ("plain", "ofd"), "augment": NO_CANVAS},
+    "detect": {"size": 160, "lr": 1e-3, "methods": ("plain", "ofd"), "augment": NO_CANVAS},
 }
+OPTIMIZER = {"segment": "sgd", "detect": "adamw"}
 BATCH = 8
 # The authors use 1e-5 next to a cross-entropy that is divided by the batch once more; here it is not.
 ALPHA = {"segment": 1e-5 * BATCH, "detect": 1e-5 * BATCH}
 BOXED = ("Car", "Pedestrian", "Bicyclist")
-LEAST_PIXELS = 400  # of a box's object in the image of 480x360; SSD's smallest default box is about that
+# Of a box's object, and of the squares that images are cut into: at 160 pixels SSD's smallest default box has 11, and
+# objects of whole images would have 5.
+LEAST_PIXELS, TILE = 400, 160
 PRETRAIN_SIZE = 128
 GROUPS = {"ofd*": "ofd+margin", "stage*": "stage", "final": "final", "logits": "logits"}
 TINY_CLASSES = ("Ground", "Square", "Bar")
@@ -132,7 +135,7 @@ def sources_of(args: argparse.Namespace, task: str) -> tuple[str, str]:
         out = Path(args.out) / "boxes" / f"{split}.json"
         names = TINY_CLASSES[1:] if args.tiny else BOXED
         words = [str(args.data / split), "--classes", str(args.data / "classes.txt"), "--of", *names, "--out", str(out)]
-        words += ["--least", str(LEAST_PIXELS)]
+        words += ["--least", str(LEAST_PIXELS), *([] if args.tiny else ["--tiles", str(TILE)])]
         if runpy.run_path(str(BOXES_OF_MASKS))["main"](words):
             raise SystemExit(2)
         found.append(str(out))
@@ -173,6 +176,7 @@ def tree_of(args: argparse.Namespace, task: str) -> dict[str, Any]:
         "train": {
             "epochs": args.epochs,
             "batch": BATCH,
+            "optimizer": OPTIMIZER[task],
             "lr": args.lr or own["lr"],
             "schedule": "one-cycle",
             "precision": "bf16",
@@ -377,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="a few scenes and small inputs: does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", default="runs/dense")
-    parser.add_argument("--size", type=int, default=0, help="pixels; 0 = 160 of masks, 224 of boxes")
+    parser.add_argument("--size", type=int, default=0, help="pixels; 0 = 160")
     parser.add_argument("--limit", type=int, default=0, help="the students' images: the first so many; 0 = all")
     parser.add_argument("--fraction", type=float, default=1.0, help="the students' images: this share of them")
     parser.add_argument("--views", type=int, default=4)
@@ -385,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--teacher-epochs", type=int, default=48)
     parser.add_argument("--pretrain", type=int, default=6, help="epochs of segmentation that a detector's backbone has")
-    parser.add_argument("--lr", type=float, default=0.0, help="0 = 0.05 for masks, 0.005 for boxes")
+    parser.add_argument("--lr", type=float, default=0.0, help="0 = 0.05 for masks (SGD), 1e-3 for boxes (AdamW)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--methods", nargs="*", help="plain, a method, or ofd-ALPHA; default: plain, ofd and, of masks, kd, cwd"

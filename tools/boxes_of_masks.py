@@ -6,8 +6,9 @@
 A folder holds images/ and masks/ of equal stems; masks are 8-bit gray PNGs of class numbers. Masks know classes, not
 objects: cars that touch become one box, and a car behind a pole becomes two unless the boxes of its parts overlap,
 which are merged. So the boxes serve to measure whether a detector learns, and are no benchmark. The images lie behind
-a link next to the JSON, named as it is; the folder of the masks is only read. The same masks give the same bytes. The
-last line of stdout is one JSON document: images and boxes per class.
+a link next to the JSON, named as it is; the folder of the masks is only read. With ``--tiles`` images are cut first, so
+that a small network sees objects at their own scale. The same masks give the same bytes. The last line of stdout is one
+JSON document: images and boxes per class.
 """
 
 from __future__ import annotations
@@ -122,6 +123,41 @@ def coco_of(folder: Path, classes: Sequence[str], wanted: Sequence[str], least: 
     return document
 
 
+def tiled(folder: Path, out: Path, side: int) -> Path:
+    """Cut images and masks into squares, as few per row and column as cover them; neighbors overlap alike.
+
+    Args:
+        folder: holds images/ and masks/ of equal stems.
+        out: becomes such a folder, of PNGs named STEM-row-column.
+        side: of the squares in pixels; no image may be smaller.
+
+    Raises:
+        ValueError: an image is smaller.
+    """
+    for name in ("images", "masks"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    for path in sorted(path for path in _listed(folder / "images") if path.suffix.lower() in IMAGES):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        mask = _mask(folder / "masks" / f"{path.stem}.png", (pixels.shape[1], pixels.shape[0]))
+        if min(mask.shape) < side:
+            raise ValueError(f"{path}: expected at least {side} pixels per side, found {list(mask.shape)}")
+        tops, lefts = (np.linspace(0, n - side, -(-n // side)).round().astype(int).tolist() for n in mask.shape)
+        for row, top in enumerate(tops):
+            for column, left in enumerate(lefts):
+                window = np.s_[top : top + side, left : left + side]
+                name = f"{path.stem}-{row}-{column}.png"
+                Image.fromarray(pixels[window]).save(out / "images" / name)
+                Image.fromarray(mask[window]).save(out / "masks" / name)
+    return out
+
+
+def without_empty(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without the images that have no box."""
+    boxed = {entry["image_id"] for entry in document["annotations"]}
+    return {**document, "images": [image for image in document["images"] if image["id"] in boxed]}
+
+
 def _listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found none")
@@ -163,11 +199,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--of", nargs="+", required=True, help="names of the classes that get boxes")
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--least", type=int, default=200, help="pixels of the smallest part that gets a box")
+    parser.add_argument(
+        "--tiles", type=int, default=0, help="cut squares of this side first, and keep those with boxes"
+    )
     args = parser.parse_args(argv)
     try:
+        folder = args.folder
+        if args.tiles:
+            folder = tiled(folder, args.out.with_name(f"{args.out.stem}-{args.tiles}"), args.tiles)
         classes = [line.strip() for line in args.classes.read_text(encoding="utf-8").splitlines() if line.strip()]
-        document = coco_of(args.folder, classes, args.of, args.least)
-        write(document, args.folder / "images", args.out)
+        document = coco_of(folder, classes, args.of, args.least)
+        write(without_empty(document) if args.tiles else document, folder / "images", args.out)
     except (OSError, ValueError) as why:
         print(f"error: {why}", file=sys.stderr)
         return 2
