@@ -134,3 +134,30 @@ def test_nothing_is_written_over(scenes: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "val").symlink_to(tmp_path / "train")
     assert main(words(scenes, tmp_path / "val.json")) == 2
     assert "found one to" in capsys.readouterr().err
+
+
+def test_tiles_are_the_image_s_own_pixels_and_cover_it(scenes: Path, tmp_path: Path) -> None:
+    """Every tile is found at its place, every pixel is in one, and every tile left has the boxes of its own mask."""
+    rng = np.random.default_rng(0)
+    for image in (scenes / "images").iterdir():
+        Image.fromarray(rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)).save(image)
+    out = tmp_path / "cut" / "tiles.json"
+    assert main(words(scenes, out, "--tiles", "12")) == 0
+    document = json.loads(out.read_text())
+    folder = out.with_name("tiles-12")
+    for image in sorted((scenes / "images").iterdir()):
+        pixels = np.asarray(Image.open(image).convert("RGB"))
+        covered = np.zeros(pixels.shape[:2], bool)
+        tops, lefts = (
+            {round(i * (n - 12) / max(-(-n // 12) - 1, 1)) for i in range(-(-n // 12))} for n in covered.shape
+        )
+        for row, top in enumerate(sorted(tops)):
+            for column, left in enumerate(sorted(lefts)):
+                window = np.s_[top : top + 12, left : left + 12]
+                tile = np.asarray(Image.open(folder / "images" / f"{image.stem}-{row}-{column}.png"))
+                np.testing.assert_array_equal(tile, pixels[window])
+                covered[window] = True
+        assert covered.all()
+    assert 0 < len(document["images"]) < len(list((folder / "images").iterdir()))
+    kept = {entry["image_id"] for entry in document["annotations"]}
+    assert kept == {image["id"] for image in document["images"]}
