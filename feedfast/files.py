@@ -77,7 +77,7 @@ def replace_file(path: Path, parts: Parts, *, temporary: Path | None = None) -> 
 
 def write_text(path: Path, text: str) -> None:
     """`replace_file` of UTF-8 text."""
-    replace_file(path, [text.encode()])
+    replace_file(path, [text.encode(errors="backslashreplace")])
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -235,7 +235,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 def _seal(value: Mapping[str, Any]) -> str:
     # Over the parsed values and not the bytes: who only reformats a file has changed nothing.
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":"))
-    return f"{google_crc32c.value(text.encode()):08x}"
+    return f"{google_crc32c.value(text.encode(errors='backslashreplace')):08x}"
 
 
 def check_zip(file: Path | io.BytesIO) -> None:

@@ -401,7 +401,8 @@ def differences(expected: Manifest, found: Manifest, *, missing: bool = False) -
     def requested(part: _Part, without: set[str]) -> dict[str, Any]:
         return part.model_dump(mode="json", exclude=without)
 
-    compare("dataset", requested(expected.dataset, {"source"}), requested(found.dataset, {"source"}))
+    beside = {"source", "skipped"}
+    compare("dataset", requested(expected.dataset, beside), requested(found.dataset, beside))
     compare("plan", expected.plan.identity(), found.plan.identity())
     compare("decoder", requested(expected.decoder, {"versions"}), requested(found.decoder, {"versions"}))
     compare("num_rows", expected.num_rows, found.num_rows)

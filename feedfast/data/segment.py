@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from feedfast.data.annotations import IGNORE, Masks, turn_mask
 from feedfast.data.dense import Asked, Faults, Opened, by_stem, class_names, names_in, scan
 from feedfast.data.folder import list_images
 from feedfast.data.headers import Header, Unreadable
-from feedfast.data.images import read_image
+from feedfast.data.images import EXTENSIONS, read_image
 from feedfast.data.masks import MaskFiles, index_plane, largest_class, mask_digest
 from feedfast.data.voc import VOC_CLASSES, VocList, common_root, is_voc, voc_images, voc_lists
 from feedfast.errors import RequestError
@@ -35,6 +36,7 @@ SEGMENT_EXPECTED = (
 
 _MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 _MOST_CLASSES = IGNORE
+_SPLITS = ("train", "val", "test", "trainval")  # their names lie above them
 _TOO_DEEP = "images and masks lie in images/ and masks/ themselves; with train/ and val/, these hold images/ and masks/"
 
 
@@ -86,6 +88,8 @@ def open_segment(paths: Sequence[Path], asked: Asked) -> Opened:
 
     sizes, turns, remarks = scan(asked, images, faults, look)
     faults.refuse(asked.source, f"{len(ids)} images and masks")
+    if count > 1 and largest.max() < 1 and len(ids) == len(listing.files):
+        _refuse_one_class(asked, int(largest.max()))
     classes = listing.classes or _numbered(asked, listing, set(ids.tolist()), int(largest.max()))
     digest = hashlib.sha256(b"".join(digests)).hexdigest()
     marks = Masks(MaskFiles(tuple(masks), turns, tuple(digests)), digest, classes)
@@ -103,11 +107,15 @@ def _numbered(asked: Asked, listing: _Listing, seen: set[int], largest: int) -> 
                 faults.add(path, str(why))
     faults.refuse(asked.source, f"{len(listing.masks)} masks")
     if largest < 1:
-        raise RequestError(
-            f"{asked.source}: expected masks of two classes or more, found none but {max(largest, 0)} and {IGNORE}, "
-            f"which is ignored; write classes as 0, 1, ..., or name them in classes.txt"
-        )
+        _refuse_one_class(asked, largest)
     return tuple(str(number) for number in range(largest + 1))
+
+
+def _refuse_one_class(asked: Asked, largest: int) -> NoReturn:
+    raise RequestError(
+        f"{asked.source}: expected masks of two classes or more, found none but {max(largest, 0)} and {IGNORE}, "
+        "which is ignored; write classes as 0, 1, ..."
+    )
 
 
 def _listed(paths: Sequence[Path], asked: Asked, faults: Faults) -> _Listing:
@@ -125,8 +133,10 @@ def _folders(folder: Path, asked: Asked, faults: Faults) -> _Listing:
         below = [name for name in names_in(place) if os.path.isdir(place / name)]
         if below:
             raise RequestError(f"{place}: expected files, found the folders {', '.join(below[:3])}; {_TOO_DEEP}")
-    found, held = list_images(images), list_images(masks)
-    image_of, mask_of = by_stem(found.files, faults, images), by_stem(held.files, faults, masks)
+    found = list_images(images)
+    # Links and all: many images may share one mask.
+    held = [name for name in names_in(masks) if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    image_of, mask_of = by_stem(found.files, faults, images), by_stem(held, faults, masks)
     for stem, name in image_of.items():
         if stem not in mask_of:
             faults.add(images / name, f"has no mask {masks / stem}.png")
@@ -138,7 +148,7 @@ def _folders(folder: Path, asked: Asked, faults: Faults) -> _Listing:
         folder,
         [image for image, _ in pairs],
         [mask for _, mask in pairs],
-        class_names(asked, (folder, folder.absolute().parent)),
+        class_names(asked, (folder, folder.absolute().parent) if folder.absolute().name in _SPLITS else (folder,)),
         found.skipped,
     )
 

@@ -90,7 +90,7 @@ def said_of(data: Dataset) -> str:
 
 def warn_of(data: Dataset) -> None:
     """Say what looks like an image and is not used, which forms are read otherwise, and that a class is alone."""
-    if len(data.classes) == 1:
+    if len(data.classes) == 1 and data.marks is None:
         log.warning("data: %s: one class alone, %s: are its folders the classes?", data.source, data.classes[0])
     if data.skipped:
         counts = ", ".join(f"{count:,} {extension}" for extension, count in data.skipped.items())

@@ -29,6 +29,7 @@ from feedfast.cache.layout import ArraySpec, block_rows_for
 from feedfast.cache.schema import CodecName, Compression, TapInfo
 from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.cache.transform import Transform
+from feedfast.data.batch import moved
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan, pass_sizes, readable_sizes
 from feedfast.errors import FeedfastError
@@ -239,5 +240,5 @@ def pilot_pixels(loader: Loader, pilot: int) -> tuple[list[Tensor], list[Tensor]
         groups.append([])
         for item in (item for view, numbers in rows for item in loader.stream(view, numbers)):
             groups[-1].append(item.images.cpu().clone())
-            annotations.append(item.annotations)
+            annotations.append(moved(item.annotations, "cpu"))
     return groups[0], groups[1], annotations

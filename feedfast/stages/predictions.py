@@ -7,6 +7,7 @@ the first rows of view 0, whose targets the source has; a classifier's report ha
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ TAPS = 3  # maps per network
 
 
 @torch.no_grad()
-def predictions_html(student: nn.Module, normalize: nn.Module, loader: Loader, task: Task) -> str:
+def predictions_html(
+    student: nn.Module, normalize: nn.Module, loader: Loader, task: Task, classes: Sequence[str]
+) -> str:
     """A section of the report; empty for classification.
 
     Args:
@@ -38,6 +41,7 @@ def predictions_html(student: nn.Module, normalize: nn.Module, loader: Loader, t
         normalize: uint8 pixels [B, H, W, 3] → what the network takes.
         loader: validation images.
         task: what was learned.
+        classes: names by number, of the training images; validation may have fewer.
     """
     if not isinstance(task, (Segment, Detect)):
         return ""
@@ -58,7 +62,7 @@ def predictions_html(student: nn.Module, normalize: nn.Module, loader: Loader, t
                 found = (_array(seen[key]) for key in ("boxes", "labels", "scores"))
                 detected.append(Detected(data.name(place), _image(data, place), *own, *found))
     title = "Validation images"
-    return segmented_html(title, segmented, data.classes) + detected_html(title, detected, data.classes)
+    return segmented_html(title, segmented, classes) + detected_html(title, detected, classes)
 
 
 @torch.no_grad()

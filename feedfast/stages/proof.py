@@ -30,7 +30,7 @@ from feedfast.data.augment import crop_of, operations_of
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import Augment, ViewPlan
-from feedfast.data.work import boxes_of
+from feedfast.data.work import boxes_of, refuse_unfit
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import parse_json
 from feedfast.recipe import TaskName
@@ -53,6 +53,7 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
     Raises:
         CacheDamageError: an array was changed.
     """
+    refuse_unfit(plan, data.annotations)
     stored = reader.read_array(names.LABEL)[data.ids]
     if not np.array_equal(stored, data.labels):
         position = int(np.flatnonzero(stored != data.labels)[0])

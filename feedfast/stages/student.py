@@ -333,7 +333,7 @@ class StudentRun:
             return ""
         trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
         tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
-        said = predictions_html(self.trainer.student, self.normalize, self.val, self.task)
+        said = predictions_html(self.trainer.student, self.normalize, self.val, self.task, self.data.classes)
         return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data)
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:

@@ -36,6 +36,12 @@ def changed(manifest: Manifest, **values: Any) -> Manifest:
     return Manifest.from_attrs(content)
 
 
+def test_files_that_were_passed_over_are_no_difference() -> None:
+    manifest = make_manifest()
+    dataset = manifest.dataset.model_copy(update={"skipped": {".gif": 1}, "source": "elsewhere"})
+    assert differences(manifest, manifest.model_copy(update={"dataset": dataset})) == []
+
+
 def test_attributes_round_trip() -> None:
     tap = make_tap(
         "m", (3, 2, 2), transform="margin", margin=(-0.5, float(np.float32(-1 / 3)), 0.0), error={"cosine": 0.9}

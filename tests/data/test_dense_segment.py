@@ -332,8 +332,25 @@ def test_what_is_no_segmentation_set(tmp_path: Path, what: str) -> None:
         segment(root)
 
 
-def test_black_and_white_is_not_taken_for_classes(tmp_path: Path) -> None:
-    root = folders(tmp_path, classes=None)
+def test_masks_may_be_links_to_one(tmp_path: Path) -> None:
+    root = folders(tmp_path, 3)
+    for number in (1, 2):
+        (root / "masks" / f"{number}.png").unlink()
+        (root / "masks" / f"{number}.png").symlink_to("0.png")
+    data = segment(root)
+    assert len(data) == 3
+    np.testing.assert_array_equal(read(data, 2), read(data, 0))
+
+
+def test_names_above_are_those_of_splits_only(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("of\nanother\nset\nall\ntogether\n")
+    assert segment(folders(tmp_path / "mine", classes=None)).classes == ("0", "1", "2")
+    assert len(segment(folders(tmp_path / "train", classes=None)).classes) == 5
+
+
+@pytest.mark.parametrize("classes", [None, "background\nroad\n"])
+def test_black_and_white_is_not_taken_for_classes(tmp_path: Path, classes: str | None) -> None:
+    root = folders(tmp_path, classes=classes)
     for path in (root / "masks").iterdir():
         path.write_bytes(gray(((numbers(0) > 0) * 255).astype(np.uint8)))
     with pytest.raises(RequestError, match="two classes or more, found none but 0 and 255"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ import numpy as np
 import pytest
 import torch
 from commands import feedfast
-from scenes import dense_recipe, write_scenes
+from scenes import dense_recipe, small_detector, small_segmenter, write_scenes
 from small import as_toml
 
 import feedfast as package
 from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
+from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.offline import run_cache
+from feedfast.stages.predictions import predictions_html
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
+from feedfast.tasks import task_named
 
 TASKS = ("segment", "detect")
 KD = {"name": "kd"}
@@ -188,6 +193,26 @@ def test_a_loop_of_one_s_own_gets_masks_and_boxes(world: Path) -> None:
             else:
                 assert all(own["boxes"].shape == (len(own["labels"]), 4) for own in batch.annotations)
                 assert sum(len(own["labels"]) for own in batch.annotations)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures_know_the_training_s_classes(task: str, world: Path) -> None:
+    """Validation images may have fewer classes than a student tells apart: its pictures show what it says."""
+    asked = recipe(world, task)
+    data = open_train(asked)
+    few = replace(data, classes=data.classes[:1])
+    learned = task_named(task, len(data.classes), 48)
+    kind = small_segmenter if task == "segment" else small_detector
+    torch.manual_seed(0)
+    network = kind(len(data.classes))
+    head = network.head if task == "segment" else network.kinds
+    torch.nn.init.constant_(head.bias, 0.0)
+    with torch.no_grad():
+        head.bias[len(data.classes) - 1 if task == "segment" else -1] = 50.0  # says the last class everywhere
+    loader = pixel_loader(few, view_plan(asked.data, 0), 8, torch.device("cpu"))
+    page = predictions_html(network, Normalize((0, 0, 0), (1, 1, 1)), loader, learned, data.classes)
+    loader.close()
+    assert data.classes[-1] in page
 
 
 def test_boxes_moved_since_the_cache_was_made_are_refused(world: Path, tmp_path: Path) -> None:
