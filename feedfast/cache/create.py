@@ -20,6 +20,7 @@ from feedfast.cache.store import COMMITS, Store, open_store
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.provenance import Provenance, began_with
 
+PLAN_PROBE: Final = ".feedfast-plan-"  # begins the name of the file on which `plan` measures a disk
 _LOCK: Final = ".lock-manifest"
 _LOCK_PATIENCE_S: Final = 60.0
 
@@ -83,7 +84,7 @@ def refuse_foreign(place: str | Path | Store) -> None:
     store = open_store(place)
     names = store.names()
     if ROOT not in names and _LOCK not in store.names(COMMITS):
-        found = [name for name in names if name != COMMITS]
+        found = [name for name in names if name != COMMITS and not name.startswith(PLAN_PROBE)]
         if found:
             raise RequestError(f"{store.where()}: expected a feedfast cache or an empty directory, found {found[:5]}")
 

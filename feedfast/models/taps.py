@@ -31,7 +31,17 @@ from feedfast.errors import FeedfastError, RequestError
 from feedfast.models.layout import Layout, layout_of
 from feedfast.models.trace import Call, Trace, is_batch_norm, trace, undisturbed
 
-__all__ = ["Outputs", "Tap", "Tapped", "bn_parameters", "find_module", "logits_of", "parse_tap", "tap_layout"]
+__all__ = [
+    "Outputs",
+    "Tap",
+    "Tapped",
+    "bn_parameters",
+    "find_module",
+    "logits_of",
+    "parse_tap",
+    "refuse_lone_norms",
+    "tap_layout",
+]
 
 # A block's own activation runs up to three times (Bottleneck); one that serves a whole network stays in place, for the
 # memory it saves everywhere else.
@@ -397,6 +407,22 @@ def tap_layout(model: nn.Module, tap: Tap, seen: Trace, tensor: Tensor) -> Layou
             f"convolution's grid explains; another tap name, or :tokens after the path, keeps them as tokens"
         )
     return found
+
+
+def refuse_lone_norms(model: nn.Module, example: Tensor, where: str) -> None:
+    """Raise if a batch norm has one value per image and channel: of a single image it could not learn anything.
+
+    Args:
+        model: the bare network.
+        example: normalized images ``[B, 3, H, W]``.
+        where: begins the message.
+
+    Raises:
+        RequestError: with the norm's place.
+    """
+    for call in trace(model, example).calls:
+        if is_batch_norm(call.module) and isinstance(call.output, Tensor) and call.output[0, 0].numel() == 1:
+            raise RequestError(f"{where}, found 1: the batch norm at {call.path} has one value per image and channel")
 
 
 def logits_of(output: Any) -> Any:

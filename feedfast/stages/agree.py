@@ -23,7 +23,7 @@ from feedfast.cache.schema import CodecName, DatasetInfo, TapInfo, TeacherInfo, 
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
-from feedfast.methods.base import matching
+from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import published_weights
 from feedfast.stages.codecs import codecs_of
 from feedfast.stages.ensemble import FrozenTeacher, teacher_from_recipe
@@ -82,6 +82,8 @@ def refuse_other_recipe(
     for spec in recipe.teachers:
         stored = found.teachers[spec.name].taps
         for tap in matching(needs, stored):
+            if tap == LOGITS:  # f16 or f32, by the taps of the recipe that stored them
+                continue
             _refuse_other(reader.path, spec.name, stored[tap], {"codec": codecs.of(spec.name, tap)})
     for spec in recipe.teachers if recipe.train.check_teachers else ():
         stored, teacher = found.teachers[spec.name].taps, built[spec.name]

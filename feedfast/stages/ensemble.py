@@ -32,7 +32,7 @@ from feedfast.methods.base import numbered_taps, tap_groups
 from feedfast.models.build import build_model, weights_sha256
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
-from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap
+from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap, refuse_lone_norms
 from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
 from feedfast.stages.trainee import method_entries, needs_of
@@ -103,6 +103,7 @@ class FrozenTeacher:
         device: torch.device,
         task: Task | None = None,
         logits: bool = True,
+        batch: int = 0,
     ) -> None:
         """Freeze a network.
 
@@ -119,6 +120,7 @@ class FrozenTeacher:
             device: where it runs.
             task: what it must have learned; None = that is known.
             logits: whether its logits are served; those of a detector never are.
+            batch: images it is run on together; 0 = unknown.
 
         Raises:
             RequestError: a tap is not there, or it is no network for the task.
@@ -135,6 +137,8 @@ class FrozenTeacher:
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
         self.requests = {request.tap.name: request for request in taps(example)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
+        if bn == "batch" and batch == 1:
+            refuse_lone_norms(model, example, f"teachers[{name}]: expected cache.batch of 2 or more with bn = 'batch'")
         outputs = self.tapped.outputs
         if task is not None:
             task.check(outputs, f"teachers[{name}]")
@@ -260,6 +264,7 @@ def teacher_from_recipe(
     seed: int,
     device: torch.device,
     task: recipes.TaskName = "classify",
+    batch: int = 0,
     without_weights: bool = False,
 ) -> FrozenTeacher:
     """A teacher as a recipe describes it.
@@ -273,6 +278,7 @@ def teacher_from_recipe(
         device: where it runs.
         task: what it must have learned. Logits of pixels are served only where they are asked for, in ``needs`` or by
             the entry's taps: they are large.
+        batch: images it will be run on together; 0 = unknown.
         without_weights: leave it as it was born: for its taps and shapes alone.
 
     Raises:
@@ -309,6 +315,7 @@ def teacher_from_recipe(
         size=own.size,
         device=device,
         task=task_named(task, 0),
+        batch=batch,
         logits=task == "classify" or dense_logits,
     )
 
@@ -370,6 +377,7 @@ def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) ->
     if recipe.task.name != "classify":  # whose maps are large: what these options read, and no more
         needs = needs_of(method_entries(recipe.method))
     given: dict[str, Any] = {"classes": classes, "seed": recipe.seed, "device": device, "task": recipe.task.name}
+    given["batch"] = recipe.cache.batch
     return {spec.name: teacher_from_recipe(spec, recipe.data, needs, **given) for spec in recipe.teachers}
 
 

@@ -242,7 +242,7 @@ def _first_student(
         epochs: of the student; each records a view, until there are no more.
     """
     per_row = 1e-3 / measured.batch
-    teachers, student_ms = sum(measured.teacher_ms.values()), measured.student_ms
+    teachers, student_ms = sum(measured.teacher_ms.values()), measured.step_ms or measured.student_ms
     fitting, recording = teachers * pilot * per_row, (teachers + measured.encode_ms) * count * per_row
     training = None if student_ms is None else student_ms * count * epochs * per_row
     before, during = fitting + recording * views, fitting + recording * min(epochs, views)

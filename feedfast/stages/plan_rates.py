@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 
 from feedfast.cache.blocks import decompress
+from feedfast.cache.create import PLAN_PROBE
 from feedfast.cache.schema import Compression
 from feedfast.files import write_all
 
@@ -41,7 +42,7 @@ def disk_rate(folder: Path, free_bytes: int) -> DiskRate | None:
     pieces = min(FILE_BYTES, free_bytes // 10) // PIECE_BYTES
     if not pieces:
         return None
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".feedfast-plan-") as file:
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=PLAN_PROBE) as file:
         # random bytes: a file system that compresses would not show the disk
         noise = np.random.default_rng().bytes(PIECE_BYTES)
         for number in range(pieces):

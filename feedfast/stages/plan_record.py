@@ -70,7 +70,9 @@ def predicted_cache(recipe: Recipe, device: torch.device) -> dict[str, Any] | No
 def predicted_step(recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
     """``step_ms`` that was predicted for this recipe's student with its source, if any was."""
     held = _held(recipe)
-    if held is None or held.get("training") != _key(recipe, device, training=True) or recipe.train.source == "none":
+    if held is None or held.get("training") != _key(recipe, device, training=True):
+        return None
+    if recipe.train.source in ("none", "record"):  # a recording run has steps of both kinds
         return None
     return {"step_ms": held.get("cached_step_ms" if recipe.train.source == "cache" else "live_step_ms")}
 

@@ -27,7 +27,7 @@ from feedfast_kernels import as_float
 __all__ = ["maps_html", "predictions_html"]
 
 SHOWN = 4  # images
-TAPS = 3  # maps per network
+MAPPED, TAPS = 2, 3  # rows, and maps per network
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def predictions_html(
 
 
 @torch.no_grad()
-def maps_html(tapped: Tapped, normalize: nn.Module, source: Source, data: Dataset) -> str:
+def maps_html(tapped: Tapped, normalize: nn.Module, source: Source, data: Dataset, rows: int) -> str:
     """A section with maps of the same pixels in every teacher and the student; empty without targets.
 
     Args:
@@ -74,16 +74,17 @@ def maps_html(tapped: Tapped, normalize: nn.Module, source: Source, data: Datase
         normalize: uint8 pixels [B, H, W, 3] → what it takes.
         source: gives pixels and targets.
         data: the training images, for their names.
+        rows: of a batch: teachers on batch statistics say something else of a smaller one.
     """
     names = [tap for infos in source.taps.values() for tap, info in infos.items() if len(info.shape) == 3]
     wanted = [tap for tap in dict.fromkeys(names) if tap in tapped.shapes][:TAPS]
     if not wanted:
         return ""
-    batch = next(iter(source.batches(0, np.arange(min(2, len(data))), 2)))
+    batch = next(iter(source.batches(0, np.arange(rows), rows)))
     tapped.eval()
-    _, ours = tapped(normalize(batch.images))
+    _, ours = tapped(normalize(batch.images[:MAPPED]))
     samples = []
-    for row, sample in enumerate(np.searchsorted(data.ids, batch.ids).tolist()):
+    for row, sample in enumerate(np.searchsorted(data.ids, batch.ids[:MAPPED]).tolist()):
         maps: dict[str, NDArray[Any]] = {}
         for tap in wanted:
             theirs = {name: targets[tap] for name, targets in batch.targets.items() if tap in targets}

@@ -132,7 +132,9 @@ class Preparation:
             taps: dict[str, TapInfo] = {tap: known[tap] for tap in teacher.requests if tap in known}
             taps.update({tap: entry.info for (owner, tap), entry in fitted.items() if owner == name})
             if LOGITS in teacher.shapes:
-                codec, shape = self.codecs.of(name, LOGITS), teacher.shapes[LOGITS]
+                shape = teacher.shapes[LOGITS]
+                # Which taps a recipe names decides how logits are stored first, and nothing after that.
+                codec = known[LOGITS].codec if LOGITS in known else self.codecs.of(name, LOGITS)
                 taps[LOGITS] = TapInfo(name=LOGITS, path="", position="post", shape=shape, codec=codec)
             teachers[name] = TeacherInfo(
                 name=name,

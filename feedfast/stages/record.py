@@ -51,6 +51,7 @@ class Recorder:
         self._arrays = {name: {tap: names.codes(name, tap) for tap in some} for name, some in taps.items()}
         targets = {array for arrays in self._arrays.values() for array in arrays.values()}
         self.pending: Pending = writer.pending({names.SUMS, *targets} | ({names.PIXELS} & writer.specs.keys()))
+        self._lost = writer.missing(names.SUMS)
         self._scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._sums: tuple[int, np.ndarray, np.ndarray] | None = None  # view, checksums, which of them are committed
 
@@ -125,7 +126,7 @@ class Recorder:
 
     def _refuse_other_pixels(self, view: int, start: int, sums: np.ndarray) -> None:
         if self._sums is None or self._sums[0] != view:
-            self._sums = (view, *committed_sums(self._held, view))
+            self._sums = (view, *committed_sums(self._held, view, self._lost))
         _, stored, known = self._sums
         here = slice(start, start + len(sums))
         wrong = np.flatnonzero((stored[here] != sums) & known[here])
@@ -133,11 +134,18 @@ class Recorder:
             raise other_pixels(self._held, view, start + wrong, self._decoder)
 
 
-def committed_sums(reader: CacheReader, view: int) -> tuple[np.ndarray, np.ndarray]:
-    """Checksums of a view's rows, uint32 [row], and which rows have one, bool [row]."""
+def committed_sums(
+    reader: CacheReader, view: int, lost: Collection[tuple[int, int]] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Checksums of a view's rows, uint32 [row], and which rows have one, bool [row].
+
+    ``lost``: (view, shard) of those that are to be written, or written again: there is nothing to compare with.
+    """
     spec = reader.specs[names.SUMS]
     sums, known = np.zeros(spec.rows, np.uint32), np.zeros(spec.rows, bool)
     for shard in reader.committed(names.SUMS, view):
+        if (view, shard) in lost:
+            continue
         rows = np.arange(*spec.shard_span(shard))
         sums[rows], known[rows] = reader.read_rows(names.SUMS, view, rows), True
     return sums, known

@@ -44,7 +44,7 @@ from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.prepare import Preparation
-from feedfast.stages.proof import check_views, plan_of
+from feedfast.stages.proof import check_views, plan_of, replay_pixels
 from feedfast.stages.record import Recorder
 from feedfast.stages.source import Cached, Rows, Taps, manifest_taps, teachers_identity
 from feedfast.stages.trainee import Entry, needs_of
@@ -98,7 +98,7 @@ class Recorded(Cached):
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`. Of a view that is not complete, its first epoch is recorded as it is handed out; whoever asks
         for other rows waits until they are recorded."""
-        if self._is_complete(view):
+        if self.is_complete(view):
             return super().batches(view, rows, batch_size, start)
         whole = np.arange(len(self.data) // batch_size * batch_size)
         if np.array_equal(rows, whole):
@@ -109,7 +109,7 @@ class Recorded(Cached):
 
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`. Rows that are not there yet are recorded first."""
-        if not self._is_complete(view):
+        if not self.is_complete(view):
             self._record(view, rows)
         return super().target_batches(view, rows, batch_size)
 
@@ -128,7 +128,7 @@ class Recorded(Cached):
 
     def views_complete(self) -> int:
         """How many views hold all that this job records; where some are missing, a line says who completes them."""
-        found = sum(self._is_complete(view) for view in range(self.views))
+        found = sum(self.is_complete(view) for view in range(self.views))
         if found < self.views:
             log.info(
                 "record: %d of %d views are complete; `feedfast cache` or a longer run records the rest",
@@ -137,7 +137,7 @@ class Recorded(Cached):
             )
         return found
 
-    def _is_complete(self, view: int) -> bool:
+    def is_complete(self, view: int) -> bool:
         """Whether a view has everything that this job records of it, in files of the committed lengths."""
         if view not in self._complete:
             codes = [names.codes(name, tap) for name, taps in self._recorded.items() for tap in taps]
@@ -196,11 +196,25 @@ class Recorded(Cached):
                 pass
         self._renew()
 
+    def _writer(self) -> CacheWriter:
+        """Waits while another job writes, as a second student that records: what that writes is then read."""
+        said = False
+        while True:
+            try:
+                return CacheWriter(self.reader.path, self._manifest, workers=self._preparation.recipe.cache.threads)
+            except RequestError as error:
+                if "already being written" not in str(error):
+                    raise
+                if not said:
+                    log.warning("record: waiting: %s", error)
+                said = True
+                time.sleep(1.0)
+
     @contextmanager
     def _writing(self) -> Iterator[Recorder]:
         """A writer of its own for each pass: what one that was left halfway has not finished is begun anew."""
-        path, recipe = self.reader.path, self._preparation.recipe
-        with CacheWriter(path, self._manifest, workers=recipe.cache.threads) as writer:
+        path = self.reader.path
+        with self._writer() as writer:
             record_pass(path, self._provenance)
             self._renew()  # the writer now knows what is durable, and nobody else adds to its part
             try:
@@ -369,7 +383,12 @@ def open_recorded(
         found = manifest_taps(manifest)
         taps = {name: {t: found[name][t] for t in own[name] if t in matching(needs, own[name])} for name in own}
         provenance = Provenance.begin(recipe.model_dump(mode="json"))
-        return Recorded(reader, preparation, manifest, device, taps if needs else {}, provenance)
+        source = Recorded(reader, preparation, manifest, device, taps if needs else {}, provenance)
+        # Of views that are read from the start nothing else compares the pixels; of the others the recorder does.
+        whole = next((view for view in range(source.views) if not source.is_complete(view)), source.views)
+        if whole and not source.stored_images:
+            replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=whole)
     except BaseException:
         preparation.loader.close()
         raise
+    return source

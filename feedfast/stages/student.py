@@ -3,8 +3,9 @@
 Everything is opened and built first, so that every mistake shows before the first step; `feedfast.stages.loop` trains.
 The recipe is opened here, once; what is below is given values.
 
-With several ranks each takes its slice of every global batch and gradients are averaged, so the mean over the global
-batch is what is minimized; batch statistics stay local, as in plain DDP. All ranks evaluate, the first one writes.
+With several ranks each takes its slice of every global batch and gradients are averaged: of a loss per image that is
+the mean over the global batch; segment and detect divide by each rank's own valid pixels or matched anchors. Batch
+statistics stay local, as in plain DDP. All ranks evaluate, the first one writes.
 The saved student carries no adapters.
 """
 
@@ -31,7 +32,8 @@ from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
 from feedfast.models.normalize import Normalize
-from feedfast.models.taps import Tapped
+from feedfast.models.own import own_input
+from feedfast.models.taps import Tapped, refuse_lone_norms
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.report.run import EventLog, write_report
@@ -155,6 +157,7 @@ class StudentRun:
                 **self.source.identity(),
             }
             run = resumed_run(self.out, self.identity) if self.resumed else ""
+            self._warn_of_other_input()
             self.normalize = Normalize(*recipe.data.normalization).to(self.device)
             side = recipe.data.val_size or recipe.data.size
             self.task: Task = task_named(recipe.task.name, self._num_classes(), side)
@@ -172,6 +175,16 @@ class StudentRun:
     def _student(self) -> nn.Module:
         return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
 
+    def _warn_of_other_input(self) -> None:
+        asked, ours = self.recipe.student, self.recipe.data.normalization
+        own = own_input(asked.model, asked.weights)
+        if self.recipe.task.name == "detect" and own is not None and (own.mean, own.std) != ours:
+            log.warning(
+                "student %s: it normalizes by mean %s, std %s, and data.mean, data.std are %s, %s: its published "
+                "weights, teachers made of this student and plain torchvision expect the former",
+                *(asked.model, own.mean, own.std, *ours),
+            )
+
     def _num_classes(self) -> int:
         found = len(self.data.classes) or self.source.classes
         if not found:
@@ -187,6 +200,10 @@ class StudentRun:
         example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
         needs = student_needs_of(self.entries)
         tapped = tap_student(student, needs, example, self.task, f"student {recipe.student.model}")
+        if train.batch == self.me.world:
+            refuse_lone_norms(
+                student, example, f"train.batch: expected 2 or more images per rank for {recipe.student.model}"
+            )
         samples = torch.from_numpy(self.data.ids.astype(np.int64)), torch.from_numpy(self.data.labels.astype(np.int64))
         methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed, samples)
         methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -333,8 +350,13 @@ class StudentRun:
             return ""
         trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
         tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
+        # rows that nobody has recorded yet would be run for the picture alone
+        maps = not isinstance(self.source, Recorded) or self.source.is_complete(0)
         said = predictions_html(self.trainer.student, self.normalize, self.val, self.task, self.data.classes)
-        return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data)
+        if not maps:
+            return said
+        rows = self.recipe.train.batch // self.me.world
+        return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data, rows)
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:
         epoch = math.ceil(step / self.loop.steps_per_epoch)

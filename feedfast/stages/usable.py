@@ -54,6 +54,11 @@ def trainable_entries(recipe: Recipe) -> tuple[Entry, ...]:
         )
     if source in ("live", "record") and FACTOR in needs:
         raise RequestError(f"method.factors: 'stored' needs train.source='cache', found {source!r}; expected 'own'")
+    if recipe.train.residency in ("ram", "gpu") and source != "cache":
+        raise RequestError(
+            f"train.residency: {recipe.train.residency!r} holds what a cache serves; expected 'auto' or 'disk' with "
+            f"train.source={source!r}"
+        )
     _refuse_mixed(recipe, entries)
     _refuse_task(recipe, entries)
     return entries

@@ -38,6 +38,7 @@ from cache_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feedfast.cache.create import PLAN_PROBE, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, read_log
 from feedfast.cache.manifest import read_manifest
@@ -178,6 +179,11 @@ def test_a_writer_needs_the_manifest_that_was_stored(tmp_path: Path) -> None:
     for other in (tiny(shard_bytes=99), tiny(views=2), make_manifest(make_teacher("z"), rows=70, views=1)):
         with pytest.raises(CacheMismatchError, match="open_for_writing"):
             CacheWriter(tmp_path / "c", other)
+
+
+def test_a_killed_plan_s_file_is_no_foreign_one(tmp_path: Path) -> None:
+    (tmp_path / f"{PLAN_PROBE}x1").write_bytes(b"noise")
+    refuse_foreign(tmp_path)
 
 
 def test_places_that_are_no_cache_are_refused(tmp_path: Path) -> None:

@@ -151,3 +151,12 @@ def test_compression_is_chosen_once(tmp_path: Path, asked: str, other: str, stor
         files = [file for file in (path / "targets/a" / tap / "codes/c").rglob("*") if file.is_file()]
         assert files
         assert {file.read_bytes()[:4] == frame for file in files} == {compression == "zstd"}
+
+
+def test_logits_are_stored_as_they_are_whatever_taps_a_recipe_names(tmp_path: Path) -> None:
+    """First with float32 maps alone, then with a u8 tap more, then trained from by a recipe that names the first."""
+    alone, both = 'teachers.0.taps=["final:f32"]', 'teachers.0.taps=["final:f32", "ofd+margin:u8"]'
+    run_cache(digits_recipe(tmp_path, (*SMALL[:3], alone, "method.name=kd"), teachers=1))
+    assert run_cache(digits_recipe(tmp_path, (*SMALL, both), teachers=1))["complete"]
+    overrides = (*SMALL[:3], alone, "method.name=kd", "train.max_steps=2", f"train.out={tmp_path / 's'}")
+    assert run_train(digits_recipe(tmp_path, overrides, teachers=1))["steps"] == 2

@@ -283,3 +283,22 @@ def test_logits_of_pixels_are_stored_only_where_they_are_asked_for(world: Path, 
     rows = np.arange(24)
     array = "targets/wide/logits/codes"
     np.testing.assert_array_equal(one.read_rows(array, 1, rows), two.read_rows(array, 1, rows))
+
+
+@pytest.mark.parametrize(
+    ("model", "task"), [("zoo/deeplabv3plus-resnet18", "segment"), ("zoo/ssd300-resnet18", "detect")]
+)
+def test_a_single_image_per_rank_is_refused_where_a_norm_would_see_one_value(
+    model: str, task: str, world: Path, tmp_path: Path
+) -> None:
+    words: dict[str, Any] = {"teachers": [], "method": {"name": "none"}, "student": {"model": model}}
+    train = {"source": "none", "batch": 1, "out": str(tmp_path / "s")}
+    with pytest.raises(RequestError, match=r"train\.batch: expected 2 or more"):
+        run_train(dense_recipe(world, task, train=train, **words))
+
+
+@pytest.mark.parametrize("residency", ["ram", "gpu"])
+def test_residency_is_refused_where_nothing_is_read(residency: str, world: Path, tmp_path: Path) -> None:
+    train = {"source": "live", "residency": residency, "out": str(tmp_path / "s")}
+    with pytest.raises(RequestError, match=r"train\.residency: .* expected 'auto' or 'disk'"):
+        run_train(dense_recipe(world, "segment", train=train))

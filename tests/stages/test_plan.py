@@ -89,6 +89,12 @@ def test_the_numbers_belong_together(planned: tuple[dict[str, Any], str]) -> Non
     assert document["view_bytes_per_row"] == 25
 
 
+def test_the_first_student_takes_its_whole_steps(planned: tuple[dict[str, Any], str], file: Path) -> None:
+    found, recipe = planned[0], load_recipe(file)
+    steps = recipe.train.epochs * found["data"]["images"] / min(recipe.cache.batch, found["data"]["images"])
+    assert found["first_student"]["cache"]["seconds"] >= 0.99 * found["step_ms"] * steps / 1e3
+
+
 def test_reading_belongs_together(planned: tuple[dict[str, Any], str]) -> None:
     """All of it per batch of 32 rows, in stored bytes."""
     document, _ = planned

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from small import as_toml, digits_recipe
 from feedfast.cache import names
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
+from feedfast.cache.writer import CacheWriter
+from feedfast.data import loader
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
@@ -335,3 +338,50 @@ def test_killed_at_random_moments_both_go_on(world: Path, whole: Path, tmp_path:
     assert same_weights(tmp_path / "out", whole)
     assert cache_digest(tmp_path / "r.zarr") == cache_digest(world / "u8.zarr")
     assert run_verify(str(tmp_path / "r.zarr"), full=True)["ok"]
+
+
+@pytest.mark.parametrize("source", ["cache", "record"])
+def test_other_pixels_than_the_teachers_saw_are_refused(
+    world: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that has changed since: also where a recording student only reads what another job has recorded."""
+    real = loader._owned
+
+    def changed(*given: Any) -> torch.Tensor:
+        images = real(*given)
+        images[8:] = 255 - images[8:]  # not the rows that probes look at
+        return images
+
+    path = tmp_path / "cache.zarr"
+    shutil.copytree(world / "u8.zarr", path)
+    monkeypatch.setattr(loader, "_owned", changed)
+    with pytest.raises(CacheMismatchError, match="pixels are not those"):
+        run_train(recipe_for(world, "u8", path, source=source, out=str(tmp_path / "s"), replay=4))
+
+
+@pytest.mark.parametrize("job", ["cache", "record"])
+def test_a_lost_file_of_checksums_is_written_again(world: Path, job: str, tmp_path: Path) -> None:
+    path = tmp_path / "cache.zarr"
+    shutil.copytree(world / "u8.zarr", path)
+    next(file for file in (path / "pixels" / "sums" / "c").rglob("*") if file.is_file()).unlink()
+    asked = recipe_for(world, "u8", path, source="record", out=str(tmp_path / "s"))
+    run_cache(asked) if job == "cache" else run_train(asked)
+    assert cache_digest(path) == cache_digest(world / "u8.zarr")
+
+
+@pytest.mark.slow
+def test_a_student_waits_for_another_that_records(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else writes when its second epoch begins; it goes on when they have ended."""
+    asked = recipe_for(world, "u8", tmp_path / "cache.zarr", source="record", out=str(tmp_path / "s"), epochs=2)
+    real, taken = StudentRun._evaluate_if_due, []
+
+    def take(run: StudentRun, *given: Any) -> Any:
+        if not taken:
+            writer = CacheWriter(tmp_path / "cache.zarr", CacheReader(tmp_path / "cache.zarr").manifest)
+            taken.append(threading.Timer(1.5, writer.close))
+            taken[0].start()
+        return real(run, *given)
+
+    monkeypatch.setattr(StudentRun, "_evaluate_if_due", take)
+    assert run_train(asked)["views_complete"] == 2
+    assert run_cache(asked)["rows_written"] == 0
