@@ -80,7 +80,7 @@ def test_the_numbers_belong_together(planned: tuple[dict[str, Any], str]) -> Non
     cache, record = (document["first_student"][way] for way in ("cache", "record"))
     assert cache["wait_seconds"] == pytest.approx(document["seconds"])
     assert record["wait_seconds"] == pytest.approx(saved)
-    training = document["student_ms"] * 2 * 200 / 32 / 1e3
+    training = document["step_ms"] * 2 * 200 / 32 / 1e3
     assert cache["seconds"] == pytest.approx(record["seconds"]) == pytest.approx(document["seconds"] + training)
     assert "ofd" in document["serves"]
     assert document["serves_not"].keys() == {"fitnet", "at", "vid"}
