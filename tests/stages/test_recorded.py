@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ofd": {"name": "ofd", "alpha": 1e-3},
     "pfeed": {"name": "pfeed", "beta": 500.0},
 }
-TRAIN = {"epochs": 3, "eval_every": 0}
+TRAIN = {"epochs": 3, "eval_every": 0, "threads": 1}  # a job in a process of its own sums as this one does
 
 
 @pytest.fixture(scope="module")
