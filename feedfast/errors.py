@@ -37,6 +37,10 @@ class RequestError(FeedfastError):
     exit_code = 2
 
 
+class PartTakenError(RequestError):
+    """Another process is writing this part of a cache; it may be waited for."""
+
+
 class CacheMismatchError(RequestError):
     """The cache was made from something else than the recipe asks for (data, plan, teacher, weights)."""
 

@@ -33,7 +33,7 @@ from feedfast.cache.log import (
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.schema import Manifest, describe_differences, differences
 from feedfast.cache.store import COMMITS, Lock, Log, Store
-from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, PartTakenError, RequestError
 
 
 class Ledger:
@@ -52,7 +52,8 @@ class Ledger:
         """Lock part i of n, repair the end of its log, and learn what is committed.
 
         Raises:
-            RequestError: the part is already being written, or writers of another division are at work.
+            PartTakenError: the part is already being written.
+            RequestError: writers of another division are at work.
             CacheMismatchError: the stored manifest is another.
             CacheDamageError: a log is damaged other than by a torn last line, or disagrees with the manifest.
         """
@@ -107,7 +108,7 @@ class Ledger:
         log = self.store.open_log(key, lambda lines: parse_log(lines, key)[1])
         if log is None:
             i, n = self.part
-            raise RequestError(f"{self.store.where()}: part {i}/{n} is already being written by another process")
+            raise PartTakenError(f"{self.store.where()}: part {i}/{n} is already being written by another process")
         return log
 
     def _is_dead(self, owner: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, model_validator
 
-from feedfast.data.operations import Fill, Options, Probability, Range
+from feedfast.data.operations import Fill, Options, Probability, Range, refuse_window
 from feedfast.data.steps import Words, between, unit
 
 __all__ = [
@@ -62,10 +62,7 @@ class ExpandCrop(Options):
     def _fits(self) -> Self:
         if min(self.min_iou) < 0:
             raise ValueError(f"min_iou: expected 0 or more each, found {list(self.min_iou)}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale: expected 0 < from <= to <= 1, found {list(self.scale)}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio: expected 0 < from <= to, found {list(self.ratio)}")
+        refuse_window(self.scale, self.ratio)
         return self
 
 
@@ -78,10 +75,7 @@ class Windows(Options):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale: expected 0 < from <= to <= 1, found {list(self.scale)}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio: expected 0 < from <= to, found {list(self.ratio)}")
+        refuse_window(self.scale, self.ratio)
         return self
 
 

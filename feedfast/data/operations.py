@@ -31,6 +31,16 @@ Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fill = tuple[Byte, Byte, Byte]
 Range = tuple[FiniteFloat, FiniteFloat]
+
+
+def refuse_window(scale: Range, ratio: Range) -> None:
+    """Raise unless these are ranges of a window's share of the image and of its sides' ratio."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale: expected 0 < from <= to <= 1, found {list(scale)}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"ratio: expected 0 < from <= to, found {list(ratio)}")
+
+
 Interpolation = Literal["nearest", "bilinear"]
 
 
@@ -211,10 +221,7 @@ class RandomErasing(PixelOperation):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale: expected 0 < from <= to <= 1, found {list(self.scale)}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio: expected 0 < from <= to, found {list(self.ratio)}")
+        refuse_window(self.scale, self.ratio)
         return self
 
     @property

@@ -35,7 +35,7 @@ from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap, refuse_lone_norms
 from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
-from feedfast.stages.trainee import method_entries, needs_of
+from feedfast.stages.trainee import gray_images, method_entries, needs_of
 from feedfast.tap_entry import TapEntry
 from feedfast.tasks import Outputs, Task, task_named
 
@@ -134,7 +134,7 @@ class FrozenTeacher:
         model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalize = Normalize(mean, std).to(device)
         # Two samples: batch statistics of a single 1x1 map are undefined.
-        example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
+        example = gray_images(self.normalize, size, device)
         self.requests = {request.tap.name: request for request in taps(example)}
         self.tapped = Tapped(model, tuple(request.tap for request in self.requests.values()), example)
         if bn == "batch" and batch == 1:
@@ -376,8 +376,13 @@ def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) ->
     needs: Sequence[str] = [need for entry in recipe.method for need in method_named(entry.name).needs]
     if recipe.task.name != "classify":  # whose maps are large: what these options read, and no more
         needs = needs_of(method_entries(recipe.method))
-    given: dict[str, Any] = {"classes": classes, "seed": recipe.seed, "device": device, "task": recipe.task.name}
-    given["batch"] = recipe.cache.batch
+    given: dict[str, Any] = {
+        "classes": classes,
+        "seed": recipe.seed,
+        "device": device,
+        "task": recipe.task.name,
+        "batch": recipe.cache.batch,
+    }
     return {spec.name: teacher_from_recipe(spec, recipe.data, needs, **given) for spec in recipe.teachers}
 
 

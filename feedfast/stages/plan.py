@@ -52,7 +52,7 @@ from feedfast.stages.plan_screen import plan_screen, screen_width
 from feedfast.stages.plan_step import step_ms
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
-from feedfast.stages.trainee import Entry, build_student, method_entries, names_of
+from feedfast.stages.trainee import Entry, build_student, memory_format, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
 from feedfast_kernels import Codes, Target
@@ -111,7 +111,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
         ``first_student`` (of ``cache`` before training, and of ``record``: ``wait_seconds`` until its first step,
-        ``seconds`` until its last, None where ``student_ms`` is). Reading: ``read_ms``
+        ``seconds`` until its last, by ``step_ms``, else ``student_ms``). Reading: ``read_ms``
         (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
         that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
         the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
@@ -421,9 +421,8 @@ def _encoded(
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:
     """Forward and backward of the plain student on one batch."""
-    memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     student = build_student(recipe.student.model_copy(update={"weights": None}), classes, recipe.train_seed)
-    student = student.to(device=device, memory_format=memory)  # type: ignore[call-overload]
+    student = student.to(device=device, memory_format=memory_format(recipe.train))  # type: ignore[call-overload]
     normalize = Normalize(*recipe.data.normalization).to(device)
     Tapped(student, (), normalize(images[:2]))  # refuses a network that cannot run at this size
 

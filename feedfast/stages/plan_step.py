@@ -21,16 +21,7 @@ from feedfast.methods import TapInfo
 from feedfast.methods.base import matching
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
-from feedfast.stages.trainee import (
-    Entry,
-    Trainee,
-    build_methods,
-    build_student,
-    names_of,
-    needs_of,
-    student_needs_of,
-    tap_student,
-)
+from feedfast.stages.trainee import Entry, build_student, build_trainee, names_of, needs_of, optimizer_of
 from feedfast.tasks import task_named
 
 log = logging.getLogger(__name__)
@@ -62,14 +53,16 @@ def step_ms(
     read = {name: matching(needs, infos) for name, infos in taps.items()} if needs else {}
     infos = {name: {tap: taps[name][tap] for tap in taps[name] if tap in some} for name, some in read.items()}
     targets = {name: {tap: batch.targets[name][tap] for tap in some} for name, some in infos.items()}
+    classes, train = len(data.classes), recipe.train
     try:
-        trainee = _built(recipe, data, entries, infos, batch, device)
+        student = build_student(recipe.student.model_copy(update={"weights": None}), classes, recipe.train_seed)
+        task = task_named(recipe.task.name, classes, recipe.data.val_size or recipe.data.size)
+        normalize = Normalize(*recipe.data.normalization).to(device)
+        trainee = build_trainee(recipe, student, entries, infos, data, normalize, task, device).train()
     except FeedfastError as error:
         log.debug("plan: no step of %s: %s", names_of(entries), error)
         return None
-    weights = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
-    train = recipe.train
-    optimizer = torch.optim.SGD(weights, 1e-9, 0.9) if train.optimizer == "sgd" else torch.optim.AdamW(weights, 1e-9)
+    optimizer = optimizer_of(train, trainee)
     times = []
     for _ in range(STEPS + 1):
         begin = time.perf_counter()
@@ -82,24 +75,3 @@ def step_ms(
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - begin) * 1e3)
     return float(np.median(times[1:]))
-
-
-def _built(
-    recipe: Recipe,
-    data: Dataset,
-    entries: Sequence[Entry],
-    taps: Mapping[str, Mapping[str, TapInfo]],
-    batch: Batch,
-    device: torch.device,
-) -> Trainee:
-    memory = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    student = build_student(recipe.student.model_copy(update={"weights": None}), len(data.classes), recipe.train_seed)
-    student = student.to(device=device, memory_format=memory)  # type: ignore[call-overload]
-    normalize = Normalize(*recipe.data.normalization).to(device)
-    task = task_named(recipe.task.name, len(data.classes), recipe.data.val_size or recipe.data.size)
-    example = normalize(batch.images[:2])
-    tapped = tap_student(student, student_needs_of(entries), example, task, f"student {recipe.student.model}")
-    samples = torch.from_numpy(data.ids.astype(np.int64)), torch.from_numpy(data.labels.astype(np.int64))
-    methods = build_methods(entries, tapped.shapes, taps, tapped.outputs, recipe.train_seed, samples)
-    methods = methods.to(device=device, memory_format=memory)  # type: ignore[call-overload]
-    return Trainee(normalize, tapped, task, methods, entries, recipe.task.weight).train()

@@ -37,7 +37,7 @@ from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work, annotations_of, view_work
-from feedfast.errors import CacheDamageError, RequestError
+from feedfast.errors import CacheDamageError, PartTakenError, RequestError
 from feedfast.methods import Targets
 from feedfast.methods.base import matching
 from feedfast.provenance import Provenance
@@ -202,9 +202,7 @@ class Recorded(Cached):
         while True:
             try:
                 return CacheWriter(self.reader.path, self._manifest, workers=self._preparation.recipe.cache.threads)
-            except RequestError as error:
-                if "already being written" not in str(error):
-                    raise
+            except PartTakenError as error:
                 if not said:
                     log.warning("record: waiting: %s", error)
                 said = True

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import nn
@@ -60,13 +59,12 @@ from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
 from feedfast.stages.source import Cached, Source, open_source
 from feedfast.stages.trainee import (
-    Trainee,
-    build_methods,
     build_student,
+    build_trainee,
+    gray_images,
     names_of,
     needs_of,
-    student_needs_of,
-    tap_student,
+    optimizer_of,
 )
 from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
@@ -194,43 +192,30 @@ class StudentRun:
         return found
 
     def _trainer(self, student: nn.Module, total: int) -> Trainer:
-        recipe, train, seed, size = self.recipe, self.recipe.train, self.recipe.train_seed, self.recipe.data.size
-        memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
-        student = student.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        example = self.normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=self.device))
-        needs = student_needs_of(self.entries)
-        tapped = tap_student(student, needs, example, self.task, f"student {recipe.student.model}")
+        recipe, train = self.recipe, self.recipe.train
+        built = build_trainee(
+            recipe, student, self.entries, self.source.taps, self.data, self.normalize, self.task, self.device
+        )
         if train.batch == self.me.world:
-            refuse_lone_norms(
-                student, example, f"train.batch: expected 2 or more images per rank for {recipe.student.model}"
-            )
-        samples = torch.from_numpy(self.data.ids.astype(np.int64)), torch.from_numpy(self.data.labels.astype(np.int64))
-        methods = build_methods(self.entries, tapped.shapes, self.source.taps, tapped.outputs, seed, samples)
-        methods = methods.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-        stepped: nn.Module = torch.compile(tapped) if train.compile else tapped  # type: ignore[assignment]
-        weight = recipe.task.weight
-        trainee: nn.Module = Trainee(self.normalize, stepped, self.task, methods, self.entries, weight)
+            example = gray_images(self.normalize, recipe.data.size, self.device)
+            where = f"train.batch: expected 2 or more images per rank for {recipe.student.model}"
+            refuse_lone_norms(student, example, where)
+        if train.compile:
+            built.tapped = torch.compile(built.tapped)  # type: ignore[assignment]
+        trainee: nn.Module = built
         if self.me.world > 1:
             trainee = nn.parallel.DistributedDataParallel(
                 trainee, device_ids=None if self.device.type == "cpu" else [self.device.index]
             )
-        weights = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
-        if train.optimizer == "sgd":
-            nesterov = train.nesterov and train.momentum > 0
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                weights, train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=nesterov
-            )
-        else:
-            optimizer = torch.optim.AdamW(weights, train.lr, weight_decay=train.weight_decay)
         return Trainer(
             trainee=trainee,
             student=student,
-            methods=methods,
-            optimizer=optimizer,
+            methods=built.methods,
+            optimizer=optimizer_of(train, trainee),
             schedule=Schedule(train, total, len(self.data) // train.batch),
             device=self.device,
             autocast=train.precision == "bf16",
-            seed=seed,
+            seed=recipe.train_seed,
             rank=self.me.rank,
         )
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
+from feedfast.data.dataset import Dataset
 from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options, refuse_other_logits
 from feedfast.methods.base import Shapes, Teachers, tap_groups
 from feedfast.models.branched import Branched
@@ -204,6 +205,61 @@ def tap_student(student: nn.Module, needs: Sequence[str], example: Tensor, task:
     tapped = Tapped(student, taps, example)
     task.check(tapped.outputs, where)
     return tapped
+
+
+def build_trainee(
+    recipe: recipes.Recipe,
+    student: nn.Module,
+    entries: Sequence[Entry],
+    teachers: Teachers,
+    data: Dataset,
+    normalize: Normalize,
+    task: Task,
+    device: torch.device,
+) -> Trainee:
+    """Student, task and methods as one module on ``device``.
+
+    Args:
+        recipe: for memory format, size of images, seed and weights.
+        student: the bare network; it is moved.
+        entries: the recipe's methods.
+        teachers: teacher → tap → shape and margin.
+        data: the training images; methods that remember samples are told of all.
+        normalize: uint8 pixels [B, H, W, 3] → what the student takes, on ``device``.
+        task: what it is to learn.
+        device: where it is trained.
+
+    Raises:
+        RequestError: taps or classes do not fit.
+    """
+    memory, size = memory_format(recipe.train), recipe.data.size
+    student = student.to(device=device, memory_format=memory)  # type: ignore[call-overload]
+    example = gray_images(normalize, size, device)
+    tapped = tap_student(student, student_needs_of(entries), example, task, f"student {recipe.student.model}")
+    samples = torch.from_numpy(data.ids.astype(np.int64)), torch.from_numpy(data.labels.astype(np.int64))
+    methods = build_methods(entries, tapped.shapes, teachers, tapped.outputs, recipe.train_seed, samples)
+    methods = methods.to(device=device, memory_format=memory)  # type: ignore[call-overload]
+    return Trainee(normalize, tapped, task, methods, entries, recipe.task.weight)
+
+
+def gray_images(normalize: nn.Module, size: int, device: torch.device) -> Tensor:
+    """Two normalized gray images [2, 3, size, size]: what networks are watched on."""
+    images: Tensor = normalize(torch.full((2, size, size, 3), 128, dtype=torch.uint8, device=device))
+    return images
+
+
+def memory_format(train: recipes.Train) -> torch.memory_format:
+    """Of the student and its images."""
+    return torch.channels_last if train.channels_last else torch.contiguous_format
+
+
+def optimizer_of(train: recipes.Train, trainee: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's, of all that learns: the student and the methods' adapters."""
+    weights = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+    if train.optimizer == "sgd":
+        nesterov = train.nesterov and train.momentum > 0
+        return torch.optim.SGD(weights, train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=nesterov)
+    return torch.optim.AdamW(weights, train.lr, weight_decay=train.weight_decay)
 
 
 def build_methods(

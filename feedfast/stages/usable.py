@@ -28,6 +28,7 @@ from feedfast.stages.trainee import (
     Entry,
     build_methods,
     build_student,
+    gray_images,
     method_entries,
     names_of,
     needs_of,
@@ -191,13 +192,13 @@ def require_usable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cla
     lacking = lacks(needs, taps)
     if lacking:
         raise RequestError(f"method.name: {names_of(entries)!r} {lacking}")
-    asked, size = recipe.student, recipe.data.size
+    asked = recipe.student
     # a file must be there and fit; what would be fetched is left for training
     is_file = asked.weights and (Path(asked.weights).suffix or Path(asked.weights).exists())
     classes = classes or next((infos[LOGITS].shape[0] for infos in taps.values() if LOGITS in infos), 0)
     bare = asked.model_copy(update={"backbone": None} | ({} if is_file else {"weights": None}))
     student = build_student(bare, classes, recipe.train_seed)
-    example = Normalize(*recipe.data.normalization)(torch.full((2, size, size, 3), 128, dtype=torch.uint8))
+    example = gray_images(Normalize(*recipe.data.normalization), recipe.data.size, torch.device("cpu"))
     where = f"student {asked.model}"
     tapped = tap_student(student, student_needs_of(entries), example, task_named(recipe.task.name, classes), where)
     read = {name: {tap: infos[tap] for tap in matching(needs, infos)} for name, infos in taps.items()}
