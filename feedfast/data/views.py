@@ -72,7 +72,7 @@ PASS_WINDOW = 16
 """Granules per window unless the plan says otherwise: the rows of a window are mixed with each other."""
 
 # Purposes: the counter's third word. Never renumber one; add new ones at the end.
-_ORDER, _CROP, _FLIP, _GRANULE, _MIX, _PARTNER, _MIXING, _OPERATION, _KIND = range(9)
+_ORDER, _CROP, _FLIP, _GRANULE, _MIX, _PARTNER, _MIXING, _OPERATION, _KIND, POSITION = range(10)
 
 MAX_SLOTS = 16
 """The most steps an operation list may become per sample."""
