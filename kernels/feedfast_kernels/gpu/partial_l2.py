@@ -25,7 +25,7 @@ from torch import Tensor
 
 from feedfast_kernels._ops import contiguous, dense, dense_target, memory_format_of
 from feedfast_kernels.codes import StoredAs, packed_channels
-from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
+from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block, power_of_two
 from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
 
 MOST_CHANNELS = 256  # of a tile
@@ -108,7 +108,8 @@ def _forward(
     student_start = map_start
     if positions_ptr is not None:
         positions_ptr += map_start // C
-        student_start = map_start // IMAGE_ROWS * STUDENT_ROWS
+        # times the channels last: the compiler then knows that a row is aligned
+        student_start = map_start // (IMAGE_ROWS * C) * (STUDENT_ROWS * C)
     student_ptr += student_start
     target_ptr += code_start if CODEC != "float" else map_start
     c0 = tl.program_id(1) * BLOCK_C
@@ -163,7 +164,8 @@ def _backward(
     student_start = map_start
     if positions_ptr is not None:
         positions_ptr += map_start // C
-        student_start = map_start // IMAGE_ROWS * STUDENT_ROWS
+        # times the channels last: the compiler then knows that a row is aligned
+        student_start = map_start // (IMAGE_ROWS * C) * (STUDENT_ROWS * C)
     student_ptr += student_start
     target_ptr += code_start if CODEC != "float" else map_start
     c0 = tl.program_id(1) * BLOCK_C
@@ -230,6 +232,8 @@ def plan(
     image_rows, images = (batch * pixels, 1) if one_image else (pixels, batch)
     block_c = channel_block(channels, MOST_CHANNELS if not student_spatial_first else 32)
     rows = max(1, THREADS * PER_THREAD // block_c)
+    if positions is not None:  # few: no lanes for rows that a sample does not have
+        rows = min(rows, power_of_two(pixels))
     per_image = ceil_div(image_rows, rows)
     steps = STEPS if images * per_image * ceil_div(channels, block_c) >= FEW_TILES else 1
     if not one_image and per_image % steps:
