@@ -62,7 +62,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dic
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dict[str, Any]]:
-    main = ""256x56x56 bf16/u8|2048x7x7 bf16/u8 NHWC|64x8x8 .*u8 NHWC|ensemble_kl 1000 x 3 prob.* labels"
+    main = "256x56x56 bf16/u8|2048x7x7 bf16/u8 NHWC|64x8x8 .*u8 NHWC|ensemble_kl 1000 x 3 prob.* labels"
     return once("others", tmp_path_factory, worker_id, "--arch", "80", "100", "--match", main)
 
 
