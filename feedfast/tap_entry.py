@@ -1,8 +1,9 @@
 """An entry of a recipe's ``teachers.N.taps``: a place in a network, and how its map is stored; as text or as a table.
 
-The text is ``place[+margin][@share][:codec]``. A place is a group ("ofd", "final") or "name=module.path", which may end with
-:pre, :map and the like. No codec is called like one of these, and only the last word can be a codec: what belongs to
-the place is told without a network. Shares are written as Python writes the number, so that one entry has one text.
+The text is ``place[+margin][@share][:codec]``. A place is a group ("ofd", "final") or "name=module.path", which may
+end with :pre, :map and the like. No codec is called like one of these, and only the last word can be a codec: what
+belongs to the place is told without a network. Shares are written as Python writes the number, so that one entry has
+one text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SHARE: Final = "@"
 
 
 class TapEntry(BaseModel):
-    """One entry of `taps` as a table; as text it is `place[+margin][@share][:codec]`: `"ofd+margin@0.25"`, `"ofd2:u4"`."""
+    """One entry of `taps` as a table; as text `place[+margin][@share][:codec]`: `"ofd+margin@0.25"`, `"ofd2:u4"`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

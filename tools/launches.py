@@ -90,15 +90,15 @@ def partial_l2_cases(quick: bool) -> Iterator[Case]:
 
 def sampled_partial_l2_cases(quick: bool) -> Iterator[Case]:
     """Both directions at a quarter of the positions; both memory formats of the student."""
-    for batch, channels, side in QUICK[:4] if quick else RESNET_50 + CIFAR + UNEVEN:
+    for batch, channels, side in (QUICK[0], QUICK[2]) if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, grad_output, count = meta(channels), meta(), max(1, side * side // 4)
         positions = meta(batch, count, dtype=torch.int32)
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
+        for codec in ("u8", "u4") if quick and channels == 256 else ("u8",) if quick else ("u8", "u4", "float"):
             target = meta(batch, 1, count, packed_channels(channels, codec), dtype=torch.uint8)
             if codec == "float":
                 target = meta(batch, channels, 1, count, dtype=torch.bfloat16, channels_last=True)
             scale = (None, None) if codec == "float" else (vector, vector)
-            for order in ("NHWC", "NCHW"):
+            for order in ("NHWC",) if quick and (channels, codec) != (256, "u8") else ("NHWC", "NCHW"):
                 nhwc = order == "NHWC"
                 student = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
                 arguments = (student, target, *scale, codec, vector, 0.5, positions)
