@@ -48,7 +48,8 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
         (array → codec, shape, ``sample`` with share and number of drawn positions, bytes per sample, compression,
-        measured errors), ``teachers`` (name → ``top1`` and the labeled pilot rows it is of), ``data`` (images, classes, first names of classes, files skipped by extension),
+        measured errors), ``teachers`` (name → ``top1`` and the labeled pilot rows it is of), ``data`` (images, classes,
+        first names of classes, files skipped by extension),
         ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
