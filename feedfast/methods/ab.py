@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl, wide
 from feedfast_kernels import as_float
 
 
@@ -64,7 +64,7 @@ class ActivationBoundaries(Method):
             mine, rescale = student.at(tap, name)
             ours, theirs = same_grid(connector(mine), targets[name][tap])
             sign = torch.where(as_float(theirs).detach() > 0, 1.0, -1.0)
-            missing = (options.margin - sign * ours.float()).relu()
+            missing = (options.margin - sign * wide(ours)).relu()
             boundaries.append(missing.square().sum() * (rescale * 0.5 ** (last - self.taps.index(tap))))
         batch = max(student.taps[self.taps[0]].shape[0], 1)
         terms = {"boundary": torch.stack(boundaries).sum() / (batch * len(self.teacher_names))}
