@@ -13,7 +13,7 @@ Units: boxes are int32 (top, left, height, width) in source pixels, after EXIF o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,9 @@ _OPTIONS: dict[str, type[ExpandCrop] | type[MultiCrop]] = {
 
 BoxesPerSample = Sequence[NDArray[np.floating[Any]]]
 """Of each sample its boxes [k, 4], xyxy in source pixels."""
+
+RESOLVED = ("window", "flip", "steps", "parameters", "weight", "box")
+"""What `ViewPlan.resolved` may say of a row."""
 
 ALGORITHM = "philox4x64-10/1"
 """Generator and version of the mapping from words to parameters; any change below that moves a number raises it."""
@@ -207,29 +210,36 @@ class ViewPlan:
         return self.crop.keep if isinstance(self.crop, ExpandCrop) else "visible"
 
     def resolved(
-        self, name: str, view: int, ids: ArrayLike, sizes: ArrayLike, boxes: BoxesPerSample | None = None
-    ) -> NDArray[Any]:
-        """What a view does to each sample, as it is stored, n rows.
+        self,
+        view: int,
+        ids: ArrayLike,
+        sizes: ArrayLike,
+        boxes: BoxesPerSample | None = None,
+        *,
+        only: Collection[str] = RESOLVED,
+    ) -> dict[str, NDArray[Any]]:
+        """What a view does to each sample, by the names it is stored under, n rows each.
 
         Args:
-            name: ``window``, ``flip``; with operations ``steps``, ``parameters``; with mixing ``weight``, ``box``.
             view: which view.
             ids: sample ids [n].
             sizes: height and width of each image [n, 2].
             boxes: of each sample, where the plan `needs_boxes`.
+            only: what is wanted of it; nothing else is drawn.
 
-        Raises:
-            KeyError: the plan has no such thing.
+        Returns:
+            ``window``, ``flip``; with operations ``steps``, ``parameters``; with mixing ``weight``, ``box``.
         """
-        if name == "window":
-            return self.crops(view, ids, sizes, boxes)
-        if name == "flip":
-            return self.flips(view, ids)
-        if name in ("steps", "parameters") and (program := self.program(view, ids)) is not None:
-            return program.codes if name == "steps" else program.parameters
-        if name in ("weight", "box") and (mixing := self.mixing(view, ids)) is not None:
-            return mixing.weight if name == "weight" else mixing.box
-        raise KeyError(name)
+        wanted, found = set(only), dict[str, NDArray[Any]]()
+        if "window" in wanted:
+            found["window"] = self.crops(view, ids, sizes, boxes)
+        if "flip" in wanted:
+            found["flip"] = self.flips(view, ids)
+        if wanted & {"steps", "parameters"} and (program := self.program(view, ids)) is not None:
+            found |= {"steps": program.codes, "parameters": program.parameters}
+        if wanted & {"weight", "box"} and (mixing := self.mixing(view, ids)) is not None:
+            found |= {"weight": mixing.weight, "box": mixing.box}
+        return found
 
     def program(self, view: int, ids: ArrayLike) -> Program | None:
         """The resolved steps of each sample in a view, n rows; None where the plan has no such operations."""
