@@ -57,6 +57,9 @@ CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
 
 # variant → recipe words; a variant is a method with its defaults unless it says more
+SAMPLED: dict[str, dict[str, Any]] = {
+    f"ofd-1@{share}": {"name": "ofd", "teachers": 1, "share": share} for share in (0.5, 0.25, 0.125)
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"name": "none"},
     **{name: {"name": name} for name in METHODS if name != "none"},
@@ -170,8 +173,11 @@ def with_method(tree: dict[str, Any], words: dict[str, Any], teachers: list[dict
 
 def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int, codec: str, folder: Path) -> Recipe:
     """One student: a variant at a seed, from so many views of a codec."""
-    words = dict(VARIANTS[variant])
+    words = dict({**VARIANTS, **SAMPLED}[variant])
     teachers = tree["teachers"][: words.pop("teachers", 3)]
+    if share := words.pop("share", None):  # stored next to the whole maps, as if by other teachers
+        taps = [f"ofd@{share}"]
+        teachers = [{**entry, "name": f"{entry['name']}-{share}", "taps": taps} for entry in teachers]
     if bn := words.pop("bn", None):
         teachers = [{**entry, "name": f"{entry['name']}-{bn}", "bn": bn, "taps": ["ofd"]} for entry in teachers]
     sections = with_method(tree, words, teachers)

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from feedfast.data.views import POSITION
+from feedfast.data.philox import Purpose, as_ids, many_words
 
 ALGORITHM: Final = "hilbert-philox4x64-10/1"
 """Curve, generator and mapping; any change that moves a position raises the number."""
@@ -49,7 +49,8 @@ def sample_positions(
     """
     cells = height * width
     starts = np.arange(count + 1) * cells // count
-    words = _words(seed, view, ids, tap, 1 + -(-count // 2))
+    name = int.from_bytes(hashlib.sha256(tap.encode()).digest()[:8], "little")
+    words = many_words(seed, view, Purpose.POSITION, name, as_ids(ids), 1 + -(-count // 2))
     # two 32-bit numbers per word; high and low by arithmetic, so that the order of bytes does not count
     halves = np.stack([words[:, 1:] >> np.uint64(32), words[:, 1:] & np.uint64(0xFFFFFFFF)], axis=-1)
     drawn = halves.reshape(len(words), 2 * (words.shape[1] - 1))[:, :count]
@@ -58,24 +59,6 @@ def sample_positions(
         turned = (words[:, :1] >> np.uint64(32)) * np.uint64(cells) >> np.uint64(32)
         index = (index + turned.astype(np.int64)) % cells
     return _curve(height, width)[index]
-
-
-def _words(seed: int, view: int, ids: NDArray[np.integer], tap: str, words: int) -> NDArray[np.uint64]:
-    """At least ``words`` 64-bit words of each sample, [n, words]: stream positions of its id onwards, as in views."""
-    unique, where = np.unique(np.asarray(ids, np.int64), return_inverse=True)
-    blocks = -(-words // 4)  # of the generator
-    name = int.from_bytes(hashlib.sha256(tap.encode()).digest()[:8], "little")
-    # A new generator per sample would take longer than its words.
-    philox = np.random.Philox(
-        counter=np.array([0, 0, POSITION, name], np.uint64), key=np.array([seed, view], np.uint64)
-    )
-    out = np.empty((len(unique), 4 * blocks), np.uint64)
-    at = 0
-    for row, sample in enumerate(unique.tolist()):
-        philox.advance((sample - at) * blocks)
-        out[row] = philox.random_raw(4 * blocks)
-        at = sample + 1
-    return out[where][:, :words]
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from feedfast.data import positions as module
+from feedfast.data.philox import Purpose, many_words
 from feedfast.data.positions import positions_per_map, sample_positions
 
 MAPS = [(32, 32, 256), (16, 16, 32), (7, 7, 12), (5, 9, 44), (14, 14, 98), (1, 13, 3), (6, 4, 24), (3, 3, 1)]
@@ -29,7 +30,7 @@ def test_every_position_is_equally_likely_by_arithmetic(
             halves[:count] = middle
             turned = np.uint64(((2 * turn + 1) << 31) // cells) << np.uint64(32)
             words = np.concatenate([[turned], halves[0::2] << np.uint64(32) | halves[1::2]])
-            monkeypatch.setattr(module, "_words", lambda *_, found=words: found[None])
+            monkeypatch.setattr(module, "many_words", lambda *_, found=words: found[None])
             found = sample_positions(0, 0, np.array([0]), "x", height, width, count)[0]
             for run, position in enumerate(found.tolist()):
                 if outcome < sizes[run]:
@@ -91,6 +92,16 @@ def test_every_part_of_the_key_counts() -> None:
     others = ({"seed": 1}, {"view": 1}, {"ids": np.array([6])}, {"tap": "ofd2"})
     found = [tuple(sample_positions(**{**base, **other})[0]) for other in ({}, *others)]  # type: ignore[arg-type]
     assert len(set(found)) == len(found)
+
+
+def test_words_of_samples_far_apart_are_the_streams_own() -> None:
+    """Each from a generator of its own, set to where the sample's words begin."""
+    ids = np.array([4_000_000_000, 0, 17, 18, 17])
+    found = many_words(5, 3, Purpose.POSITION, 99, ids, 6)
+    for row, sample in enumerate(ids.tolist()):
+        counter = np.array([2 * sample, 0, Purpose.POSITION, 99], np.uint64)
+        own = np.random.Philox(counter=counter, key=np.array([5, 3], np.uint64)).random_raw(8)
+        assert found[row].tolist() == own[:6].tolist()
 
 
 def test_these_numbers_do_not_move() -> None:
