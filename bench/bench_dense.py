@@ -91,7 +91,7 @@ TINY_CLASSES = ("Ground", "Square", "Bar")
 
 
 def words_of(variant: str, task: str) -> dict[str, Any]:
-    """Recipe words of a variant: a method's name, after it perhaps its alpha or a share (``ofd-1e-3``, ``ofd@0.25``)."""
+    """Recipe words of a variant: a method's name, perhaps its alpha (``ofd-1e-3``) or a share (``ofd@0.25``) after it."""
     name, _, alpha = variant.partition("@")[0].partition("-")
     if name == "plain":
         return {"name": "none"}
@@ -377,8 +377,8 @@ def show(title: str, table: list[dict[str, Any]], over: str, words: str) -> None
     print_table(title, lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=Path("data/camvid"), help="train/, val/, classes.txt")
     parser.add_argument("--task", nargs="*", default=list(SCORE), choices=list(SCORE))
@@ -407,7 +407,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--overfit", type=Path, help="a COCO JSON, with its images in a folder of its name")
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    args = arguments(argv)
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
     if args.tiny:

@@ -357,8 +357,8 @@ def plot_curves(rows: list[dict[str, str]], path: Path) -> list[str]:
     return [str(path)]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=Path("data"))
     parser.add_argument("--tiny", action="store_true", help="digits and tiny networks: does it run?")
@@ -380,7 +380,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--live", action="store_true", help="curves with live teachers only: do they agree?")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    args = arguments(argv)
     args.batch = 32 if args.tiny else args.batch
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
