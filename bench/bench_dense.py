@@ -91,7 +91,7 @@ TINY_CLASSES = ("Ground", "Square", "Bar")
 
 
 def words_of(variant: str, task: str) -> dict[str, Any]:
-    """Recipe words of a variant: a method's name, perhaps its alpha (``ofd-1e-3``) or a share (``ofd@0.25``) after it."""
+    """Recipe words of a variant: a method, perhaps with its alpha (``ofd-1e-3``) or with a share (``ofd@0.25``)."""
     name, _, alpha = variant.partition("@")[0].partition("-")
     if name == "plain":
         return {"name": "none"}

@@ -39,7 +39,8 @@ class TapEntry(BaseModel):
         lt=1,
         allow_inf_nan=False,
         description="store this share of a map's positions, drawn anew for every sample and view, as `@0.25` does; the "
-        "student's map is compared there. For methods that sum over positions: `ofd`, `at`, `cwd`, `fitnet`",
+        "student's map is compared there. For methods that sum over positions: `ofd`, `ab`, `at`, "
+        "`fitnet`, `vid`, `cwd`, `camkd`",
     )
     codec: CodecName | None = Field(
         None,

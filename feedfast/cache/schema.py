@@ -37,6 +37,7 @@ MAX_CHANNELS: Final = 1 << 20
 MAX_PASSES: Final = 256
 MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from it, goes over them
 MAX_FACTORS: Final = 4  # per teacher; likewise
+MAX_CELLS: Final = 1 << 22  # of a sampled map: whoever draws positions orders all of them
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
 CodecName = Literal["f32", "f16", "u8", "u4"]
@@ -232,8 +233,8 @@ class TapInfo(_Part):
             raise ValueError('transform "factor" and the entry "factor" belong together, found one of them')
         if self.sample is not None and (len(self.shape) != 3 or self.factor is not None or self.name == names.LOGITS):
             raise ValueError("only a map (C, H, W) of a network can be sampled")
-        if self.sample is not None and self.sample.positions > math.prod(self.shape[1:]):
-            raise ValueError(f"sample has {self.sample.positions} positions of {math.prod(self.shape[1:])}")
+        if self.sample is not None and not self.sample.positions <= math.prod(self.shape[1:]) <= MAX_CELLS:
+            raise ValueError(f"sample: expected up to {MAX_CELLS} positions, as many as the map has at most")
         if self.name == "zarr.json":
             raise ValueError("a tap cannot be called 'zarr.json'")
         if self.name == names.LOGITS and (len(self.shape) not in (1, 3) or self.codec not in ("f16", "f32")):

@@ -17,7 +17,7 @@ from feedfast.cache.create import open_for_writing
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.data.positions import ALGORITHM, sample_positions
-from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.catalog import run_methods
@@ -218,13 +218,21 @@ def test_a_manifest_says_it_only_where_it_is_so(world: Path, tmp_path: Path) -> 
         ]
         digests.add(other.digest_for(array))
     assert len(digests) == 4
+    for wrong, words in (({"positions": 257}, "up to 4194304 positions"), ({"share": 1.0}, "less than 1")):
+        with pytest.raises(CacheDamageError, match=words):
+            _with(manifest, wrong)
+    with pytest.raises(CacheDamageError, match="only a map"):
+        _with(manifest, {}, shape=[manifest.teachers["a"].taps["ofd1"].channels, 256])
+    with pytest.raises(CacheDamageError, match="up to 4194304 positions"):  # ordering the cells would take gigabytes
+        _with(manifest, {}, shape=[manifest.teachers["a"].taps["ofd1"].channels, 1 << 16, 1 << 16])
     open_for_writing(tmp_path / "o.zarr", _with(manifest, {"algorithm": "other/1"}))
     cache = CacheReader(tmp_path / "o.zarr")
     with pytest.raises(CacheMismatchError, match=rf"ofd1: expected positions drawn by '{ALGORITHM}', found 'other/1'"):
         feedfast.stages.sampling.sampling_of_manifest(cache.manifest, cache.path)
 
 
-def _with(manifest: Manifest, change: dict[str, Any]) -> Manifest:
+def _with(manifest: Manifest, change: dict[str, Any], **tap: Any) -> Manifest:
     tree = json.loads(json.dumps(manifest.to_attrs()))
+    tree["feedfast"]["teachers"]["a"]["taps"]["ofd1"] |= tap
     tree["feedfast"]["teachers"]["a"]["taps"]["ofd1"]["sample"] |= change
     return Manifest.from_attrs(tree)
