@@ -42,7 +42,7 @@ def _load(
     IMAGE_ROWS: tl.constexpr,  # R where tiles stay inside a sample, else 0
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -81,7 +81,7 @@ def _forward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -130,7 +130,7 @@ def _backward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -181,7 +181,7 @@ def plan(
         target: contiguous codes [B, H, W, C] (or [B, C]), or a float map like the student's, in either order.
         offset_C: fp32 [C], None for float maps.
         step_C: fp32 [C], None for float maps.
-        codec: ``"u8"``, ``"u4"``, or ``"float"`` for a float map.
+        codec: of codes, or ``"float"`` for a float map.
         margin_C: float [C], or None.
         scale: weight over denominator.
         grad_output: fp32 scalar on the device.
