@@ -47,3 +47,14 @@ def integers(stored: np.ndarray, channels: int, codec: str) -> np.ndarray:
         assert not bits[..., used:at].any()
         low += width
     return codes
+
+
+def packed(codes: np.ndarray, codec: str) -> np.ndarray:
+    """The inverse of `integers`, bit by bit, too."""
+    channels = codes.shape[-1]
+    parts, low = [], 0
+    for width in PARTS[codec]:
+        bits = [codes[..., c] >> (low + bit) & 1 for c in range(channels) for bit in range(width)]
+        parts.append(np.packbits(np.stack(bits, -1), axis=-1, bitorder="little"))
+        low += width
+    return np.concatenate(parts, -1)
