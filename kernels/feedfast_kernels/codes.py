@@ -221,7 +221,7 @@ def _encode(
         codes, saturated = _quantize(x_BHWC.detach(), *scale)
     into = out if out.ndim == 4 else out[:, None, None, :]
     for tile in tiles(codes.shape) if is_eager_cpu(codes) else (slice(None),):
-        packing.pack(codes[tile], CODECS[codec].parts, into[tile])
+        pack(codes[tile], codec, into[tile])
     return out, saturated
 
 
@@ -360,6 +360,14 @@ def as_float(target: Target) -> Tensor:
 def unpack(data: Tensor, channels: int, codec: StoredAs) -> Tensor:
     """The codes [..., channels], one per byte, of stored bytes [..., `packed_channels`]; a float map as it is."""
     return data if codec == "float" else packing.unpack(data, channels, CODECS[codec].parts)
+
+
+def pack(codes: Tensor, codec: str, out: Tensor | None = None) -> Tensor:
+    """The stored bytes [..., `packed_channels`] of codes [..., channels], one per byte and none above the top code."""
+    if out is None:
+        out = codes.new_empty((*codes.shape[:-1], packed_channels(codes.shape[-1], codec)))
+    packing.pack(codes, CODECS[codec].parts, out)
+    return out
 
 
 def packed_channels(channels: int, codec: str) -> int:
