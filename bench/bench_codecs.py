@@ -4,9 +4,9 @@
     python bench/bench_codecs.py --tiny               digits and a small network; nothing is written
 
 DATA is a folder with CIFAR-100's train.bin and test.bin. Scales are fitted as `feedfast cache` fits them, on 2,048
-augmented training images; errors are of 512 others, averaged over the teachers. Times are of one batch of the first
+augmented training images; errors are of 512 others, averaged over the teachers. Times are of some rows of the first
 teacher, in nanoseconds per value, with a student's map in fp32. Codecs take turns in every round and the least of all
-rounds counts, because other work on a machine only ever adds.
+rounds counts, because other work on a machine only ever adds; the fewer rows, the more rounds nothing interrupts.
 
     error            relative root mean square; of the worst channel
     bytes            per value, as stored raw; how many times smaller zstd makes a block, and GB/s of its decoder
@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -82,15 +83,38 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Recipe:
     )
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Of one tap: values [n, C] to fit and to measure with, as they are encoded, and the first held-out maps."""
+
+    fit: np.ndarray
+    unseen: np.ndarray
+    maps: Tensor
+
+
+def samples_of(teacher: FrozenTeacher, fit: list[Tensor], unseen: list[Tensor]) -> dict[str, Sample]:
+    """Every tap's, in one pass over the pilot's pixels."""
+    teacher.fit_margins(fit)
+    parts: dict[str, list[list[np.ndarray]]] = {tap: [[], []] for tap in teacher.requests}
+    first: dict[str, Tensor] = {}
+    for number, group in enumerate((fit, unseen)):
+        for images in group:
+            maps = teacher(images)
+            for tap, kept in parts.items():
+                values = thin(maps[tap].cpu(), len(group))
+                kept[number].append(teacher.transform(tap).teacher(torch.from_numpy(values)).numpy())
+                if number:
+                    first.setdefault(tap, maps[tap].cpu())
+    return {tap: Sample(*map(np.concatenate, kept), first[tap]) for tap, kept in parts.items()}
+
+
 def fitted(
-    teacher: FrozenTeacher, tap: str, codec: CodecName, fit: list[Tensor], unseen: list[Tensor]
+    teacher: FrozenTeacher, tap: str, codec: CodecName, sample: Sample
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Offset and step of a tap, and its measured error."""
-    transform = teacher.transform(tap)
-    parts = [np.concatenate([thin(values, len(group)) for values in group]) for group in (fit, unseen)]
-    seen, others = (transform.teacher(torch.from_numpy(part)).numpy() for part in parts)
     signed = is_signed(teacher.requests[tap].tap)
-    (offset, step), _, error = fit_values(seen, others, fit[0][:2], codec, transform, "raw", signed=signed)
+    given = (sample.fit, sample.unseen, sample.maps[:2], codec, teacher.transform(tap), "raw")
+    (offset, step), _, error = fit_values(*given, signed=signed)
     return torch.from_numpy(offset), torch.from_numpy(step), error
 
 
@@ -101,8 +125,8 @@ def target_of(stored: Tensor, codec: CodecName, offset: Tensor, step: Tensor) ->
 
 def calls_of(
     values: Tensor, teacher: FrozenTeacher, tap: str, codec: CodecName, offset: Tensor, step: Tensor
-) -> tuple[np.ndarray, dict[str, Callable[[], object]]]:
-    """The stored rows of a batch, and what is timed with them, by the names of `TIMES`."""
+) -> dict[str, Callable[[], object]]:
+    """What is timed, by the names of `TIMES`."""
     transform = teacher.transform(tap)
     stored, _ = encode_rows(values, codec, offset, step, transform)
     target = target_of(torch.from_numpy(stored), codec, offset, step)
@@ -121,7 +145,7 @@ def calls_of(
 
         return call
 
-    return stored, {
+    return {
         "encode": lambda: encode_rows(values, codec, offset, step, transform),
         "decode": lambda: decode(target) if isinstance(target, Codes) else target.float(),
         "partial_l2": stepped(lambda: partial_l2(student, target, margin_C=margin)),
@@ -150,26 +174,26 @@ def of_zstd(stored: np.ndarray, block_rows: int, rounds: int) -> tuple[float, fl
     return block.nbytes / len(frame), block.nbytes / took
 
 
-def rows_of(teachers: Sequence[FrozenTeacher], loader: Loader, pilot: int, rounds: int) -> list[dict[str, Any]]:
+def rows_of(
+    teachers: Sequence[FrozenTeacher], loader: Loader, pilot: int, timed: int, rounds: int
+) -> list[dict[str, Any]]:
     """A row for every tap and codec."""
     fit, unseen, _ = pilot_pixels(loader, pilot)
-    for teacher in teachers:
-        teacher.fit_margins(fit)
+    samples = [samples_of(teacher, fit, unseen) for teacher in teachers]
     rows = []
     for tap in teachers[0].requests:
-        maps = [
-            tuple([teacher(images)[tap].cpu() for images in group] for group in (fit, unseen)) for teacher in teachers
-        ]
         log.info("bench: %s, %s", tap, list(teachers[0].shapes[tap]))
         found = {
-            codec: [fitted(teacher, tap, codec, *own) for teacher, own in zip(teachers, maps, strict=True)]
+            codec: [fitted(teacher, tap, codec, own[tap]) for teacher, own in zip(teachers, samples, strict=True)]
             for codec in CODECS
         }
-        batch = maps[0][1][0]
+        maps = samples[0][tap].maps
+        batch = maps[:timed]
         made = {codec: calls_of(batch, teachers[0], tap, codec, *found[codec][0][:2]) for codec in CODECS}
-        times = {name: least_ns([made[codec][1][name] for codec in CODECS], rounds) for name in TIMES}
+        times = {name: least_ns([made[codec][name] for codec in CODECS], rounds) for name in TIMES}
         for index, codec in enumerate(CODECS):
-            stored = made[codec][0]
+            offset, step, _ = found[codec][0]
+            stored, _ = encode_rows(maps, codec, offset, step, teachers[0].transform(tap))
             errors = [error for *_, error in found[codec]]
             shape = teachers[0].shapes[tap]
             shrinks, decoding = of_zstd(stored, block_rows_for(tap_row_bytes(shape, codec), GRANULE), rounds)
@@ -181,7 +205,7 @@ def rows_of(teachers: Sequence[FrozenTeacher], loader: Loader, pilot: int, round
                     "codec": codec,
                     "error": statistics.mean(error["relative_rms_error"] for error in errors),
                     "worst_channel_error": max(error["worst_channel_rms_error"] for error in errors),
-                    "bytes_per_value": stored.nbytes / batch.numel(),
+                    "bytes_per_value": stored.nbytes / maps.numel(),
                     "zstd_shrinks": shrinks,
                     "zstd_decode_gbps": decoding,
                     **{f"{name}_ns": times[name][index] / batch.numel() for name in TIMES},
@@ -216,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=32, help="images per class")
     parser.add_argument("--pilot", type=int, default=2048, help="images that scales are fitted on")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--timed", type=int, default=128, help="rows that are timed")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="digits: does it run?")
@@ -230,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data, device = open_train(recipe), torch.device("cpu")
         teachers = list(load_teachers(recipe, len(data.classes), device).values())
         loader = pixel_loader(data, view_plan(recipe.data, recipe.seed), args.batch, device)
-        rows = rows_of(teachers, loader, args.pilot, args.rounds)
+        rows = rows_of(teachers, loader, args.pilot, args.timed, args.rounds)
     about = {
         **environment(),
         "device": "cpu",
