@@ -56,7 +56,7 @@ from feedfast.stages.trainee import Entry, build_student, memory_format, method_
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
 from feedfast_kernels import Codes, Target
-from feedfast_kernels.codes import is_quantized
+from feedfast_kernels.codes import CODECS
 
 log = logging.getLogger(__name__)
 
@@ -414,8 +414,8 @@ def _encoded(
     decoding = decode_ms(stored, kind, block.nbytes) * len(codes) / len(block)
     data = torch.from_numpy(codes).to(values.device)
     target: Target = data.movedim(-1, 1) if data.dim() > 2 else data.float()
-    if is_quantized(codec):
-        target = Codes(data=data, offset=offset, step=step, codec=codec)
+    if CODECS[codec].quantized:
+        target = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
     return _Encoded(target, ratio, encoding, decoding)
 
 

@@ -49,7 +49,7 @@ from feedfast.stages.resident import Item, Resident, resident
 from feedfast.stages.schedule import total_steps
 from feedfast.stages.worker import ranks_here
 from feedfast_kernels import Codes, Target
-from feedfast_kernels.codes import is_quantized
+from feedfast_kernels.codes import CODECS
 
 Rows = NDArray[np.int64]
 Taps = Mapping[str, Mapping[str, TapInfo]]
@@ -205,7 +205,7 @@ class Cached(Plain):
                 array = names.codes(teacher, tap)
                 codec = reader.manifest.teachers[teacher].taps[tap].codec
                 offset = step = torch.empty(0)
-                if is_quantized(codec):
+                if CODECS[codec].quantized:
                     scale = reader.scale(teacher, tap)
                     offset, step = (torch.from_numpy(np.array(row, dtype=np.float32)).to(device) for row in scale)
                 self.arrays.append(array)
@@ -231,7 +231,9 @@ class Cached(Plain):
 
     def identity(self) -> dict[str, Any]:
         """See `Source`: a digest of the objects it reads, so that a cache may grow meanwhile."""
-        scales = [names.scale(teacher, tap) for _, teacher, tap, codec, _, _ in self._entries if is_quantized(codec)]
+        scales = [
+            names.scale(teacher, tap) for _, teacher, tap, codec, _, _ in self._entries if CODECS[codec].quantized
+        ]
         arrays = {*self.arrays, *scales, *self.reader.manifest.plan.arrays, names.CONTENT, names.SUMS}
         return {"cache": self.reader.digest(arrays, self.views)}
 
@@ -274,8 +276,8 @@ class Cached(Plain):
         for array, teacher, tap, codec, offset, step in self._entries:
             data = self._moved(item[array])
             value: Target
-            if is_quantized(codec):
-                value = Codes(data=data, offset=offset, step=step, codec=codec)
+            if CODECS[codec].quantized:
+                value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
                 value = data.movedim(-1, 1) if data.dim() > 2 else data.float()
             out.setdefault(teacher, {})[tap] = value
