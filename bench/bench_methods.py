@@ -60,6 +60,9 @@ CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
 
 # variant → recipe words; a variant is a method with its defaults unless it says more
+SAMPLED: dict[str, dict[str, Any]] = {
+    f"ofd-1@{share}": {"name": "ofd", "teachers": 1, "share": share} for share in (0.5, 0.25, 0.125)
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"name": "none"},
     **{name: {"name": name} for name in METHODS if name != "none"},
@@ -173,8 +176,11 @@ def with_method(tree: dict[str, Any], words: dict[str, Any], teachers: list[dict
 
 def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int, codec: str, folder: Path) -> Recipe:
     """One student: a variant at a seed, from so many views of a codec."""
-    words = dict(VARIANTS[variant])
+    words = dict({**VARIANTS, **SAMPLED}[variant])
     teachers = tree["teachers"][: words.pop("teachers", 3)]
+    if share := words.pop("share", None):  # stored next to the whole maps, as if by other teachers
+        taps = [f"ofd@{share}"]
+        teachers = [{**entry, "name": f"{entry['name']}-{share}", "taps": taps} for entry in teachers]
     if bn := words.pop("bn", None):
         teachers = [{**entry, "name": f"{entry['name']}-{bn}", "bn": bn, "taps": ["ofd"]} for entry in teachers]
     sections = with_method(tree, words, teachers)
@@ -318,8 +324,8 @@ def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) ->
     return parse_recipe(sections)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=Path("data"))
     parser.add_argument("--tiny", action="store_true", help="digits and tiny networks: does it run?")
@@ -341,7 +347,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--live", action="store_true", help="curves with live teachers only: do they agree?")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    args = arguments(argv)
     args.batch = 32 if args.tiny else args.batch
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60

@@ -47,6 +47,7 @@ class Case:
 def cases(quick: bool = False) -> Iterator[Case]:
     """Every launch to compile; ``quick`` keeps the shapes that compile differently."""
     yield from partial_l2_cases(quick)
+    yield from sampled_partial_l2_cases(quick)
     yield from connector_partial_l2_cases(quick)
     yield from codes_cases(quick)
     yield from ensemble_kl_cases(quick)
@@ -80,11 +81,35 @@ def partial_l2_cases(quick: bool) -> Iterator[Case]:
                 arguments = (student, target, *scale, codec, vector, 0.5)
                 launches = {
                     "forward": partial_l2.plan(*arguments)[0],
-                    "backward": partial_l2.plan(*arguments, grad_output, torch.empty_like(student))[0],
+                    "backward": partial_l2.plan(*arguments, None, grad_output, torch.empty_like(student))[0],
                 }
                 for direction, launch in launches.items():
                     name = f"partial_l2 {direction} {channels}x{side}x{side} bf16/{STORED[codec]} {order}"
                     yield Case("partial_l2", name, launch, student.numel(), aligned)
+
+
+def sampled_partial_l2_cases(quick: bool) -> Iterator[Case]:
+    """Both directions at a quarter of the positions; both memory formats of the student."""
+    for batch, channels, side in (QUICK[0], QUICK[2]) if quick else RESNET_50 + CIFAR + UNEVEN:
+        vector, grad_output, count = meta(channels), meta(), max(1, side * side // 4)
+        positions = meta(batch, count, dtype=torch.int32)
+        for codec in ("u8", "u4") if quick and channels == 256 else ("u8",) if quick else ("u8", "u4", "float"):
+            target = meta(batch, 1, count, packed_channels(channels, codec), dtype=torch.uint8)
+            if codec == "float":
+                target = meta(batch, channels, 1, count, dtype=torch.bfloat16, channels_last=True)
+            scale = (None, None) if codec == "float" else (vector, vector)
+            for order in ("NHWC",) if quick and (channels, codec) != (256, "u8") else ("NHWC", "NCHW"):
+                nhwc = order == "NHWC"
+                student = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
+                arguments = (student, target, *scale, codec, vector, 0.5, positions)
+                launches = {
+                    "forward": partial_l2.plan(*arguments)[0],
+                    "backward": partial_l2.plan(*arguments, grad_output, torch.empty_like(student))[0],
+                }
+                # of an NCHW student single values are gathered: narrow by nature
+                for direction, launch in launches.items():
+                    name = f"partial_l2 {direction} {count} of {channels}x{side}x{side} bf16/{STORED[codec]} {order}"
+                    yield Case("partial_l2", name, launch, batch * channels * count, nhwc and channels % 8 == 0)
 
 
 def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:

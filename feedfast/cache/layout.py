@@ -1,7 +1,7 @@
 """Arrays: from a manifest to shapes, shards, blocks, object keys and the `zarr.json` any Zarr v3 implementation reads.
 
-Layout, all little-endian: maps ``[view, row, height, width, channel]``, tokens ``[view, row, token, channel]``, vectors
-and logits ``[view, row, channel]``.
+Layout, all little-endian: maps ``[view, row, height, width, channel]``, some positions of maps ``[view, row, position,
+channel]``, tokens ``[view, row, token, channel]``, vectors and logits ``[view, row, channel]``.
 
 Target and pixel arrays are sharded along rows alone. A *shard* (one object, ``c/VIEW/SHARD/0/0/0``) is the unit of
 writing, committing and retrying; a *block* (inner chunk) is the unit of reading and checking. Rows are padded to
@@ -226,6 +226,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         dtype: str,
         compression: Compression,
         *,
+        second: str = "token",
         sentinel: bool = True,
         fill_is_row: bool = False,
     ) -> None:
@@ -238,7 +239,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         dims = (
             "view",
             "row",
-            *{3: ("height", "width", "channel"), 2: ("token", "channel"), 1: ("channel",), 0: ()}[len(row)],
+            *{3: ("height", "width", "channel"), 2: (second, "channel"), 1: ("channel",), 0: ()}[len(row)],
         )
         specs[name] = ArraySpec(
             name=name,
@@ -293,9 +294,10 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
                     ("weight",),
                     per_view=False,
                 )
-            row = (*tap.shape[1:], channels)
+            second = "token" if tap.sample is None else "position"
             parts = len(codec.parts) > 1
-            sharded(names.codes(teacher.name, tap.name), row, dtype, tap.compression, fill_is_row=parts)
+            codes = names.codes(teacher.name, tap.name)
+            sharded(codes, (*tap.stored[1:], channels), dtype, tap.compression, second=second, fill_is_row=parts)
     if manifest.images == "stored":
         side = manifest.plan.size
         sharded(names.PIXELS, (side, side, 3), "<u1", "none", sentinel=False)

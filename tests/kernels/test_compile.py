@@ -88,6 +88,8 @@ def test_accesses_are_wide_where_the_shape_allows(which: str, request: pytest.Fi
     assert parts
     assert [row for row in rows if row["narrow"] > (row["wide"] if row in parts else 0)] == []
     nhwc = [row for row in rows if "NHWC" in row["name"] and not row["name"].startswith("decode")]
+    # of positions every thread loads its rows' 4 bytes, which all lanes of a row share: next to u4 codes that is half
+    nhwc = [row for row in nhwc if not (" of " in row["name"] and "/u4" in row["name"])]
     assert len(nhwc) >= 10
     assert [row for row in nhwc if row["widest_load_bits"] != 128 or row["wide_share"] < 0.5] == []
     backward = [row for row in nhwc if " backward " in row["name"]]

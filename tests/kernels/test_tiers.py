@@ -12,6 +12,7 @@ import torch
 MAPS = ("u8", "u6", "u5", "u4", "float|f32")
 SELECTED = {
     "test_partial_l2_kernel.py::test_equals_the_reference": MAPS,
+    "test_positions_kernel.py::test_equals_the_reference": MAPS,
     "test_connector_partial_l2_kernel.py::test_equals_batch_norm_and_reference": MAPS,
     "test_normalized_l1_kernel.py::test_equals_the_reference": MAPS,
     "test_normalized_l1_kernel.py::test_two_sweeps_equal_the_reference": MAPS,
