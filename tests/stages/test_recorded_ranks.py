@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from cache_samples import fill_cache, in_memory, memory_path, rows_of, small_values, standard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
+from ranks import end_ranks, run_ranks, start_ranks
 from small import as_toml, digits_recipe
 
 from feedfast.cache import names
@@ -24,7 +27,9 @@ from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.recipe import Recipe, load_recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
+from feedfast.stages.student import run_train
 from feedfast.stages.together import SharedWriter, Together
+from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -278,7 +283,7 @@ def test_stopped_lost_and_failed(world: Path, size: int, tmp_path: Path) -> None
 
     done = run_ranks(["-m", "feedfast", "train", asked("r.toml", max_steps=8)])
     assert [job.returncode for job in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert not (path / "targets/a/logits/codes/c/1").exists(), "the second view is not complete"
+    assert size == PARTED or not (path / "targets/a/logits/codes/c/1").exists(), "the second view is not complete"
     run_train(load_recipe(asked("r.toml", max_steps=10)))  # one process goes on
     done = run_ranks(["-m", "feedfast", "train", asked("r.toml", max_steps=14)])  # into the third epoch
     assert [job.returncode for job in done] == [0, 0], done[0].stderr + done[1].stderr
