@@ -122,13 +122,15 @@ class Recorded(Cached):
                 return self._recording(view, batch_size, start)
             return self._following(view, rows, batch_size, start)
         # A later epoch of a view that has lost a shard needs all of it, and so will those after it.
-        self._record(view, len(self.data) if len(rows) == len(epoch) or me.world > 1 else int(rows.max()) + 1)
+        self._record_all(
+            view, len(self.data) if len(rows) == len(epoch) or me.world > 1 else int(rows.max(initial=0)) + 1
+        )
         return super().batches(view, rows, batch_size, start)
 
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`. Rows that are not there yet are recorded first."""
         if not self.finds_complete(view):
-            self._record(view, int(rows.max()) + 1)
+            self._record_all(view, int(rows.max(initial=0)) + 1)
         return super().target_batches(view, rows, batch_size)
 
     def identity(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Recorded(Cached):
     def finds_complete(self, view: int) -> bool:
         """Whether a view has everything that this job records of it, in files of the committed lengths."""
         if view not in self._complete:
-            if not self._together.all(self._sees_all(view)):
+            if not self._together.all(self._sees(view, len(self.data))):
                 return False
             self._complete.add(view)
             if len(self._complete) == self.views:  # from here on the cache is read, and their memory is the student's
@@ -170,9 +172,10 @@ class Recorded(Cached):
                 self._preparation.teachers.clear()
         return True
 
-    def _sees_all(self, view: int) -> bool:
+    def _sees(self, view: int, stop: int) -> bool:
+        """Whether this rank finds all that is recorded of the rows of a view before ``stop``."""
         try:
-            self.reader.require(self._arrays(), [view])
+            self.reader.require(self._arrays(), [view], stop=stop)
         except CacheDamageError:  # the writer looks again, and says what it will not write anew
             return False
         return True
@@ -223,50 +226,60 @@ class Recorded(Cached):
 
     def _following(self, view: int, rows: Rows, batch_size: int, start: int) -> Generator[Batch, None, None]:
         """The batches of a view's first epoch, where no rank can compute what it trains on: a stretch is recorded by
-        all ranks, each its part of it, and then read."""
+        all ranks, each its part of it, and then read. The last batch comes when the view is complete."""
         whole, batches = batch_size * self._together.me.world, len(rows) // batch_size
-        stretch = unit_rows(self.reader.specs) * self._together.me.world
-        while start < batches:
-            stop = -(-(start + 1) * whole // stretch) * stretch
-            if stop // whole >= batches:
-                stop = len(self.data)  # with the rows that fill no whole batch
+        for stop in self._stretches(len(self.data)):
+            last = stop // whole
+            if last >= batches:
+                break
             self._record(view, stop)
-            last = min(stop // whole, batches)
-            yield from super().batches(view, rows[: last * batch_size], batch_size, start)
-            start = last
+            if last > start:
+                yield from super().batches(view, rows[: last * batch_size], batch_size, start)
+                start = last
+        self._record(view, len(self.data))
+        yield from super().batches(view, rows, batch_size, start)
+
+    def _stretches(self, stop: int) -> range:
+        """Ends of stretches before row ``stop``: in each every rank has a unit of rows, none waits long for another."""
+        size = unit_rows(self.reader.specs) * self._together.me.world
+        return range(size, stop, size)
+
+    def _record_all(self, view: int, stop: int) -> None:
+        """`_record`, a stretch at a time where several ranks do it."""
+        for end in self._stretches(stop) if self._together.me.world > 1 else ():
+            self._record(view, end)
+        self._record(view, stop)
 
     def _record(self, view: int, stop: int) -> None:
         """Record what is missing up to the last shard that holds any row before ``stop``; nobody trains on it."""
+        if self._together.all(self._sees(view, stop)):
+            return
         with self._writing() as recorder:
             lacking, size = _lacking(recorder, view), self._manifest.batch_rows
             # From the view's start: a shard is written from its first row, and cuts do not begin where shards do.
             unit = unit_rows(recorder.writer.specs)  # the largest shard; no other crosses its edge
             cuts = lacking & (_first_rows(lacking, size) < -(-stop // unit) * unit)
-            log.info("record: view %d: %s rows that are not there yet", view, f"{int(cuts.sum()) * size:,}")
+            whose = "" if self._together.me.world == 1 else " in the first rank's part"
+            log.info("record: view %d: %s rows that are not there yet%s", view, f"{int(cuts.sum()) * size:,}", whose)
             for _ in self._walk(recorder, view, cuts, np.zeros(len(cuts), bool)):
                 pass
         self._await(view, stop)
 
     def _await(self, view: int, stop: int) -> None:
-        """Read the cache anew, until this rank sees what all have written of the rows before ``stop``.
+        """Read the cache anew, until this rank finds what all have recorded of the rows before ``stop``.
 
         Raises:
             FeedfastError: it does not.
         """
+        world = self._together.me.world
         for _ in range(SEEN_WITHIN_S):
             self._renew()
-            specs = {array: self.reader.specs[array] for array in self._arrays()}
-            seen = {array: self.reader.committed(array, view) for array in specs}
-            if all(
-                set(range(-(-min(stop, spec.rows) // spec.shard_rows))) <= set(seen[a]) for a, spec in specs.items()
-            ):
+            if world == 1 or self._sees(view, stop):  # what one process does not find is damage; who reads it says so
                 return
-            if self._together.me.world == 1:
-                return  # then it is damage, and whoever reads it says which
             time.sleep(1)
         raise FeedfastError(
-            f"{self.reader.path}: view {view}: expected to find what {self._together.me.world} ranks have recorded, "
-            "found less; cache.path must be one folder that all of them share"
+            f"{self.reader.path}: view {view}: expected to find what {world} ranks have recorded, found less; "
+            "cache.path must be one folder that all of them share"
         )
 
     def _writer(self, *, divided: bool) -> CacheWriter:
@@ -410,6 +423,16 @@ def refuse_unrecordable(recipe: Recipe) -> None:
         raise RequestError(f"cache.part: expected 0/1 with train.source='record', found {recipe.cache.part}")
 
 
+def _say_if_read_twice(batch: int, size: int, me: Worker) -> None:
+    """One line where ranks cannot record what they train on, and which batch would fit."""
+    if me.world > 1 and me.first and batch // me.world % size:
+        log.warning(
+            "record: train.batch: expected a multiple of ranks x cache.batch (%d x %d = %d) for each rank to record what "
+            "it trains on, found %d: rows are recorded a stretch ahead, then read, and images are decoded twice",
+            *(me.world, size, me.world * size, batch),
+        )
+
+
 def open_recorded(
     recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, entries: Sequence[Entry], me: Worker
 ) -> Recorded:
@@ -445,6 +468,8 @@ def open_recorded(
         source = Recorded(reader, preparation, manifest, device, taps if needs else {}, provenance, Together(me))
         # Of views that are read from the start nothing else compares the pixels; of the others the recorder does.
         whole = next((view for view in range(source.views) if not source.finds_complete(view)), source.views)
+        if whole < source.views:
+            _say_if_read_twice(recipe.train.batch, manifest.batch_rows, me)
         if whole and not source.stored_images:
             replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=whole)
     except BaseException:
