@@ -427,8 +427,8 @@ def _say_if_read_twice(batch: int, size: int, me: Worker) -> None:
     """One line where ranks cannot record what they train on, and which batch would fit."""
     if me.world > 1 and me.first and batch // me.world % size:
         log.warning(
-            "record: train.batch: expected a multiple of ranks x cache.batch (%d x %d = %d) for each rank to record what "
-            "it trains on, found %d: rows are recorded a stretch ahead, then read, and images are decoded twice",
+            "record: train.batch: expected a multiple of ranks x cache.batch (%d x %d = %d) for each rank to record "
+            "what it trains on, found %d: rows are recorded a stretch ahead, then read, and images are decoded twice",
             *(me.world, size, me.world * size, batch),
         )
 
