@@ -172,7 +172,9 @@ class Feedfast(Peer):
             name="map", path="x", position="pre", shape=(channels, height, width), compression=self.compression
         )
         half = (0.5, 0.5, 0.5)
-        teacher = TeacherInfo(name="a", model="made up", weights_sha256="0" * 64, mean=half, std=half, taps={"map": tap})
+        teacher = TeacherInfo(
+            name="a", model="made up", weights_sha256="0" * 64, mean=half, std=half, taps={"map": tap}
+        )
         plan: Any = {"algorithm": "x", "seed": 0, "size": height, "augment": "none"}
         manifest = Manifest(
             dataset=DatasetInfo(kind="pixels", count=setting.rows, fingerprint={"ids": "x"}),

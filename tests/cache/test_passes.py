@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from feedfast.cache.blocks import index_length
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.schema import Manifest, differences, merge
-from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
+from feedfast.cache.segments import Array, BufferPool, Bytes, Piece, Segment
 from feedfast.cache.shards import ArrayView
 from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
@@ -248,31 +248,38 @@ def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path
 class Dry:
     """In the place of a stream's threads: nothing is allocated or read, what would be is added up.
 
-    Memory is counted as it can be freed at the earliest: segments by the last batch they serve, copies when handed out.
+    Memory is counted as it can be freed at the earliest: pieces by the last batch they hold.
     """
 
     def __init__(self, sources: list[ArrayView], batch_size: int, num_rows: int) -> None:
         self.sources, self.batch_size, self.num_rows = sources, batch_size, num_rows
         self.threads = [None]  # the stream takes it for started
         self.blocks: dict[str, list[int]] = {source.spec.name: [] for source in sources}
-        self.segments: list[Segment] = []
-        self.copied: list[int] = []
+        self.pieces: dict[int, Piece] = {}  # by their first position
+        self.requested = 0
         self.handed_out = 0
         self.most_rows = 0
 
     def schedule(self, segment: Segment) -> None:
-        self.segments.append(segment)
+        for piece in segment.pieces:
+            assert self.pieces.setdefault(piece.start, piece) is piece
+        edges = [piece.start for piece in segment.pieces] + [segment.pieces[-1].stop]
+        assert edges == sorted(set(edges)) and edges[0] <= segment.start and segment.stop <= edges[-1]
+        assert all(piece.stop == after for piece, after in zip(segment.pieces, edges[1:], strict=True))
         for source in self.sources:
             self.blocks[source.spec.name] += np.unique(segment.rows // source.spec.block_rows).tolist()
         self.count()
 
     def request(self, batch: Any) -> None:
-        first = len(self.copied) * self.batch_size
+        first = self.requested * self.batch_size
         stretches = [(start, stop) for _, start, stop in batch.parts]
         stop = min(first + self.batch_size, self.num_rows)
         assert [first, *(b for _, b in stretches[:-1])] == [a for a, _ in stretches]  # all of the batch, in order
         assert stretches[-1][1] == stop
-        self.copied.append(batch.copied)
+        assert batch.piece is self.pieces[batch.piece.start]
+        assert batch.piece.start <= first
+        assert batch.piece.stop >= stop
+        self.requested += 1
         self.count()
 
     def wait(self, batch: Any) -> dict[str, Array]:
@@ -281,8 +288,8 @@ class Dry:
 
     def count(self) -> None:
         position = self.handed_out * self.batch_size
-        rows = sum(len(segment.rows) for segment in self.segments if segment.stop > position)
-        self.most_rows = max(self.most_rows, rows + sum(self.copied[self.handed_out :]))
+        rows = sum(piece.stop - piece.start for piece in self.pieces.values() if piece.stop > position)
+        self.most_rows = max(self.most_rows, rows)
 
     def join(self) -> None:
         pass

@@ -137,9 +137,9 @@ def test_a_mixed_pass_reads_every_block_once(cache: Cache, monkeypatch: pytest.M
     read: list[int] = []
     original = Segment.read
 
-    def counted(self, source, files, buffer, first, last):
+    def counted(self, source, files, places, first, last):
         read.extend(self.blocks(source.spec.block_rows)[0][first:last])
-        original(self, source, files, buffer, first, last)
+        original(self, source, files, places, first, last)
 
     monkeypatch.setattr(Segment, "read", counted)
     list(CacheReader(path).stream(["targets/a/dense/codes"], 0, windowed(300, 3), 32))
