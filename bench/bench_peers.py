@@ -13,7 +13,7 @@ two ceilings: the sequential read of the same bytes and, for zstd, the decoder o
 Each peer has a fresh process. Before it is timed it reads every row once, and the checksum of each is compared; that
 pass also gives its memory: resident bytes of the process and its workers (Pss: shared pages count once, and those of
 mapped files count, too) beyond what was there after importing. Then, `--repeats` times, every peer takes a turn with a
-cold page cache, and every peer one with a warm one, of half a second at least and stopped after `--seconds`. Cold means
+cold page cache, and every peer one with a warm one, of 0.3 s at least and stopped after `--seconds`. Cold means
 files written back (fsync), their pages dropped (POSIX_FADV_DONTNEED), and mincore asked what is still there; that share
 is in the results. What the disk, or a host below a virtual one, caches cannot be dropped from here.
 
@@ -56,7 +56,7 @@ from feedfast.data.views import pass_order, pass_sizes
 SIZES = {"4KB": ((8, 8, 64), 24576, 128), "50KB": ((14, 14, 256), 6144, 128), "1.5MB": ((56, 56, 480), 256, 32)}
 BOUND_BYTES = 256 << 20  # 256 MiB: of 400 MB of rows, feedfast's default of 2 GiB would hold the most part at once
 RESULTS = Path(__file__).with_name("results_peers.csv")
-LEAST_SECONDS = 0.5
+LEAST_SECONDS = 0.3
 
 
 def setting_of(size: str, *, tiny: bool) -> Setting:
@@ -229,6 +229,17 @@ def drop(files: Sequence[Path]) -> None:
         os.close(fd)
 
 
+def warm(files: Sequence[Path]) -> None:
+    """Have all of the files in the page cache."""
+    if cached_share(files) > 0.999:
+        return
+    piece = bytearray(1 << 20)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(piece):
+                pass
+
+
 def cached_share(files: Sequence[Path], most: int = 200) -> float:
     """The share of the files' pages (of ``most`` files) that is in the page cache, by mincore."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -283,12 +294,16 @@ def measure(size: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
     order = pass_order(setting.rows, 0, 0, 1, setting.granule, setting.window)
     np.save(folder / "order.npy", order)
     np.save(folder / "sums.npy", np.array([crc32c(row) for row in rows], np.uint32))
+    done = folder / "done"
     for name in names:
         where = PEERS[name].stored or name
-        if not (folder / where).exists():
+        if not (done / where.replace(" ", "-")).exists():
+            shutil.rmtree(folder / where, ignore_errors=True)
             makers = {PLAIN: "sequential", "feedfast zstd": "feedfast zstd"}
             PEERS[makers.get(where, name)](folder / where, setting).write(rows)
-    os.sync()
+            os.sync()
+            done.mkdir(exist_ok=True)
+            (done / where.replace(" ", "-")).touch()
     files = {name: files_of(folder / (PEERS[name].stored or name)) for name in names}
     found: dict[str, dict[str, Any]] = {
         name: {
@@ -314,10 +329,7 @@ def measure(size: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
                 for name, process in processes.items():
                     if found[name]["problem"]:
                         continue
-                    if cache == "cold":
-                        drop(files[name])
-                    else:
-                        process.ask(do="time", least=0.0, most=args.seconds)
+                    (drop if cache == "cold" else warm)(files[name])
                     shares.setdefault((name, cache), []).append(cached_share(files[name]))
                     least = LEAST_SECONDS if cache == "warm" and not args.tiny else 0.0
                     answer = process.ask(do="time", least=least, most=args.seconds)
@@ -453,10 +465,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="comma-separated sizes of row (default all)")
     parser.add_argument("--peers", default="", help="comma-separated peers (default all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each peer, cold and warm (default 5)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="a timed turn is stopped after so long (default 3)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="a timed turn is stopped after so long (default 1)")
     parser.add_argument(
         "--folder", type=Path, help="where the rows are stored for the time (default a temporary folder)"
     )
+    parser.add_argument("--keep", type=Path, help="store them here, leave them, and use those that an earlier run left")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV that rows are appended to")
     parser.add_argument("--plot", action="store_true", help="no run, only the plot")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -471,11 +484,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.repeats, args.seconds = (1, 0.3) if args.tiny else (args.repeats, args.seconds)
     results: list[dict[str, Any]] = []
     for size in args.only.split(",") if args.only else SIZES:
-        folder = Path(tempfile.mkdtemp(prefix="feedfast-peers-", dir=args.folder))
+        if args.keep is None:
+            folder = Path(tempfile.mkdtemp(prefix="feedfast-peers-", dir=args.folder))
+        else:
+            folder = args.keep / size
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             found = measure(size, folder, args)
         finally:
-            shutil.rmtree(folder)
+            if args.keep is None:
+                shutil.rmtree(folder)
         with_ratios(found)
         table(found)
         results += found

@@ -4,7 +4,7 @@ A `Peer` writes the same rows in its own way and hands out batches of them, uint
 with its row numbers. All have two workers and read four batches ahead. Each is used as its documentation recommends,
 and of several ways the fastest measured here: threads where reading leaves the GIL (np.memmap, LMDB read-only without
 locks and with values as buffers, zarr), else processes of PyTorch's DataLoader that open the files themselves and make
-whole batches (one file per sample, HDF5, WebDataset). Threads fill buffers that are used again, which spares page faults.
+whole batches (one file per sample, HDF5, WebDataset). Threads fill buffers that are used again.
 
 What is heavy is imported by its own peer alone: the bench gives each peer a process of its own.
 """

@@ -264,7 +264,8 @@ class Dry:
         for piece in segment.pieces:
             assert self.pieces.setdefault(piece.start, piece) is piece
         edges = [piece.start for piece in segment.pieces] + [segment.pieces[-1].stop]
-        assert edges == sorted(set(edges)) and edges[0] <= segment.start and segment.stop <= edges[-1]
+        assert edges == sorted(set(edges))
+        assert edges[0] <= segment.start < segment.stop <= edges[-1]
         assert all(piece.stop == after for piece, after in zip(segment.pieces, edges[1:], strict=True))
         for source in self.sources:
             self.blocks[source.spec.name] += np.unique(segment.rows // source.spec.block_rows).tolist()
