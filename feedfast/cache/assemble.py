@@ -41,7 +41,8 @@ def holds_fill(spec: ArraySpec, values: Array) -> bool:
         sign = bits.dtype.type(1 << (8 * values.dtype.itemsize - 1))
         infinity = np.array(np.inf, values.dtype).view(bits.dtype)
         return bool((bits & ~sign).max() >= infinity)
-    extreme = values.min() if spec.fill < 0 else values.max()
+    # not values.max(): a row at a time is checked, and the method takes longer than a small row
+    extreme = (np.minimum if spec.fill < 0 else np.maximum).reduce(values, axis=None)
     return bool(extreme == spec.fill)
 
 

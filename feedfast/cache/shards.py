@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feedfast.cache.assemble import holds_fill
-from feedfast.cache.blocks import crc32c, decompress, index_length, parse_index
+from feedfast.cache.blocks import crc32c, crc32c_of, decompress, index_length, parse_index
 from feedfast.cache.layout import NO_CHUNK, ArraySpec
 from feedfast.cache.log import check_length, object_key, problem
 from feedfast.cache.store import Object, Store, refuse_not_damage
@@ -163,8 +163,12 @@ class OpenShard:
 
     def _check_fill(self, block: int, data: Sequence[Bytes]) -> None:
         spec = self.source.spec
-        real = min(spec.block_rows, spec.rows - block * spec.block_rows) * spec.row_bytes
-        if any(holds_fill(spec, part[:real].view(spec.dtype)) for part in data):
+        padding = (block + 1) * spec.block_rows - spec.rows
+        if padding > 0:
+            data = [data[0][: -padding * spec.row_bytes]]  # a block with padding has one target
+        if spec.dtype != np.uint8:
+            data = [part.view(spec.dtype) for part in data]
+        if any(holds_fill(spec, part) for part in data):
             raise self.source.damage("fill", self.number, "a committed row holds the fill value", block)
 
     def _range(self, block: int) -> tuple[int, int]:
@@ -190,10 +194,7 @@ class OpenShard:
             places = [piece for i in range(first, last) for piece in (*targets[i], sums[i])]
             self._object.read(places, ranges[first][0])
         for block, parts, end, stored in zip(blocks, targets, sums, sums.view("<u4")[:, 0].tolist(), strict=True):
-            found = 0
-            for part in parts:
-                found = crc32c(part, found)
-            if found != stored:
+            if crc32c_of(parts) != stored:
                 raise self.source.damage("checksum", self.number, "the block does not match its crc32c", block)
             self.source.check_block_identity(self.number, block % self.source.spec.blocks_per_shard, end)
             self._check_fill(block, parts)
