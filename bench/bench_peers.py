@@ -17,6 +17,9 @@ cold page cache, and every peer one with a warm one, of 0.3 s at least and stopp
 files written back (fsync), their pages dropped (POSIX_FADV_DONTNEED), and mincore asked what is still there; that share
 is in the results. What the disk, or a host below a virtual one, caches cannot be dropped from here.
 
+Processor time per row, of all of a peer's processes, says what is left for training and suffers less from a busy
+machine.
+
 At the end one bit of a row's stored data is flipped, and each peer reads that row's batch: "error" if that raises,
 "silent" if the wrong row is handed out.
 
@@ -27,13 +30,12 @@ one JSON document.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import ctypes
 import datetime
 import importlib
 import importlib.metadata
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -50,6 +52,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 from peers import CEILINGS, PEERS, PLAIN, ByProcesses, Bytes, Peer, Rows, Setting
+from stored_files import cached_share, drop, files_of, flip, toggle, warm
 
 from feedfast.data.views import pass_order, pass_sizes
 
@@ -193,95 +196,37 @@ class Process:
             watcher.join()
         return answer, most[0] - before
 
-    def held(self) -> int:
-        """Resident bytes of the process and its children, pages that are shared divided among those who share them."""
-        total, todo = 0, [self._process.pid]
+    def _tree(self) -> list[int]:
+        found, todo = [], [self._process.pid]
         while todo:
             pid = todo.pop()
-            try:
-                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) * 1024
+            found.append(pid)
+            with contextlib.suppress(OSError):  # ended in between
                 todo += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-            except (OSError, StopIteration):
-                continue  # ended in between
+        return found
+
+    def held(self) -> int:
+        """Resident bytes of the process and its children, pages that are shared divided among those who share them."""
+        total = 0
+        for pid in self._tree():
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
         return total
+
+    def processor(self) -> float:
+        """Seconds of processor time of the process and its children so far, by the kernel's clock of 10 ms."""
+        ticks = 0
+        for pid in self._tree():
+            with contextlib.suppress(OSError):
+                ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
-
-
-# ---- files
-
-
-def files_of(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
-
-
-def drop(files: Sequence[Path]) -> None:
-    """Have the page cache forget files; pages that a process has mapped stay."""
-    for file in files:
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-def warm(files: Sequence[Path]) -> None:
-    """Have all of the files in the page cache."""
-    if cached_share(files) > 0.999:
-        return
-    piece = bytearray(1 << 20)
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(piece):
-                pass
-
-
-def cached_share(files: Sequence[Path], most: int = 200) -> float:
-    """The share of the files' pages (of ``most`` files) that is in the page cache, by mincore."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pages = resident = 0
-    for file in files[:: max(1, len(files) // most)]:
-        size = file.stat().st_size
-        if not size:
-            continue
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ) as mapped:
-            count = -(-size // mmap.PAGESIZE)
-            found = (ctypes.c_ubyte * count)()
-            view = np.frombuffer(mapped, np.uint8)
-            if libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), found):
-                raise OSError(ctypes.get_errno(), "mincore")
-            del view
-            pages += count
-            resident += int((np.frombuffer(found, np.uint8) & 1).sum())
-    return resident / max(pages, 1)
-
-
-def flip(files: Sequence[Path], row: Bytes) -> tuple[Path, int]:
-    """Flip one bit of a row's stored bytes, in the middle of the row; where. In compressed files, of any row's."""
-    largest = sorted(files, key=lambda file: -file.stat().st_size)
-    middle = len(row) // 2
-    pattern = row[middle : middle + 64].tobytes()
-    place = None
-    for file in largest:
-        if file.stat().st_size and (at := file.read_bytes().find(pattern)) >= 0:
-            place = file, at + 17
-            break
-    if place is None:
-        place = largest[0], largest[0].stat().st_size // 2
-    toggle(*place)
-    return place
-
-
-def toggle(file: Path, offset: int) -> None:
-    with file.open("r+b") as opened:
-        opened.seek(offset)
-        byte = opened.read(1)[0]
-        opened.seek(offset)
-        opened.write(bytes([byte ^ 4]))
 
 
 # ---- the bench
@@ -324,6 +269,7 @@ def measure(size: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
             found[name]["problem"] = "" if sound else json.dumps(answer)
         rates: dict[tuple[str, str], list[float]] = {}
         shares: dict[tuple[str, str], list[float]] = {}
+        spent: dict[tuple[str, str], list[float]] = {}
         for _ in range(args.repeats):
             for cache in ("cold", "warm"):
                 for name, process in processes.items():
@@ -332,8 +278,10 @@ def measure(size: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
                     (drop if cache == "cold" else warm)(files[name])
                     shares.setdefault((name, cache), []).append(cached_share(files[name]))
                     least = LEAST_SECONDS if cache == "warm" and not args.tiny else 0.0
+                    before = process.processor()
                     answer = process.ask(do="time", least=least, most=args.seconds)
                     rates.setdefault((name, cache), []).append(answer["rows"] / answer["seconds"])
+                    spent.setdefault((name, cache), []).append((process.processor() - before) / answer["rows"])
         for name, process in processes.items():
             changed = not found[name]["problem"] and name not in CEILINGS
             found[name]["flipped_bit"] = flipped(name, process, setting, order, rows, files[name]) if changed else ""
@@ -344,6 +292,7 @@ def measure(size: str, folder: Path, args: argparse.Namespace) -> list[dict[str,
     for (name, cache), values in rates.items():
         row = {**found[name], "page_cache": cache, "cached_share": round(max(shares[name, cache]), 3)}
         row |= {"samples_per_s": statistics.median(values), "low": min(values), "high": max(values)}
+        row["cpu_us_per_row"] = 1e6 * statistics.median(spent[name, cache])
         results.append(row | {"mb_per_s": row["samples_per_s"] * setting.row_bytes / 1e6})
     return results + [row for row in found.values() if row["problem"]]
 
@@ -394,8 +343,8 @@ def context() -> dict[str, Any]:
 
 COLUMNS = [
     "rows", "row_bytes", "count", "batch", "granule", "window", "entropy_bits", "peer", "workers", "page_cache",
-    "samples_per_s", "low", "high", "mb_per_s", "of_sequential", "of_decoder", "disk_bytes", "files", "memory_bytes",
-    "flipped_bit", "cached_share", "problem",
+    "samples_per_s", "low", "high", "mb_per_s", "of_sequential", "of_decoder", "cpu_us_per_row", "disk_bytes", "files",
+    "memory_bytes", "flipped_bit", "cached_share", "problem",
 ]  # fmt: skip
 
 
@@ -412,15 +361,15 @@ def append(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def table(results: Sequence[dict[str, Any]]) -> None:
     head = f"{'rows':6} {'peer':16} {'cache':5} {'samples/s':>10} {'low':>9} {'high':>9} {'MB/s':>8} {'of seq':>6} "
-    print(head + f"{'of dec':>6} {'disk MB':>8} {'mem MB':>7} {'bit':>7} {'cached':>6}", file=sys.stderr)
+    print(head + f"{'of dec':>6} {'CPU us':>8} {'disk MB':>8} {'mem MB':>7} {'bit':>7} {'cached':>6}", file=sys.stderr)
     for row in sorted(results, key=lambda row: (row["rows"], row.get("page_cache", ""), -row.get("samples_per_s", 0))):
         if row["problem"]:
             print(f"{row['rows']:6} {row['peer']:16} {row['problem']}", file=sys.stderr)
             continue
         ratios = " ".join(f"{row[name]:6.2f}" if name in row else " " * 6 for name in ("of_sequential", "of_decoder"))
         line = f"{row['rows']:6} {row['peer']:16} {row['page_cache']:5} {row['samples_per_s']:10.0f} {row['low']:9.0f} "
-        line += f"{row['high']:9.0f} {row['mb_per_s']:8.0f} {ratios} {row['disk_bytes'] / 1e6:8.1f} "
-        line += f"{row['memory_bytes'] / 1e6:7.1f} {row['flipped_bit']:>7} {row['cached_share']:6.2f}"
+        line += f"{row['high']:9.0f} {row['mb_per_s']:8.0f} {ratios} {row['cpu_us_per_row']:8.1f} "
+        line += f"{row['disk_bytes'] / 1e6:8.1f} {row['memory_bytes'] / 1e6:7.1f} {row['flipped_bit']:>7} {row['cached_share']:6.2f}"
         print(line, file=sys.stderr)
 
 

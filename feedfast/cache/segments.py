@@ -26,9 +26,8 @@ Rows = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
 _JOB_BYTES = 1 << 20  # 1 MiB; smaller neighboring blocks are read by one job, for fewer GIL hand-overs
-SMALL_BYTES = (
-    16 << 10
-)  # 16 KiB; Python spends 1 us or 2 on each stretch that the disk is read into, copying less takes less
+# 16 KiB; Python spends 1 or 2 us on each stretch of memory that is read into: copying less than this takes less.
+SMALL_BYTES = 16 << 10
 
 
 class _Lease:
