@@ -369,7 +369,8 @@ def table(results: Sequence[dict[str, Any]]) -> None:
         ratios = " ".join(f"{row[name]:6.2f}" if name in row else " " * 6 for name in ("of_sequential", "of_decoder"))
         line = f"{row['rows']:6} {row['peer']:16} {row['page_cache']:5} {row['samples_per_s']:10.0f} {row['low']:9.0f} "
         line += f"{row['high']:9.0f} {row['mb_per_s']:8.0f} {ratios} {row['cpu_us_per_row']:8.1f} "
-        line += f"{row['disk_bytes'] / 1e6:8.1f} {row['memory_bytes'] / 1e6:7.1f} {row['flipped_bit']:>7} {row['cached_share']:6.2f}"
+        line += f"{row['disk_bytes'] / 1e6:8.1f} {row['memory_bytes'] / 1e6:7.1f} "
+        line += f"{row['flipped_bit']:>7} {row['cached_share']:6.2f}"
         print(line, file=sys.stderr)
 
 

@@ -15,10 +15,12 @@ from cache_files import small_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feedfast.cache import segments
+from feedfast.cache import stream as stream_module
 from feedfast.cache.blocks import index_length
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.schema import Manifest, differences, merge
-from feedfast.cache.segments import Array, BufferPool, Bytes, Piece, Segment
+from feedfast.cache.segments import SMALL_BYTES, Array, BufferPool, Bytes, Piece, Segment
 from feedfast.cache.shards import ArrayView
 from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
@@ -218,9 +220,17 @@ def test_large_maps_added_to_a_cache_of_small_rows_are_read_once() -> None:
     assert readable_sizes(8, 1, 1 << 40, 8, MAX_BUFFER_BYTES) == (8, 1)
 
 
+@pytest.mark.parametrize("least_bytes", [SMALL_BYTES, 1])
 @pytest.mark.parametrize("damaged", [0, 1, 2])
-def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path) -> None:
-    """One array's blocks of 4 rows, another's of 16, of 64: what is damaged is named, whatever the others' sizes."""
+def test_damage_meets_only_the_batches_of_its_block(
+    damaged: int, least_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One array's blocks of 4 rows, another's of 16, of 64: what is damaged is named, whatever the others' sizes.
+
+    Rows are small, and copied into place, or taken for large ones, and read into place.
+    """
+    monkeypatch.setattr(segments, "SMALL_BYTES", least_bytes)
+    monkeypatch.setattr(stream_module, "SMALL_BYTES", least_bytes)
     rng = np.random.default_rng(1)
     sizes, rows = [(300, 4), (100, 16), (20, 64)], 256
     values = {f"a{k}": rng.integers(0, 255, (rows, size)).astype(np.uint8) for k, (size, _) in enumerate(sizes)}
