@@ -54,7 +54,7 @@ import numpy as np
 from peers import CEILINGS, PEERS, PLAIN, ByProcesses, Bytes, Peer, Rows, Setting
 from stored_files import cached_share, drop, files_of, flip, toggle, warm
 
-from feedfast.data.views import pass_order, pass_sizes
+from feedfast.data.passes import pass_order, pass_sizes
 
 SIZES = {"4KB": ((8, 8, 64), 24576, 128), "50KB": ((14, 14, 256), 6144, 128), "1.5MB": ((56, 56, 480), 256, 32)}
 BOUND_BYTES = 256 << 20  # 256 MiB: of 400 MB of rows, feedfast's default of 2 GiB would hold the most part at once

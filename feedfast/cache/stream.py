@@ -41,8 +41,8 @@ MAX_BUFFER_BYTES: Final = 2 << 30
 """2 GiB: what one stream holds, decoded, over all its arrays: batches that are read, or being read, and not handed out.
 
 A segment takes at most a quarter of it, so that the one being handed out, the next one and batches that lie in two of
-them fit together. Windows of later passes are therefore sized to a quarter of it (`feedfast.data.views.pass_sizes`): at
-larger ones, segments end inside a window and its blocks are read again. Two things are always allowed, whatever the
+them fit together. Windows of later passes are therefore sized to a quarter of it (`feedfast.data.passes.pass_sizes`):
+in larger ones segments end inside a window and its blocks are read again. Two things are always allowed, whatever the
 bound: what the next batch needs (the segments it touches), and a segment of one largest block.
 Not counted is what the consumer holds, nor free buffers that the pool keeps, about as many as were in use at once.
 """
