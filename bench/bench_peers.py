@@ -1,6 +1,6 @@
 """feedfast's reader against what people do today: the same rows in the same order, in one run, taking turns.
 
-    python bench/bench_peers.py                     rows of 4 KB, 50 KB and 1.5 MB, about five minutes each
+    python bench/bench_peers.py                     rows of 4 KB, 50 KB and 1.5 MB, about four minutes each
     python bench/bench_peers.py --only 4KB          one size
     python bench/bench_peers.py --tiny              seconds; checks that every peer still reads what was written
     python bench/bench_peers.py --plot              no run, only the plots of what was measured last
@@ -18,7 +18,8 @@ files written back (fsync), their pages dropped (POSIX_FADV_DONTNEED), and minco
 is in the results. What the disk, or a host below a virtual one, caches cannot be dropped from here.
 
 Processor time per row, of all of a peer's processes, says what is left for training and suffers less from a busy
-machine.
+machine. A turn that is stopped counts what was handed out, not what was read ahead: where that happens to feedfast
+(a window ahead) or WebDataset (a buffer to fill), the machine is too busy for these figures.
 
 At the end one bit of a row's stored data is flipped, and each peer reads that row's batch: "error" if that raises,
 "silent" if the wrong row is handed out.
@@ -415,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="comma-separated sizes of row (default all)")
     parser.add_argument("--peers", default="", help="comma-separated peers (default all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each peer, cold and warm (default 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a timed turn is stopped after so long (default 1)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="a timed turn is stopped after so long (default 4)")
     parser.add_argument(
         "--folder", type=Path, help="where the rows are stored for the time (default a temporary folder)"
     )
