@@ -28,13 +28,14 @@ import runpy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import paired
 from paired import Row, bytes_per_sample, environment, record
 from PIL import Image
 
+from feedfast.cache.schema import CodecName
 from feedfast.cli import configure_logging
 from feedfast.methods import METHODS
 from feedfast.recipe import Recipe, parse_recipe
@@ -389,7 +390,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="the students' images: the first so many; 0 = all")
     parser.add_argument("--fraction", type=float, default=1.0, help="the students' images: this share of them")
     parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--codec", default="u8", choices=["f32", "f16", "u8", "u4"])
+    parser.add_argument("--codec", default="u8", choices=get_args(CodecName))
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--teacher-epochs", type=int, default=48)
     parser.add_argument("--pretrain", type=int, default=6, help="epochs of segmentation that a detector's backbone has")

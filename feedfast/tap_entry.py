@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 
 __all__ = ["CodecName", "TapEntry"]
 
-CodecName = Literal["f32", "f16", "u8", "u4"]
+CodecName = Literal["f32", "f16", "u8", "u6", "u5", "u4"]
 _CODECS: Final = get_args(CodecName)
 _MARGIN: Final = "+margin"
 _SHARE: Final = "@"

@@ -16,8 +16,8 @@ from feedfast_kernels.gpu.launch import Launch
 RESNET_50 = [(256, 256, 56), (256, 512, 28), (256, 1024, 14), (256, 2048, 7)]
 CIFAR = [(128, 16, 32), (128, 64, 32), (128, 128, 16), (128, 256, 8), (128, 64, 8)]
 UNEVEN = [(256, 160, 8), (256, 24, 56), (7, 17, 5)]  # a wide ResNet, a MobileNet, and a shape nothing divides
-STORED = {"u8": "u8", "u4": "u4", "float": "bf16"}  # how names of launches call a target
-TARGET_BYTES = {"u8": 1.0, "u4": 0.5, "float": 2.0}  # per element
+STORED = {"u8": "u8", "u6": "u6", "u5": "u5", "u4": "u4", "float": "bf16"}  # how names of launches call a target
+TARGET_BYTES = {"u8": 1.0, "u6": 0.75, "u5": 0.625, "u4": 0.5, "float": 2.0}  # per element
 QUICK = [(256, 256, 56), (256, 1024, 14), (256, 2048, 7), (128, 64, 8), (128, 16, 32), (256, 24, 56)]
 # (batch, channels, side, teachers): FEED on ResNet-56, the last maps of ResNet-50 and -18, a wide ResNet
 FEED = [(128, 64, 8, 5), (256, 2048, 7, 1), (256, 2048, 7, 5), (256, 512, 7, 1), (128, 128, 8, 5)]
@@ -68,10 +68,10 @@ def meta_target(batch: int, channels: int, side: int, codec: str) -> Tensor:
 
 
 def partial_l2_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory formats of the student."""
+    """Both directions; all codes and float targets; both memory formats of the student."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, grad_output = meta(channels), meta()
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
+        for codec in ("u8",) if quick and channels != 256 else tuple(STORED):
             target = meta_target(batch, channels, side, codec)
             scale = (None, None) if codec == "float" else (vector, vector)
             for order in ("NHWC", "NCHW"):
@@ -116,7 +116,7 @@ def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
     """All four launches of a call."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, statistics, sums, grad_output = meta(channels), meta(3, channels), meta(2, channels), meta()
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
+        for codec in ("u8",) if quick and channels != 256 else tuple(STORED):
             target = meta_target(batch, channels, side, codec)
             scale = (None, None) if codec == "float" else (vector, vector)
             for order in ("NHWC", "NCHW"):
@@ -142,7 +142,12 @@ def codes_cases(quick: bool) -> Iterator[Case]:
     """Encoding from bf16 and fp32 in both memory formats, with and without a margin; decoding to both."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector = meta(channels)
-        for codec, dtype in (("u8", torch.bfloat16), ("u8", torch.float32), ("u4", torch.bfloat16)):
+        kinds = (
+            ("u8", torch.bfloat16),
+            ("u8", torch.float32),
+            *((name, torch.bfloat16) for name in ("u6", "u5", "u4")),
+        )
+        for codec, dtype in kinds:
             every = channels == 256 and side == 56
             if not every and (quick or dtype == torch.float32) and (codec, dtype) != ("u8", torch.bfloat16):
                 continue
@@ -191,11 +196,11 @@ def ensemble_kl_cases(quick: bool) -> Iterator[Case]:
 
 
 def normalized_l1_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory formats of the student; one teacher and several."""
+    """Both directions; all codes and float targets; both memory formats of the student; one teacher and several."""
     for batch, channels, side, teachers in FEED:
         if quick and (channels, teachers) in ((128, 5), (2048, 5)):
             continue
-        for codec in ("u8",) if quick and channels != 64 else ("u8", "u4", "float"):
+        for codec in ("u8",) if quick and channels != 64 else tuple(STORED):
             target = meta_target(batch, channels, side, codec)
             vectors = [None if codec == "float" else meta(channels)] * teachers
             statistics = meta(teachers * batch, normalized_l1.STATISTICS)

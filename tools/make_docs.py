@@ -119,7 +119,7 @@ def methods_page() -> str:
         "student ([concepts.md](concepts.md)); a teacher without `taps` in the recipe is tapped for just these. "
         "Serves: the values of `task.name` that it can be used with by its defaults; logits of segmentation networks "
         "are compared place by place, on the coarser of two grids.",
-        "Some positions: a tap stored with a share (`\"ofd+margin@0.25\"`) holds that share of each map's positions, "
+        'Some positions: a tap stored with a share (`"ofd+margin@0.25"`) holds that share of each map\'s positions, '
         "and the student's map is gathered there before its adapters, so that adapters, loss and bytes shrink alike. "
         "Sums are multiplied with H * W / P: the loss is unbiased, but for batch norms of adapters, whose statistics "
         "are those of the positions. `at` and `cwd` normalize by what they see and come out about 1 / P too small.",

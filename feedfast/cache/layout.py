@@ -12,7 +12,8 @@ Small arrays (view parameters, labels, scales) are one object a view, or one in 
 
 Fill values are chosen to be impossible as data, because Zarr reads whatever is missing as the fill value without a
 word: 0xFF for codes, NaN for floats, the lowest int32, the highest uint32. Pixels are the exception (255 is white):
-their ``sentinel`` is False and only lengths, indexes and checksums guard them.
+their ``sentinel`` is False and only lengths, indexes and checksums guard them. No code of u6 and u5 is all ones, but a
+byte that holds parts of several may be: there a row of nothing but 0xFF is what is never data (``fill_is_row``).
 
 This module touches no files.
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from feedfast.cache import names
 from feedfast.cache.schema import Compression, Manifest
-from feedfast_kernels.codes import CODECS
+from feedfast_kernels.codes import CODECS, packed_channels
 
 MAX_SHARD_ROWS: Final = 1024
 MAX_BLOCK_BYTES: Final = 8 << 20  # 8 MiB, unless a single row is larger
@@ -56,6 +57,7 @@ class ArraySpec:
     views: int
     rows: int
     sentinel: bool = True
+    fill_is_row: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -226,6 +228,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         *,
         second: str = "token",
         sentinel: bool = True,
+        fill_is_row: bool = False,
     ) -> None:
         kind = np.dtype(dtype)
         fill = math.nan if kind.kind == "f" else 2 ** (8 * kind.itemsize) - 1
@@ -250,6 +253,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             views=views,
             rows=rows,
             sentinel=sentinel,
+            fill_is_row=fill_is_row,
         )
 
     samples = (manifest.dataset.num_labels,)
@@ -271,7 +275,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     for teacher in manifest.teachers.values():
         for tap in teacher.taps.values():
             codec = CODECS[tap.codec]
-            channels = -(-tap.channels * codec.bits // 8) if codec.quantized else tap.channels
+            channels = packed_channels(tap.channels, tap.codec)
             dtype = "<u1" if codec.quantized else f"<f{codec.bits // 8}"
             small(
                 names.scale(teacher.name, tap.name),
@@ -291,8 +295,9 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
                     per_view=False,
                 )
             second = "token" if tap.sample is None else "position"
+            parts = len(codec.parts) > 1
             codes = names.codes(teacher.name, tap.name)
-            sharded(codes, (*tap.stored[1:], channels), dtype, tap.compression, second=second)
+            sharded(codes, (*tap.stored[1:], channels), dtype, tap.compression, second=second, fill_is_row=parts)
     if manifest.images == "stored":
         side = manifest.plan.size
         sharded(names.PIXELS, (side, side, 3), "<u1", "none", sentinel=False)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from feedfast.cache import names
 from feedfast.errors import CacheDamageError, CacheMismatchError
 from feedfast.provenance import Provenance
-from feedfast_kernels.codes import CODECS
+from feedfast_kernels.codes import CODECS, packed_channels
 
 FORMAT: Final = 2
 ATTRIBUTE: Final = "feedfast"
@@ -40,7 +40,7 @@ MAX_FACTORS: Final = 4  # per teacher; likewise
 MAX_CELLS: Final = 1 << 22  # of a sampled map: whoever draws positions orders all of them
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
-CodecName = Literal["f32", "f16", "u8", "u4"]
+CodecName = Literal["f32", "f16", "u8", "u6", "u5", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
 
@@ -205,8 +205,9 @@ class TapInfo(_Part):
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        packed = -(-self.channels * CODECS[self.codec].bits // 8)  # u4: two per byte, an odd channel takes its own
-        return packed * math.prod(self.stored[1:])
+        codec = CODECS[self.codec]
+        width = 1 if codec.quantized else codec.bits // 8
+        return packed_channels(self.channels, self.codec) * width * math.prod(self.stored[1:])
 
     @model_serializer(mode="wrap")
     def _said(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

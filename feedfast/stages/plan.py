@@ -111,8 +111,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
-        ``first_student`` (of ``cache`` before training, and of ``record``: ``wait_seconds`` until its first step,
-        ``seconds`` until its last, by ``step_ms``, else ``student_ms``). Reading: ``read_ms``
+        ``first_student`` (one process; of ``cache`` before training, and of ``record``: ``wait_seconds`` until its
+        first step, ``seconds`` until its last, by ``step_ms``, else ``student_ms``). Reading: ``read_ms``
         (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
         that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
         the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``

@@ -41,6 +41,7 @@ from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast.stages.sampling import sampling_of_manifest
 from feedfast_kernels import Codes, decode
+from feedfast_kernels.codes import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ def scale_of(reader: CacheReader, teacher: str, tap: str) -> tuple[torch.Tensor,
 
 def decode_rows(rows: torch.Tensor, codec: CodecName, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Stored rows of a tap, channels last, as float32 [row, channel, …]: height and width, tokens, or nothing more."""
-    if codec == "u8" or codec == "u4":
+    if is_quantized(codec):
         return decode(Codes(rows, offset, step, codec))
     return rows.float().movedim(-1, 1)
 

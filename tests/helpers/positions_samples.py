@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
+from code_samples import STEP
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, encode
+from feedfast_kernels.codes import is_quantized
 
 
 def make(
@@ -23,11 +23,10 @@ def make(
     orders = [torch.randperm(height * width, generator=generator)[:count] for _ in range(batch)]
     positions = torch.stack(orders).int()
     target: Target = teacher.half() if kind == "f16" else teacher
-    if kind in ("u8", "u4"):
-        codec: Literal["u8", "u4"] = "u8" if kind == "u8" else "u4"
+    if is_quantized(kind):
         offset = -2 - torch.rand(channels, generator=generator)
-        step = torch.full((channels,), 0.02 if kind == "u8" else 0.3)
-        target = Codes(encode(teacher, offset, step, codec=codec)[0], offset, step, codec)
+        step = torch.full((channels,), STEP[kind])
+        target = Codes(encode(teacher, offset, step, codec=kind)[0], offset, step, kind)
     return student.to(device), target.to(device), positions.to(device), margin.to(device)
 
 

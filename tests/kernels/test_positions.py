@@ -48,7 +48,7 @@ def test_gradcheck_of_the_gather(form: torch.memory_format) -> None:
     assert torch.autograd.gradgradcheck(lambda x: gather_positions(x, positions) ** 2, (wide,))
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "u8", "u4"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "u8", "u6", "u4"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_distance_is_the_three_case_formula_at_the_positions(shape: tuple[int, ...], kind: str) -> None:
     student, target, positions, margin = make(shape, kind)
@@ -68,7 +68,7 @@ def test_the_distance_is_the_three_case_formula_at_the_positions(shape: tuple[in
         np.testing.assert_allclose(found, expected * 0.25 / 3 * -1.7, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["f32", "u8", "u4"])
+@pytest.mark.parametrize("kind", ["f32", "u8", "u6", "u4"])
 def test_gradcheck_of_the_distance(kind: str) -> None:
     student, target, positions, margin = make((2, 3, 4, 2, 5), kind)
     wide = student.double().requires_grad_()

@@ -59,7 +59,7 @@ def _load(
     STUDENT_ROWS: tl.constexpr,  # S likewise
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, S] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -100,7 +100,7 @@ def _forward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, S] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -156,7 +156,7 @@ def _backward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, S] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -214,7 +214,7 @@ def plan(
         target: contiguous codes [B, H, W, C] (or [B, C]), or a float map like the student's, in either order.
         offset_C: fp32 [C], None for float maps.
         step_C: fp32 [C], None for float maps.
-        codec: ``"u8"``, ``"u4"``, or ``"float"`` for a float map.
+        codec: of codes, or ``"float"`` for a float map.
         margin_C: float [C], or None.
         scale: weight over denominator.
         positions: contiguous [B, P], or None; the target is then a map of one row, [B, 1, P, C] or [B, C, 1, P].
