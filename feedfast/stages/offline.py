@@ -46,7 +46,7 @@ from feedfast.stages.identity import refuse_differences
 from feedfast.stages.plan_record import predicted_cache, prediction_error
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.progress import Meter, format_bytes
-from feedfast.stages.record import Recorder
+from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import Worker, pick_device
@@ -120,6 +120,7 @@ class OfflineRun:
                 CacheReader(self.path),
                 self.loader.describe(),
                 {name: teacher.shapes for name, teacher in self.teachers.items()},
+                settle=needs_every_core(self.device, self.recipe.cache.threads),
             )
             work = recorder.pending
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))

@@ -45,7 +45,7 @@ from feedfast.recipe import Recipe
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.proof import check_views, plan_of, replay_pixels
-from feedfast.stages.record import Recorder
+from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.source import Cached, Rows, Taps, manifest_taps, teachers_identity
 from feedfast.stages.trainee import Entry, needs_of
 from feedfast.stages.usable import coming_taps, require_usable
@@ -216,7 +216,9 @@ class Recorded(Cached):
             record_pass(path, self._provenance)
             self._renew()  # the writer now knows what is durable, and nobody else adds to its part
             try:
-                yield Recorder(writer, self.reader, self._preparation.loader.describe(), self._recorded)
+                settle = needs_every_core(self.device, self._preparation.recipe.cache.threads)
+                decoder = self._preparation.loader.describe()
+                yield Recorder(writer, self.reader, decoder, self._recorded, settle=settle)
             except GeneratorExit:
                 writer.close()  # the epoch is left halfway: shards that are full are kept
                 raise
