@@ -251,7 +251,9 @@ class Recorded(Cached):
         for batch in self._preparation.loader.stream(view, np.concatenate([*rows, np.empty(0, np.int64)])):
             first = int(batch.rows[0])
             cut = first // size
-            maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wants[cut]}
+            maps = {
+                name: teacher(batch.images, widen=False) for name, teacher in self.teachers.items() if name in wants[cut]
+            }
             keep = {array for name in maps for array in read.get(name, ())} if trained[cut] else set()
             codes = recorder.record(view, first, batch.images.cpu().numpy(), maps, keep=keep)
             for name, stream in stored.items():
