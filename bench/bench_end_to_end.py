@@ -26,6 +26,7 @@ import argparse
 import csv
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from feedfast.stages.data import open_train, view_plan
 from feedfast.stages.demo import write_digits
 from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.offline import run_cache
+from feedfast.stages.plan import run_plan
 from feedfast.stages.student import StudentRun
 from feedfast.stages.worker import Worker
 
@@ -107,9 +109,13 @@ def images_in_ram(of: Recipe) -> list[torch.Tensor]:
         return [batch.images for batch in loader.stream(0, np.arange(len(data)))]
 
 
-def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """The caching pass over the teachers' forward on the same images in RAM, alternating."""
+def bench_caching(
+    tree: dict[str, Any], method: str, folder: Path, repeats: int, *, planned: bool = True
+) -> dict[str, Any]:
+    """The caching pass over the teachers' forward on the same images in RAM, alternating; as planned, if it is."""
     of = recipe(tree, method, folder)
+    if planned:
+        run_plan(of)
     batches = images_in_ram(of)
     classes = len(open_train(of).classes)
     teachers = load_teachers(of, classes, torch.device("cpu")).values()
@@ -128,6 +134,8 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         # The first pass leaves the cache that `bench_steps` reads.
         path = of.cache.path if repeat == 0 else str(folder / f"{method}-{repeat}.zarr")
         fresh = of.model_copy(update={"cache": of.cache.model_copy(update={"path": path})})
+        if planned and repeat:
+            shutil.copy(f"{of.cache.path}.plan.json", f"{path}.plan.json")
         before = forward()
         result = run_cache(fresh)
         after = forward()
@@ -135,6 +143,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         pure.append((before + after) / 2)
         spent.append(one)
         ratios.append(one / pure[-1])
+    stored = {entry["compression"] for entry in result["taps"].values()}
     over_chw = [entry["bytes_per_sample"] / float(np.prod(entry["shape"])) for entry in result["taps"].values()]
     return {
         "ratio": ratios,
@@ -142,6 +151,7 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         "caching_ms_per_image": statistics.median(spent) * 1e3,
         "bytes_per_sample": result["bytes_per_sample"],
         "bytes_over_chw": max(over_chw, default=None),
+        "stored_as": "+".join(sorted(stored)),
     }
 
 

@@ -159,8 +159,8 @@ class FrozenTeacher:
         """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class, ...].
 
         Logits of pixels come along where they are not served, too: they show whether the network knows its images.
-        Without ``widen`` maps stay as the network made them, of 16 bits perhaps and in any order: for the encoder, which
-        reads both to the same codes, and half the bytes.
+        Without ``widen`` maps stay as the network made them, of 16 bits perhaps and in any order: the encoder makes the
+        same codes of them, from half the bytes.
         """
         pixels = self.normalize(images.to(self.device, non_blocking=True))
         if pixels.shape[2:] != (self.size, self.size):

@@ -176,7 +176,9 @@ class OfflineRun:
         for batch in self.loader.stream(view, rows):
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
             wanted = recorder.wants(view, start, stop)
-            maps = {name: teacher(batch.images, widen=False) for name, teacher in self.teachers.items() if name in wanted}
+            maps = {
+                name: teacher(batch.images, widen=False) for name, teacher in self.teachers.items() if name in wanted
+            }
             for name, found in maps.items():
                 self.accuracy.update(name, found.get(LOGITS), batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), maps)

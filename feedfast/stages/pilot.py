@@ -64,7 +64,7 @@ def run_pilot(
     batches: list[Tensor],
     held_out: list[Tensor],
     granule: int,
-    compression: AskedCompression = "auto",
+    compression: Mapping[str, AskedCompression],
     seen: Callable[[int, Tensor | None], None] | None = None,
 ) -> dict[str, Fitted]:
     """Fit and measure taps of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
@@ -75,7 +75,7 @@ def run_pilot(
         batches: pixels the codec is fitted on.
         held_out: pixels it is measured on.
         granule: of the plan.
-        compression: of the taps, or "auto".
+        compression: of each tap, or "auto".
         seen: is told the number of each batch, held-out ones after the others, and its logits if they are served.
 
     Raises:
@@ -103,7 +103,7 @@ def run_pilot(
                 if sample.first is None:
                     block = block_rows_for(tap_row_bytes(tuple(values.shape[1:]), codecs[name]), granule)
                     sample.first = values[:block]
-    return {name: _fit(teacher, name, sample, codecs[name], compression) for name, sample in samples.items()}
+    return {name: _fit(teacher, name, sample, codecs[name], compression[name]) for name, sample in samples.items()}
 
 
 def thin(values: Tensor, batches: int) -> np.ndarray:

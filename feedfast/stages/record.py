@@ -214,14 +214,18 @@ def _taken(stored: Tensor, out: np.ndarray | None) -> np.ndarray:
     return out
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def needs_every_core(device: torch.device, workers: int) -> bool:
     """Whether teachers on ``device`` lose more by sharing cores with ``workers`` writing threads than by waiting.
 
     On a CPU whose cores PyTorch takes all of: a thread that is late is waited for at the end of each operator. With
     many more cores than writers waiting would leave most of them idle.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return device.type == "cpu" and cores <= torch.get_num_threads() <= 2 * workers
+    return device.type == "cpu" and usable_cores() <= torch.get_num_threads() <= 2 * workers
 
 
 def _require_finite(stored: Tensor, values: Tensor) -> None:

@@ -252,7 +252,9 @@ class Recorded(Cached):
             first = int(batch.rows[0])
             cut = first // size
             maps = {
-                name: teacher(batch.images, widen=False) for name, teacher in self.teachers.items() if name in wants[cut]
+                name: teacher(batch.images, widen=False)
+                for name, teacher in self.teachers.items()
+                if name in wants[cut]
             }
             keep = {array for name in maps for array in read.get(name, ())} if trained[cut] else set()
             codes = recorder.record(view, first, batch.images.cpu().numpy(), maps, keep=keep)

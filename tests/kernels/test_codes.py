@@ -61,7 +61,7 @@ def test_encode_is_the_formula_in_every_layout(shape: tuple[int, ...], with_marg
 @pytest.mark.parametrize("floor", [None, 0.0, -0.4, -3.0, 2.0, 300.0])
 @pytest.mark.parametrize(("low", "high"), [(0, 14), (-0.5, 14.5), (-9, 14), (0, 400), (-9, 400)])
 def test_what_is_clipped_is_counted_at_both_ends(low: float, high: float, floor: float | None, codec: str) -> None:
-    """Tiles whose values need no clip, one at an end or both, and margins below, at, in and above the range of codes."""
+    """Tiles that need no clip, one at an end or both, and margins below, at, in and above the range of codes."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 5, 7, generator=generator) * (high - low) + low
     x[0, :, 0, 0], x[1, :, 4, 6] = low, high
