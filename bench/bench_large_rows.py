@@ -34,7 +34,7 @@ from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, 
 from feedfast.cache.store import Object
 from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.cache.writer import CacheWriter, open_for_writing
-from feedfast.data.views import pass_order, pass_sizes
+from feedfast.data.passes import pass_order, pass_sizes
 from feedfast_kernels import encode
 
 CHANNELS, STRIDES = (256, 512, 1024, 2048, 256, 256), (4, 8, 16, 16, 16, 4)

@@ -52,7 +52,7 @@ from feedfast.cache.segments import BufferPool
 from feedfast.cache.shards import ArrayView, ShardFiles
 from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
-from feedfast.data.views import pass_order, pass_sizes
+from feedfast.data.passes import pass_order, pass_sizes
 
 BATCH, GRANULE = 128, 64
 BLOCK_BYTES = 8 << 20  # 8 MiB

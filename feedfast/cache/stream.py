@@ -30,7 +30,7 @@ MAX_BUFFER_BYTES: Final = 2 << 30
 """2 GiB: what one stream holds, decoded, over all its arrays: segments, and batches gathered but not yet handed out.
 
 A segment takes at most a quarter of it, so that the one being handed out, the next one and the gathered batches fit
-together. The windows of later passes are therefore sized to a quarter of it (`feedfast.data.views.pass_sizes`): at
+together. The windows of later passes are therefore sized to a quarter of it (`feedfast.data.passes.pass_sizes`): at
 larger ones, segments end inside a window and its blocks are read again. Two things are always allowed, whatever
 the bound: what the next batch needs (the segments it touches and its own copy), and a segment of one largest block.
 Not counted is what the consumer holds, nor free buffers that the pool keeps, about as many as were in use at once.

@@ -5,21 +5,22 @@ with batch size, worker, rank or resume point, nor with how many other samples w
 a cached target be matched to the pixels it was computed from, months later and on another machine. The parameters are
 therefore drawn here and passed to the loader, instead of being left to its random operators (seeded by batch position).
 
-The numbers come from Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); see
-`_words`. This file draws numbers; it touches no image, and knows neither DALI nor the cache.
+The numbers come from `feedfast.data.philox`. This file draws them; it touches no image, and knows neither DALI nor the
+cache.
 Units: boxes are int32 (top, left, height, width) in source pixels, after EXIF orientation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from feedfast.data import philox
 from feedfast.data.crops import (
     JITTER_WORDS,
     PAD_WORDS,
@@ -36,18 +37,15 @@ from feedfast.data.crops import (
 )
 from feedfast.data.mixing import MIXING_WORDS, CutMix, Mixing, Mixup, draw_mixing
 from feedfast.data.operations import PixelOperation
+from feedfast.data.passes import GRANULES, PASS_GRANULE, PASS_WINDOW
+from feedfast.data.philox import Purpose, as_ids
 from feedfast.data.steps import PARAMETERS, TABLE, Program, unit
 from feedfast.errors import RequestError
 
 __all__ = [
     "ALGORITHM",
-    "PASS_GRANULE",
-    "PASS_WINDOW",
     "Augment",
     "ViewPlan",
-    "pass_order",
-    "pass_sizes",
-    "readable_sizes",
 ]
 
 Augment = Literal[
@@ -62,25 +60,14 @@ _OPTIONS: dict[str, type[ExpandCrop] | type[MultiCrop]] = {
 BoxesPerSample = Sequence[NDArray[np.floating[Any]]]
 """Of each sample its boxes [k, 4], xyxy in source pixels."""
 
+RESOLVED = ("window", "flip", "steps", "parameters", "weight", "box")
+"""What `ViewPlan.resolved` may say of a row."""
+
 ALGORITHM = "philox4x64-10/1"
 """Generator and version of the mapping from words to parameters; any change below that moves a number raises it."""
 
-PASS_GRANULE = 64
-"""Rows per granule unless the plan says otherwise: when a view is read again, granules of rows are permuted."""
-
-PASS_WINDOW = 16
-"""Granules per window unless the plan says otherwise: the rows of a window are mixed with each other."""
-
-# Purposes: the counter's third word. Never renumber one; add new ones at the end.
-_ORDER, _CROP, _FLIP, _GRANULE, _MIX, _PARTNER, _MIXING, _OPERATION, _KIND = range(9)
-
 MAX_SLOTS = 16
 """The most steps an operation list may become per sample."""
-
-_GRANULES = (1, 2, 4, 8, 16, 32, 64)  # as the blocks of a cache, so that blocks never cross a granule's edge
-
-_BLOCK_SAMPLES = 256  # drawn together; any multiple of 4 works, and changing it changes no value
-_RUN_SAMPLES = 1 << 16  # the most samples drawn in one go: bounds memory to about 12 MB of words
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,7 @@ class ViewPlan:
         most = 16.0 if zoomed else 1.0
         expected = "a zoom from 1/16 to 16" if zoomed else "at most the whole image"
         _require("scale", self.scale[1] <= most and (not zoomed or self.scale[0] >= 1 / most), expected, self.scale)
-        _require("granule", self.granule in _GRANULES, f"one of {', '.join(map(str, _GRANULES))}", self.granule)
+        _require("granule", self.granule in GRANULES, f"one of {', '.join(map(str, GRANULES))}", self.granule)
         _require("window", 1 <= self.window <= 1 << 16, "1 to 65536 granules", self.window)
         slots = sum(operation.slots for operation in self.pixel_operations)
         _require("operations", slots <= MAX_SLOTS, f"at most {MAX_SLOTS} steps per sample", slots)
@@ -207,35 +194,42 @@ class ViewPlan:
         return self.crop.keep if isinstance(self.crop, ExpandCrop) else "visible"
 
     def resolved(
-        self, name: str, view: int, ids: ArrayLike, sizes: ArrayLike, boxes: BoxesPerSample | None = None
-    ) -> NDArray[Any]:
-        """What a view does to each sample, as it is stored, n rows.
+        self,
+        view: int,
+        ids: ArrayLike,
+        sizes: ArrayLike,
+        boxes: BoxesPerSample | None = None,
+        *,
+        only: Collection[str] = RESOLVED,
+    ) -> dict[str, NDArray[Any]]:
+        """What a view does to each sample, by the names it is stored under, n rows each.
 
         Args:
-            name: ``window``, ``flip``; with operations ``steps``, ``parameters``; with mixing ``weight``, ``box``.
             view: which view.
             ids: sample ids [n].
             sizes: height and width of each image [n, 2].
             boxes: of each sample, where the plan `needs_boxes`.
+            only: what is wanted of it; nothing else is drawn.
 
-        Raises:
-            KeyError: the plan has no such thing.
+        Returns:
+            ``window``, ``flip``; with operations ``steps``, ``parameters``; with mixing ``weight``, ``box``.
         """
-        if name == "window":
-            return self.crops(view, ids, sizes, boxes)
-        if name == "flip":
-            return self.flips(view, ids)
-        if name in ("steps", "parameters") and (program := self.program(view, ids)) is not None:
-            return program.codes if name == "steps" else program.parameters
-        if name in ("weight", "box") and (mixing := self.mixing(view, ids)) is not None:
-            return mixing.weight if name == "weight" else mixing.box
-        raise KeyError(name)
+        wanted, found = set(only), dict[str, NDArray[Any]]()
+        if "window" in wanted:
+            found["window"] = self.crops(view, ids, sizes, boxes)
+        if "flip" in wanted:
+            found["flip"] = self.flips(view, ids)
+        if wanted & {"steps", "parameters"} and (program := self.program(view, ids)) is not None:
+            found |= {"steps": program.codes, "parameters": program.parameters}
+        if wanted & {"weight", "box"} and (mixing := self.mixing(view, ids)) is not None:
+            found |= {"weight": mixing.weight, "box": mixing.box}
+        return found
 
     def program(self, view: int, ids: ArrayLike) -> Program | None:
         """The resolved steps of each sample in a view, n rows; None where the plan has no such operations."""
-        ids_n = _as_ids(ids)
+        ids_n = as_ids(ids)
         parts = [
-            operation.draw(_words(self.seed, view, _OPERATION, place, ids_n, operation.words), self.size)
+            operation.draw(philox.words(self.seed, view, Purpose.OPERATION, place, ids_n, operation.words), self.size)
             for place, operation in enumerate(self.pixel_operations)
         ]
         if not parts:
@@ -246,7 +240,7 @@ class ViewPlan:
         """How each sample is mixed with its partner in a view, n rows; None where the plan mixes nothing."""
         if not self.mixing_operations:
             return None
-        words = _words(self.seed, view, _MIXING, 0, _as_ids(ids), MIXING_WORDS)
+        words = philox.words(self.seed, view, Purpose.MIXING, 0, as_ids(ids), MIXING_WORDS)
         return draw_mixing(self.mixing_operations, words, self.size)
 
     def partners(self, view: int, ids: ArrayLike) -> NDArray[np.uint32]:
@@ -259,8 +253,8 @@ class ViewPlan:
             view: which view.
             ids: all sample ids of the view, in any order.
         """
-        ascending = np.sort(_as_ids(ids))
-        keys = _words(self.seed, view, _PARTNER, 0, ascending, 1)[:, 0]
+        ascending = np.sort(as_ids(ids))
+        keys = philox.words(self.seed, view, Purpose.PARTNER, 0, ascending, 1)[:, 0]
         permuted: NDArray[np.uint32] = ascending[np.argsort(keys, kind="stable")].astype(np.uint32)
         return permuted
 
@@ -277,8 +271,8 @@ class ViewPlan:
         Returns:
             The same ids [n], permuted; the order in which they were given does not matter.
         """
-        ascending = np.sort(_as_ids(ids))
-        keys = _words(self.seed, view, _ORDER, 0, ascending, 1)[:, 0]
+        ascending = np.sort(as_ids(ids))
+        keys = philox.words(self.seed, view, Purpose.ORDER, 0, ascending, 1)[:, 0]
         permuted: NDArray[np.uint32] = ascending[np.argsort(keys, kind="stable")].astype(np.uint32)
         return permuted
 
@@ -307,7 +301,7 @@ class ViewPlan:
         Returns:
             int32 [n, 4]: top, left, height, width in source pixels.
         """
-        ids_n = _as_ids(ids)
+        ids_n = as_ids(ids)
         size_n2 = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
         if len(size_n2) != len(ids_n):
             raise ValueError(f"sizes: expected one (height, width) per id, {len(ids_n)}; got {len(size_n2)}")
@@ -319,27 +313,27 @@ class ViewPlan:
         if self.augment == "none":
             return box_n4
         by_id = np.argsort(ids_n, kind="stable")  # neighbors in id share drawn blocks; values do not depend on it
-        for start in range(0, len(ids_n), _RUN_SAMPLES):
-            part = by_id[start : start + _RUN_SAMPLES]
+        for start in range(0, len(ids_n), philox.RUN_SAMPLES):
+            part = by_id[start : start + philox.RUN_SAMPLES]
             own = [boxes[row] for row in part.tolist()] if boxes is not None and self.needs_boxes else []
             box_n4[part] = self._crops(view, ids_n[part], size_n2[part], own)
         return box_n4
 
     def flips(self, view: int, ids: ArrayLike) -> NDArray[np.uint8]:
         """1 where a sample is mirrored left to right in a view, else 0; uint8 [n]."""
-        ids_n = _as_ids(ids)
+        ids_n = as_ids(ids)
         if self.augment == "none":
             return np.zeros(len(ids_n), dtype=np.uint8)
-        flipped: NDArray[np.uint8] = (unit(_words(self.seed, view, _FLIP, 0, ids_n, 1)[:, 0]) < self.flip).astype(
-            np.uint8
-        )
+        flipped: NDArray[np.uint8] = (
+            unit(philox.words(self.seed, view, Purpose.FLIP, 0, ids_n, 1)[:, 0]) < self.flip
+        ).astype(np.uint8)
         return flipped
 
     def _crops(
         self, view: int, ids: NDArray[np.int64], sizes: NDArray[np.int64], boxes: BoxesPerSample
     ) -> NDArray[np.int64]:
         def words(count: int) -> NDArray[np.uint64]:
-            return _words(self.seed, view, _CROP, 0, ids, count)
+            return philox.words(self.seed, view, Purpose.CROP, 0, ids, count)
 
         if self.augment == "pad-crop-flip":
             return pad_crops(words(PAD_WORDS), sizes, self.size, self.pad)
@@ -350,150 +344,19 @@ class ViewPlan:
         if isinstance(self.crop, ExpandCrop):
             # a round of attempts is one more of the counter's passes: only samples that need it draw its words
             def drawn(number: int, rows: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
-                return _words(self.seed, view, _CROP, number, ids[rows], count)
+                return philox.words(self.seed, view, Purpose.CROP, number, ids[rows], count)
 
             return expand_crops(drawn, sizes, boxes, self.crop)
         if isinstance(self.crop, MultiCrop):
             # drawn once per sample, so of view 0: over a round of views each sample has every kind its number of times
-            begin = (_words(self.seed, 0, _KIND, 0, ids, 1)[:, 0] % np.uint64(len(self.crop.kinds))).astype(np.int64)
+            begin = (
+                philox.words(self.seed, 0, Purpose.KIND, 0, ids, 1)[:, 0] % np.uint64(len(self.crop.kinds))
+            ).astype(np.int64)
             kind = self.crop.kinds[(view + begin) % len(self.crop.kinds)]
             return self.crop.crops(words(RESIZED_WORDS), sizes, kind)
         return resized_crops(words(RESIZED_WORDS), sizes, self.scale, self.ratio)
 
 
-def pass_order(
-    n_rows: int, seed: int, view: int, pass_index: int, granule: int = PASS_GRANULE, window: int = PASS_WINDOW
-) -> NDArray[np.int64]:
-    """The order in which a pass over a stored view reads its rows.
-
-    Pass 0 is the stored order, which is a full shuffle already. Later passes permute granules of ``granule``
-    neighboring rows over the whole view and then mix the rows of every ``window`` consecutive granules. So a row moves
-    anywhere, but it is mixed with ``granule * window`` rows only (1,024 by default): rows of one granule are at most
-    that far apart in every pass, and with window 1 they stay next to each other. The smaller the granule, the closer
-    to a full shuffle. No granule is cut by a window's edge, so a reader that holds one window reads each block once.
-
-    Args:
-        n_rows: rows in the view, >= 0.
-        seed: the run's seed.
-        view: which view.
-        pass_index: 0 for the first pass over this view.
-        granule: rows per granule, >= 1: a multiple of every block that is to be read once.
-        window: granules per window, >= 1. `pass_sizes` derives both from bytes; a `ViewPlan` holds them.
-
-    Returns:
-        A permutation of ``range(n_rows)``, int64.
-    """
-    if n_rows < 0 or pass_index < 0:
-        raise ValueError(f"expected n_rows >= 0 and pass_index >= 0, got {n_rows} and {pass_index}")
-    if granule < 1 or window < 1:
-        raise ValueError(f"expected granule >= 1 and window >= 1, got {granule} and {window}")
-    rows = np.arange(n_rows, dtype=np.int64)
-    if pass_index == 0:
-        return rows
-    granules = np.arange(-(-n_rows // granule), dtype=np.int64)
-    permuted = granules[np.argsort(_words(seed, view, _GRANULE, pass_index, granules, 1)[:, 0], kind="stable")]
-    moved = (permuted[:, None] * granule + np.arange(granule)).reshape(-1)
-    which = np.repeat(granules // window, granule)  # windows are counted in granules: the last one of the view may be
-    real = moved < n_rows  # short, and wherever it went, the edges after it must not cut granules
-    moved, which = moved[real], which[real]
-    mixed: NDArray[np.int64] = moved[np.lexsort((_words(seed, view, _MIX, pass_index, rows, 1)[:, 0], which))]
-    return mixed
-
-
-def pass_sizes(row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, int]:
-    """Granule and window with which later passes read each block once within a memory bound.
-
-    A window must not exceed a quarter of the bound: a stream holds the window it hands out and the next one, and
-    batches gathered from them (`feedfast.cache.stream.MAX_BUFFER_BYTES`). Where 16 granules of 64 rows fit, it is
-    those. Otherwise the granule is the largest power of two of which 16 fit, because small granules mix better than
-    large ones, but no smaller than a block; the window is then as many granules as fit. Where not even one
-    block fits, the window is 1: blocks are still read once, and the stream exceeds its bound.
-
-    All of it follows from bytes, so a live run and a cached run of one recipe derive the same.
-
-    Args:
-        row_bytes: decoded bytes per row, all arrays of a stream together, >= 1.
-        block_rows: rows of the largest block there is, a power of two up to 64; 1 for a cache yet to be made, whose
-            blocks then are chosen to have at most ``granule`` rows.
-        bound_bytes: what a stream may hold.
-
-    Returns:
-        (granule, window).
-    """
-    if row_bytes < 1 or block_rows not in _GRANULES:
-        raise ValueError(f"expected row_bytes >= 1 and block_rows of {_GRANULES}, got {row_bytes} and {block_rows}")
-    fit = bound_bytes // (4 * row_bytes)
-    granule = PASS_GRANULE
-    while granule > block_rows and granule * PASS_WINDOW > fit:
-        granule //= 2
-    return granule, max(1, min(fit, PASS_GRANULE * PASS_WINDOW) // granule)
-
-
-def readable_sizes(granule: int, window: int, row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, int]:
-    """Granule and window of a pass over rows that a cache was not planned for.
-
-    A cache that was made for small rows keeps its granule and window when large maps are added to it, and their windows
-    are more than a stream may hold: blocks would be read again and again. What is read decides: whoever reads the small
-    rows alone mixes them as before.
-
-    Args:
-        granule: of the cache.
-        window: of the cache.
-        row_bytes: decoded bytes per row of the arrays that are read, >= 1.
-        block_rows: rows of the largest block among them.
-        bound_bytes: what a stream may hold.
-
-    Returns:
-        (granule, window): the cache's where they fit, else those of `pass_sizes`.
-    """
-    if granule * window <= max(bound_bytes // (4 * row_bytes), block_rows):
-        return granule, window
-    return pass_sizes(row_bytes, block_rows, bound_bytes)
-
-
 def _require(name: str, ok: bool, expected: str, found: object) -> None:
     if not ok:
         raise RequestError(f"view plan, {name}: expected {expected}, found {found!r}")
-
-
-def _as_ids(ids: ArrayLike) -> NDArray[np.int64]:
-    ids_n = np.asarray(ids)
-    if ids_n.ndim != 1 or (ids_n.size and (ids_n.dtype.kind not in "iu" or ids_n.min() < 0)):
-        raise ValueError(f"ids: expected a 1-D array of non-negative integers, got {ids_n.dtype} {ids_n.shape}")
-    return ids_n.astype(np.int64)
-
-
-def _words(
-    seed: int, view: int, purpose: int, pass_index: int, ids: NDArray[np.int64], words: int
-) -> NDArray[np.uint64]:
-    """The ``words`` 64-bit words that belong to each sample, [n, words]: stream positions id*words onwards.
-
-    Philox's key is (seed, view); its counter's third word names the purpose (order, crop, flip, ...), the fourth the
-    pass, and the first runs with the sample id: any range of samples can be drawn without the ones before it. Only raw
-    words, a stream that NumPy guarantees, are taken and mapped below: no NumPy release can move a crop by a pixel.
-    """
-    out = np.empty((len(ids), words), dtype=np.uint64)
-    for where, first, count in _runs(ids):
-        philox = np.random.Philox(
-            counter=np.array([first * words // 4, 0, purpose, pass_index], dtype=np.uint64),
-            key=np.array([seed, view], dtype=np.uint64),
-        )
-        stream = np.asarray(philox.random_raw(count * words), dtype=np.uint64).reshape(count, words)
-        out[where] = stream[ids[where] - first]
-    return out
-
-
-def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]]:
-    """Which ids to draw together: (their indices, first sample drawn, samples drawn), whole blocks each."""
-    if ids.size == 0:
-        return
-    by_id = np.argsort(ids, kind="stable")
-    block = ids[by_id] // _BLOCK_SAMPLES
-    per_run = _RUN_SAMPLES // _BLOCK_SAMPLES
-    gap = np.flatnonzero(np.diff(block) > 1) + 1  # blocks nobody asked for are not drawn
-    for piece in np.split(np.arange(len(ids)), gap):
-        first_block = int(block[piece[0]])
-        long = np.flatnonzero(np.diff((block[piece] - first_block) // per_run)) + 1
-        for part in np.split(piece, long):
-            first, last = int(block[part[0]]), int(block[part[-1]])
-            yield by_id[part], first * _BLOCK_SAMPLES, (last - first + 1) * _BLOCK_SAMPLES

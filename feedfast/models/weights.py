@@ -112,7 +112,7 @@ def load_backbone(
         state = _chosen(_read(Path(source), where), key, prefix, classifier, theirs, where)
     left_out = sorted({k.rpartition(".")[0] for k in state if k in theirs and k not in own})
     state = {k: v for k, v in state.items() if k not in theirs or k in own}
-    _refuse_misfit(state, own, f"{what} do not fit the backbone of model {name}")
+    _refuse_misfit(state, own, f"{what} do not fit the backbone of model {name}", theirs)
     if left_out:
         log.info("%s of model %s: not the backbone's and left out: %s", what, name, ", ".join(_heads(left_out)))
     with torch.no_grad():
@@ -382,7 +382,7 @@ def _without_head(state: State, own: Mapping[str, Tensor], model: nn.Module, whe
     return {k: own[k] if k in other else v for k, v in state.items()}
 
 
-def _refuse_misfit(state: State, own: Mapping[str, Tensor], where: str) -> None:
+def _refuse_misfit(state: State, own: Mapping[str, Tensor], where: str, spare: Iterable[str] = ()) -> None:
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
@@ -405,17 +405,17 @@ def _refuse_misfit(state: State, own: Mapping[str, Tensor], where: str) -> None:
         lines = (f"{k} {state[k].layout} on {state[k].device}" for k in odd)
         parts.append(_listing("not plain tensors with values", lines, len(odd)))
     raise RequestError(
-        f"{where}: expected {len(own)} tensors, found {len(state)}; " + "; ".join(parts) + _hint(state, own)
+        f"{where}: expected {len(own)} tensors, found {len(state)}; " + "; ".join(parts) + _hint(state, own, spare)
     )
 
 
-def _hint(state: State, own: Mapping[str, Tensor]) -> str:
-    """The prefix under which all of the network lies, if there is one."""
-    example = next(iter(_required(own)), "")
-    for k in state:
-        head = k.removesuffix(example)
-        inner = {n.removeprefix(head): v for n, v in state.items() if n.startswith(head)}
-        if example and head.endswith(".") and head + example == k and _names_fit(inner, own):
+def _hint(state: State, own: Mapping[str, Tensor], spare: Iterable[str] = ()) -> str:
+    """The prefix under which all of the network lies, if there is one; what ``spare`` names may lie there, too."""
+    required = _required(own)
+    example = next((k for k in own if k in required), "")
+    for head in [k.removesuffix(example) for k in state if example and k.endswith(f".{example}")]:
+        inner = {n.removeprefix(head) for n in state if n.startswith(head)}
+        if required <= inner <= own.keys() | set(spare):
             return f"; prefix = {head!r} takes the {len(inner)} of them that are this network's"
     return ""
 

@@ -133,28 +133,45 @@ def open_val(recipe: recipes.Recipe, train: Dataset, given: ImageSource | None =
     warn_of(val)
     if not dense and (not val.classes or not (val.labels >= 0).any()):
         raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")
-    if not train.classes:
-        return val
-    if len(val.classes) > len(train.classes):
-        only = [name for name in val.classes if name not in train.classes]
-        raise RequestError(
-            f"data.val: expected the {len(train.classes)} classes of data.train, found {len(val.classes)} in "
-            f"{val.source}: not in training: {only[:5]}"
-        )
-    if not (_numbered(val) or _numbered(train)):
-        for number, (found, expected) in enumerate(zip(val.classes, train.classes, strict=False)):
-            if found != expected:
-                cure = "" if dense else "; labels are numbered by sorted name, so both need the same class folders"
-                raise RequestError(
-                    f"data.val: expected class {number} to be {expected!r} as in data.train, "
-                    f"found {found!r} in {val.source}{cure}"
-                )
+    refuse_other_classes(val, train.classes, "data.train")
     return val
 
 
-def _numbered(data: Dataset) -> bool:
-    """Whether the classes have no names of their own (CIFAR files without a name list, most .npz files)."""
-    return data.classes == tuple(str(number) for number in range(len(data.classes)))
+def refuse_other_classes(val: Dataset, classes: tuple[str, ...], where: str) -> None:
+    """Raise unless a label number of validation images means what it means in training.
+
+    Args:
+        val: the validation images.
+        classes: names of the classes that are trained on, by number; none = images without labels: nothing to compare.
+        where: whose classes they are, for the message.
+
+    Raises:
+        RequestError: more classes, or other names; classes without names of their own have any.
+    """
+    if not classes:
+        return
+    if len(val.classes) > len(classes):
+        only = [name for name in val.classes if name not in classes]
+        raise RequestError(
+            f"data.val: expected the {len(classes)} classes of {where}, found {len(val.classes)} in "
+            f"{val.source}: not in training: {only[:5]}"
+        )
+    if _numbered(val.classes) or _numbered(classes):
+        return
+    for number, (found, expected) in enumerate(zip(val.classes, classes, strict=False)):
+        if found != expected:
+            sorted_names = (
+                val.marks is None and "; labels are numbered by sorted name, so both need the same class folders"
+            )
+            raise RequestError(
+                f"data.val: expected class {number} to be {expected!r} as in {where}, "
+                f"found {found!r} in {val.source}{sorted_names or ''}"
+            )
+
+
+def _numbered(classes: tuple[str, ...]) -> bool:
+    """Whether they have no names of their own (CIFAR files without a name list, most .npz files)."""
+    return classes == tuple(str(number) for number in range(len(classes)))
 
 
 def view_plan(data: recipes.Data, seed: int) -> ViewPlan:

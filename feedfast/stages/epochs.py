@@ -24,7 +24,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
-from feedfast.data.views import ViewPlan, pass_order
+from feedfast.data.passes import pass_order
+from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 from feedfast.stages.loop import rank_rows, view_and_pass
 from feedfast.stages.source import Cached

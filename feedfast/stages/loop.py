@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.data.batch import Batch
-from feedfast.data.views import ViewPlan, pass_order
+from feedfast.data.passes import pass_order
+from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError
 from feedfast.methods import Targets
 from feedfast.recipe import Train

@@ -22,7 +22,7 @@ from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.models.normalize import Normalize
-from feedfast.stages.data import warn_of
+from feedfast.stages.data import refuse_other_classes, warn_of
 from feedfast.stages.epochs import Epochs, Evaluation, Place, Stream
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, replay_pixels, selection_of, source_of
@@ -205,12 +205,7 @@ class OpenedCache:
         """
         found = open_dataset(images, split="val", task=selection_of(self.reader).task)
         warn_of(found)
-        classes = self.manifest.dataset.classes
-        if classes and found.classes != classes[: len(found.classes)]:
-            raise CacheMismatchError(
-                f"{found.source}: expected the classes of {self.reader.path}, {list(classes[:5])} ..., "
-                f"found {list(found.classes[:5])} ..."
-            )
+        refuse_other_classes(found, self.manifest.dataset.classes, str(self.reader.path))
         return Evaluation(
             found,
             self.plan,

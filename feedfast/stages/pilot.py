@@ -31,7 +31,8 @@ from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.cache.transform import Transform
 from feedfast.data.batch import moved
 from feedfast.data.loader import Loader
-from feedfast.data.views import ViewPlan, pass_sizes, readable_sizes
+from feedfast.data.passes import pass_sizes, readable_sizes
+from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError
 from feedfast.stages.codecs import Codecs
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed

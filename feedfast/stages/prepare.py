@@ -247,9 +247,9 @@ class Preparation:
             if name == names.ORDER:
                 columns.append(order)
             else:
-                positions = np.searchsorted(self.data.ids, order)
+                part, positions = name.removeprefix("views/"), np.searchsorted(self.data.ids, order)
                 sizes, boxes = self.data.sizes[positions], boxes_of(self.data, positions)
-                columns.append(self.plan.resolved(name.removeprefix("views/"), view, order, sizes, boxes))
+                columns.append(self.plan.resolved(view, order, sizes, boxes, only=(part,))[part])
         return np.stack(columns)
 
 

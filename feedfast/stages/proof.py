@@ -66,10 +66,10 @@ def check_views(reader: CacheReader, data: Dataset, plan: ViewPlan, views: int) 
     for view in range(views):
         order = plan.order(view, data.ids)
         positions = np.searchsorted(data.ids, order)
-        sizes, boxes = data.sizes[positions], boxes_of(data, positions)
+        expected = {"order": order, **plan.resolved(view, order, data.sizes[positions], boxes_of(data, positions))}
         for array in reader.manifest.plan.arrays:
             name = array.removeprefix("views/")
-            want = order if name == "order" else plan.resolved(name, view, order, sizes, boxes)
+            want = expected[name]
             stored = reader.read_array(array, view)
             if not np.array_equal(stored, want):
                 row = int(np.flatnonzero((stored != want).reshape(len(want), -1).any(axis=1))[0])

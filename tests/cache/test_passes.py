@@ -22,7 +22,7 @@ from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
 from feedfast.cache.shards import ArrayView
 from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
-from feedfast.data.views import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes, readable_sizes
+from feedfast.data.passes import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes, readable_sizes
 from feedfast.errors import CacheDamageError
 
 MIB = 1 << 20

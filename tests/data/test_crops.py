@@ -61,7 +61,7 @@ def test_a_window_is_the_samples_own(seed: int, view: int, ids: list[int], size:
     some = data.draw(st.permutations(range(len(ids))))[: data.draw(st.integers(1, len(ids)))]
     alone = plan.crops(view, [ids[i] for i in some], sizes[some], [boxes[i] for i in some])
     np.testing.assert_array_equal(alone, windows[some])
-    np.testing.assert_array_equal(plan.resolved("window", view, ids, sizes, boxes), windows)
+    np.testing.assert_array_equal(plan.resolved(view, ids, sizes, boxes)["window"], windows)
     assert (windows[:, 2:] > 0).all()
     assert (windows[:, :2] < sizes).all()
     assert (windows[:, :2] + windows[:, 2:] > 0).all()

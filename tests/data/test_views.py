@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from feedfast.data.views import ALGORITHM, PASS_GRANULE, PASS_WINDOW, ViewPlan, pass_order
+from feedfast.data.passes import PASS_GRANULE, PASS_WINDOW, pass_order
+from feedfast.data.views import ALGORITHM, ViewPlan
 from feedfast.errors import RequestError
 
 MASK = 2**64 - 1

@@ -195,6 +195,11 @@ def test_backbones_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     classifier("resnet34", 2, tmp_path / "w.pt")
     with pytest.raises(RequestError, match=r"w.pt do not fit the backbone of model zoo/ssd300-resnet18: .*layer1\.2"):
         build_model("zoo/ssd300-resnet18", backbone=tmp_path / "w.pt")
+    inside = {f"net.{k}": v for k, v in models.resnet18(num_classes=2).state_dict().items() if "fc" not in k}
+    torch.save(inside, tmp_path / "inside.pt")
+    with pytest.raises(RequestError, match=r"prefix = 'net\.' takes the 120 of them"):
+        build_model("zoo/ssd300-resnet18", backbone=tmp_path / "inside.pt")
+    build_model("zoo/ssd300-resnet18", backbone=tmp_path / "inside.pt", prefix="net.")
     with pytest.raises(RequestError, match=r"zoo/resnet-20: backbone: expected .* found CifarResNet"):
         build_model("zoo/resnet-20", backbone=tmp_path / "w.pt")
     with pytest.raises(RequestError, match=r"ssdlite.*backbone: expected"):

@@ -155,12 +155,22 @@ def test_evaluation_shows_every_validation_image_once(cache: OpenedCache, recipe
     assert sorted(rows.tolist()) == list(range(len(val["labels"])))
 
 
-def test_evaluation_refuses_other_classes(cache: OpenedCache, tmp_path: Path) -> None:
-    np.savez(
-        tmp_path / "o.npz", images=np.zeros((2, 16, 16), np.uint8), labels=np.array([0, 1]), classes=["cat", "dog"]
-    )
-    with pytest.raises(feedfast.CacheMismatchError, match="cat"):
-        cache.evaluation(str(tmp_path / "o.npz"))
+def test_evaluation_takes_the_classes_that_training_takes(
+    cache: OpenedCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = np.array(["ant", "bee", *(f"c{number}" for number in range(9))])
+    images = {"images": np.zeros((11, 16, 16), np.uint8), "labels": np.arange(11)}
+    np.savez(tmp_path / "more.npz", **images, classes=named)
+    np.savez(tmp_path / "named.npz", images=images["images"][:2], labels=np.arange(2), classes=named[:2])
+    np.savez(tmp_path / "numbered.npz", images=images["images"][:2], labels=np.arange(2))
+    assert len(cache.evaluation(str(tmp_path / "named.npz"))) == 1, "the cache's classes have no names of their own"
+    with pytest.raises(feedfast.RequestError, match=r"expected the 10 classes of .*, found 11"):
+        cache.evaluation(str(tmp_path / "more.npz"))
+    dataset = cache.manifest.dataset.model_copy(update={"classes": ("cat", "dog", *named[2:].tolist())})
+    monkeypatch.setattr(cache, "manifest", cache.manifest.model_copy(update={"dataset": dataset}))
+    assert len(cache.evaluation(str(tmp_path / "numbered.npz"))) == 1
+    with pytest.raises(feedfast.RequestError, match=r"class 0 to be 'cat' as in .*, found 'ant'"):
+        cache.evaluation(str(tmp_path / "named.npz"))
 
 
 LOOP = """

@@ -21,7 +21,7 @@ from small import digits_recipe
 import feedfast
 from feedfast.cache import shards
 from feedfast.cache.reader import CacheReader
-from feedfast.data.views import pass_order
+from feedfast.data.passes import pass_order
 from feedfast.errors import CacheDamageError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.loop import rank_rows
