@@ -52,10 +52,11 @@ from feedfast.stages.plan_tap import measured_tap
 from feedfast.stages.plan_time import Measured, Pilot, batch_ms, first_student, pilot_of, setup_seconds
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import usable_cores
+from feedfast.stages.sampling import sampling_of
 from feedfast.stages.trainee import Entry, build_student, memory_format, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
-from feedfast_kernels import Target
+from feedfast_kernels import Sampled, Target
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         kinds = cheapest_kinds(measured.costs, reading, batches, free / SPARE - held * batches)
     stored = _stored(codecs, teachers, taps, entries)
     targets = {
-        name: _target(info.shape, codec, _ratio(measured, kinds, name), count, views, granule)
+        name: _target(info.stored, codec, _ratio(measured, kinds, name), count, views, granule)
         for name, (info, codec) in stored.items()
     }
     if recipe.cache.images == "stored":
@@ -272,7 +273,7 @@ def _stored(
 def _target(
     shape: tuple[int, ...], codec: CodecName, ratio: float, count: int, views: int, granule: int
 ) -> dict[str, Any]:
-    """What one array takes, in all ``views`` of ``count`` rows."""
+    """What one array takes, in all ``views`` of ``count`` rows; ``shape`` is that of its stored values."""
     raw = tap_row_bytes(shape, codec)
     block = block_rows_for(raw, granule)
     blocks = -(-count // block) * views
@@ -322,14 +323,18 @@ def _measure(
     first = batches[0].images
     found = Measured(len(first), accuracies(teachers, len(data.classes)), speed, opening)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
-    targets: dict[str, dict[str, Target]] = {}
+    targets: dict[str, dict[str, Target | Sampled]] = {}
+    sampling = sampling_of(recipe.seed, method_taps(teachers))
+    places = sampling.places(0, batches[0].ids, device)
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
+                here = sampling.gathered(name, tap, values, places)
                 asked = recipe.cache.compression
-                made = measured_tap(teacher, tap, values, codecs.of(name, tap), asked, granule, pilot.fitted)
-                targets.setdefault(name, {})[tap], found.taps[f"{name}/{tap}"] = made.target, made
+                made = measured_tap(teacher, tap, here, codecs.of(name, tap), asked, granule, pilot.fitted)
+                targets.setdefault(name, {})[tap] = sampling.wrapped(name, tap, made.target, places)
+                found.taps[f"{name}/{tap}"] = made
                 meter.advance(1, f"{name}/{tap}")
             times = []
             for number in range(TIMED + 1):

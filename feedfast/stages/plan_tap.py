@@ -81,7 +81,7 @@ def measured_tap(
     offset, step = (torch.from_numpy(row).to(values.device) for row in fit_affine(thin, codec))
     codes, _ = encode_rows(values, codec, offset, step, transform)
     encode_ms = _least_ms(lambda: encode_rows(values, codec, offset, step, transform))
-    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.shapes[tap], codec), granule)])
+    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.stored(tap), codec), granule)])
     blocks = len(codes) / len(block)
     frame, plain = compress_block(block, "zstd"), compress_block(block, "none")
     data = torch.from_numpy(codes).to(values.device)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from feedfast.cache import names
@@ -25,6 +26,7 @@ from feedfast.cache.transform import Transform, transform_of
 from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError
 from feedfast.stages.identity import changed_versions
+from feedfast.stages.sampling import sampling_of_manifest
 from feedfast_kernels import encode
 from feedfast_kernels.codes import CODECS
 
@@ -57,6 +59,7 @@ class Recorder:
         self._settle = settle
         self.writer, self.manifest = writer, writer.manifest
         self._held, self._decoder = held, decoder
+        self._sampling = sampling_of_manifest(self.manifest, held.path)
         self._arrays = {name: {tap: names.codes(name, tap) for tap in some} for name, some in taps.items()}
         targets = {array for arrays in self._arrays.values() for array in arrays.values()}
         self.pending: Pending = writer.pending({names.SUMS, *targets} | ({names.PIXELS} & writer.specs.keys()))
@@ -77,6 +80,7 @@ class Recorder:
         view: int,
         start: int,
         pixels: np.ndarray,
+        ids: NDArray[np.integer],
         maps: Mapping[str, Mapping[str, Tensor]],
         *,
         keep: Collection[str] = (),
@@ -87,6 +91,7 @@ class Recorder:
             view: which view.
             start: row of the first sample; the others follow it.
             pixels: uint8 [B, H, W, 3], as the teachers saw them.
+            ids: [B], which samples these are.
             maps: teacher → tap → float map [B, C, H, W], [B, C, N] or [B, C], for the teachers that `wants` named.
             keep: arrays of these maps whose codes are wanted, also where they are durable already.
 
@@ -103,13 +108,15 @@ class Recorder:
         if names.PIXELS in self.writer.specs:
             self.writer.append(names.PIXELS, view, start, pixels)
         kept = {}
+        places = self._sampling.places(view, ids, torch.device("cpu"), maps)
         for name, taps in maps.items():
             for tap, array in self._arrays[name].items():
                 lacks = self.pending.lacks(array, view, start, start + len(pixels))
                 if lacks or array in keep:
+                    values = self._sampling.gathered(name, tap, taps[tap], places)
                     # what is kept must outlive the shard, whose memory is used again
                     out = None if array in keep or not lacks else self.writer.place(array, view, start, len(pixels))
-                    codes, saturated = self._encoded(name, tap, taps[tap], view, start, out)
+                    codes, saturated = self._encoded(name, tap, values, view, start, out)
                     if lacks:
                         self.writer.append(array, view, start, codes, saturated=saturated)
                     if array in keep:
