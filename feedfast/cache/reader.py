@@ -117,8 +117,13 @@ class CacheReader:
                 gaps += [(array, view, shard) for shard in range(spec.num_shards) if shard not in known]
         return gaps
 
-    def require(self, arrays: Iterable[str], views: Iterable[int]) -> None:
+    def require(self, arrays: Iterable[str], views: Iterable[int], *, stop: int | None = None) -> None:
         """Make sure that these arrays are complete and every file is there with its committed length.
+
+        Args:
+            arrays: names of arrays.
+            views: which views.
+            stop: of sharded arrays only those shards count that hold rows before it.
 
         Raises:
             RequestError: no such array or view.
@@ -129,7 +134,8 @@ class CacheReader:
         for array in arrays:
             spec = self._spec(array)
             for view in views if spec.views else [0]:
-                problems += self._absent(self._source(array, view), range(spec.num_shards))
+                shards = spec.num_shards if stop is None or not spec.sharded else -(-stop // spec.shard_rows)
+                problems += self._absent(self._source(array, view), range(min(shards, spec.num_shards)))
                 if len(problems) >= MAX_PROBLEMS:
                     raise _damage(self.path, problems)
         if problems:
