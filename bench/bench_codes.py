@@ -3,7 +3,7 @@
     python bench/bench_codes.py [--seconds 60] [--out bench/results.csv]
     python bench/bench_codes.py --tiny --device cpu
 
-Shapes: the four taps of ResNet-152 and those of WRN-28-4, then u4 codes, an NCHW map and an fp32 map at one of them.
+Shapes: the four taps of ResNet-152 and those of WRN-28-4, then packed codes, an NCHW and an fp32 map at one of them.
 Encoding clips at a margin and counts what saturated; decoding gives the teacher's dtype. There is no gradient, so
 there is no backward direction.
 
@@ -52,6 +52,8 @@ def settings(tiny: bool) -> list[Setting]:
     found = [setting(name, shape, "bf16", "u8", "NHWC", EVERYONE) for name in ("encode", "decode") for shape in shapes]
     one, other = (TINY[0] if tiny else RESNET[1]), ("feedfast", "copy")
     for operation, dtype, codec, layout in (
+        ("encode", "bf16", "u6", "NHWC"), ("decode", "bf16", "u6", "NHWC"),
+        ("encode", "bf16", "u5", "NHWC"), ("decode", "bf16", "u5", "NHWC"),
         ("encode", "bf16", "u4", "NHWC"), ("decode", "bf16", "u4", "NHWC"), ("encode", "bf16", "u8", "NCHW"),
         ("encode", "fp32", "u8", "NHWC"), ("decode", "fp32", "u8", "NHWC"),
     ):  # fmt: skip

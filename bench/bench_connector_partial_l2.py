@@ -63,7 +63,9 @@ def settings(tiny: bool) -> list[Setting]:
     for shapes in networks.values():
         found += [setting("x".join(map(str, shape)), [shape], "bf16", "u8", "NHWC", EVERYONE) for shape in shapes]
     one = distance.TINY[0] if tiny else distance.RESNET[1]
-    for dtype, codec, layout in (("bf16", "u4", "NHWC"), ("bf16", "u8", "NCHW"), ("fp32", "u8", "NHWC")):
+    for dtype, codec, layout in (
+        ("bf16", "u6", "NHWC"), ("bf16", "u4", "NHWC"), ("bf16", "u8", "NCHW"), ("fp32", "u8", "NHWC"),
+    ):  # fmt: skip
         found.append(
             setting("x".join(map(str, one)), [one], dtype, codec, layout, ("feedfast", "copy", "compile default"))
         )

@@ -28,13 +28,14 @@ import runpy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import paired
 from paired import Row, bytes_per_sample, environment, record
 from PIL import Image
 
+from feedfast.cache.schema import CodecName
 from feedfast.cli import configure_logging
 from feedfast.methods import METHODS
 from feedfast.recipe import Recipe, parse_recipe
@@ -91,8 +92,8 @@ TINY_CLASSES = ("Ground", "Square", "Bar")
 
 
 def words_of(variant: str, task: str) -> dict[str, Any]:
-    """Recipe words of a variant: a method's name, after it perhaps its alpha (``ofd-1e-3``)."""
-    name, _, alpha = variant.partition("-")
+    """Recipe words of a variant: a method, perhaps with its alpha (``ofd-1e-3``) or with a share (``ofd@0.25``)."""
+    name, _, alpha = variant.partition("@")[0].partition("-")
     if name == "plain":
         return {"name": "none"}
     words: dict[str, Any] = {"name": name}
@@ -235,7 +236,10 @@ def recipe_of(tree: dict[str, Any], variant: str, source: str, seed: int, out: P
     """
     words = words_of(variant, tree["task"]["name"])
     plain = words["name"] == "none"
-    tree = {**tree, "student": {**tree["student"], **tree["starts"][1]}}
+    share, teachers = variant.partition("@")[2], tree["teachers"]
+    if share:  # stored next to the whole maps, as if by another teacher
+        teachers = [{**own, "name": f"{own['name']}-{share}", "taps": [f"ofd+margin@{share}"]} for own in teachers]
+    tree = {**tree, "teachers": teachers, "student": {**tree["student"], **tree["starts"][1]}}
     sections = {
         **{key: value for key, value in tree.items() if key != "starts"},
         "method": words,
@@ -258,8 +262,9 @@ def run_students(args: argparse.Namespace, task: str) -> None:
     teacher_score = train_teacher(args, tree)
     variants = args.methods or DEFAULTS[task]["methods"]
     taught = [name for name in variants if words_of(name, task)["name"] != "none"]
-    if taught and "cache" in args.sources:
-        run_cache(recipe_of(tree, taught[0], "cache", 1, Path(args.out) / task))
+    alike = {name.partition("@")[2]: name for name in reversed(taught)}  # share → the first variant of it
+    for name in alike.values() if "cache" in args.sources else ():
+        run_cache(recipe_of(tree, name, "cache", 1, Path(args.out) / task))
     images = len(open_train(recipe_of(tree, "plain", "none", 1, Path(args.out) / task)))
     setting = {
         "device": paired.device_name(),
@@ -373,8 +378,8 @@ def show(title: str, table: list[dict[str, Any]], over: str, words: str) -> None
     print_table(title, lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=Path("data/camvid"), help="train/, val/, classes.txt")
     parser.add_argument("--task", nargs="*", default=list(SCORE), choices=list(SCORE))
@@ -385,14 +390,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=0, help="the students' images: the first so many; 0 = all")
     parser.add_argument("--fraction", type=float, default=1.0, help="the students' images: this share of them")
     parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--codec", default="u8", choices=["f32", "f16", "u8", "u4"])
+    parser.add_argument("--codec", default="u8", choices=get_args(CodecName))
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--teacher-epochs", type=int, default=48)
     parser.add_argument("--pretrain", type=int, default=6, help="epochs of segmentation that a detector's backbone has")
     parser.add_argument("--lr", type=float, default=0.0, help="0 = 0.05 for masks (SGD), 1e-3 for boxes (AdamW)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--methods", nargs="*", help="plain, a method, or ofd-ALPHA; default: plain, ofd and, of masks, kd, cwd"
+        "--methods",
+        nargs="*",
+        help="plain, a method, ofd-ALPHA or ofd@SHARE; default: plain, ofd and, of masks, kd, cwd",
     )
     parser.add_argument("--sources", nargs="*", default=["cache", "live"], choices=["cache", "live", "fresh"])
     parser.add_argument("--teacher", default="", help="a model; default: ResNet-50 of the family")
@@ -401,7 +408,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--overfit", type=Path, help="a COCO JSON, with its images in a folder of its name")
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    args = arguments(argv)
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
     if args.tiny:

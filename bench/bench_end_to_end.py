@@ -177,7 +177,7 @@ def bench_steps(
     def one(kind: str, number: int) -> float:
         begin = time.perf_counter()
         if kind == "teachers":
-            live.source.targets(held[number % len(held)].images)  # type: ignore[attr-defined]
+            live.source.targets(held[number % len(held)])  # type: ignore[attr-defined]
             return (time.perf_counter() - begin) * 1e3
         if kind == "ram":
             losses = cached.trainer.step(number, held[number % len(held)])

@@ -12,7 +12,8 @@ plain are taken seed by seed, and their interval is Student's t at 95 % over the
 
 DATA is a folder with CIFAR-100's train.bin and test.bin. The setting of the papers is the same command with --limit 0
 --epochs 200 --teacher-epochs 200 on a GPU. Whatever is interrupted continues: every part is a stage that resumes, and
-one line per student is added to bench/results_methods.csv when it ends. The last stdout line is one JSON document.
+one line per student is added to bench/results_methods.csv when it ends; `error` is what the codec loses of the maps the
+student reads, as the cache's manifest has it. The last stdout line is one JSON document.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import paired
-from paired import Row, bytes_per_sample, environment, record
+import plot_students
+from paired import Row, bytes_per_sample, environment, record, relative_error
 
 from feedfast.cache.manifest import read_manifest
+from feedfast.cache.schema import CodecName
 from feedfast.cli import configure_logging
 from feedfast.data.batch import Batch
 from feedfast.methods import METHODS
@@ -48,7 +51,7 @@ log = logging.getLogger("feedfast.bench")
 RESULTS = Path(__file__).with_name("results_methods.csv")
 COLUMNS = (
     "date", "commit", "device", "torch", "images", "epochs", "batch", "augment", "variant", "views", "codec", "seed",
-    "accuracy", "loss", "bytes_per_sample", "parameters", "teacher_accuracy",
+    "accuracy", "loss", "bytes_per_sample", "parameters", "teacher_accuracy", "error",
 )  # fmt: skip
 TAPS = ["final", "ofd", "stage"]
 SETTING = ("device", "images", "epochs", "batch")
@@ -57,6 +60,9 @@ CHAINS = ("sfeed", "ban")
 GENERATIONS = 3
 
 # variant → recipe words; a variant is a method with its defaults unless it says more
+SAMPLED: dict[str, dict[str, Any]] = {
+    f"ofd-1@{share}": {"name": "ofd", "teachers": 1, "share": share} for share in (0.5, 0.25, 0.125)
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"name": "none"},
     **{name: {"name": name} for name in METHODS if name != "none"},
@@ -69,7 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BRANCHES = {"ekd": 3}
 CURVES = ("plain", "kd", "pfeed", "ofd")
 VIEWS = (1, 2, 4, 8)  # and as many as epochs: what live teachers see, cached once for all of these students
-CODECS = ("f32", "f16", "u8", "u4")
+CODECS = get_args(CodecName)
 # CIFAR's crop and flip, and what is added to it
 BASE: list[dict[str, Any]] = [{"op": "pad-crop", "pad": 4}, {"op": "flip"}]
 AUGMENTS: dict[str, Any] = {
@@ -170,8 +176,11 @@ def with_method(tree: dict[str, Any], words: dict[str, Any], teachers: list[dict
 
 def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int, codec: str, folder: Path) -> Recipe:
     """One student: a variant at a seed, from so many views of a codec."""
-    words = dict(VARIANTS[variant])
+    words = dict({**VARIANTS, **SAMPLED}[variant])
     teachers = tree["teachers"][: words.pop("teachers", 3)]
+    if share := words.pop("share", None):  # stored next to the whole maps, as if by other teachers
+        taps = [f"ofd@{share}"]
+        teachers = [{**entry, "name": f"{entry['name']}-{share}", "taps": taps} for entry in teachers]
     if bn := words.pop("bn", None):
         teachers = [{**entry, "name": f"{entry['name']}-{bn}", "bn": bn, "taps": ["ofd"]} for entry in teachers]
     sections = with_method(tree, words, teachers)
@@ -246,6 +255,7 @@ def run_variants(
                     "bytes_per_sample": bytes_per_sample(recipe),
                     "parameters": result["parameters"],
                     "teacher_accuracy": teachers,
+                    "error": relative_error(recipe),
                 },
                 COLUMNS,
                 args.results,
@@ -314,45 +324,8 @@ def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) ->
     return parse_recipe(sections)
 
 
-def plot_curves(rows: list[dict[str, str]], path: Path) -> list[str]:
-    """Accuracy against views and against codecs, one line per method with its deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    of_views = [row for row in rows if row["codec"] == "u8"]
-    stored = sorted({int(row["views"]) for row in of_views})
-    counts = [*(n for n in stored if n), *(n for n in stored if not n)]
-    for variant in CURVES:
-        for axis, key, values, chosen in (
-            (left, "views", [str(n) for n in counts], of_views),
-            (right, "codec", list(CODECS), [row for row in rows if row["views"] == "4"]),
-        ):
-            by = {
-                value: [float(r["accuracy"]) * 100 for r in chosen if r["variant"] == variant and r[key] == value]
-                for value in values
-            }
-            places = [place for place, value in enumerate(values) if by[value]]
-            if not places or (variant == "plain" and key == "codec"):
-                continue
-            means = [statistics.mean(by[values[p]]) for p in places]
-            spreads = [statistics.stdev(by[values[p]]) if len(by[values[p]]) > 1 else 0.0 for p in places]
-            axis.errorbar(places, means, spreads, label=variant, marker="o", capsize=3)
-            axis.set_xticks(range(len(values)), ["live" if v == "0" else v for v in values])
-    left.set_xlabel(f"stored views, of {rows[0]['epochs']} epochs")
-    right.set_xlabel("codec of the maps, 4 views")
-    left.set_ylabel("accuracy of the student, %")
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-    return [str(path)]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What may be asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=Path("data"))
     parser.add_argument("--tiny", action="store_true", help="digits and tiny networks: does it run?")
@@ -374,7 +347,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--live", action="store_true", help="curves with live teachers only: do they agree?")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    args = arguments(argv)
     args.batch = 32 if args.tiny else args.batch
     configure_logging()
     args.until = time.monotonic() + args.minutes * 60
@@ -415,7 +393,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             found["curves"] = summarize(curves, ("variant", "views", "codec"))
             show(f"views and codecs: {words}", found["curves"], ("variant", "views", "codec"))
             slug = "-".join(setting).lower().replace(" ", "-")
-            found["plots"] = plot_curves(curves, args.results.with_name(f"methods_curves-{slug}.svg"))
+            found["plots"] = plot_students.curves(
+                curves, CURVES, CODECS, args.results.with_name(f"methods_curves-{slug}.svg")
+            )
+            found["codecs"] = plot_students.codec_points(curves, CURVES[1:], CODECS, str(args.views))
+            if len({point["codec"] for point in found["codecs"]}) > 1:
+                plain = [float(row["accuracy"]) for row in usual if row["variant"] == "plain"]
+                picture = args.results.with_name(f"methods_codecs-{slug}.svg")
+                found["plots"] += plot_students.codecs(found["codecs"], plain, picture)
         stronger = [row for row in everything if row["variant"] in CURVES and row["codec"] == "u8"]
         stronger = [row for row in stronger if row["views"] in (str(args.views), row["epochs"], "0")]
         if len({row["augment"] for row in stronger}) > 1:

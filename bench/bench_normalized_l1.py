@@ -4,7 +4,7 @@
     python bench/bench_normalized_l1.py --tiny --device cpu
 
 Shapes: five teachers (and five adapters of the student) on the last map of ResNet-50 at batch 256, where a sample does
-not fit on a multiprocessor, and on ResNet-56 at batch 128, where it does; one teacher; then u4 codes, a float teacher,
+not fit on a multiprocessor, and on ResNet-56 at batch 128, where it does; one teacher; then packed codes, floats,
 an NCHW student and an fp32 student.
 
     feedfast            the public function: on a GPU one launch for all teachers, elsewhere PyTorch operators
@@ -61,7 +61,8 @@ def settings(tiny: bool) -> list[Setting]:
     other = ("feedfast", "copy", "compile default")
     found.append(setting(1, shapes[0], "bf16", "u8", "NHWC", other))
     for dtype, codec, layout in (
-        ("bf16", "u4", "NHWC"), ("bf16", "", "NHWC"), ("bf16", "u8", "NCHW"), ("fp32", "u8", "NHWC"),
+        ("bf16", "u6", "NHWC"), ("bf16", "u4", "NHWC"),
+        ("bf16", "", "NHWC"), ("bf16", "u8", "NCHW"), ("fp32", "u8", "NHWC"),
     ):  # fmt: skip
         found.append(setting(several, shapes[0], dtype, codec, layout, other))
     return found

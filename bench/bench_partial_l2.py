@@ -4,7 +4,7 @@
     python bench/bench_partial_l2.py --tiny --device cpu
 
 Shapes: the four taps of ResNet-152 -> ResNet-50 at batch 256, and those of WRN-28-4 -> WRN-16-2 at batch 128. Then one
-tap again with u4 codes, a float teacher, an NCHW student and an fp32 student.
+tap again with u6 and u4 codes, a float teacher, an NCHW student and an fp32 student.
 
     feedfast            the public function: on a GPU the Triton kernels, elsewhere PyTorch over tiles
     reference eager     the same in PyTorch operators over whole maps; recomputes in the backward pass too
@@ -51,7 +51,8 @@ def settings(tiny: bool) -> list[Setting]:
     other = ("feedfast", "copy", "compile default")
     one = TINY[0] if tiny else RESNET[1]
     for dtype, codec, layout in (
-        ("bf16", "u4", "NHWC"), ("bf16", "", "NHWC"), ("bf16", "u8", "NCHW"), ("fp32", "u8", "NHWC"),
+        ("bf16", "u6", "NHWC"), ("bf16", "u4", "NHWC"),
+        ("bf16", "", "NHWC"), ("bf16", "u8", "NCHW"), ("fp32", "u8", "NHWC"),
     ):  # fmt: skip
         found.append(setting(one, dtype, codec, layout, other))
     return found
@@ -111,7 +112,7 @@ def values(stored: Tensor, offset: Tensor | None, step: Tensor | None, codec: st
     """The fp32 map [B, C, H, W] of what `parts` gave, in plain operators."""
     if offset is None or step is None:
         return stored.float()
-    codes = unpack(stored, offset.shape[0]) if codec == "u4" else stored
+    codes = unpack(stored, offset.shape[0], codec)  # type: ignore[arg-type]
     return (codes.float() * step + offset).permute(0, 3, 1, 2)
 
 

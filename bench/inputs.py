@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels import Codes
-from feedfast_kernels.codes import packed_channels
+from feedfast_kernels.codes import pack, top_code
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,16 +26,7 @@ def random_codes(shape: Sequence[int], codec: str, device: torch.device, seed: i
     """Codes that use their whole range, decoding to about -2 to 3: some 40 % of a teacher's values are negative."""
     generator = torch.Generator(device).manual_seed(seed)
     batch, channels, *space = shape
-    stored = (batch, *space, packed_channels(channels, codec))
-
-    def integers(top: int) -> Tensor:
-        return torch.randint(0, top + 1, stored, generator=generator, device=device, dtype=torch.uint8)
-
-    if codec == "u4":
-        data = integers(14) | (integers(14) << 4)
-        if channels % 2:
-            data[..., -1] &= 15
-    else:
-        data = integers(254)
+    top = top_code(codec)
+    data = torch.randint(0, top + 1, (batch, *space, channels), generator=generator, device=device, dtype=torch.uint8)
     spread = 1 + 0.1 * torch.rand(channels, generator=generator, device=device)
-    return Codes(data, -2 * spread, spread * (5 / 254 if codec == "u8" else 5 / 14), codec)  # type: ignore[arg-type]
+    return Codes(pack(data, codec), -2 * spread, spread * (5 / top), codec)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ import torch
 from feedfast.cache import names
 from feedfast.cache.log import read_log
 from feedfast.cache.manifest import read_manifest
+from feedfast.cache.schema import TapInfo
 from feedfast.methods import METHODS
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
@@ -43,12 +44,18 @@ def environment() -> dict[str, str]:
 
 
 def record(row: Mapping[str, Any], columns: Sequence[str], path: Path) -> None:
-    """Add a line to the results."""
+    """Add a line to the results; one of before there were all these columns gets them, empty."""
+    held: list[Row] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            held = list(reader) if reader.fieldnames != list(columns) else []
     new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
+    with path.open("w" if held else "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if new or held:
             writer.writeheader()
+        writer.writerows(held)
         writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
 
 
@@ -63,20 +70,34 @@ def settings_of(path: Path, setting: Sequence[str], student: Sequence[str]) -> d
     return {setting: list(rows.values()) for setting, rows in found.items()}
 
 
-def bytes_per_sample(recipe: Recipe) -> float | None:
-    """What a sample of one view takes of the cache for this method: codes of the taps it reads, compressed."""
+def taps_read(recipe: Recipe) -> list[tuple[str, TapInfo]]:
+    """(teacher, tap) of all that this method reads from its cache; [] without one."""
     needs = METHODS[recipe.method[0].name].needs
     path = Path(recipe.cache.path)
     if recipe.train.source != "cache" or not (path / "zarr.json").is_file():
+        return []
+    teachers = read_manifest(path).teachers
+    chosen = [teacher.name for teacher in recipe.teachers] or list(teachers)[-1:]
+    return [(name, teachers[name].taps[tap]) for name in chosen for tap in matching(needs, teachers[name].taps)]
+
+
+def bytes_per_sample(recipe: Recipe) -> float | None:
+    """What a sample of one view takes of the cache for this method: codes of the taps it reads, compressed."""
+    taps = taps_read(recipe)
+    if not taps:
         return None
-    manifest, committed = read_manifest(path), read_log(path)
+    committed = read_log(Path(recipe.cache.path))
     total = 0.0
-    chosen = [teacher.name for teacher in recipe.teachers] or list(manifest.teachers)[-1:]
-    for teacher in chosen:
-        for tap in matching(needs, manifest.teachers[teacher].taps):
-            commits = committed.of(names.codes(teacher, tap))
-            total += sum(c.bytes for c in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
+    for teacher, tap in taps:
+        commits = committed.of(names.codes(teacher, tap.name))
+        total += sum(c.bytes for c in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
     return total
+
+
+def relative_error(recipe: Recipe) -> float | None:
+    """Mean over the maps that this method reads of their codec's measured relative RMS error; None of logits alone."""
+    errors = [tap.error["relative_rms_error"] for _, tap in taps_read(recipe) if "relative_rms_error" in tap.error]
+    return statistics.mean(float(error or 0) for error in errors) if errors else None
 
 
 def half_interval(differences: Sequence[float]) -> float:

@@ -119,12 +119,14 @@ def test_public_names() -> None:
     assert all(hasattr(feedfast, name) for name in feedfast.__all__)
     assert sorted(feedfast_kernels.__all__) == [
         "Codes",
+        "Sampled",
         "Target",
         "as_float",
         "connector_partial_l2",
         "decode",
         "encode",
         "ensemble_kl",
+        "gather_positions",
         "locality",
         "locality_weights",
         "normalized_l1",

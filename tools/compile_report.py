@@ -9,7 +9,7 @@ Triton's wheel:
     spills      loads and stores of local memory (LDL, STL)
     load, store bits of the widest access to global memory; 128 is the most a thread can ask for
     wide        share of the loaded bytes that 128-bit loads bring
-    narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorized
+    narrow      accesses to global memory of 8 or 16 bits: a stream that was not vectorized, or upper bits of u6 or u5
     sass/el     instructions executed for one element of the map: all of them over all elements; where there is a loop,
                 those of its largest body over the elements whose bytes it loads
     occupancy   warps that fit on a multiprocessor, of the most
@@ -75,6 +75,7 @@ class Report:
     widest_store_bits: int
     narrow: int
     wide_share: float
+    wide: int  # 128-bit loads, or stores where they are more
     shared_bytes: int
     instructions: int
     sass_per_element: float
@@ -185,6 +186,7 @@ def report(case: Case, arch: int) -> Report:
         widest_load_bits=max(loads),
         widest_store_bits=max(stores),
         wide_share=round(sum(bits for bits in loads if bits >= 128) / max(sum(loads), 1), 2),
+        wide=max(sum(bits >= 128 for bits in kind) for kind in (loads, stores)),
         narrow=sum(0 < bits < 32 for bits in loads + stores),
         shared_bytes=shared_bytes,
         instructions=len(code),

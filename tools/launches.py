@@ -16,8 +16,8 @@ from feedfast_kernels.gpu.launch import Launch
 RESNET_50 = [(256, 256, 56), (256, 512, 28), (256, 1024, 14), (256, 2048, 7)]
 CIFAR = [(128, 16, 32), (128, 64, 32), (128, 128, 16), (128, 256, 8), (128, 64, 8)]
 UNEVEN = [(256, 160, 8), (256, 24, 56), (7, 17, 5)]  # a wide ResNet, a MobileNet, and a shape nothing divides
-STORED = {"u8": "u8", "u4": "u4", "float": "bf16"}  # how names of launches call a target
-TARGET_BYTES = {"u8": 1.0, "u4": 0.5, "float": 2.0}  # per element
+STORED = {"u8": "u8", "u6": "u6", "u5": "u5", "u4": "u4", "float": "bf16"}  # how names of launches call a target
+TARGET_BYTES = {"u8": 1.0, "u6": 0.75, "u5": 0.625, "u4": 0.5, "float": 2.0}  # per element
 QUICK = [(256, 256, 56), (256, 1024, 14), (256, 2048, 7), (128, 64, 8), (128, 16, 32), (256, 24, 56)]
 # (batch, channels, side, teachers): FEED on ResNet-56, the last maps of ResNet-50 and -18, a wide ResNet
 FEED = [(128, 64, 8, 5), (256, 2048, 7, 1), (256, 2048, 7, 5), (256, 512, 7, 1), (128, 128, 8, 5)]
@@ -47,6 +47,7 @@ class Case:
 def cases(quick: bool = False) -> Iterator[Case]:
     """Every launch to compile; ``quick`` keeps the shapes that compile differently."""
     yield from partial_l2_cases(quick)
+    yield from sampled_partial_l2_cases(quick)
     yield from connector_partial_l2_cases(quick)
     yield from codes_cases(quick)
     yield from ensemble_kl_cases(quick)
@@ -67,10 +68,10 @@ def meta_target(batch: int, channels: int, side: int, codec: str) -> Tensor:
 
 
 def partial_l2_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory formats of the student."""
+    """Both directions; all codes and float targets; both memory formats of the student."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, grad_output = meta(channels), meta()
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
+        for codec in ("u8",) if quick and channels != 256 else tuple(STORED):
             target = meta_target(batch, channels, side, codec)
             scale = (None, None) if codec == "float" else (vector, vector)
             for order in ("NHWC", "NCHW"):
@@ -80,18 +81,42 @@ def partial_l2_cases(quick: bool) -> Iterator[Case]:
                 arguments = (student, target, *scale, codec, vector, 0.5)
                 launches = {
                     "forward": partial_l2.plan(*arguments)[0],
-                    "backward": partial_l2.plan(*arguments, grad_output, torch.empty_like(student))[0],
+                    "backward": partial_l2.plan(*arguments, None, grad_output, torch.empty_like(student))[0],
                 }
                 for direction, launch in launches.items():
                     name = f"partial_l2 {direction} {channels}x{side}x{side} bf16/{STORED[codec]} {order}"
                     yield Case("partial_l2", name, launch, student.numel(), aligned)
 
 
+def sampled_partial_l2_cases(quick: bool) -> Iterator[Case]:
+    """Both directions at a quarter of the positions; both memory formats of the student."""
+    for batch, channels, side in (QUICK[0], QUICK[2]) if quick else RESNET_50 + CIFAR + UNEVEN:
+        vector, grad_output, count = meta(channels), meta(), max(1, side * side // 4)
+        positions = meta(batch, count, dtype=torch.int32)
+        for codec in ("u8", "u4") if quick and channels == 256 else ("u8",) if quick else ("u8", "u4", "float"):
+            target = meta(batch, 1, count, packed_channels(channels, codec), dtype=torch.uint8)
+            if codec == "float":
+                target = meta(batch, channels, 1, count, dtype=torch.bfloat16, channels_last=True)
+            scale = (None, None) if codec == "float" else (vector, vector)
+            for order in ("NHWC",) if quick and (channels, codec) != (256, "u8") else ("NHWC", "NCHW"):
+                nhwc = order == "NHWC"
+                student = meta(batch, channels, side, side, dtype=torch.bfloat16, channels_last=nhwc)
+                arguments = (student, target, *scale, codec, vector, 0.5, positions)
+                launches = {
+                    "forward": partial_l2.plan(*arguments)[0],
+                    "backward": partial_l2.plan(*arguments, grad_output, torch.empty_like(student))[0],
+                }
+                # of an NCHW student single values are gathered: narrow by nature
+                for direction, launch in launches.items():
+                    name = f"partial_l2 {direction} {count} of {channels}x{side}x{side} bf16/{STORED[codec]} {order}"
+                    yield Case("partial_l2", name, launch, batch * channels * count, nhwc and channels % 8 == 0)
+
+
 def connector_partial_l2_cases(quick: bool) -> Iterator[Case]:
     """All four launches of a call."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector, statistics, sums, grad_output = meta(channels), meta(3, channels), meta(2, channels), meta()
-        for codec in ("u8",) if quick and channels != 256 else ("u8", "u4", "float"):
+        for codec in ("u8",) if quick and channels != 256 else tuple(STORED):
             target = meta_target(batch, channels, side, codec)
             scale = (None, None) if codec == "float" else (vector, vector)
             for order in ("NHWC", "NCHW"):
@@ -117,7 +142,12 @@ def codes_cases(quick: bool) -> Iterator[Case]:
     """Encoding from bf16 and fp32 in both memory formats, with and without a margin; decoding to both."""
     for batch, channels, side in QUICK if quick else RESNET_50 + CIFAR + UNEVEN:
         vector = meta(channels)
-        for codec, dtype in (("u8", torch.bfloat16), ("u8", torch.float32), ("u4", torch.bfloat16)):
+        kinds = (
+            ("u8", torch.bfloat16),
+            ("u8", torch.float32),
+            *((name, torch.bfloat16) for name in ("u6", "u5", "u4")),
+        )
+        for codec, dtype in kinds:
             every = channels == 256 and side == 56
             if not every and (quick or dtype == torch.float32) and (codec, dtype) != ("u8", torch.bfloat16):
                 continue
@@ -166,11 +196,11 @@ def ensemble_kl_cases(quick: bool) -> Iterator[Case]:
 
 
 def normalized_l1_cases(quick: bool) -> Iterator[Case]:
-    """Both directions; u8, u4 and float targets; both memory formats of the student; one teacher and several."""
+    """Both directions; all codes and float targets; both memory formats of the student; one teacher and several."""
     for batch, channels, side, teachers in FEED:
         if quick and (channels, teachers) in ((128, 5), (2048, 5)):
             continue
-        for codec in ("u8",) if quick and channels != 64 else ("u8", "u4", "float"):
+        for codec in ("u8",) if quick and channels != 64 else tuple(STORED):
             target = meta_target(batch, channels, side, codec)
             vectors = [None if codec == "float" else meta(channels)] * teachers
             statistics = meta(teachers * batch, normalized_l1.STATISTICS)

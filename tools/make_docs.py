@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
-from feedfast.methods.base import expected_words
+from feedfast.methods.base import LOGITS, expected_words
 from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
 from feedfast.tap_entry import TapEntry
 
@@ -119,12 +119,19 @@ def methods_page() -> str:
         "student ([concepts.md](concepts.md)); a teacher without `taps` in the recipe is tapped for just these. "
         "Serves: the values of `task.name` that it can be used with by its defaults; logits of segmentation networks "
         "are compared place by place, on the coarser of two grids.",
+        'Some positions: a tap stored with a share (`"ofd+margin@0.25"`) holds that share of each map\'s positions, '
+        "and the student's map is gathered there before its adapters, so that adapters, loss and bytes shrink alike. "
+        "Sums are multiplied with H * W / P: the loss is unbiased, but for batch norms of adapters, whose statistics "
+        "are those of the positions. `at` and `cwd` normalize by what they see and come out about 1 / P too small.",
     ]
     for name, method in METHODS.items():
         doc = inspect.cleandoc(method.__doc__ or "").split("\n")[0]
         needs = ", ".join(f"`{need}`" for need in method.needs) or "no teacher"
         tasks = ", ".join(f"`{task}`" for task in tasks_of(method))
-        parts += [f"## {name}", doc, f"Paper: {method.paper}.  \nNeeds: {needs}.  \nServes: {tasks}."]
+        about = f"Paper: {method.paper}.  \nNeeds: {needs}.  \nServes: {tasks}."
+        if set(method.needs) - {LOGITS}:
+            about += f"  \nSome positions: {'yes' if method.samples else f'no, it {method.whole}'}."
+        parts += [f"## {name}", doc, about]
         rows = [
             (f"`{key}`", expected_words(field), literal(field.default), field.description or "")
             for key, field in method.Options.model_fields.items()

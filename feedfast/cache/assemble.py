@@ -33,7 +33,7 @@ class ShardBuffer:
 
 
 def holds_fill(spec: ArraySpec, values: Array) -> bool:
-    """Whether any value is the fill value; for floats, whether any is not finite."""
+    """Whether any value is the fill value (or row, where ``spec`` says so); for floats, whether any is not finite."""
     if values.size == 0 or not spec.sentinel:
         return False
     if values.dtype.kind == "f":
@@ -41,7 +41,10 @@ def holds_fill(spec: ArraySpec, values: Array) -> bool:
         sign = bits.dtype.type(1 << (8 * values.dtype.itemsize - 1))
         infinity = np.array(np.inf, values.dtype).view(bits.dtype)
         return bool((bits & ~sign).max() >= infinity)
-    extreme = values.min() if spec.fill < 0 else values.max()
+    if spec.fill_is_row:
+        return bool(values.reshape(-1, spec.row_bytes).min(axis=1).max() == spec.fill)
+    # not values.max(): a row at a time is checked, and the method takes longer than a small row
+    extreme = (np.minimum if spec.fill < 0 else np.maximum).reduce(values, axis=None)
     return bool(extreme == spec.fill)
 
 
@@ -68,6 +71,7 @@ def encode_shard(shard: ShardBuffer) -> list[Any]:
         if holds_fill(spec, real):
             first = spec.shard_span(shard.shard)[0] + number * step
             what = "values that are not finite" if spec.dtype.kind == "f" else f"the fill value {spec.fill:.0f}"
+            what = f"a row of {what} alone" if spec.fill_is_row else what
             raise FeedfastError(
                 f"{spec.name}: view {shard.view}, rows {first}..{first + len(real)}: found {what}; nothing was stored"
             )

@@ -1,9 +1,9 @@
 """The fit of a tap: offset and step per channel of least squared error on a pilot, and what storing the tap costs.
 
-``u8`` and ``u4`` are affine per channel: ``value = offset + step * code`` with codes 0..254 and 0..14. The range is not
-the minimum and maximum: on real maps a few outliers would waste most levels. One uniform step is kept on purpose: a
-table of levels would have to be gathered inside the fused losses. ``f16`` and ``f32`` store values as they are, with
-offset 0 and step 1. Encoding and decoding are the kernels' own.
+Codes are affine per channel: ``value = offset + step * code``, with codes 0..254 (u8), 0..62, 0..30 or 0..14 (u4). The
+range is not the minimum and maximum: on real maps a few outliers would waste most levels. One uniform step is kept on
+purpose: a table of levels would have to be gathered inside the fused losses. ``f16`` and ``f32`` store values as they
+are, with offset 0 and step 1. Encoding and decoding are the kernels' own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from feedfast.cache.schema import CodecName
 from feedfast.errors import FeedfastError
 from feedfast_kernels import Codes, decode, encode
-from feedfast_kernels.codes import CODECS
+from feedfast_kernels.codes import CODECS, is_quantized
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -32,7 +32,7 @@ def fit_affine(values: Floats, codec: CodecName) -> tuple[Floats, Floats]:
 
     Args:
         values: [n, C] pilot values, as they will be encoded (margin already applied).
-        codec: ``u8`` or ``u4``; for ``f16`` and ``f32`` the identity is returned.
+        codec: ``u8``, ``u6``, ``u5`` or ``u4``; for ``f16`` and ``f32`` the identity is returned.
 
     Returns:
         offset [C], step [C], float32. A channel with one single value has step 0 and is exact.
@@ -123,7 +123,7 @@ class _RangeError:
 
 def round_trip(values: Floats, offset: Floats, step: Floats, codec: CodecName, margin: Floats | None = None) -> Floats:
     """What a reader gets back of values [n, C], by the very operations that store and read them."""
-    if codec == "u8" or codec == "u4":
+    if is_quantized(codec):
         x, low, width = (torch.from_numpy(array) for array in (values, offset, step))
         floor = None if margin is None else torch.from_numpy(margin)
         codes, _ = encode(x, low, width, codec=codec, margin_C=floor)

@@ -1,7 +1,7 @@
 """Arrays: from a manifest to shapes, shards, blocks, object keys and the `zarr.json` any Zarr v3 implementation reads.
 
-Layout, all little-endian: maps ``[view, row, height, width, channel]``, tokens ``[view, row, token, channel]``, vectors
-and logits ``[view, row, channel]``.
+Layout, all little-endian: maps ``[view, row, height, width, channel]``, some positions of maps ``[view, row, position,
+channel]``, tokens ``[view, row, token, channel]``, vectors and logits ``[view, row, channel]``.
 
 Target and pixel arrays are sharded along rows alone. A *shard* (one object, ``c/VIEW/SHARD/0/0/0``) is the unit of
 writing, committing and retrying; a *block* (inner chunk) is the unit of reading and checking. Rows are padded to
@@ -12,7 +12,8 @@ Small arrays (view parameters, labels, scales) are one object a view, or one in 
 
 Fill values are chosen to be impossible as data, because Zarr reads whatever is missing as the fill value without a
 word: 0xFF for codes, NaN for floats, the lowest int32, the highest uint32. Pixels are the exception (255 is white):
-their ``sentinel`` is False and only lengths, indexes and checksums guard them.
+their ``sentinel`` is False and only lengths, indexes and checksums guard them. No code of u6 and u5 is all ones, but a
+byte that holds parts of several may be: there a row of nothing but 0xFF is what is never data (``fill_is_row``).
 
 This module touches no files.
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from feedfast.cache import names
 from feedfast.cache.schema import Compression, Manifest
-from feedfast_kernels.codes import CODECS
+from feedfast_kernels.codes import CODECS, packed_channels
 
 MAX_SHARD_ROWS: Final = 1024
 MAX_BLOCK_BYTES: Final = 8 << 20  # 8 MiB, unless a single row is larger
@@ -56,6 +57,7 @@ class ArraySpec:
     views: int
     rows: int
     sentinel: bool = True
+    fill_is_row: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -219,7 +221,14 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         )
 
     def sharded(
-        name: str, row: tuple[int, ...], dtype: str, compression: Compression, *, sentinel: bool = True
+        name: str,
+        row: tuple[int, ...],
+        dtype: str,
+        compression: Compression,
+        *,
+        second: str = "token",
+        sentinel: bool = True,
+        fill_is_row: bool = False,
     ) -> None:
         kind = np.dtype(dtype)
         fill = math.nan if kind.kind == "f" else 2 ** (8 * kind.itemsize) - 1
@@ -230,7 +239,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         dims = (
             "view",
             "row",
-            *{3: ("height", "width", "channel"), 2: ("token", "channel"), 1: ("channel",), 0: ()}[len(row)],
+            *{3: ("height", "width", "channel"), 2: (second, "channel"), 1: ("channel",), 0: ()}[len(row)],
         )
         specs[name] = ArraySpec(
             name=name,
@@ -244,6 +253,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
             views=views,
             rows=rows,
             sentinel=sentinel,
+            fill_is_row=fill_is_row,
         )
 
     samples = (manifest.dataset.num_labels,)
@@ -265,7 +275,7 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     for teacher in manifest.teachers.values():
         for tap in teacher.taps.values():
             codec = CODECS[tap.codec]
-            channels = -(-tap.channels * codec.bits // 8) if codec.quantized else tap.channels
+            channels = packed_channels(tap.channels, tap.codec)
             dtype = "<u1" if codec.quantized else f"<f{codec.bits // 8}"
             small(
                 names.scale(teacher.name, tap.name),
@@ -284,7 +294,10 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
                     ("weight",),
                     per_view=False,
                 )
-            sharded(names.codes(teacher.name, tap.name), (*tap.shape[1:], channels), dtype, tap.compression)
+            second = "token" if tap.sample is None else "position"
+            parts = len(codec.parts) > 1
+            codes = names.codes(teacher.name, tap.name)
+            sharded(codes, (*tap.stored[1:], channels), dtype, tap.compression, second=second, fill_is_row=parts)
     if manifest.images == "stored":
         side = manifest.plan.size
         sharded(names.PIXELS, (side, side, 3), "<u1", "none", sentinel=False)

@@ -25,7 +25,7 @@ from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_length, check_log, digest_of, problem, read_log
 from feedfast.cache.manifest import read_manifest
-from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
+from feedfast.cache.segments import Array, BufferPool, Segment, shaped
 from feedfast.cache.shards import ArrayView, ShardFiles, read_small
 from feedfast.cache.store import Store, open_store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
@@ -182,11 +182,9 @@ class CacheReader:
             return self.read_array(array, view)[_checked_rows(rows, spec)]
         source = self._source(array, view)
         segment = Segment(_checked_rows(rows, spec), 0, len(rows))
-        buffer = np.empty(len(segment.rows) * spec.row_bytes, np.uint8)
-        for first, last in segment.jobs(spec):
-            segment.read(source, self._files, buffer, first, last)
         out = np.empty(len(rows) * spec.row_bytes, np.uint8)
-        take_rows(buffer, segment.index, out, spec.row_bytes)
+        for first, last in segment.jobs(spec):
+            segment.read(source, self._files, [(0, out)], first, last)
         return shaped(out, spec)
 
     def stream(

@@ -17,15 +17,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from feedfast.cache import names
 from feedfast.errors import CacheDamageError, CacheMismatchError
 from feedfast.provenance import Provenance
-from feedfast_kernels.codes import CODECS
+from feedfast_kernels.codes import CODECS, packed_channels
 
 FORMAT: Final = 2
 ATTRIBUTE: Final = "feedfast"
@@ -37,9 +37,10 @@ MAX_CHANNELS: Final = 1 << 20
 MAX_PASSES: Final = 256
 MAX_MARGINS: Final = 1 << 16  # every digest of a tap, and of what is made from it, goes over them
 MAX_FACTORS: Final = 4  # per teacher; likewise
+MAX_CELLS: Final = 1 << 22  # of a sampled map: whoever draws positions orders all of them
 MAX_WEIGHTS: Final = 1 << 28  # 1 GiB of float32
 
-CodecName = Literal["f32", "f16", "u8", "u4"]
+CodecName = Literal["f32", "f16", "u8", "u6", "u5", "u4"]
 Compression = Literal["zstd", "none"]
 Difference = tuple[str, Any, Any]
 
@@ -156,10 +157,23 @@ class FactorInfo(_Part):
     weights_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class SampleInfo(_Part):
+    """Which positions of a map are stored: ``positions`` of them, ``share`` as it was asked for.
+
+    ``algorithm`` names the pure function of seed, view, sample and tap that draws them, and its version: whoever does
+    not know it cannot say what a stored row is of.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    positions: int = Field(ge=1, le=1 << 32)
+    algorithm: str = Field(min_length=1, max_length=128)
+
+
 class TapInfo(_Part):
     """One stored feature map.
 
-    ``shape`` is (C, H, W), (C, N) of tokens or (C,). ``margin`` is OFD's margin per channel, which its loss needs
+    ``shape`` is (C, H, W), (C, N) of tokens or (C,): the network's, also where ``sample`` says that only some positions
+    are stored. ``margin`` is OFD's margin per channel, which its loss needs
     whatever was stored; ``transform`` "margin" says that values were floored with it before they were encoded. ``fit``
     and ``error`` hold the pilot's measurements; like ``compression`` (a recipe may force it, for taps that are new) and
     ``margin`` they are found, not requested.
@@ -171,6 +185,7 @@ class TapInfo(_Part):
     shape: tuple[int, ...] = Field(min_length=1, max_length=3)
     transform: Literal["none", "margin", "factor"] = "none"
     factor: FactorInfo | None = None
+    sample: SampleInfo | None = None
     margin: tuple[float, ...] | None = Field(None, max_length=MAX_MARGINS)
     codec: CodecName = "u8"
     compression: Compression = "none"
@@ -183,10 +198,23 @@ class TapInfo(_Part):
         return self.shape[0]
 
     @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of a row's values: (C, P) of a sampled map, else ``shape``."""
+        return self.shape if self.sample is None else (self.channels, self.sample.positions)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one stored row."""
-        packed = -(-self.channels * CODECS[self.codec].bits // 8)  # u4: two per byte, an odd channel takes its own
-        return packed * math.prod(self.shape[1:])
+        codec = CODECS[self.codec]
+        width = 1 if codec.quantized else codec.bits // 8
+        return packed_channels(self.channels, self.codec) * width * math.prod(self.stored[1:])
+
+    @model_serializer(mode="wrap")
+    def _said(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        found = dump(self)
+        if self.sample is None:  # a cache without it is read by versions that have never heard of it
+            found.pop("sample", None)
+        return found
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -204,6 +232,10 @@ class TapInfo(_Part):
             raise ValueError(f'transform "margin" needs {self.channels} margins, found none')
         if (self.transform == "factor") != (self.factor is not None):
             raise ValueError('transform "factor" and the entry "factor" belong together, found one of them')
+        if self.sample is not None and (len(self.shape) != 3 or self.factor is not None or self.name == names.LOGITS):
+            raise ValueError("only a map (C, H, W) of a network can be sampled")
+        if self.sample is not None and not self.sample.positions <= math.prod(self.shape[1:]) <= MAX_CELLS:
+            raise ValueError(f"sample: expected up to {MAX_CELLS} positions, as many as the map has at most")
         if self.name == "zarr.json":
             raise ValueError("a tap cannot be called 'zarr.json'")
         if self.name == names.LOGITS and (len(self.shape) not in (1, 3) or self.codec not in ("f16", "f32")):
@@ -255,8 +287,9 @@ class TeacherInfo(_Part):
             raise ValueError(f"taps {wrong} are filed under another name than their own")
         for tap in self.taps.values():
             source = None if tap.factor is None else self.taps.get(tap.factor.source)
+            unfit = source is None or source.factor is not None or source.sample is not None
             if tap.factor is not None and (
-                source is None or source.factor is not None or source.shape[1:] != tap.shape[1:] or len(tap.shape) != 3
+                unfit or source is None or source.shape[1:] != tap.shape[1:] or len(tap.shape) != 3
             ):
                 raise ValueError(f"tap {tap.name!r} holds factors of {tap.factor.source!r}, found no such map")
         if sum(tap.factor is not None for tap in self.taps.values()) > MAX_FACTORS:

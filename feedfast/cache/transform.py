@@ -1,7 +1,8 @@
 """What happens to a map between network and codec, and to the student's map before the loss.
 
 The offline stage, live teachers and the audit apply the same transform, so they mean the same target. Kinds that come
-later (a factor transfer's factors, sampled positions, pooling) change shapes, and some act on the student's side too.
+later (pooling) change shapes, and some act on the student's side too.
+Which positions of a map are stored is no transform of its values: `feedfast.stages.sampling`.
 """
 
 from __future__ import annotations

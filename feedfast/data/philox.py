@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["RUN_SAMPLES", "Purpose", "as_ids", "words"]
+__all__ = ["RUN_SAMPLES", "Purpose", "as_ids", "many_words", "words"]
 
 
 class Purpose(IntEnum):
@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     MIXING = 6
     OPERATION = 7
     KIND = 8
+    POSITION = 9
 
 
 _BLOCK_SAMPLES = 256  # drawn together; any multiple of 4 works, and changing it changes no value
@@ -64,6 +65,26 @@ def words(
         stream = np.asarray(philox.random_raw(samples * count), dtype=np.uint64).reshape(samples, count)
         out[where] = stream[ids[where] - first]
     return out
+
+
+def many_words(seed: int, view: int, purpose: int, name: int, ids: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
+    """As `words`, [n, count], for samples that have many: only theirs are drawn, at some microseconds per sample.
+
+    A sample has whole blocks of four words of the stream; ``name`` is the counter's fourth word.
+    """
+    unique, where = np.unique(ids, return_inverse=True)
+    blocks = -(-count // 4)
+    # A new generator per sample would take longer than its words.
+    philox = np.random.Philox(
+        counter=np.array([0, 0, purpose, name], dtype=np.uint64), key=np.array([seed, view], dtype=np.uint64)
+    )
+    out = np.empty((len(unique), 4 * blocks), np.uint64)
+    at = 0
+    for row, sample in enumerate(unique.tolist()):
+        philox.advance((sample - at) * blocks)
+        out[row] = philox.random_raw(4 * blocks)
+        at = sample + 1
+    return out[where][:, :count]
 
 
 def _runs(ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, int]]:

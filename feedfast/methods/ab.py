@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl, wide
 from feedfast_kernels import as_float
 
 
@@ -29,6 +29,7 @@ class ActivationBoundaries(Method):
         "Heo et al., Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons, AAAI 2019"
     )
     needs: ClassVar[tuple[str, ...]] = ("ofd*", LOGITS)
+    samples: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """The two stages."""
@@ -60,10 +61,11 @@ class ActivationBoundaries(Method):
         options, last = self.options, len(self.taps) - 1
         boundaries = []
         for (name, tap), connector in zip(self.pairs, self.connectors, strict=True):
-            ours, theirs = same_grid(connector(student.taps[tap]), targets[name][tap])
+            mine, rescale = student.at(tap, name)
+            ours, theirs = same_grid(connector(mine), targets[name][tap])
             sign = torch.where(as_float(theirs).detach() > 0, 1.0, -1.0)
-            missing = (options.margin - sign * ours.float()).relu()
-            boundaries.append(missing.square().sum() * 0.5 ** (last - self.taps.index(tap)))
+            missing = (options.margin - sign * wide(ours)).relu()
+            boundaries.append(missing.square().sum() * (rescale * 0.5 ** (last - self.taps.index(tap))))
         batch = max(student.taps[self.taps[0]].shape[0], 1)
         terms = {"boundary": torch.stack(boundaries).sum() / (batch * len(self.teacher_names))}
         if options.second == "kd":

@@ -4,7 +4,7 @@
 
 a has one value per place, so that channels need not agree and no adapter is trained. The mean over places is the
 authors' code; the paper's sum is H * W times that. One teacher is the paper's method, several teachers are our
-extension.
+extension. At some positions only, ||a|| is theirs: nearly the whole map's, so the loss is nearly unbiased.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class AttentionTransfer(Method):
     paper: ClassVar[str] = "Zagoruyko & Komodakis, Paying More Attention to Attention, ICLR 2017"
     needs: ClassVar[tuple[str, ...]] = ("stage*",)
     dense: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """beta and p."""
@@ -46,10 +47,12 @@ class AttentionTransfer(Method):
         """``attention``: mean squares of the maps [B, C, H, W], summed over stages and averaged over teachers."""
         terms = []
         for name, tap in self.pairs:
-            ours, theirs = same_grid(student.taps[tap], targets[name][tap])
+            mine, rescale = student.at(tap, name)
+            ours, theirs = same_grid(mine, targets[name][tap])
             ours = wide(ours)
             theirs = as_float(theirs).detach().to(ours.dtype)
-            terms.append(F.mse_loss(self._attention(ours), self._attention(theirs)))
+            # of unit length over P places instead of H * W, squares are H * W / P as large
+            terms.append(F.mse_loss(self._attention(ours), self._attention(theirs)) / rescale)
         return {"attention": torch.stack(terms).sum() * self.share}
 
     def weights(self, progress: float) -> dict[str, float]:

@@ -14,8 +14,9 @@ parameters of the method: `method.parameters()` goes into the optimizer, and the
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +24,8 @@ from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 
 from feedfast.errors import RequestError
-from feedfast_kernels import Target
+from feedfast_kernels import Sampled, Target
+from feedfast_kernels.positions import as_row
 
 LOGITS = "logits"
 
@@ -31,7 +33,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Tap name -> (C, H, W), (C, N) for tokens or (C,) for a vector, of one sample of the student."""
 
 Targets = Mapping[str, Mapping[str, Target]]
-"""Teacher name -> tap name -> target. "logits" is a float [B, K]; other taps are maps or vectors."""
+"""Teacher name -> tap name -> target. "logits" is a float [B, K]; other taps are maps or vectors.
+
+Of a sampled map they are a map of one row, [B, C, 1, P]: see `StudentOutput.at`."""
+
+GivenTargets = Mapping[str, Mapping[str, Target | Sampled]]
+"""The same as a batch has them: of a sampled map with its positions."""
 
 Passes = Callable[[int], Iterator[Targets]]
 """Number of an epoch -> its batches of targets, without images: what `Method.prepare` learns from."""
@@ -44,10 +51,17 @@ class TapInfo:
     Attributes:
         shape: (C, H, W), (C, N) for tokens or (C,) for a vector, of one sample.
         margin: fp32 [C], OFD's lower bound of a pre-activation map, or None.
+        positions: how many of a map's H * W positions targets hold; None = it is whole.
     """
 
     shape: tuple[int, ...]
     margin: Tensor | None = None
+    positions: int | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of a target's values: (C, P) of a sampled map, else ``shape``."""
+        return self.shape if self.positions is None else (self.shape[0], self.positions)
 
 
 Teachers = Mapping[str, Mapping[str, TapInfo]]
@@ -62,11 +76,42 @@ class StudentOutput:
         output: what the network returns, with gradient; for a classifier logits [B, K].
         taps: tap name -> [B, C, H, W], [B, C, N] or [B, C], with gradient.
         ids: int64 [B], which samples these are; None unless a method `remembers`.
+        sampled: teacher -> tap -> target with its positions, of the maps that are sampled.
     """
 
     output: Any
     taps: dict[str, Tensor]
     ids: Tensor | None = None
+    sampled: Mapping[str, Mapping[str, Sampled]] = field(default_factory=dict)
+    _gathered: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def at(self, tap: str, teacher: str) -> tuple[Tensor, float]:
+        """A tap where a teacher's target of it is, and what a sum over its positions is multiplied with.
+
+        Returns:
+            [B, C, H, W] and 1; or of a sampled target [B, C, 1, P], gathered, and H * W / P. Teachers who share their
+            positions share what is gathered.
+        """
+        found = self.sampled.get(teacher, {}).get(tap)
+        if found is None:
+            return self.taps[tap], 1.0
+        key = (tap, id(found.positions))
+        if key not in self._gathered:
+            self._gathered[key] = found.gather(self.taps[tap]).unsqueeze(2)
+        return self._gathered[key], found.rescale
+
+
+def apart(given: GivenTargets) -> tuple[Targets, dict[str, dict[str, Sampled]]]:
+    """Targets as methods read them, and those that are sampled."""
+    plain = {
+        name: {tap: as_row(target.values) if isinstance(target, Sampled) else target for tap, target in taps.items()}
+        for name, taps in given.items()
+    }
+    sampled = {
+        name: {tap: target for tap, target in taps.items() if isinstance(target, Sampled)}
+        for name, taps in given.items()
+    }
+    return plain, sampled
 
 
 class MethodOptions(BaseModel):
@@ -88,6 +133,9 @@ class Method(nn.Module):
         one_label: whether it needs exactly one class per image, so that mixed images cannot be learned from.
         dense: whether it serves networks that answer place by place, too: the tasks segment and detect (of these, what
             reads no logits); their logits are [B, K, h, w].
+        samples: whether it serves targets at some positions of a map: its loss is a sum or mean over positions, which
+            those stand for, or nearly so; see `StudentOutput.at`. Decided per class, and where it is False
+        whole: says why.
         fuses: a task whose loss this method computes together with its own, see `fused`; None = it fuses none.
     """
 
@@ -98,6 +146,8 @@ class Method(nn.Module):
     remembers: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
+    whole: ClassVar[str] = "compares whole maps"
     fuses: ClassVar[type | None] = None
 
     class Options(MethodOptions):
@@ -108,12 +158,31 @@ class Method(nn.Module):
         super().__init__()
         if self.needs and not teachers:
             raise RequestError(f"method.name: {self.name!r} needs at least one teacher, found none")
+        self._refuse_sampled(options, student, teachers)
         for name, infos in teachers.items() if not self.dense and LOGITS in self.needed(options) else ():
             if LOGITS in infos and len(infos[LOGITS].shape) > 1:
                 raise RequestError(
                     f"method.name: {self.name!r} compares one row of logits per image, expected teachers that give it, "
                     f"found (class, height, width) = {infos[LOGITS].shape} of teacher {name!r}"
                 )
+
+    def _refuse_sampled(self, options: Any, student: Shapes, teachers: Teachers) -> None:
+        for name, infos in teachers.items():
+            for tap in matching(self.needed(options), infos):
+                info = infos[tap]
+                if info.positions is None:
+                    continue
+                found = f"found {info.positions} of {math.prod(info.shape[1:])} positions"
+                if not self.samples:
+                    raise RequestError(
+                        f"tap {tap!r} of teacher {name!r}: method {self.name!r} {self.whole}; expected all positions, "
+                        f"{found}: store the tap without a share"
+                    )
+                if tap in student and student[tap][1:] != info.shape[1:]:
+                    raise RequestError(
+                        f"tap {tap!r} of teacher {name!r}: {found} of a map of {list(info.shape[1:])}, expected that "
+                        f"grid of the student, which has {list(student[tap][1:])}; store the tap without a share"
+                    )
 
     def meet(self, ids: Tensor, labels: Tensor) -> None:
         """Make room for every sample of the run; when the method is built, before a checkpoint is loaded.

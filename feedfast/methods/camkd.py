@@ -37,6 +37,7 @@ class CAMKD(Method):
     )
     needs: ClassVar[tuple[str, ...]] = (LOGITS, TAP)
     one_label: ClassVar[bool] = True
+    samples: ClassVar[bool] = True  # a mean over positions
 
     class Options(MethodOptions):
         """The two weights, the temperature, and when the maps' term begins."""
@@ -77,7 +78,7 @@ class CAMKD(Method):
         divergences = [tau**2 * (p.exp() * (p - log_q)).sum(1) for p in log_p]
         distances = []
         for name, regressor in zip(self.teacher_names, self.regressors, strict=True):
-            x, target = same_grid(student.taps[TAP], targets[name][TAP])
+            x, target = same_grid(student.at(TAP, name)[0], targets[name][TAP])
             distances.append((regressor(x) - as_float(target).detach()).square().flatten(1).mean(1))
         shares = teacher_shares(theirs, annotations) / len(theirs)
         return {

@@ -37,6 +37,7 @@ class CRD(Method):
     paper: ClassVar[str] = "Tian et al., Contrastive Representation Distillation, ICLR 2020"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
     remembers: ClassVar[bool] = True
+    whole: ClassVar[str] = "compares images by the mean of a map"
     one_label: ClassVar[bool] = True
 
     class Options(MethodOptions):

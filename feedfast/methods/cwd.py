@@ -5,6 +5,7 @@
 The softmax is over H * W places. Compared are the last maps, the student's through a 1x1 convolution where its channels
 differ, or the logits of segmentation networks, one map per class, as the authors prefer. On the few places of a
 classifier's last map the term says little. One teacher is the paper's method, several teachers are our extension.
+At some positions only, both distributions are over those: an approximation, which needs no rescaling.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class CWD(Method):
     paper: ClassVar[str] = "Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
     dense: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """Which map, weight and temperature."""
@@ -75,7 +77,7 @@ class CWD(Method):
         tau, place = self.options.tau, self.options.map
         terms = []
         for name, alignment in zip(self.teacher_names, self.alignments, strict=True):
-            mine = student.output if place == LOGITS else student.taps[TAP]
+            mine = student.output if place == LOGITS else student.at(TAP, name)[0]
             ours, theirs = same_grid(alignment(mine), targets[name][place])
             ours = wide(ours)
             log_q = F.log_softmax(ours.flatten(2) / tau, 2)

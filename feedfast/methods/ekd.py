@@ -38,6 +38,7 @@ class EKD(Method):
     )
     needs: ClassVar[tuple[str, ...]] = (LOGITS, FINAL)
     student_needs: ClassVar[tuple[str, ...] | None] = ("branch*",)
+    whole: ClassVar[str] = "has one student map per branch, which are not gathered"
 
     class Options(MethodOptions):
         """Weights of the terms, temperature, and who teaches which branch."""

@@ -37,6 +37,7 @@ class PFEED(Method):
     paper: ClassVar[str] = "Park & Kwak, Feature-level Ensemble Knowledge Distillation, ECAI 2020 (parallel FEED)"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
     dense: ClassVar[bool] = True
+    whole: ClassVar[str] = "transforms maps by 3x3 convolutions, which read neighbors"
 
     class Options(MethodOptions):
         """beta and how the distance is reduced; batch norm in the NTLs."""

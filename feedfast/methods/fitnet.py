@@ -6,6 +6,7 @@
 The first is the paper's: the hint trains the layers below the tap and nothing else, then the whole network learns from
 labels and logits; tau^2 is not in its loss. The second is what the benchmark codes call FitNet. The regressor r is
 trained with the student and thrown away. One teacher is the paper's method, several teachers are our extension.
+At some positions only, which needs equal grids, the mean is of those: unbiased but for r's batch statistics.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class FitNet(Method):
     paper: ClassVar[str] = "Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015"
     needs: ClassVar[tuple[str, ...]] = ("stage*", LOGITS)
     dense: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """Stages, the hint, and the paper's second stage."""
@@ -98,7 +100,8 @@ class FitNet(Method):
         options = self.options
         hints = []
         for name, regressor in zip(self.teacher_names, self.regressors, strict=True):
-            ours, theirs = same_grid(regressor(student.taps[options.tap]), targets[name][options.tap])
+            mine, _ = student.at(options.tap, name)  # a mean of the positions needs no rescaling
+            ours, theirs = same_grid(regressor(mine), targets[name][options.tap])
             ours = wide(ours)
             hints.append(F.mse_loss(ours, as_float(theirs).detach().to(ours.dtype)))
         terms = {"hint": torch.stack(hints).mean()}

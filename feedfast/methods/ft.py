@@ -121,6 +121,7 @@ class FT(Method):
     )
     needs: ClassVar[tuple[str, ...]] = (TAP,)
     student_needs: ClassVar[tuple[str, ...] | None] = (TAP,)
+    whole: ClassVar[str] = "makes factors by 3x3 convolutions, which read neighbors"
 
     class Options(MethodOptions):
         """The paraphraser and its training, and the weight of the term."""

@@ -39,6 +39,7 @@ class Locality(Method):
         "the layer are not from the paper)"
     )
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    whole: ClassVar[str] = "compares images by the mean of a map"
 
     class Options(MethodOptions):
         """Neighborhoods, their scale and the weight."""

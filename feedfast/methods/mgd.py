@@ -53,6 +53,7 @@ class MGD(Method):
     paper: ClassVar[str] = "Yang et al., Masked Generative Distillation, ECCV 2022"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
     dense: ClassVar[bool] = True
+    whole: ClassVar[str] = "generates maps by 3x3 convolutions, which read neighbors"
 
     class Options(MethodOptions):
         """alpha and the mask."""

@@ -7,7 +7,8 @@
 The margin m < 0 of a channel is the mean of its negative responses: from the batch norm before the tap in closed form
 (`margin_from_bn`), or measured where there is none (`RunningMargin`). Maps clipped at m before they were stored may be
 clipped again. Which statistics the teachers' batch norms used is up to the caller; this loss is the same. Grids must
-agree: the authors never resize.
+agree: the authors never resize. At P of H * W positions the distances are multiplied with H * W / P: unbiased but for
+the connector's batch statistics, which are then those of the positions that are looked at.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class OFD(Method):
     needs: ClassVar[tuple[str, ...]] = ("ofd*",)
     student_needs: ClassVar[tuple[str, ...] | None] = ("ofd*",)
     dense: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
 
     class Options(MethodOptions):
         """alpha, which taps, and their weights."""
@@ -145,8 +147,9 @@ class OFD(Method):
             for index, (tap, connector) in enumerate(zip(self.taps, connectors, strict=True)):
                 assert isinstance(connector, Connector)
                 margin = connector.get_buffer("margin")
-                weight = self.tap_weights[index] / len(self.teacher_names)
-                distances.append(connector.distance(student.taps[tap], targets[name][tap], margin, weight))
+                ours, rescale = student.at(tap, name)
+                weight = self.tap_weights[index] / len(self.teacher_names) * rescale
+                distances.append(connector.distance(ours, targets[name][tap], margin, weight))
         feature = distances[0]
         for distance in distances[1:]:
             feature = torch.add(feature, distance)

@@ -85,7 +85,7 @@ class Connector(nn.Sequential):
         super().__init__(convolution, ConnectorBatchNorm(teacher_channels))
 
     def distance(self, student_NCHW: Tensor, target: Target, margin_C: Tensor, weight: float) -> Tensor:
-        """`partial_l2` of the transformed map."""
+        """`partial_l2` of the transformed map; of a sampled one all of this at its positions only."""
         convolution, batch_norm = self
         assert isinstance(batch_norm, ConnectorBatchNorm)
         return batch_norm.distance(convolution(student_NCHW), target, margin_C, weight)

@@ -33,6 +33,7 @@ class RKD(Method):
     name: ClassVar[str] = "rkd"
     paper: ClassVar[str] = "Park et al., Relational Knowledge Distillation, CVPR 2019"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    whole: ClassVar[str] = "compares images by the mean of a map"
 
     class Options(MethodOptions):
         """The two weights."""
@@ -63,6 +64,7 @@ class SP(Method):
     name: ClassVar[str] = "sp"
     paper: ClassVar[str] = "Tung & Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    whole: ClassVar[str] = "compares images by all of their maps"
 
     class Options(MethodOptions):
         """beta."""
@@ -89,6 +91,7 @@ class PKT(Method):
     name: ClassVar[str] = "pkt"
     paper: ClassVar[str] = "Passalis & Tefas, Learning Deep Representations with Probabilistic Transfer, ECCV 2018"
     needs: ClassVar[tuple[str, ...]] = (TAP,)
+    whole: ClassVar[str] = "compares images by the mean of a map"
 
     class Options(MethodOptions):
         """beta."""

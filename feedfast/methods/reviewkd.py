@@ -72,6 +72,7 @@ class ReviewKD(Method):
     name: ClassVar[str] = "reviewkd"
     paper: ClassVar[str] = "Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021"
     needs: ClassVar[tuple[str, ...]] = ("ofd*", LAST)
+    whole: ClassVar[str] = "fuses maps of several stages and pools them"
 
     class Options(MethodOptions):
         """Weight, its warm-up, and the width of what is fused."""

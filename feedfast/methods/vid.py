@@ -54,6 +54,7 @@ class VID(Method):
     name: ClassVar[str] = "vid"
     paper: ClassVar[str] = "Ahn et al., Variational Information Distillation for Knowledge Transfer, CVPR 2019"
     needs: ClassVar[tuple[str, ...]] = ("stage*",)
+    samples: ClassVar[bool] = True  # a mean over positions
 
     class Options(MethodOptions):
         """Weight and initial variance."""
@@ -74,7 +75,7 @@ class VID(Method):
     def forward(self, student: StudentOutput, targets: Targets, annotations: Any) -> dict[str, Tensor]:
         """``information``: of maps [B, C, H, W], summed over stages and averaged over teachers."""
         terms = [
-            gaussian(student.taps[tap], targets[name][tap])
+            gaussian(student.at(tap, name)[0], targets[name][tap])
             for (name, tap), gaussian in zip(self.pairs, self.gaussians, strict=True)
         ]
         return {"information": torch.stack(terms).sum() * self.share}

@@ -84,7 +84,8 @@ def refuse_other_recipe(
         for tap in matching(needs, stored):
             if tap == LOGITS:  # f16 or f32, by the taps of the recipe that stored them
                 continue
-            _refuse_other(reader.path, spec.name, stored[tap], {"codec": codecs.of(spec.name, tap)})
+            said = {"sample": codecs.share(spec.name, tap)} if spec.taps else {}
+            _refuse_other(reader.path, spec.name, stored[tap], {"codec": codecs.of(spec.name, tap), **said})
     for spec in recipe.teachers if recipe.train.check_teachers else ():
         stored, teacher = found.teachers[spec.name].taps, built[spec.name]
         for tap in teacher.requests:
@@ -147,7 +148,7 @@ def refuse_other_tap(
         tap: its name.
         codec: the recipe's for it.
         known: the manifest's entry.
-        transform: whether the margin counts.
+        transform: whether margin and share count.
 
     Raises:
         CacheMismatchError: the first key that differs.
@@ -155,7 +156,7 @@ def refuse_other_tap(
     request = teacher.requests[tap]
     asked: dict[str, Any] = {"path": request.tap.path, "position": request.tap.position}
     if transform:
-        asked["transform"] = "margin" if request.margin else "none"
+        asked |= {"transform": "margin" if request.margin else "none", "sample": request.share}
     asked |= {"codec": codec, "shape": teacher.shapes[tap]}
     _refuse_other(path, teacher.name, known, asked)
 
@@ -163,6 +164,8 @@ def refuse_other_tap(
 def _refuse_other(path: Path, teacher: str, known: TapInfo, asked: dict[str, Any]) -> None:
     for key, value in asked.items():
         found = getattr(known, key)
+        if key == "sample" and found is not None:
+            found = found.share
         if value != found:
             raise CacheMismatchError(
                 f"{path}: targets/{teacher}/{known.name}: {key}: expected {value!r} as the recipe says, "

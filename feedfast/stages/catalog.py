@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from feedfast import recipe as recipes
+from feedfast.data.positions import positions_per_map
 from feedfast.errors import RequestError
 from feedfast.files import write_text
 from feedfast.methods import METHODS, Method, method_named, tasks_of
@@ -146,13 +147,20 @@ def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str,
                 targets[f"{teacher}/{tap}"] = {
                     "shape": list(taps[tap]),
                     "codec": (codec := codecs.of(teacher, tap)),
-                    "bytes_per_sample": tap_row_bytes(taps[tap], codec),
+                    "bytes_per_sample": tap_row_bytes(_stored(taps[tap], codecs.share(teacher, tap)), codec),
                 }
         total = None if refused else sum(entry["bytes_per_sample"] for entry in targets.values())
         costs[kind.name] = {"bytes_per_sample": total, "targets": targets}
         if refused:
             costs[kind.name]["refused"] = refused[0]
     return costs
+
+
+def _stored(shape: tuple[int, ...], share: float | None) -> tuple[int, ...]:
+    """Shape of what is stored of a tap."""
+    if share is None or len(shape) != 3:
+        return shape
+    return shape[0], positions_per_map(share, *shape[1:])
 
 
 def _classes(recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""Which codec each stored tap of a recipe has: the one answer, for `cache`, `train`, `plan` and `methods`.
+"""Which codec and share each stored tap of a recipe has: the one answer, for `cache`, `train`, `plan` and `methods`.
 
 By name alone, since a student may train from a cache on a machine that has none of the teachers: an entry of
 ``teachers.N.taps`` is of the tap of its name, and one of a group ("ofd") of the taps that it numbers (ofd1, ...).
@@ -6,7 +6,7 @@ By name alone, since a student may train from a cache on a machine that has none
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from feedfast import recipe as recipes
@@ -39,12 +39,22 @@ class Codecs:
                 all((entry.codec or self.default) == "f32" for entry in entries) if entries else self.default == "f32"
             )
             return "f32" if exact else "f16"
-        name = TAP if tap == FACTOR else tap  # factors are stored as the map that they are made from
-        named = [entry for entry in entries if entry.name == name]
-        number = name.partition(".")[0]  # branch1 of branch1.final
-        groups = [entry for entry in entries if not entry.by_hand and numbered_taps((number,), entry.name)]
-        entry = next(iter((*named, *groups)), None)
+        # factors are stored as the map that they are made from
+        entry = _entry_of(TAP if tap == FACTOR else tap, entries)
         return self.default if entry is None or entry.codec is None else entry.codec
+
+    def share(self, teacher: str, tap: str) -> float | None:
+        """Which share of a tap's positions is stored; None = all."""
+        entry = _entry_of(tap, self.entries.get(teacher, ()))
+        return None if entry is None else entry.sample
+
+
+def _entry_of(name: str, entries: Sequence[TapEntry]) -> TapEntry | None:
+    """What a recipe says of a tap: its own entry, else that of a group that numbers it."""
+    named = [entry for entry in entries if entry.name == name]
+    number = name.partition(".")[0]  # branch1 of branch1.final
+    groups = [entry for entry in entries if not entry.by_hand and numbered_taps((number,), entry.name)]
+    return next(iter((*named, *groups)), None)
 
 
 def codecs_of(teachers: Iterable[recipes.Teacher], default: CodecName) -> Codecs:

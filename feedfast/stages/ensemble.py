@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
-from feedfast.cache.schema import TeacherInfo
+from feedfast.cache.schema import SampleInfo, TeacherInfo
 from feedfast.cache.transform import Transform
+from feedfast.data.positions import ALGORITHM, positions_per_map
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
 from feedfast.methods.base import numbered_taps, tap_groups
@@ -47,10 +48,11 @@ PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class TapRequest:
-    """A tap and whether it is stored after OFD's margin ReLU."""
+    """A tap, whether it is stored after OFD's margin ReLU, and which share of its positions; None = all."""
 
     tap: Tap
     margin: bool
+    share: float | None = None
 
 
 def tap_requests(
@@ -63,12 +65,12 @@ def tap_requests(
     """
     found: dict[str, TapRequest] = {}
     for spec in specs:
-        text, margin = (spec, False) if isinstance(spec, str) else (spec.tap, spec.margin)
+        text, margin, share = (spec, False, None) if isinstance(spec, str) else (spec.tap, spec.margin, spec.sample)
         taps = (parse_tap(text),) if "=" in text else preset_taps(model, text, example)
         for tap in taps:
             if tap.name in found or tap.name == LOGITS:
                 raise RequestError(f"{where}.taps: every tap needs its own name, found {tap.name!r} twice or reserved")
-            found[tap.name] = TapRequest(tap, margin)
+            found[tap.name] = TapRequest(tap, margin, share)
     return tuple(found.values())
 
 
@@ -85,6 +87,7 @@ class FrozenTeacher:
         classes: that it tells apart.
         dense: whether it tells them apart in places of an image.
         weights_sha256: hex digest of the loaded state_dict.
+        positions: how many are stored of the taps that are sampled.
         margins: OFD's margin per channel for every tap whose last layer is a BatchNorm (float32, CPU).
     """
 
@@ -145,6 +148,7 @@ class FrozenTeacher:
         self.shapes: dict[str, tuple[int, ...]] = dict(self.tapped.shapes)
         if logits and isinstance(outputs, tuple):
             self.shapes[LOGITS] = outputs
+        self.positions = self._positions()
         self.classes = classes_of(outputs)
         self.dense = not (isinstance(outputs, tuple) and len(outputs) == 1)
         self.margins: dict[str, Tensor] = {}
@@ -185,7 +189,29 @@ class FrozenTeacher:
 
     def tap_info(self, name: str) -> TapInfo:
         """What a method needs to know of a tap."""
-        return TapInfo(shape=self.shapes[name], margin=self.margins.get(name))
+        return TapInfo(self.shapes[name], self.margins.get(name), self.positions.get(name))
+
+    def stored(self, name: str) -> tuple[int, ...]:
+        """Shape of a tap's stored values: (C, P) of a sampled map, else that of the tap."""
+        return self.tap_info(name).stored
+
+    def sample_info(self, name: str) -> SampleInfo | None:
+        """What a manifest says of a tap's positions; None = all are stored."""
+        share = self.requests[name].share
+        return None if share is None else SampleInfo(share=share, positions=self.positions[name], algorithm=ALGORITHM)
+
+    def _positions(self) -> dict[str, int]:
+        found = {}
+        for name, request in self.requests.items():
+            if request.share is not None:
+                shape = self.shapes[name]
+                if len(shape) != 3:
+                    raise RequestError(
+                        f"teachers[{self.name}].taps: {name!r}: expected a map [C, H, W], of whose positions "
+                        f"@{request.share!r} is stored, found {list(shape)}; leave the share out"
+                    )
+                found[name] = positions_per_map(request.share, *shape[1:])
+        return found
 
     def transform(self, name: str) -> Transform:
         """What happens to a tap's map before it is stored.

@@ -71,6 +71,11 @@ def run_factors(recipe: Recipe) -> dict[str, Any]:
                 f"{reader.path}: teacher {name!r}: expected a stored map {TAP!r}, found {sorted(held[name].taps)}; "
                 "run `feedfast cache` with this tap first"
             )
+        if tap.sample is not None:
+            raise RequestError(
+                f"{reader.path}: teacher {name!r}: expected whole maps of {TAP!r}, of which 3x3 convolutions make "
+                f"factors, found {tap.sample.positions} of their positions; store the tap without a share"
+            )
         known = held[name].taps.get(FACTOR)
         if known is not None and (known.factor is None or known.factor.rate != options.rate):
             found = "another tap of this name" if known.factor is None else known.factor.rate

@@ -47,8 +47,9 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         The JSON of `feedfast inspect`: ``path``, ``rows``, ``views``, ``bytes``, ``digest``, ``complete``, ``targets``
-        (array → codec, shape, bytes per sample, compression, measured errors), ``teachers`` (name → ``top1`` and the
-        labeled pilot rows it is of), ``data`` (images, classes, first names of classes, files skipped by extension),
+        (array → codec, shape, ``sample`` with share and number of drawn positions, bytes per sample, compression,
+        measured errors), ``teachers`` (name → ``top1`` and the labeled pilot rows it is of), ``data`` (images, classes,
+        first names of classes, files skipped by extension),
         ``manifest``, ``report`` (with ``out``).
     """
     reader = CacheReader(cache)
@@ -69,6 +70,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
             "row_shape": list(spec.row_shape),
             "codec": info.codec if info else None,
             "transform": info.transform if info else None,
+            "sample": info.sample.model_dump() if info and info.sample else None,
             "compression": spec.compression,
             "rows": count,
             "bytes": stored,
@@ -78,7 +80,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         targets[array] = entry
         row = {
             "array": array.removesuffix("/codes"),
-            "row": "x".join(map(str, spec.row_shape)),
+            "row": "x".join(map(str, spec.row_shape)) + (f" @{entry['sample']['share']}" if entry["sample"] else ""),
             "codec": entry["codec"] or entry["dtype"],
             "rows": count,
             "size": format_bytes(stored),

@@ -178,7 +178,7 @@ class OfflineRun:
             maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wanted}
             for name, found in maps.items():
                 self.accuracy.update(name, found.get(LOGITS), batch.annotations)
-            recorder.record(view, start, batch.images.cpu().numpy(), maps)
+            recorder.record(view, start, batch.images.cpu().numpy(), batch.ids, maps)
             meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
 
     def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
@@ -193,12 +193,13 @@ class OfflineRun:
                 array = names.codes(name, tap)
                 commits = log.of(array)
                 count = sum(commit.rows[1] - commit.rows[0] for commit in commits)
-                values = count * int(np.prod(info.shape))
+                values = count * int(np.prod(info.stored))
                 taps[f"{name}/{tap}"] = {
                     "codec": info.codec,
                     "compression": info.compression,
                     "shape": list(info.shape),
                     "transform": info.transform,
+                    "sample": None if info.sample is None else info.sample.share,
                     **info.error,
                     "saturated_fraction": sum(commit.saturated for commit in commits) / max(values, 1),
                     "bytes_per_sample": sum(commit.bytes for commit in commits) / max(count, 1),

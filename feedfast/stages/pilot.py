@@ -102,9 +102,17 @@ def run_pilot(
                     )
                 getattr(sample, kind).append(thin(values, len(group)))
                 if sample.first is None:
-                    block = block_rows_for(tap_row_bytes(tuple(values.shape[1:]), codecs[name]), granule)
-                    sample.first = values[:block]
+                    block = block_rows_for(tap_row_bytes(teacher.stored(name), codecs[name]), granule)
+                    sample.first = _as_stored(values[:block], teacher.positions.get(name))
     return {name: _fit(teacher, name, sample, codecs[name], compression) for name, sample in samples.items()}
+
+
+def _as_stored(values: Tensor, positions: int | None) -> Tensor:
+    """Maps with as many positions as are stored, evenly spaced: what compression makes of them is hardly moved."""
+    if positions is None:
+        return values
+    flat = values.flatten(2)
+    return flat[:, :, torch.from_numpy(np.linspace(0, flat.shape[2] - 1, positions).astype(np.int64))]
 
 
 def thin(values: Tensor, batches: int) -> np.ndarray:
@@ -165,6 +173,7 @@ def _fit(teacher: FrozenTeacher, name: str, sample: _Sample, codec: CodecName, a
         position=request.tap.position,
         shape=teacher.shapes[name],
         transform=transform.kind,
+        sample=teacher.sample_info(name),
         margin=None if margin is None else tuple(margin.tolist()),
         codec=codec,
         compression=compression,
@@ -178,13 +187,13 @@ def row_bytes(teachers: Iterable[FrozenTeacher], codecs: Codecs, images: str, si
     """Decoded bytes per row of all that a recipe stores: maps, logits, and pixels where ``images`` is "stored"."""
     total = size * size * 3 if images == "stored" else 0
     for teacher in teachers:
-        for tap, shape in teacher.shapes.items():
-            total += tap_row_bytes(shape, codecs.of(teacher.name, tap))
+        for tap in teacher.shapes:
+            total += tap_row_bytes(teacher.stored(tap), codecs.of(teacher.name, tap))
     return total
 
 
 def tap_row_bytes(shape: tuple[int, ...], codec: CodecName) -> int:
-    """Bytes per stored row of a tap."""
+    """Bytes per stored row of a tap; ``shape`` is that of the stored values."""
     return TapInfo(name="tap", path="", position="post", shape=shape, codec=codec).row_bytes
 
 

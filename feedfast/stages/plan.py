@@ -52,10 +52,11 @@ from feedfast.stages.plan_screen import plan_screen, screen_width
 from feedfast.stages.plan_step import step_ms
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import encode_rows
+from feedfast.stages.sampling import sampling_of
 from feedfast.stages.trainee import Entry, build_student, memory_format, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
-from feedfast_kernels import Codes, Target
+from feedfast_kernels import Codes, Sampled, Target
 from feedfast_kernels.codes import CODECS
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     measured = _measure(recipe, data, teachers, codecs, entries, granule, device, usable=not unusable)
     stored = _stored(codecs, teachers, taps, entries)
     targets = {
-        name: _target(info.shape, codec, measured.compression.get(name, 1.0), count, views, granule)
+        name: _target(info.stored, codec, measured.compression.get(name, 1.0), count, views, granule)
         for name, (info, codec) in stored.items()
     }
     if recipe.cache.images == "stored":
@@ -283,7 +284,7 @@ def _stored(
 def _target(
     shape: tuple[int, ...], codec: CodecName, ratio: float, count: int, views: int, granule: int
 ) -> dict[str, Any]:
-    """What one array takes, in all ``views`` of ``count`` rows."""
+    """What one array takes, in all ``views`` of ``count`` rows; ``shape`` is that of its stored values."""
     raw = tap_row_bytes(shape, codec)
     block = block_rows_for(raw, granule)
     blocks = -(-count // block) * views
@@ -332,13 +333,16 @@ def _measure(
     first = batches[0].images
     found = _Measured(len(first), accuracies(teachers, len(data.classes)), pixels_per_second)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
-    targets: dict[str, dict[str, Target]] = {}
+    targets: dict[str, dict[str, Target | Sampled]] = {}
+    sampling = sampling_of(recipe.seed, method_taps(teachers))
+    places = sampling.places(0, batches[0].ids, device)
     with Meter("plan", taps + len(teachers) * (TIMED + 1) + TIMED + 1, "measurements") as meter:
         for name, teacher in teachers.items():
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
-                made = _encoded(teacher, tap, values, codecs.of(name, tap), recipe.cache.compression, granule)
-                targets.setdefault(name, {})[tap] = made.target
+                here = sampling.gathered(name, tap, values, places)
+                made = _encoded(teacher, tap, here, codecs.of(name, tap), recipe.cache.compression, granule)
+                targets.setdefault(name, {})[tap] = sampling.wrapped(name, tap, made.target, places)
                 found.compression[f"{name}/{tap}"] = made.compression
                 found.encode_ms += made.encode_ms
                 found.decode_ms += made.decode_ms
@@ -407,7 +411,7 @@ def _encoded(
     begin = time.perf_counter()
     codes, _ = encode_rows(values, codec, offset, step, transform)
     encoding = (time.perf_counter() - begin) * 1e3
-    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.shapes[tap], codec), granule)])
+    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.stored(tap), codec), granule)])
     kind = choose_compression([block], compression)
     stored = compress_block(block, kind)
     ratio = block.nbytes / len(stored) if kind == "zstd" else 1.0

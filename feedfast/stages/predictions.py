@@ -67,7 +67,7 @@ def predictions_html(
 
 @torch.no_grad()
 def maps_html(tapped: Tapped, normalize: nn.Module, source: Source, data: Dataset, rows: int) -> str:
-    """A section with maps of the same pixels in every teacher and the student; empty without targets.
+    """A section with maps of the same pixels in every teacher and the student; empty without targets that are whole.
 
     Args:
         tapped: the student with the taps its methods read; left in evaluation mode.
@@ -76,7 +76,7 @@ def maps_html(tapped: Tapped, normalize: nn.Module, source: Source, data: Datase
         data: the training images, for their names.
         rows: of a batch: teachers on batch statistics say something else of a smaller one.
     """
-    names = [tap for infos in source.taps.values() for tap, info in infos.items() if len(info.shape) == 3]
+    names = [tap for infos in source.taps.values() for tap, info in infos.items() if len(info.stored) == 3]
     wanted = [tap for tap in dict.fromkeys(names) if tap in tapped.shapes][:TAPS]
     if not wanted:
         return ""

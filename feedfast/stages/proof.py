@@ -39,7 +39,9 @@ from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
+from feedfast.stages.sampling import sampling_of_manifest
 from feedfast_kernels import Codes, decode
+from feedfast_kernels.codes import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +161,7 @@ def recompute_teachers(
     manifest = reader.manifest
     size, total = manifest.batch_rows, -(-manifest.num_rows // manifest.batch_rows)
     picks = max(1, round(percent / 100 * total))
+    sampling = sampling_of_manifest(manifest, reader.path)
     problems: list[Problem] = []
     smallest: dict[str, float] = {}
     loader = Loader(data, plan, batch_size=size, content=content_of(reader, data))
@@ -172,13 +175,15 @@ def recompute_teachers(
             parts = [np.arange(number * size, min((number + 1) * size, manifest.num_rows)) for number in chosen]
             rows = np.concatenate(parts)
             for batch in loader.stream(view, rows):
+                places = sampling.places(view, batch.ids, torch.device("cpu"))
                 for name, teacher in teachers.items():
                     for tap, values in teacher(batch.images).items():
                         if tap not in manifest.teachers[name].taps:
                             continue
                         array = names.codes(name, tap)
                         stored = stored_values(reader, name, tap, view, batch.rows)
-                        exact = transform_of(manifest.teachers[name].taps[tap]).teacher(values.cpu())
+                        values = sampling.gathered(name, tap, values.cpu(), places)
+                        exact = transform_of(manifest.teachers[name].taps[tap]).teacher(values)
                         smallest[array] = min(smallest.get(array, 1.0), _cosine(exact, stored))
                         cosine = _cosine(_encoded(reader, name, tap, exact), stored)
                         if not cosine >= MIN_COSINE:
@@ -211,7 +216,7 @@ def _other_probes(reader: CacheReader, loader: Loader, teachers: dict[str, Froze
 
 
 def stored_values(reader: CacheReader, teacher: str, tap: str, view: int, rows: np.ndarray) -> torch.Tensor:
-    """Decoded float32 maps [row, channel, height, width] (or [row, channel]) of a cache."""
+    """Decoded float32 maps [row, channel, height, width] of a cache, [row, channel, position] or [row, channel]."""
     codec = reader.manifest.teachers[teacher].taps[tap].codec
     stored = torch.from_numpy(reader.read_rows(names.codes(teacher, tap), view, rows))
     return decode_rows(stored, codec, *scale_of(reader, teacher, tap))
@@ -225,7 +230,7 @@ def scale_of(reader: CacheReader, teacher: str, tap: str) -> tuple[torch.Tensor,
 
 def decode_rows(rows: torch.Tensor, codec: CodecName, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Stored rows of a tap, channels last, as float32 [row, channel, …]: height and width, tokens, or nothing more."""
-    if codec == "u8" or codec == "u4":
+    if is_quantized(codec):
         return decode(Codes(rows, offset, step, codec))
     return rows.float().movedim(-1, 1)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from feedfast.cache import names
@@ -24,6 +25,7 @@ from feedfast.cache.transform import Transform, transform_of
 from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError
 from feedfast.stages.identity import changed_versions
+from feedfast.stages.sampling import sampling_of_manifest
 from feedfast.stages.together import SharedWriter
 from feedfast_kernels import encode
 from feedfast_kernels.codes import CODECS
@@ -53,6 +55,7 @@ class Recorder:
         """
         self.writer, self.manifest = writer, writer.manifest
         self._held, self._decoder = held, decoder
+        self._sampling = sampling_of_manifest(self.manifest, held.path)
         self._arrays = {name: {tap: names.codes(name, tap) for tap in some} for name, some in taps.items()}
         targets = {array for arrays in self._arrays.values() for array in arrays.values()}
         self.pending: Pending = writer.pending({names.SUMS, *targets} | ({names.PIXELS} & writer.specs.keys()))
@@ -73,6 +76,7 @@ class Recorder:
         view: int,
         start: int,
         pixels: np.ndarray,
+        ids: NDArray[np.integer],
         maps: Mapping[str, Mapping[str, Tensor]],
         *,
         keep: Collection[str] = (),
@@ -83,6 +87,7 @@ class Recorder:
             view: which view.
             start: row of the first sample; the others follow it.
             pixels: uint8 [B, H, W, 3], as the teachers saw them.
+            ids: [B], which samples these are.
             maps: teacher → tap → float map [B, C, H, W], [B, C, N] or [B, C], for the teachers that `wants` named.
             keep: arrays of these maps whose codes are wanted, also where they are durable already.
 
@@ -99,11 +104,13 @@ class Recorder:
         if names.PIXELS in self.writer.specs:
             self.writer.append(names.PIXELS, view, start, pixels)
         kept = {}
+        places = self._sampling.places(view, ids, torch.device("cpu"), maps)
         for name, taps in maps.items():
             for tap, array in self._arrays[name].items():
                 lacks = self.pending.lacks(array, view, start, start + len(pixels))
                 if lacks or array in keep:
-                    codes, saturated = self._encoded(name, tap, taps[tap], view, start)
+                    values = self._sampling.gathered(name, tap, taps[tap], places)
+                    codes, saturated = self._encoded(name, tap, values, view, start)
                     if lacks:
                         self.writer.append(array, view, start, codes, saturated=saturated)
                     if array in keep:

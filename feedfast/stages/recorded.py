@@ -369,7 +369,7 @@ class Recorded(Cached):
             cut = first // size
             maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wants[cut]}
             keep = {array for name in maps for array in read.get(name, ())} if trained[cut] else set()
-            codes = recorder.record(view, first, batch.images.cpu().numpy(), maps, keep=keep)
+            codes = recorder.record(view, first, batch.images.cpu().numpy(), batch.ids, maps, keep=keep)
             for name, stream in stored.items():
                 if trained[cut] and name not in maps:
                     codes |= next(stream)
@@ -379,12 +379,14 @@ class Recorded(Cached):
         """One batch of what is held of one cut or more."""
         codes = {array: joined([part.codes[array] for part in parts]) for array in parts[0].codes}
         if len(parts) == 1 and len(parts[0].batch) == parts[0].stop - parts[0].start:
-            return replace(parts[0].batch, targets=self._targets(codes))
+            whole = parts[0].batch
+            return replace(whole, targets=self._targets(codes, whole.view, whole.ids))
         images = torch.cat([part.batch.images[part.start : part.stop] for part in parts])
         rows = np.concatenate([part.batch.rows[part.start : part.stop] for part in parts])
         annotations = moved(annotations_of(self.data, work.rows(rows), self.plan.size), self.device)
         ids = np.concatenate([part.batch.ids[part.start : part.stop] for part in parts])
-        return Batch(images, annotations, ids, rows, parts[0].batch.view, self._targets(codes))
+        view = parts[0].batch.view
+        return Batch(images, annotations, ids, rows, view, self._targets(codes, view, ids))
 
 
 def _first_rows(cuts: Cuts, size: int) -> Rows:

@@ -34,7 +34,7 @@ from feedfast.data.views import ViewPlan
 from feedfast.data.work import annotations_of, view_work
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo, Targets
-from feedfast.methods.base import matching
+from feedfast.methods.base import apart, matching
 from feedfast.methods.ft import FACTOR
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
@@ -46,9 +46,10 @@ from feedfast.stages.pilot import mixing_plan, pilot_pixels, readable_plan, row_
 from feedfast.stages.probe import Probe
 from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixels
 from feedfast.stages.resident import Item, Resident, resident
+from feedfast.stages.sampling import sampling_of, sampling_of_manifest
 from feedfast.stages.schedule import total_steps
 from feedfast.stages.worker import ranks_here
-from feedfast_kernels import Codes, Target
+from feedfast_kernels import Codes, Sampled, Target
 from feedfast_kernels.codes import CODECS
 
 Rows = NDArray[np.int64]
@@ -115,7 +116,7 @@ class Plain:
 
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`."""
-        return (batch.targets for batch in self.batches(view, rows, batch_size))
+        return (apart(batch.targets)[0] for batch in self.batches(view, rows, batch_size))
 
     def identity(self) -> dict[str, Any]:
         """See `Source`: there are no targets."""
@@ -150,6 +151,7 @@ class Live(Plain):
         super().__init__(data, plan, device, views=views, threads=threads)
         self.teachers, self.taps, self.probes = teachers, taps, probes or {}
         self.classes = next((teacher.classes for teacher in teachers.values()), 0)
+        self._sampling = sampling_of(plan.seed, taps)
         # As a cache of these teachers holds them: OFD floors at the margin itself, other methods read maps as they are.
         self._floors = {
             (name, tap): None if tap == LOGITS else teachers[name].transform(tap).floor(device)
@@ -160,18 +162,21 @@ class Live(Plain):
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`."""
         for batch in super().batches(view, rows, batch_size, start):
-            yield replace(batch, targets=self.targets(batch.images))
+            yield replace(batch, targets=self.targets(batch))
 
     def identity(self) -> dict[str, Any]:
         """See `Source`: weights, and what they compute, which changed code would change."""
         return teachers_identity(self.teachers, self.probes)
 
-    def targets(self, images: Tensor) -> dict[str, dict[str, Target]]:
-        """One forward pass of every teacher on uint8 pixels [B, H, W, 3]."""
-        out: dict[str, dict[str, Target]] = {}
+    def targets(self, batch: Batch) -> dict[str, dict[str, Target | Sampled]]:
+        """One forward pass of every teacher on a batch's uint8 pixels."""
+        out: dict[str, dict[str, Target | Sampled]] = {}
+        places = self._sampling.places(batch.view, batch.ids, self.device)
         for name, infos in self.taps.items():
-            maps = self.teachers[name](images)
-            out[name] = {tap: floored(maps[tap], self._floors[name, tap]) for tap in infos}
+            maps = self.teachers[name](batch.images)
+            for tap in infos:
+                values = floored(self._sampling.gathered(name, tap, maps[tap], places), self._floors[name, tap])
+                out.setdefault(name, {})[tap] = self._sampling.wrapped(name, tap, values, places)
         return out
 
 
@@ -195,6 +200,8 @@ class Cached(Plain):
     ) -> None:
         super().__init__(data, plan, device, views=views, threads=threads)
         self.reader, self.taps = reader, taps
+        sampling_of_manifest(reader.manifest, reader.path)  # known here?
+        self._sampling = sampling_of(plan.seed, taps)
         self.resident: Resident | None = None  # what holds the rows of `arrays`, where they are to be held
         self.classes = next((teacher.num_classes for teacher in reader.manifest.teachers.values()), 0)
         self.stored_images = reader.manifest.images == "stored"
@@ -227,7 +234,12 @@ class Cached(Plain):
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`. Nothing is decoded."""
         arrays = [array for array in self.arrays if array != names.PIXELS]
-        return (self._targets(item) for item in (self.resident or self.reader).stream(arrays, view, rows, batch_size))
+        items = (self.resident or self.reader).stream(arrays, view, rows, batch_size)
+        ids = self.plan.order(view, self.data.ids)[rows] if self._sampling else np.empty(0, np.uint32)
+        return (
+            apart(self._targets(item, view, ids[number * batch_size : (number + 1) * batch_size]))[0]
+            for number, item in enumerate(items)
+        )
 
     def identity(self) -> dict[str, Any]:
         """See `Source`: a digest of the objects it reads, so that a cache may grow meanwhile."""
@@ -242,7 +254,7 @@ class Cached(Plain):
 
     def _with_targets(self, pixels: Iterator[Batch], items: Iterator[Item]) -> Iterator[Batch]:
         for batch, item in zip(pixels, items, strict=True):
-            yield replace(batch, targets=self._targets(item))
+            yield replace(batch, targets=self._targets(item, view=batch.view, ids=batch.ids))
 
     def _with_stored_images(
         self, items: Iterator[Item], view: int, rows: Rows, batch_size: int, start: int
@@ -257,8 +269,8 @@ class Cached(Plain):
                 ids=self.data.ids[own.positions],
                 rows=here,
                 view=view,
-                targets=self._targets(item),
             )
+            batch.targets = self._targets(item, view, batch.ids)
             yield replace(batch, annotations=moved(batch.annotations, self.device))
 
     def _moved(self, array: np.ndarray | Tensor) -> Tensor:
@@ -271,8 +283,9 @@ class Cached(Plain):
         # ended; torch keeps its pinned memory until then.
         return data.pin_memory().to(self.device, non_blocking=True)
 
-    def _targets(self, item: Item) -> dict[str, dict[str, Target]]:
-        out: dict[str, dict[str, Target]] = {}
+    def _targets(self, item: Item, view: int, ids: NDArray[np.integer]) -> dict[str, dict[str, Target | Sampled]]:
+        out: dict[str, dict[str, Target | Sampled]] = {}
+        places = self._sampling.places(view, ids, self.device)
         for array, teacher, tap, codec, offset, step in self._entries:
             data = self._moved(item[array])
             value: Target
@@ -280,7 +293,7 @@ class Cached(Plain):
                 value = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
             else:
                 value = data.movedim(-1, 1) if data.dim() > 2 else data.float()
-            out.setdefault(teacher, {})[tap] = value
+            out.setdefault(teacher, {})[tap] = self._sampling.wrapped(teacher, tap, value, places)
         return out
 
 
@@ -387,7 +400,11 @@ def manifest_taps(manifest: Manifest) -> dict[str, dict[str, TapInfo]]:
     out: dict[str, dict[str, TapInfo]] = {}
     for name, teacher in manifest.teachers.items():
         out[name] = {
-            tap: TapInfo(tuple(entry.shape), None if entry.margin is None else torch.tensor(entry.margin))
+            tap: TapInfo(
+                tuple(entry.shape),
+                None if entry.margin is None else torch.tensor(entry.margin),
+                None if entry.sample is None else entry.sample.positions,
+            )
             for tap, entry in teacher.taps.items()
         }
     return out

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from feedfast import recipe as recipes
 from feedfast.data.dataset import Dataset
 from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options, refuse_other_logits
-from feedfast.methods.base import Shapes, Teachers, tap_groups
+from feedfast.methods.base import GivenTargets, Shapes, Teachers, apart, tap_groups
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model, load_weights
 from feedfast.models.normalize import Normalize
@@ -101,7 +101,7 @@ class Trainee(nn.Module):
     def forward(
         self,
         images: Tensor,
-        targets: Mapping[str, Mapping[str, Any]],
+        targets: GivenTargets,
         annotations: Any,
         progress: float,
         ids: NDArray[np.uint32] | None = None,
@@ -117,11 +117,12 @@ class Trainee(nn.Module):
         """
         output, taps = self.tapped(self.normalize(images))
         methods = cast("list[Method]", list(self.methods))
-        student = StudentOutput(output, taps)
+        plain, sampled = apart(targets)
+        student = StudentOutput(output, taps, sampled=sampled)
         if ids is not None and any(method.remembers for method in methods):
             student.ids = torch.from_numpy(ids.astype(np.int64)).to(images.device)
         return losses_of(
-            self.task, self.entries, methods, student, targets, annotations, progress, task_weight=self.task_weight
+            self.task, self.entries, methods, student, plain, annotations, progress, task_weight=self.task_weight
         )
 
 

@@ -228,6 +228,9 @@ def served(taps: Teachers, classes: int, task: str = "classify") -> dict[str, st
         reason = lacks(needs, taps) if needs else "needs no cache"
         if task not in tasks_of(kind):
             reason = f"does not serve task {task!r}"
+        sampled = any(infos[tap].positions is not None for infos in taps.values() for tap in matching(needs, infos))
+        if not reason and sampled and not kind.samples:
+            reason = f"{kind.whole}, found some of their positions"
         other = [t for t, infos in taps.items() if LOGITS in infos and infos[LOGITS].shape[0] != classes]
         if not reason and LOGITS in needs and classes and other:
             width = taps[other[0]][LOGITS].shape[0]

@@ -64,7 +64,7 @@ class Source:
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Student and t of the whole map; may be views."""
-        target = unpack(self.target, self.student.shape[3]) if self.codec == "u4" else self.target
+        target = unpack(self.target, self.student.shape[3], self.codec)
         t = target.to(self.dtype).reshape(_rows(target))
         if self.step is not None and self.offset is not None:
             t.mul_(self.step).add_(self.offset)
@@ -79,8 +79,7 @@ class Source:
 
     def target_rows(self, tile: Tile) -> Tensor:
         """t of one tile."""
-        target = self.target[tile]
-        t = self._read(unpack(target, self.student.shape[3]) if self.codec == "u4" else target, 1)
+        t = self._read(unpack(self.target[tile], self.student.shape[3], self.codec), 1)
         if self.step is not None and self.offset is not None:
             t.mul_(self.step).add_(self.offset)
         return t if self.margin is None else torch.maximum(t, self.margin, out=scratch(1, t.shape))

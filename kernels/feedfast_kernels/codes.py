@@ -3,7 +3,7 @@
 Legend: B batch, C channel, H height, W width, N token. Logical shapes are NCHW ([B, C, N] for tokens, [B, C] for
 vectors), as student maps are; stored bytes are [B, H, W, C], the order fast students run in and the cache keeps.
 
-`u4` packs two codes per byte, low nibble first, along the channels; an odd channel count leaves the last high nibble 0.
+`u6`, `u5` and `u4` are packed along the channels, pixel by pixel (_packing.py has the layout, and why it is so).
 
 `encode` runs with a teacher's forward pass and must be negligible next to it: on a CPU it works in cache-sized tiles;
 on CUDA Triton kernels do both directions in one pass (gpu/codes.py), with the bits of the CPU. float64 stays with
@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
+from feedfast_kernels import _packing as packing
 from feedfast_kernels._layout import along_row, as_BHWC, is_eager_cpu, scratch, tiles
 from feedfast_kernels._ops import OPS, register, runs_triton
 
-CodecName = Literal["u8", "u4"]
-StoredAs = Literal["u8", "u4", "float"]
+CodecName = Literal["u8", "u6", "u5", "u4"]
+StoredAs = Literal["u8", "u6", "u5", "u4", "float"]
 """What operators and kernels are told about a target: the codec of its codes, or that it is a float map."""
 
 
@@ -48,10 +49,25 @@ class Codec:
         """Whether values are codes with an offset and a step per channel."""
         return self.top_code is not None
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Widths in bits of the parts that a code is stored in, the lowest bits first; none of floats."""
+        return packing.parts_of(self.bits) if self.quantized else ()
+
 
 CODECS: Final = {
-    codec.name: codec for codec in (Codec("f32", 32), Codec("f16", 16), Codec("u8", 8, 254), Codec("u4", 4, 14))
+    codec.name: codec
+    for codec in (
+        Codec("f32", 32),
+        Codec("f16", 16),
+        *(Codec(f"u{bits}", bits, 2**bits - 2) for bits in (8, 6, 5, 4)),
+    )
 }
+
+
+def is_quantized(codec: str) -> TypeGuard[CodecName]:
+    """Whether it is the name of a codec whose values are codes."""
+    return codec in CODECS and CODECS[codec].quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +75,10 @@ class Codes:
     """A batch of encoded maps or vectors.
 
     Attributes:
-        data: uint8 [B, H, W, C], [B, N, C] or [B, C], any strides; for ``u4`` the last axis is ceil(C / 2) bytes.
+        data: uint8 [B, H, W, C], [B, N, C] or [B, C], any strides; packed: the last axis is `packed_channels`.
         offset: fp32 [C], the value of code 0.
         step: fp32 [C], difference of neighboring codes; 0 marks a constant channel.
-        codec: ``"u8"`` or ``"u4"``.
+        codec: ``"u8"``, ``"u6"``, ``"u5"`` or ``"u4"``.
 
     Raises:
         ValueError: if dtypes or shapes do not fit together.
@@ -122,16 +138,16 @@ def encode(
     margin_C: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encode float maps: code = clip(round((max(x, margin) - offset) / step), 0, 254 or 14), ties to even.
+    """Encode float maps: code = clip(round((max(x, margin) - offset) / step), 0, top code), ties to even.
 
     Args:
         x_NCHW: float [B, C, H, W], [B, C, N] or [B, C], fp32 or 16-bit, any strides; channels-last is fastest.
             float64 is rounded to fp32.
         offset_C: fp32 [C].
         step_C: fp32 [C], >= 0; where it is 0 the code is 0.
-        codec: ``"u8"`` or ``"u4"``.
+        codec: ``"u8"``, ``"u6"``, ``"u5"`` or ``"u4"``; their top codes are 254, 62, 30 and 14.
         margin_C: fp32 [C], lower bound applied first (OFD's margin ReLU), or None.
-        out: uint8 [B, H, W, C] (``u4``: ceil(C / 2) bytes) or its 3-D or 2-D form, to write into; any strides.
+        out: uint8 [B, H, W, C] (packed: `packed_channels` bytes) or its 3-D or 2-D form, to write into; any strides.
 
     Returns:
         The codes (``out`` where given, else a new contiguous tensor), and the number of values that the clip changed by
@@ -193,7 +209,7 @@ def _encode(
         into = out if out.is_contiguous() else torch.empty(stored, dtype=torch.uint8, device=x_NCHW.device)
         count: Tensor = OPS.encode(x_NCHW.detach(), offset_C, step_C, codec, margin_C, into)
         return (out if into is out else out.copy_(into)), count
-    # packing and odd strides are rare and cheap (one byte per element): quantize into a plain buffer first
+    # packing and odd strides are cheap (one byte per element): quantize into a plain buffer first
     scale = (offset_C, torch.where(step_C == 0, torch.inf, step_C), margin_C, top_code(codec))
     if is_eager_cpu(x_NCHW):
         direct = codec == "u8" and out.is_contiguous()
@@ -203,7 +219,10 @@ def _encode(
             return out, saturated
     else:
         codes, saturated = _quantize(x_BHWC.detach(), *scale)
-    return out.copy_((_pack(codes) if codec == "u4" else codes).view(out.shape)), saturated
+    into = out if out.ndim == 4 else out[:, None, None, :]
+    for tile in tiles(codes.shape) if is_eager_cpu(codes) else (slice(None),):
+        pack(codes[tile], codec, into[tile])
+    return out, saturated
 
 
 def _quantize(
@@ -293,7 +312,7 @@ def decode(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
 def decode_reference(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
     """`decode` in PyTorch operators on any device: what the kernel is compared with."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    data = unpack(codes.data, codes.offset.shape[0]) if codes.codec == "u4" else codes.data
+    data = unpack(codes.data, codes.offset.shape[0], codes.codec)
     value = data.to(work).mul_(codes.step.to(work)).add_(codes.offset.to(work)).to(dtype)
     return value.movedim(-1, 1)
 
@@ -304,7 +323,7 @@ def _decode_tiled(codes: Codes, dtype: torch.dtype) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=data.device)
     step, offset = (along_row(value_C.detach(), shape[2]) for value_C in (codes.step, codes.offset))
     for tile in tiles(shape):
-        part = unpack(data[tile], shape[3]) if codes.codec == "u4" else data[tile]
+        part = unpack(data[tile], shape[3], codes.codec)
         into = out[tile].view(-1, shape[2] * shape[3])
         rows = into if dtype == torch.float32 else scratch(0, into.shape)
         rows.view(part.shape).copy_(part)
@@ -338,21 +357,26 @@ def as_float(target: Target) -> Tensor:
     return decode(target) if isinstance(target, Codes) else target.float()
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes [..., C] two per byte, low nibble first: [..., ceil(C / 2)]."""
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+def unpack(data: Tensor, channels: int, codec: StoredAs) -> Tensor:
+    """The codes [..., channels], one per byte, of stored bytes [..., `packed_channels`]; a float map as it is."""
+    return data if codec == "float" else packing.unpack(data, channels, CODECS[codec].parts)
 
 
-def unpack(packed: Tensor, channels: int) -> Tensor:
-    """The 4-bit codes [..., channels] of packed bytes [..., ceil(channels / 2)]."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :channels]
+def pack(codes: Tensor, codec: str, out: Tensor | None = None) -> Tensor:
+    """The stored bytes [..., `packed_channels`] of codes [..., channels], one per byte and none above the top code."""
+    if out is None:
+        out = codes.new_empty((*codes.shape[:-1], packed_channels(codes.shape[-1], codec)))
+    packing.pack(codes, CODECS[codec].parts, out)
+    return out
 
 
 def packed_channels(channels: int, codec: str) -> int:
-    """Length of a stored pixel's last axis: ``channels`` values, or for ``u4`` the bytes that hold their codes."""
-    return (channels + 1) // 2 if codec == "u4" else channels
+    """Length of a stored pixel's last axis: ``channels`` values, or the bytes that hold their codes.
+
+    These are bits * channels / 8 for a multiple of 8 channels; of others each part of a code is filled up to a byte.
+    """
+    parts = CODECS[codec].parts if codec in CODECS else ()
+    return sum(-(-channels * width // 8) for width in parts) if parts else channels
 
 
 def top_code(codec: str) -> int:

@@ -9,6 +9,8 @@ Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, secti
 elements and divides by the batch, so that is the default denominator. Computed in fp32 (float64 if the student is). At
 s == t the distance and its gradient are 0 on both sides, so how ties are broken never shows.
 
+Of a map that is sampled only some positions are compared, gathered in front of all this or inside the kernel.
+
 On CUDA a Triton kernel does each direction in one pass (gpu/partial_l2.py); on a CPU PyTorch's operators go over
 cache-sized tiles and compute the gradient together with the loss (_tiled.py); a compiler, float64 and other devices get
 the formula over whole maps, `reference`. Only the last has a double backward; the others refuse it.
@@ -25,6 +27,7 @@ from feedfast_kernels._layout import as_BHWC, scratch, tiles
 from feedfast_kernels._ops import OPS, first_order_only, register
 from feedfast_kernels._tiled import Backend, Source, backend_of, empty_gradient, finished_gradient
 from feedfast_kernels.codes import StoredAs, Target, stored_parts
+from feedfast_kernels.positions import as_row, check_positions, gather_positions
 
 
 def partial_l2(
@@ -34,6 +37,7 @@ def partial_l2(
     margin_C: Tensor | None = None,
     weight: float = 1.0,
     denominator: float | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Partial squared distance between the student's map and max(target, margin).
 
@@ -43,6 +47,8 @@ def partial_l2(
         margin_C: float [C], or None. A target already clipped at the margin may be clipped again.
         weight: factor of the sum.
         denominator: divisor of the sum; None is the batch size.
+        positions: int32 or int64 [B, P], y * W + x, distinct per sample: where the student's map is compared, with a
+            target [B, C, P]. Nothing is rescaled: ``weight`` has H * W / P where the sum is to stand for the map's.
 
     Returns:
         fp32 scalar (float64 for a float64 student); 0 for an empty batch; NaN if any value is NaN.
@@ -50,7 +56,8 @@ def partial_l2(
     Raises:
         ValueError: if shapes differ.
     """
-    return _loss(student_NCHW, target, margin_C, weight, denominator, backend=backend_of([student_NCHW]))
+    backend = backend_of([student_NCHW])
+    return _loss(student_NCHW, target, margin_C, weight, denominator, positions, backend=backend)
 
 
 def reference(
@@ -60,9 +67,10 @@ def reference(
     margin_C: Tensor | None = None,
     weight: float = 1.0,
     denominator: float | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """`partial_l2` in PyTorch operators on any device: what the kernel is compared with."""
-    return _loss(student_NCHW, target, margin_C, weight, denominator, backend="whole")
+    return _loss(student_NCHW, target, margin_C, weight, denominator, positions, backend="whole")
 
 
 def _loss(
@@ -71,10 +79,18 @@ def _loss(
     margin_C: Tensor | None,
     weight: float,
     denominator: float | None,
+    positions: Tensor | None,
     *,
     backend: Backend,
 ) -> Tensor:
-    if student.ndim not in (2, 4) or target.shape != student.shape:
+    if positions is not None:
+        check_positions("partial_l2", student, positions)
+        expected = (*student.shape[:2], positions.shape[1])
+        if tuple(target.shape) != expected:
+            raise ValueError(f"partial_l2: expected a target {list(expected)}, got {list(target.shape)}")
+        if backend != "triton":
+            student, target, positions = gather_positions(student, positions).unsqueeze(2), as_row(target), None
+    if positions is None and (student.ndim not in (2, 4) or target.shape != student.shape):
         raise ValueError(
             f"partial_l2: expected a target of the student's shape {list(student.shape)}, [B, C, H, W] or [B, C], "
             f"got {list(target.shape)}"
@@ -83,7 +99,8 @@ def _loss(
     if margin_C is not None and margin_C.shape != (channels,):
         raise ValueError(f"partial_l2: margin expected [{channels}], got {list(margin_C.shape)}")
     scale = weight / (max(batch, 1) if denominator is None else denominator)
-    loss = _PartialL2.apply(student, *stored_parts(target), margin_C, scale, backend, torch.is_grad_enabled())
+    options = (margin_C, scale, backend, torch.is_grad_enabled(), positions)
+    loss = _PartialL2.apply(student, *stored_parts(target), *options)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -101,16 +118,17 @@ class _PartialL2(torch.autograd.Function):
         scale: float,
         backend: Backend,
         grad_enabled: bool,
+        positions: Tensor | None,
     ) -> Tensor:
         ctx.codec, ctx.scale, ctx.backend = codec, scale, backend
         # only the arguments are kept: t and the mask are computed again from the codes
-        ctx.save_for_backward(student, target, offset_C, step_C, margin_C)
+        ctx.save_for_backward(student, target, offset_C, step_C, margin_C, positions)
         inputs = (student, target, offset_C, step_C, codec, margin_C)
         if backend == "tiled":
             loss, ctx.gradient = _tiled(Source(*inputs), student, scale, grad_enabled and ctx.needs_input_grad[0])
             return loss
         if backend == "triton":
-            of_kernel: Tensor = OPS.partial_l2(*inputs, scale)
+            of_kernel: Tensor = OPS.partial_l2(*inputs, scale, positions)
             return of_kernel
         d = residual(*Source(*inputs).whole())
         return d.mul_(d).sum() * scale
@@ -119,20 +137,20 @@ class _PartialL2(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.backend != "whole":
             first_order_only("partial_l2")
-        student, target, offset_C, step_C, margin_C = ctx.saved_tensors
+        student, target, offset_C, step_C, margin_C, positions = ctx.saved_tensors
         inputs = (student, target, offset_C, step_C, ctx.codec, margin_C)
         if ctx.backend == "tiled":
             gradient = finished_gradient(
                 ctx, grad_output, student.dtype, lambda: _tiled(Source(*inputs), student, ctx.scale, True)[1]
             )
-            return gradient, *[None] * 8
+            return gradient, *[None] * 9
         if ctx.backend == "triton":
-            return OPS.partial_l2_backward(grad_output, *inputs, ctx.scale), *[None] * 8
+            return OPS.partial_l2_backward(grad_output, *inputs, ctx.scale, positions), *[None] * 9
         d = residual(*Source(*inputs).whole())
         gradient = torch.empty_like(student)
         into = as_BHWC(gradient)
         into.copy_(d.mul_(grad_output * (2 * ctx.scale)).view(into.shape))
-        return gradient, *[None] * 8
+        return gradient, *[None] * 9
 
 
 def _tiled(source: Source, student: Tensor, scale: float, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -154,7 +172,10 @@ def _tiled(source: Source, student: Tensor, scale: float, wants_gradient: bool) 
     return torch.stack(sums).sum() * scale, gradient
 
 
-_ARGUMENTS = "Tensor student, Tensor target, Tensor? offset, Tensor? step, str codec, Tensor? margin, float scale"
+_ARGUMENTS = (
+    "Tensor student, Tensor target, Tensor? offset, Tensor? step, str codec, Tensor? margin, float scale, "
+    "Tensor? positions=None"
+)
 register(
     f"partial_l2({_ARGUMENTS}) -> Tensor",
     "partial_l2.forward",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from code_samples import integers
 
 BENCH = Path(__file__).parents[2] / "bench"
 CPU = torch.device("cpu")
@@ -270,6 +271,8 @@ def test_data_is_random_and_not_all_alive() -> None:
     odd = inputs.random_codes((4, 5, 3, 3), "u4", CPU, seed=0)
     assert odd.shape == (4, 5, 3, 3)
     assert int((odd.data[..., -1] >> 4).max()) == 0
+    six = integers(inputs.random_codes((4, 5, 3, 3), "u6", CPU, seed=0).data.numpy(), 5, "u6")
+    assert (six.min(), six.max()) == (0, 62)
     silent = float((inputs.random_codes((4, 32, 5, 5), "u8", CPU, seed=0).data < 101).float().mean())
     assert 0.3 < silent < 0.5
 

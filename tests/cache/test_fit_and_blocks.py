@@ -13,6 +13,7 @@ import scipy.spatial
 import torch
 import zarr
 import zarr.codecs
+from code_samples import integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -35,6 +36,7 @@ from feedfast.errors import CacheDamageError, FeedfastError
 from feedfast_kernels import Codes, decode, encode
 from feedfast_kernels.codes import CODECS
 
+QUANTIZED = ["u8", "u6", "u5", "u4"]
 rng = np.random.default_rng(5)
 N = 5_000
 SAMPLES = {
@@ -76,7 +78,7 @@ def brute_force(values: np.ndarray, codec: str, *, pinned: bool) -> float:
     return best
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", QUANTIZED)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_fit_is_as_good_as_brute_force_and_never_worse_than_min_max(name: str, codec: str) -> None:
     values = SAMPLES[name].astype(np.float32)
@@ -97,7 +99,7 @@ def test_gaussian_u8_is_within_one_percent() -> None:
     assert fresh["saturated_fraction"] <= 1e-3
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", QUANTIZED)
 def test_atoms_at_the_lower_end_are_exact(codec: str) -> None:
     margins = np.float32([-0.1, -1 / 3, -2.718281828, 0.0])
     values = np.maximum(rng.normal(0, 1, (5000, 4)).astype(np.float32), margins)
@@ -109,7 +111,7 @@ def test_atoms_at_the_lower_end_are_exact(codec: str) -> None:
     assert np.array_equal(decoded[at_floor], values[at_floor])
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", QUANTIZED)
 @pytest.mark.parametrize("constant", [0.0, 3.3, -1e-30, 1e30])
 def test_constant_channels_are_exact(constant: float, codec: str) -> None:
     for n in (1, 50):
@@ -126,7 +128,7 @@ def test_constant_channels_are_exact(constant: float, codec: str) -> None:
     values=hnp.arrays(
         np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(-1e6, 1e6, width=32)
     ),
-    codec=st.sampled_from(["u8", "u4"]),
+    codec=st.sampled_from(QUANTIZED),
 )
 def test_any_pilot_gives_a_finite_range_no_worse_than_min_max(values: np.ndarray, codec: str) -> None:
     offset, step = fit_affine(values, codec)  # type: ignore[arg-type]
@@ -134,7 +136,7 @@ def test_any_pilot_gives_a_finite_range_no_worse_than_min_max(values: np.ndarray
     assert np.isfinite(step).all()
     assert (step >= 0).all()
     codes, _ = encode(*map(torch.from_numpy, (values, offset, step)), codec=codec)
-    assert int((codes if codec == "u8" else codes & 15).max()) <= CODECS[codec].top_code
+    assert int(integers(codes.numpy(), values.shape[1], codec).max()) <= CODECS[codec].top_code
     for channel, column in enumerate(values.T):
         low, high = column.min(), column.max()
         limit = rms(column, low, (float(high) - float(low)) / CODECS[codec].top_code, codec)
@@ -206,20 +208,36 @@ def test_measurements_follow_their_formulas() -> None:
 
 
 @settings(deadline=None)
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 14)))
-def test_u4_round_trips_with_odd_channels(codes: np.ndarray) -> None:
-    """Two codes per byte, low nibble first; an odd last channel leaves the high nibble 0."""
-    n, channels = codes.shape
+@given(
+    codes=hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=19), elements=st.integers(0, 62)),
+    codec=st.sampled_from(["u6", "u5", "u4"]),
+)
+def test_packed_codes_round_trip_with_any_channels(codes: np.ndarray, codec: str) -> None:
+    """Every code comes back, bits that belong to no channel are 0, and no row reads as missing."""
+    codes = np.minimum(codes, CODECS[codec].top_code)
+    channels = codes.shape[1]
     offset, step = torch.zeros(channels), torch.ones(channels)
-    packed, saturated = encode(torch.from_numpy(codes).float(), offset, step, codec="u4")
+    packed, saturated = encode(torch.from_numpy(codes).float(), offset, step, codec=codec)
     assert int(saturated) == 0
-    byte = packed.numpy()
-    assert byte.shape == (n, -(-channels // 2))
-    by_hand = np.zeros((n, 2 * byte.shape[1]), np.uint8)
-    by_hand[:, :channels] = codes
-    assert np.array_equal(byte, by_hand[:, ::2] + 16 * by_hand[:, 1::2])
-    assert (byte != 0xFF).all()
-    assert np.array_equal(decode(Codes(packed, offset, step, "u4")).numpy(), codes)
+    assert np.array_equal(integers(packed.numpy(), channels, codec), codes)  # bit by bit
+    assert (packed.numpy() != 0xFF).any(axis=1).all()
+    assert codec != "u4" or (packed != 0xFF).all()
+    assert np.array_equal(decode(Codes(packed, offset, step, codec)).numpy(), codes)
+
+
+def test_packed_bytes_by_hand() -> None:
+    """Of ten channels: nibbles, two per byte, then the upper two bits, four per byte, or the upper one, eight."""
+    codes = torch.tensor([[0, 17, 34, 51, 62, 15, 16, 32, 48, 5]])
+    scale = torch.zeros(10), torch.ones(10)
+    low = [0x10, 0x32, 0xFE, 0x00, 0x50]
+    six = [0b11_10_01_00, 0b10_01_00_11, 0b00_00_00_11]
+    assert encode(codes.float(), *scale, codec="u6")[0].tolist() == [[*low, *six]]
+    five = [0b0110_1010, 0b0000_0001]  # of the codes below, 17 and 30 have it
+    codes = torch.tensor([[0, 17, 2, 19, 14, 30, 16, 0, 16, 5]])
+    assert encode(codes.float(), *scale, codec="u5")[0].tolist() == [[0x10, 0x32, 0xEE, 0x00, 0x50, *five]]
+    assert encode(torch.clamp(codes, max=14).float(), *scale, codec="u4")[0].tolist() == [
+        [0xE0, 0xE2, 0xEE, 0x0E, 0x5E]
+    ]
 
 
 # ---- bytes

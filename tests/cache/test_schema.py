@@ -251,6 +251,10 @@ def test_layout_by_hand() -> None:
     # 65 channels pack into 33 bytes; 33 * 7 * 5 = 1155 bytes per row; 64 rows are the most that fit a shard
     assert (codes.shape, codes.chunk, codes.block) == ((3, 1024, 7, 5, 33), (1, 64, 7, 5, 33), (1, 16, 7, 5, 33))
     assert (codes.row_bytes, codes.block_bytes, codes.num_shards, codes.blocks_per_shard) == (1155, 18480, 16, 4)
+    # each part of the others is whole bytes: 33 and 17 of u6, 33 and 9 of u5
+    assert {codec: make_tap("t", (65, 7, 5), codec).row_bytes for codec in ("f32", "f16", "u8", "u6", "u5", "u4")} == {
+        "f32": 9100, "f16": 4550, "u8": 2275, "u6": 1750, "u5": 1470, "u4": 1155
+    }  # fmt: skip
     assert (codes.shard_span(15), codes.real_blocks(15)) == ((960, 1000), 3)
     assert specs["targets/a/logits/codes"].shape == (3, 1024, 7)
     assert specs["targets/a/logits/codes"].chunk == (1, 1024, 7)
@@ -293,7 +297,7 @@ def test_a_block_is_at_most_8_mib_and_a_granule(row_bytes: int, granule: int, ro
     side=st.integers(1, 12),
     granule=st.sampled_from([8, 16, 32, 64]),
     shard_bytes=st.integers(1, 1 << 22),
-    codec=st.sampled_from(["u8", "u4", "f16", "f32"]),
+    codec=st.sampled_from(["u8", "u6", "u5", "u4", "f16", "f32"]),
     views=st.integers(1, 4),
 )
 @example(rows=100, channels=228, side=12, granule=64, shard_bytes=1, codec="f32", views=1)  # 64 rows exceed a block

@@ -123,15 +123,18 @@ def taps_of(*entries: Any) -> tuple[TapEntry, ...]:
     return parse_recipe({**MINIMAL, "teachers": [{"name": "a", "model": "m", "taps": list(entries)}]}).teachers[0].taps
 
 
-@given(place=PLACES, margin=st.booleans(), codec=st.sampled_from([None, *CODEC_NAMES]))
-def test_a_tap_as_text_and_as_a_table(place: str, margin: bool, codec: str | None) -> None:
+SHARES = st.none() | st.sampled_from([0.5, 0.25, 1e-05]) | st.floats(0, 1, exclude_min=True, exclude_max=True)
+
+
+@given(place=PLACES, margin=st.booleans(), share=SHARES, codec=st.sampled_from([None, *CODEC_NAMES]))
+def test_a_tap_as_text_and_as_a_table(place: str, margin: bool, share: float | None, codec: str | None) -> None:
     """The same entry, and the same text in a run's recipe.json; what belongs to the place stays with it."""
-    text = place + ("+margin" if margin else "") + (f":{codec}" if codec else "")
-    table = {"tap": place, "margin": margin, "codec": codec}
+    text = place + ("+margin" if margin else "") + (f"@{share!r}" if share else "") + (f":{codec}" if codec else "")
+    table = {"tap": place, "margin": margin, "sample": share, "codec": codec}
     said = {key: value for key, value in table.items() if value}
     assert len({*taps_of(text, table, said)}) == 1
     entry = taps_of(text)[0]
-    assert (entry.tap, entry.margin, entry.codec) == (place, margin, codec)
+    assert (entry.tap, entry.margin, entry.sample, entry.codec) == (place, margin, share, codec)
     assert json.loads(entry.model_dump_json()) == text
 
 
@@ -152,12 +155,26 @@ def test_no_codec_is_a_word_of_a_place(codec: str) -> None:
         (5, ["taps.0: expected text or a table", "found 5"]),
         ({"margin": True}, ["taps.0.tap: required"]),
         ({"tap": "ofd", "margn": True}, ["taps.0.margn: unknown key", "did you mean 'margin'"]),
-        ({"tap": "ofd", "width": 1}, ["taps.0.width: unknown key", "known keys: codec, margin, tap"]),
+        ({"tap": "ofd", "width": 1}, ["taps.0.width: unknown key", "known keys: codec, margin, sample, tap"]),
         ({"tap": "ofd", "codec": "u7"}, ["taps.0.codec", "'u8'", "found 'u7'"]),
         ({"tap": "ofd+margin"}, ["taps.0.tap: expected the place alone", "found 'ofd+margin'"]),
         ({"tap": "x=layer1:pre:u4"}, ["taps.0.tap: expected the place alone", "found 'x=layer1:pre:u4'"]),
         ("logits:f16", ["taps.0: expected neither margin nor codec with logits"]),
         ({"tap": "logits", "margin": True}, ["taps.0: expected neither margin nor codec with logits"]),
+        ("logits@0.5", ["taps.0: expected no sample with logits"]),
+        ("ofd@", ["taps.0: expected a share above 0 and below 1 after @", "found 'ofd@'"]),
+        ("ofd@a", ["taps.0: expected a share above 0 and below 1 after @", "found 'ofd@a'"]),
+        ("ofd@0.5+margin", ["taps.0: expected a share above 0 and below 1 after @", "found 'ofd@0.5+margin'"]),
+        ("ofd@0.5@0.5", ["taps.0: expected a share above 0 and below 1 after @"]),
+        ("ofd:u8@0.5", ["taps.0: expected a group", "then @ and a share", "found 'ofd:u8@0.5'"]),
+        ("@0.5", ["taps.0: expected a group", "found '@0.5'"]),
+        ("ofd@0", ["taps.0.sample", "greater than 0", "0.0"]),
+        ("ofd@1", ["taps.0.sample", "less than 1", "1.0"]),
+        ("ofd@-0.5", ["taps.0.sample", "greater than 0", "-0.5"]),
+        ("ofd@nan", ["taps.0.sample", "nan"]),
+        ({"tap": "ofd", "sample": 1.5}, ["taps.0.sample", "less than 1", "1.5"]),
+        ({"tap": "ofd", "sample": "many"}, ["taps.0.sample", "number", "'many'"]),
+        ({"tap": "ofd@0.5"}, ["taps.0.tap: expected the place alone", "found 'ofd@0.5'"]),
     ],
 )
 def test_mistakes_in_a_tap(entry: Any, words: list[str]) -> None:

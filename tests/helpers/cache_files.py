@@ -10,6 +10,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import zarr
+from code_samples import packed
 
 from feedfast.cache.layout import ArraySpec, array_specs, group_metadata
 from feedfast.cache.log import Commit
@@ -30,6 +31,7 @@ def small_manifest(
         tap("dense", (8, 4, 4), "u8", "zstd"),
         tap("raw", (8, 4, 4), "u8"),
         tap("packed", (5, 3, 2), "u4", "zstd"),
+        tap("parts", (5, 3, 2), "u6", "zstd"),
         tap("half", (6, 2, 2), "f16", "zstd"),
         tap("exact", (7,), "f32"),
         tap("logits", (10,), "f16"),
@@ -62,6 +64,8 @@ def random_values(spec: ArraySpec, seed: int) -> np.ndarray[Any, Any]:
     if spec.name.endswith("packed/codes"):
         low, high = rng.integers(0, 15, (2, *shape))
         return (low | high << 4).astype(np.uint8)
+    if spec.name.endswith("parts/codes"):  # many bytes of it are 255, but no row
+        return packed(rng.choice(np.uint8([15, 31, 47, 62]), (*shape[:-1], 5)), "u6")
     if spec.name == "pixels/codes":
         return rng.integers(0, 256, shape).astype(np.uint8)  # 255 is white
     return np.minimum(values, 254 if spec.dtype.itemsize == 1 else 10**6).astype(spec.dtype)

@@ -76,7 +76,13 @@ def standard() -> Manifest:
     """Every codec, both compressions, a vector, odd channels, stored pixels; last shards and blocks are not full."""
     return make_manifest(
         make_teacher("a", make_tap("final"), make_tap("zip", compression="zstd"), make_tap("half", codec="f16")),
-        make_teacher("b", make_tap("nib", codec="u4"), make_tap("vec", (9,), "f32"), logits_codec="f32"),
+        make_teacher(
+            "b",
+            make_tap("nib", codec="u4"),
+            make_tap("six", codec="u6"),
+            make_tap("vec", (9,), "f32"),
+            logits_codec="f32",
+        ),
         images="stored",
     )
 

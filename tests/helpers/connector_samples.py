@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+from code_samples import STEP
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, encode
+from feedfast_kernels.codes import is_quantized
 
 
 def make(
@@ -22,9 +22,8 @@ def make(
     gamma, beta = (torch.randn(channels, generator=generator) for _ in range(2))
     margin = -0.2 - torch.rand(channels, generator=generator)
     target: Target = teacher.to(device)
-    if kind != "f32":
-        codec: Literal["u8", "u4"] = "u8" if kind == "u8" else "u4"
+    if is_quantized(kind):
         offset = -2 - torch.rand(channels, generator=generator)
-        step = torch.full((channels,), 0.02 if kind == "u8" else 0.3)
-        target = Codes(encode(teacher, offset, step, codec=codec)[0], offset, step, codec).to(device)
+        step = torch.full((channels,), STEP[kind])
+        target = Codes(encode(teacher, offset, step, codec=kind)[0], offset, step, kind).to(device)
     return y.to(device), target, gamma.to(device), beta.to(device), margin.to(device)

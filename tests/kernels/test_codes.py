@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from code_samples import TOP, nibbles, some_map
+from code_samples import TOP, integers, some_map, stored_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,7 +38,7 @@ def layouts(x: Tensor) -> list[Tensor]:
     return [x, x.contiguous(memory_format=torch.channels_last), wider[..., ::2]]
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 @pytest.mark.parametrize("with_margin", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_is_the_formula_in_every_layout(shape: tuple[int, ...], with_margin: bool, codec: str) -> None:
@@ -49,12 +49,10 @@ def test_encode_is_the_formula_in_every_layout(shape: tuple[int, ...], with_marg
         codes, count = encode(given_x, offset, step, codec=codec, margin_C=bound)
         assert codes.dtype == torch.uint8
         assert codes.is_contiguous()
-        got = codes.numpy() if codec == "u8" else nibbles(codes.numpy(), shape[1])
+        got = integers(codes.numpy(), shape[1], codec)
         np.testing.assert_array_equal(got, expected)
         assert count.dtype == torch.int64
         assert int(count) == saturated
-    if codec == "u4" and shape[1] % 2:
-        assert not (codes[..., -1] >> 4).any()  # the spare nibble
 
 
 def test_ties_go_to_the_even_code() -> None:
@@ -87,7 +85,7 @@ def test_tiles_do_not_change_codes(elements: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("elements", [1, 100, 10**6])
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 def test_tiles_do_not_change_values(codec: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_layout, "TILE_ELEMENTS_PER_THREAD", elements)
     for shape in ((5, 6, 9, 4), (7, 5), (0, 6, 3, 3), (0, 5)):
@@ -102,7 +100,8 @@ def test_tiles_do_not_change_values(codec: str, elements: int, monkeypatch: pyte
 
 def test_encode_writes_into_out_of_any_strides() -> None:
     x, offset, step, _ = some_map((2, 6, 3, 3))
-    for codec, stored in (("u8", 6), ("u4", 3)):
+    for codec in TOP:
+        stored = stored_bytes(6, codec)
         expected, _ = encode(x, offset, step, codec=codec)
         rows = torch.full((2, 3, 3, 2 * stored), 77, dtype=torch.uint8)
         codes, _ = encode(x, offset, step, codec=codec, out=rows[..., ::2])
@@ -129,7 +128,7 @@ def test_huge_finite_values_only_saturate() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=st.data(), codec=st.sampled_from(["u8", "u4"]), channels=st.integers(1, 9))
+@given(data=st.data(), codec=st.sampled_from(list(TOP)), channels=st.integers(1, 19))
 def test_round_trips(data: st.DataObject, codec: str, channels: int) -> None:
     seed = data.draw(st.integers(0, 1 << 30))
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +140,7 @@ def test_round_trips(data: st.DataObject, codec: str, channels: int) -> None:
     values = offset[:, None, None] + step[:, None, None] * every
     codes = Codes(encode(values, offset, step, codec=codec)[0], offset, step, codec)  # type: ignore[arg-type]
     # code -> value -> code is exact, value -> code -> value is off by half a step at most
-    as_integers = codes.data.numpy() if codec == "u8" else nibbles(codes.data.numpy(), channels)
+    as_integers = integers(codes.data.numpy(), channels, codec)
     np.testing.assert_array_equal(as_integers, every.permute(0, 2, 3, 1).numpy())
     jitter = (torch.rand(values.shape, generator=generator) - 0.5) * step[:, None, None]
     inside = torch.minimum(torch.maximum(values + jitter, offset[:, None, None]), values.amax())
@@ -156,11 +155,11 @@ def test_round_trips(data: st.DataObject, codec: str, channels: int) -> None:
 def test_decode_is_the_formula_in_logical_shape() -> None:
     for shape in ((2, 5, 3, 4), (4, 7)):
         x, offset, step, _ = some_map(shape)
-        for codec in ("u8", "u4"):
+        for codec in TOP:
             data, _ = encode(x, offset, step, codec=codec)
             codes = Codes(data, offset, step, codec)  # type: ignore[arg-type]
-            integers = data.numpy() if codec == "u8" else nibbles(data.numpy(), shape[1])
-            expected = offset.double().numpy() + step.double().numpy() * integers
+            found = integers(data.numpy(), shape[1], codec)
+            expected = offset.double().numpy() + step.double().numpy() * found
             expected = expected.transpose(0, 3, 1, 2) if len(shape) == 4 else expected
             assert tuple(codes.shape) == shape
             np.testing.assert_allclose(decode(codes, torch.float64).numpy(), expected, rtol=1e-15)
@@ -172,7 +171,7 @@ def test_decode_is_the_formula_in_logical_shape() -> None:
     assert as_float(torch.ones(2, 3, dtype=torch.float16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_encode_compiles_in_one_graph(codec: str, with_margin: bool) -> None:
     x, offset, step, margin = some_map((3, 5, 4, 7))
@@ -250,19 +249,21 @@ def test_the_table_of_codecs_is_what_is_stored() -> None:
         "f32": (32, None),
         "f16": (16, None),
         "u8": (8, 254),
+        "u6": (6, 62),
+        "u5": (5, 30),
         "u4": (4, 14),
     }
-    x = torch.full((1, 6, 2, 2), 1e6)
+    x = torch.full((1, 8, 2, 2), 1e6)
     for name, codec in CODECS.items():
         assert (codec.name, codec.quantized) == (name, name in TOP)
         if codec.quantized:
-            data, _ = encode(x, torch.zeros(6), torch.ones(6), codec=name)
+            data, _ = encode(x, torch.zeros(8), torch.ones(8), codec=name)
             assert data.numel() * 8 == x.numel() * codec.bits
-            highest = data.numpy() if name == "u8" else nibbles(data.numpy(), 6)
+            highest = integers(data.numpy(), 8, name)
             assert (highest == codec.top_code).all()
         else:
-            with pytest.raises(ValueError, match=r"expected one of \['u4', 'u8'\]"):
-                encode(x, torch.zeros(6), torch.ones(6), codec=name)
+            with pytest.raises(ValueError, match=r"expected one of \['u4', 'u5', 'u6', 'u8'\]"):
+                encode(x, torch.zeros(8), torch.ones(8), codec=name)
 
 
 def test_what_does_not_fit_is_refused() -> None:

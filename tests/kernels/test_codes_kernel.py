@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from code_samples import TOP, nibbles, some_map
+from code_samples import TOP, integers, some_map, stored_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_rounded, captured, orders
@@ -47,14 +47,12 @@ def assert_is_the_formula(
     on_device = [None if value is None else value.to(device) for value in (x, offset, step, margin)]
     for encoder, arguments in ((encode, on_device), (encode_reference, [x, offset, step, margin])):
         codes, count = encoder(*arguments[:3], codec=codec, margin_C=arguments[3])
-        got = codes.cpu().numpy() if codec == "u8" else nibbles(codes.cpu().numpy(), x.shape[1])
+        got = integers(codes.cpu().numpy(), x.shape[1], codec)
         np.testing.assert_array_equal(got, expected, err_msg=encoder.__name__)
         assert (count.dtype, int(count)) == (torch.int64, saturated), encoder.__name__
-        if codec == "u4" and x.shape[1] % 2:
-            assert not (codes[..., -1] >> 4).any()  # the spare nibble
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 @pytest.mark.parametrize("with_margin", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_encode_is_the_formula(
@@ -66,7 +64,7 @@ def test_encode_is_the_formula(
             assert_is_the_formula(x_in_order, offset, step, margin if with_margin else None, codec, kernel_device)
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 def test_rows_one_past_what_a_program_takes(kernel_device: torch.device, codec: str) -> None:
     for batch in (127, 128, 129):  # a tile of 16 channels is 128 rows
         x, offset, step, margin = some_map((batch, 16))
@@ -104,7 +102,7 @@ OFFSETS = st.floats(-4, 4, width=32) | st.sampled_from([0.0, -0.0, 1e-42, -1e-38
 @given(
     seed=st.integers(0, 1 << 30),
     scales=st.lists(st.tuples(SCALES, OFFSETS, st.booleans()), min_size=1, max_size=9),
-    codec=st.sampled_from(["u8", "u4"]),
+    codec=st.sampled_from(list(TOP)),
     dtype=st.sampled_from(DTYPES),
     with_margin=st.booleans(),
 )
@@ -224,7 +222,8 @@ def test_values_that_are_not_finite_count_as_saturated(kernel_device: torch.devi
 
 def test_out_of_any_strides(kernel_device: torch.device) -> None:
     x, offset, step, _ = (value.to(kernel_device) for value in some_map((2, 6, 3, 3)))
-    for codec, stored in (("u8", 6), ("u4", 3)):
+    for codec in TOP:
+        stored = stored_bytes(6, codec)
         expected, _ = encode_reference(x.cpu(), offset.cpu(), step.cpu(), codec=codec)
         plain = torch.empty(2, 3, 3, stored, dtype=torch.uint8, device=kernel_device)
         codes, _ = encode(x, offset, step, codec=codec, out=plain)
@@ -248,10 +247,10 @@ def test_vectors_of_any_strides(kernel_device: torch.device) -> None:
 
 def test_empty_batch(kernel_device: torch.device) -> None:
     scale = (torch.zeros(5, device=kernel_device), torch.ones(5, device=kernel_device))
-    for shape, stored in (((0, 5, 3, 3), (0, 3, 3, 3)), ((0, 5), (0, 3))):
-        codes, count = encode(torch.empty(shape, device=kernel_device), *scale, codec="u4")
+    for shape, stored in (((0, 5, 3, 3), (0, 3, 3, 5)), ((0, 5), (0, 5))):
+        codes, count = encode(torch.empty(shape, device=kernel_device), *scale, codec="u6")
         assert (codes.shape, int(count), count.dtype) == (stored, 0, torch.int64)
-        assert decode(Codes(codes, *scale, "u4")).shape == shape
+        assert decode(Codes(codes, *scale, "u6")).shape == shape
 
 
 def test_float64_is_left_to_pytorch(kernel_device: torch.device) -> None:
@@ -262,7 +261,7 @@ def test_float64_is_left_to_pytorch(kernel_device: torch.device) -> None:
     assert torch.equal(values, decode_reference(Codes(codes, offset, step, "u8"), torch.float64))
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_has_the_bits_of_the_cpu(kernel_device: torch.device, shape: tuple[int, ...], codec: str) -> None:
     x, offset, step, _ = some_map(shape)
@@ -281,7 +280,7 @@ def test_decode_has_the_bits_of_the_cpu(kernel_device: torch.device, shape: tupl
                 assert torch.equal(values.cpu(), expected)
 
 
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 def test_compiles_in_one_graph(kernel_device: torch.device, codec: str) -> None:
     x, offset, step, margin = (value.to(kernel_device) for value in some_map((2, 16, 4, 4)))
     expected, saturated = encode(x, offset, step, codec=codec, margin_C=margin)
@@ -303,8 +302,8 @@ def test_compiles_in_one_graph(kernel_device: torch.device, codec: str) -> None:
 
 def test_operators_keep_their_schema(kernel_device: torch.device) -> None:
     x, offset, step, margin = (value.to(kernel_device) for value in some_map((2, 5, 3, 3)))
-    for codec, stored in (("u8", 5), ("u4", 3)):
-        out = torch.zeros(2, 3, 3, stored, dtype=torch.uint8, device=kernel_device)
+    for codec in ("u8", "u6"):
+        out = torch.zeros(2, 3, 3, stored_bytes(5, codec), dtype=torch.uint8, device=kernel_device)
         for x_in_order in orders(x).values():
             torch.library.opcheck(OPS.encode, (x_in_order, offset, step, codec, margin, out))
         torch.library.opcheck(OPS.decode, (out, offset, step, codec, torch.float16))
@@ -323,7 +322,7 @@ def test_under_autocast(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("codec", ["u8", "u4"])
+@pytest.mark.parametrize("codec", TOP)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_large_map_has_the_bits_of_the_cpu(dtype: torch.dtype, codec: str) -> None:
     x, offset, step, margin = some_map((64, 256, 56, 56))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from code_samples import STEP
 from connector_samples import make
 from kernel_checks import orders, run
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from feedfast_kernels import Target, as_float, connector_partial_l2, partial_l2
 from feedfast_kernels.connector_partial_l2 import reference
 
 SHAPES = [(2, 3, 5, 7), (4, 32, 8, 8), (3, 17, 1, 31), (2, 1, 1, 1), (50, 10), (2, 129)]
-KINDS = ["f32", "u8", "u4"]
+KINDS = ["f32", *STEP]
 
 
 def in_float64(

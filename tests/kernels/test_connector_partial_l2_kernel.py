@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from code_samples import STEP
 from connector_samples import make
 from kernel_checks import assert_rounded, captured, orders, run
 from torch import Tensor
@@ -24,7 +25,7 @@ SHAPES = [
     (50, 10),
     (33, 64),
 ]
-KINDS = ["u8", "u4", "f32"]
+KINDS = [*STEP, "f32"]
 
 
 def everything(

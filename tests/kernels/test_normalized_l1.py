@@ -8,13 +8,15 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from code_samples import STEP
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, _layout, as_float, decode, encode, normalized_l1
+from feedfast_kernels.codes import is_quantized
 from feedfast_kernels.normalized_l1 import reference
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (4, 16, 8, 8), (3, 17, 1, 31), (5, 10)]
-KINDS = ["f32", "f16", "u8", "u4"]
+KINDS = ["f32", "f16", *STEP]
 REDUCTIONS: list[Literal["sum", "mean"]] = ["sum", "mean"]
 
 
@@ -23,10 +25,9 @@ def make(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[Tensor, Targ
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(shape, generator=generator)
     teacher = torch.randn(shape, generator=generator).clamp(min=0) + 0.01
-    if kind in ("u8", "u4"):
-        codec: Literal["u8", "u4"] = "u8" if kind == "u8" else "u4"
-        offset, step = torch.zeros(shape[1]), torch.full((shape[1],), 0.015 if kind == "u8" else 0.25)
-        return student, Codes(encode(teacher + 0.2, offset, step, codec=codec)[0], offset, step, codec)
+    if is_quantized(kind):
+        offset, step = torch.zeros(shape[1]), torch.full((shape[1],), 0.8 * STEP[kind])
+        return student, Codes(encode(teacher + 0.2, offset, step, codec=kind)[0], offset, step, kind)
     return student, teacher.half() if kind == "f16" else teacher
 
 
@@ -58,7 +59,7 @@ def test_value_is_the_formula(shape: tuple[int, ...], kind: str, reduction: Lite
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("kind", ["f32", "u8", "u4"])
+@pytest.mark.parametrize("kind", ["f32", "u8", "u6", "u4"])
 def test_gradcheck(kind: str, reduction: Literal["sum", "mean"]) -> None:
     first, target = make((2, 3, 4, 2), kind)
     second, other = make((2, 5), kind, seed=1)
@@ -125,7 +126,7 @@ def test_strides_and_codes_or_floats_give_the_same_bits() -> None:
 def test_tiles_change_nothing_but_the_rounding_of_the_sum(
     elements: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, codes = make((5, 6, 9, 4), "u4")
+    student, codes = make((5, 6, 9, 4), "u6")
 
     def value_and_gradient() -> tuple[Tensor, Tensor]:
         leaf = student.to(dtype).requires_grad_()
@@ -219,7 +220,7 @@ def test_what_does_not_fit_is_refused() -> None:
         normalized_l1([x], [x], reduction="max")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["f32", "u8", "u4"])
+@pytest.mark.parametrize("kind", ["f32", "u8", "u6", "u4"])
 def test_compiles_in_one_graph(kind: str) -> None:
     student, target = make((2, 6, 4, 4), kind)
     student.requires_grad_()

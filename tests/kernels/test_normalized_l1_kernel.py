@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from code_samples import STEP
 from kernel_checks import assert_rounded, captured, orders, run
 from torch import Tensor
 
 from feedfast_kernels import Codes, Target, as_float, decode, encode, normalized_l1
 from feedfast_kernels._ops import OPS
+from feedfast_kernels.codes import is_quantized
 from feedfast_kernels.gpu import normalized_l1 as kernels
 from feedfast_kernels.normalized_l1 import reference
 
 # odd and prime sizes, one past a block of channels and of rows, one element, vectors, widths that are no power of two
 SHAPES = [(2, 16, 5, 7), (3, 17, 4, 4), (2, 160, 3, 3), (1, 257, 1, 9), (1, 1, 1, 1), (2, 24, 7, 7), (5, 10), (3, 130)]
-CODECS = ["u8", "u4", "float"]
+CODECS = [*STEP, "float"]
 SUM = partial(normalized_l1, reduction="sum")
 
 
@@ -29,9 +31,9 @@ def make(shape: tuple[int, ...], codec: str, device: torch.device, seed: int = 0
     student, teacher = (torch.randn(shape, generator=generator) for _ in range(2))
     teacher = teacher.clamp(min=0)
     target: Target = teacher.to(device)
-    if codec == "u8" or codec == "u4":
+    if is_quantized(codec):
         offset = -0.1 * torch.rand(channels, generator=generator)
-        step = (0.5 + torch.rand(channels, generator=generator)) * (0.02 if codec == "u8" else 0.3)
+        step = (0.5 + torch.rand(channels, generator=generator)) * STEP[codec]
         target = Codes(encode(teacher, offset, step, codec=codec)[0], offset, step, codec).to(device)
     return student.to(device), target
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from code_samples import STEP
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from feedfast_kernels import Codes, Target, _layout, as_float, decode, encode, partial_l2
+from feedfast_kernels.codes import is_quantized
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (4, 32, 8, 8), (3, 17, 1, 31), (5, 10), (2, 129)]
-KINDS = ["f32", "f16", "u8", "u4"]
-STEP = {"u8": 0.02, "u4": 0.3}
+KINDS = ["f32", "f16", *STEP]
 
 
 def make(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[Tensor, Target, Tensor]:
@@ -27,10 +27,9 @@ def make(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[Tensor, Targ
     student = torch.randn(shape, generator=generator)
     teacher = torch.randn(shape, generator=generator)
     margin = -0.2 - torch.rand(channels, generator=generator)
-    if kind in STEP:
-        codec: Literal["u8", "u4"] = "u8" if kind == "u8" else "u4"
+    if is_quantized(kind):
         offset, step = -2 - torch.rand(channels, generator=generator), torch.full((channels,), STEP[kind])
-        return student, Codes(encode(teacher, offset, step, codec=codec)[0], offset, step, codec), margin
+        return student, Codes(encode(teacher, offset, step, codec=kind)[0], offset, step, kind), margin
     return student, teacher.half() if kind == "f16" else teacher, margin
 
 
@@ -85,7 +84,7 @@ def test_16_bit_students_are_computed_in_fp32(dtype: torch.dtype, kind: str) -> 
     np.testing.assert_allclose(student.grad.double().numpy(), gradient / 3, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["f32", "u8", "u4"])
+@pytest.mark.parametrize("kind", ["f32", "u8", "u6", "u4"])
 def test_gradcheck(kind: str) -> None:
     student, target, margin = make((2, 3, 4, 2), kind)
     wide = student.double().requires_grad_()
@@ -129,7 +128,7 @@ def test_strides_and_codes_or_floats_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("elements", [1, 40, 100, 700])
 def test_tiles_change_nothing_but_the_rounding_of_the_sum(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    student, codes, margin = make((5, 6, 9, 4), "u4")
+    student, codes, margin = make((5, 6, 9, 4), "u6")
     expected = value_and_gradient(student, codes, margin)
     monkeypatch.setattr(_layout, "TILE_ELEMENTS_PER_THREAD", elements)
     loss, gradient = value_and_gradient(student, codes, margin)
@@ -291,7 +290,7 @@ def test_what_does_not_fit_is_refused() -> None:
         partial_l2(x[0], x[0])
 
 
-@pytest.mark.parametrize("kind", ["f32", "u8", "u4"])
+@pytest.mark.parametrize("kind", ["f32", "u8", "u6", "u4"])
 def test_compiles_in_one_graph(kind: str) -> None:
     student, target, margin = make((2, 6, 4, 4), kind)
     expected = value_and_gradient(student, target, margin)

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-MAPS = ("u8", "u4", "float|f32")
+MAPS = ("u8", "u6", "u5", "u4", "float|f32")
 SELECTED = {
     "test_partial_l2_kernel.py::test_equals_the_reference": MAPS,
+    "test_positions_kernel.py::test_equals_the_reference": MAPS,
     "test_connector_partial_l2_kernel.py::test_equals_batch_norm_and_reference": MAPS,
     "test_normalized_l1_kernel.py::test_equals_the_reference": MAPS,
     "test_normalized_l1_kernel.py::test_two_sweeps_equal_the_reference": MAPS,
-    "test_codes_kernel.py::test_encode_is_the_formula": MAPS[:2],
-    "test_codes_kernel.py::test_decode_has_the_bits_of_the_cpu": MAPS[:2],
+    "test_codes_kernel.py::test_encode_is_the_formula": MAPS[:4],
+    "test_codes_kernel.py::test_decode_has_the_bits_of_the_cpu": MAPS[:4],
     "test_ensemble_kl_kernel.py::test_equals_float64": ("probabilities", "logits", "forward", "reverse"),
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from feedfast_kernels._ops import contiguous, dense, memory_format_of
 from feedfast_kernels.codes import CodecName, top_code
 from feedfast_kernels.gpu.launch import PER_THREAD, THREADS, Launch, ceil_div, channel_block
-from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, place, values
+from feedfast_kernels.gpu.tile import channel_values, gather, inside, load_stored, map_offsets, place, values
 
 MOST_CHANNELS = 256  # of a tile
 MOST_STEPS = 4  # tiles per program, to encode; 8 need more registers than there are
@@ -66,13 +66,13 @@ def _encode(
     STEPS: tl.constexpr,  # tiles per program
     FOLD: tl.constexpr,  # pixels per row of a tile
     TOP: tl.constexpr,  # largest code
+    CODEC: tl.constexpr,  # of the codes
     SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     FUSED: tl.constexpr,  # the hardware has an fma
 ):
     left, first, map_start, code_start = place(rows, C, PACKED, IMAGE_ROWS, ROWS * STEPS * FOLD)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    pair = c0 // 2 + tl.arange(0, BLOCK_C // 2)
     channel = c % C if FOLD > 1 else c
     offset_C = channel_values(offset_ptr, channel, channel < C)
     step_C = channel_values(step_ptr, channel, channel < C)
@@ -115,15 +115,49 @@ def _encode(
         saturated += ((clipped != q) & ok).to(tl.int32)  # masked lanes are no zeros: 0 - offset may saturate
         # the sum has no bits left for a fraction, is rounded to even by the hardware, and its lowest byte is the code
         code = (clipped + MAGIC).to(tl.int32, bitcast=True)
-        if TOP == 14:
-            low, high = tl.split(tl.reshape(code, (ROWS, BLOCK_C // 2, 2)))
-            into = map_offsets(row, pair, PACKED * FOLD, 0, False)
-            pair_ok = into < left * PACKED if FOLD > 1 else inside(row_ok, 2 * pair, C, BLOCK_C)
-            tl.store(codes_ptr + code_start + into, (low + high * 16).to(tl.uint8), mask=pair_ok)
-        else:
+        if CODEC == "u8":
             tl.store(codes_ptr + code_start + map_offsets(row, c, C * FOLD, 0, False), code.to(tl.uint8), mask=ok)
+        else:
+            into = codes_ptr + code_start
+            lower = code if CODEC == "u4" else code & 15
+            _store_part(into, lower, row, row_ok, left, c0, 0, 2, C, PACKED, ROWS, BLOCK_C, FOLD)
+            if CODEC == "u6":
+                _store_part(into, code >> 4, row, row_ok, left, c0, (C + 1) // 2, 4, C, PACKED, ROWS, BLOCK_C, FOLD)
+            if CODEC == "u5":
+                _store_part(into, code >> 4, row, row_ok, left, c0, (C + 1) // 2, 8, C, PACKED, ROWS, BLOCK_C, FOLD)
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_ptr + program, tl.sum(saturated))
+
+
+@triton.jit
+def _store_part(
+    codes_ptr,  # [R, PACKED]
+    digits,  # int32 [ROWS, BLOCK_C]
+    row,
+    row_ok,
+    left,  # pixels that exist
+    c0,
+    START: tl.constexpr,  # first byte of the part in a pixel
+    EACH: tl.constexpr,  # codes per byte
+    C: tl.constexpr,  # channels
+    PACKED: tl.constexpr,  # last axis of stored codes
+    ROWS: tl.constexpr,  # pixels per tile
+    BLOCK_C: tl.constexpr,  # channels per tile
+    FOLD: tl.constexpr,  # pixels per row of a tile
+):
+    """Store one part of packed codes. Channels past the last have a step of 0, and so leave 0 in the last byte."""
+    at = c0 // EACH + tl.arange(0, BLOCK_C // EACH)
+    if FOLD == 1:
+        offsets = row[:, None] * PACKED + (START + at)[None, :]
+        ok = inside(row_ok, EACH * at, C, BLOCK_C)
+    elif PACKED * EACH == C:  # one part: pixels side by side are one row of it
+        offsets = map_offsets(row, at, PACKED * FOLD, 0, False)
+        ok = offsets < left * PACKED
+    else:
+        pixel = row[:, None] * FOLD + (at // (C // EACH))[None, :]
+        offsets = pixel * PACKED + (START + at % (C // EACH))[None, :]
+        ok = pixel < left
+    tl.store(codes_ptr + offsets, gather(digits, EACH, ROWS, BLOCK_C), mask=ok)
 
 
 @triton.jit
@@ -138,7 +172,7 @@ def _decode(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8" or "u4"
+    CODEC: tl.constexpr,  # of the codes
 ):
     left, first, map_start, code_start = place(rows, C, PACKED, 0, ROWS * STEPS)
     c0 = tl.program_id(1) * BLOCK_C
@@ -174,9 +208,9 @@ def plan_encode(
         x: [B, C, H, W] in channels-last or contiguous order, or contiguous [B, C]; not empty.
         offset_C: fp32 [C], contiguous.
         step_C: fp32 [C], contiguous.
-        codec: ``"u8"`` or ``"u4"``.
+        codec: ``"u8"``, ``"u6"``, ``"u5"`` or ``"u4"``.
         margin_C: float [C], contiguous, or None.
-        out: contiguous uint8 [B, H, W, C] or [B, C]; ``u4``: ceil(C / 2).
+        out: contiguous uint8 [B, H, W, C] or [B, C]; packed: `packed_channels`.
     """
     batch, channels = x.shape[:2]
     spatial_first = memory_format_of(x) == "contiguous"
@@ -208,6 +242,7 @@ def plan_encode(
         "IMAGE_ROWS": pixels if spatial_first else 0,
         "FOLD": fold,
         "TOP": top_code(codec),
+        "CODEC": codec,
         "SPATIAL_FIRST": spatial_first,
         "FUSED": x.device.type != "cpu",
         **tile,
@@ -231,10 +266,10 @@ def plan_decode(data: Tensor, offset_C: Tensor, step_C: Tensor, codec: CodecName
     """The launch that writes ``values``.
 
     Args:
-        data: contiguous codes [B, H, W, C] or [B, C]; ``u4``: ceil(C / 2); not empty.
+        data: contiguous codes [B, H, W, C] or [B, C]; packed: `packed_channels`; not empty.
         offset_C: fp32 [C], contiguous.
         step_C: fp32 [C], contiguous.
-        codec: ``"u8"`` or ``"u4"``.
+        codec: ``"u8"``, ``"u6"``, ``"u5"`` or ``"u4"``.
         values: contiguous float [B, H, W, C] or [B, C].
     """
     channels = values.shape[-1]

@@ -26,7 +26,7 @@ from torch import Tensor
 from feedfast_kernels._ops import contiguous, dense, dense_target, memory_format_of
 from feedfast_kernels.codes import StoredAs, packed_channels
 from feedfast_kernels.gpu.launch import THREADS, Launch, ceil_div, channel_block, power_of_two
-from feedfast_kernels.gpu.tile import channel_values, inside, load_stored, map_offsets, values
+from feedfast_kernels.gpu.tile import channel_values, inside, join_parts, load_stored, map_offsets, split_parts, values
 
 PER_THREAD = 8  # elements: with six parameters per channel and three accumulators, 16 leave no registers
 MOST_CHANNELS = 64  # of a tile: 128 bytes of bf16 per row
@@ -171,24 +171,26 @@ def _load(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
-    """Tile i as it is stored, y and target, and how many of its rows exist (none past the last tile)."""
+    """Tile i as it is stored, y and both parts of the target, and how many of its rows exist (none past the last)."""
     ahead = tl.arange(0, ROWS)
     left, first, start, code_start = _tile(rows, i, PACKED, C, IMAGE_ROWS, ROWS, STEPS)
     left = tl.where(i < STEPS, left, 0)
     target_ptr += code_start if CODEC != "float" else start
     x = load_stored(y_ptr + start, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, "float", SPATIAL_FIRST)
     t = load_stored(target_ptr, first + ahead, ahead < left, c0, C, IMAGE_ROWS, BLOCK_C, CODEC, TARGET_SPATIAL_FIRST)
-    return x, t, left
+    t, upper = split_parts(t, CODEC)
+    return x, t, upper, left
 
 
 @triton.jit
 def _residual(
     x,
     t,
+    upper,
     ok,
     mean_C,
     a_C,
@@ -198,11 +200,11 @@ def _residual(
     margin_C,
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     HAS_MARGIN: tl.constexpr,
 ):
     """d, 0 outside the map, and y - mean, anything there."""
-    t = values(t, offset_C, step_C, ROWS, BLOCK_C, CODEC)
+    t = values(join_parts(t, upper, CODEC), offset_C, step_C, ROWS, BLOCK_C, CODEC)
     if HAS_MARGIN:
         t = tl.maximum(t, margin_C[None, :], propagate_nan=tl.PropagateNan.ALL)
     centered = x.to(tl.float32) - mean_C[None, :]
@@ -230,7 +232,7 @@ def _forward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -238,11 +240,11 @@ def _forward(
     UNROLL: tl.constexpr = min(STEPS, 4)
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    x, t, left = _load(
+    x, t, upper, left = _load(
         y_ptr, target_ptr, rows, 0, c0,
         C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
     )  # fmt: skip
-    then_x, then_t, then_left = _load(
+    then_x, then_t, then_upper, then_left = _load(
         y_ptr, target_ptr, rows, 1, c0,
         C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
     )  # fmt: skip
@@ -257,18 +259,20 @@ def _forward(
     sum_dd = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for i in tl.range(0, STEPS, UNROLL):
         for j in tl.static_range(UNROLL):
-            asked_x, asked_t, asked = _load(
+            asked_x, asked_t, asked_upper, asked = _load(
                 y_ptr, target_ptr, rows, i + j + 2, c0,
                 C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
             )  # fmt: skip
             ok = inside(tl.arange(0, ROWS) < left, c, C, BLOCK_C)
             d, centered = _residual(
-                x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C, ROWS, BLOCK_C, CODEC, margin_ptr is not None
-            )
+                x, t, upper, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C,
+                ROWS, BLOCK_C, CODEC, margin_ptr is not None,
+            )  # fmt: skip
             sum_d += d
             sum_dx = tl.fma(d, centered, sum_dx)
             sum_dd = tl.fma(d, d, sum_dd)
-            x, t, left, then_x, then_t, then_left = then_x, then_t, then_left, asked_x, asked_t, asked
+            x, t, upper, left = then_x, then_t, then_upper, then_left
+            then_x, then_t, then_upper, then_left = asked_x, asked_t, asked_upper, asked
     at = partial_ptr + tl.program_id(0) * C + c
     tl.store(at, tl.sum(sum_d, axis=0), mask=c < C)
     tl.store(at + programs * C, tl.sum(sum_dx, axis=0), mask=c < C)
@@ -296,7 +300,7 @@ def _backward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     STEPS: tl.constexpr,  # tiles per program
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -304,7 +308,7 @@ def _backward(
     c0 = tl.program_id(1) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     ahead = tl.arange(0, ROWS)
-    x, t, left = _load(
+    x, t, upper, left = _load(
         y_ptr, target_ptr, rows, 0, c0,
         C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
     )  # fmt: skip
@@ -321,18 +325,19 @@ def _backward(
     for i in tl.range(0, STEPS, UNROLL):
         for j in tl.static_range(UNROLL):
             # before the store: the compiler must assume that a store changes what a later load reads
-            then_x, then_t, then_left = _load(
+            then_x, then_t, then_upper, then_left = _load(
                 y_ptr, target_ptr, rows, i + j + 1, c0,
                 C, PACKED, IMAGE_ROWS, ROWS, BLOCK_C, STEPS, CODEC, SPATIAL_FIRST, TARGET_SPATIAL_FIRST,
             )  # fmt: skip
             ok = inside(ahead < left, c, C, BLOCK_C)
             d, centered = _residual(
-                x, t, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C, ROWS, BLOCK_C, CODEC, margin_ptr is not None
-            )
+                x, t, upper, ok, mean_C, a_C, beta_C, offset_C, step_C, margin_C,
+                ROWS, BLOCK_C, CODEC, margin_ptr is not None,
+            )  # fmt: skip
             dy = tl.fma(centered, -slope_C[None, :], d - mean_d_C[None, :]) * factor_C[None, :]
             _, first, start, _ = _tile(rows, i + j, PACKED, C, IMAGE_ROWS, ROWS, STEPS)
             tl.store(gradient_ptr + start + map_offsets(first + ahead, c, C, IMAGE_ROWS, SPATIAL_FIRST), dy, mask=ok)
-            x, t, left = then_x, then_t, then_left
+            x, t, upper, left = then_x, then_t, then_upper, then_left
 
 
 class Plan:
@@ -343,7 +348,7 @@ class Plan:
         target: contiguous codes [B, H, W, C] (or [B, C]), or a float map like ``y``, in either order.
         offset_C: fp32 [C], None for float maps.
         step_C: fp32 [C], None for float maps.
-        codec: ``"u8"``, ``"u4"``, or ``"float"`` for a float map.
+        codec: of codes, or ``"float"`` for a float map.
         margin_C: float [C], or None.
         gamma_C: float [C], batch norm's weight.
         beta_C: float [C], batch norm's bias.

@@ -76,7 +76,7 @@ def channel_block(channels: int, most: int) -> int:
 
     A mask that changes within what a thread loads makes every access one element wide. Where the largest power of two
     that divides the channel count is below 8 there is no way to avoid that, and the tile is as wide as the channels;
-    never below 2, the codes in a u4 byte.
+    never below 8, the codes whose upper bits u5 keeps in one byte.
     """
     divisor = channels & -channels
-    return min(divisor if divisor >= 8 else max(power_of_two(channels), 2), most)
+    return min(divisor if divisor >= 8 else max(power_of_two(channels), 8), most)

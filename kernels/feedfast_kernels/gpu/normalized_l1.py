@@ -74,7 +74,7 @@ def _forward_on_chip(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     TILES: tl.constexpr,  # tiles at a time
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -117,7 +117,7 @@ def _forward_swept(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     TILES: tl.constexpr,  # tiles at a time
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -206,7 +206,7 @@ def _backward(
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
     TILES: tl.constexpr,  # tiles at a time
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
 ):
@@ -260,7 +260,7 @@ def plan(
         targets: N arrays of contiguous codes [B, H, W, C] (or [B, C]), or float maps in either order.
         offsets: fp32 [C] each, None for float maps.
         steps: fp32 [C] each, None for float maps.
-        codec: ``"u8"``, ``"u4"``, or ``"float"`` for a float map.
+        codec: of codes, or ``"float"`` for a float map.
         scale: weight over denominator, and over C * H * W for a mean.
         statistics: fp32 [N * B, 4], written by forward and read by backward.
         eps: least length a map is divided by; of no use to backward.
@@ -303,7 +303,7 @@ def plan(
         grid = (samples * chunks, ceil_div(channels, block_c))
         return Launch(_backward, grid, arguments, constants, _warps(rows * block_c))
     sizes["eps"] = eps
-    block_c = max(power_of_two(channels), 2)
+    block_c = max(power_of_two(channels), 8)  # the codes whose upper bits u5 keeps in one byte
     if block_c * power_of_two(pixels) <= ON_CHIP:
         tile = max(block_c * power_of_two(pixels) // ON_CHIP_TILES, 32 * PER_THREAD)
         rows = min(max(tile // block_c, 1), power_of_two(pixels))

@@ -38,7 +38,7 @@ def load_pair(
     R: tl.constexpr,  # pixels per sample
     ROWS: tl.constexpr,  # pixels per tile
     BLOCK_C: tl.constexpr,  # channels per tile
-    CODEC: tl.constexpr,  # "u8", "u4" or "float"
+    CODEC: tl.constexpr,  # of codes, or "float"
     STUDENT_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     TARGET_SPATIAL_FIRST: tl.constexpr,  # [B, C, R] in memory
     FULL: tl.constexpr,  # tiles without a mask along the pixels
