@@ -264,7 +264,8 @@ class Train(_Section):
     source: Literal["cache", "live", "record", "none"] = Field(
         "cache",
         description="where targets come from: the cache; live: teachers that run with the student; record: the same, "
-        "and the cache fills as it trains, views that are complete are read; or none (plain training)",
+        "and the cache fills as it trains, views that are complete are read (several ranks: `batch` is best a multiple "
+        "of ranks x `cache.batch`); or none (plain training)",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="the student's start, its adapters and dropout; none = the recipe's seed"

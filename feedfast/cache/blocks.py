@@ -33,6 +33,14 @@ def crc32c(data: Buffer, start: int = 0) -> int:
     return int(google_crc32c.extend(start, data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)))
 
 
+def crc32c_of(parts: Iterable[npt.NDArray[np.uint8]]) -> int:
+    """CRC-32C of contiguous uint8 arrays laid end to end."""
+    found = 0
+    for part in parts:
+        found = google_crc32c.extend(found, part)
+    return int(found)
+
+
 def row_sums(rows: Array) -> npt.NDArray[np.uint32]:
     """crc32c of each row of ``rows`` [n, ...], uint32 [n]; 0xFFFFFFFF, which would read as missing, is one less."""
     found = np.array([crc32c(np.ascontiguousarray(row)) for row in rows], np.uint32)

@@ -34,7 +34,7 @@ from feedfast.cache.log import (
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.schema import Manifest, describe_differences, differences
 from feedfast.cache.store import COMMITS, Lock, Log, Store
-from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, PartTakenError, RequestError
+from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, PartTakenError
 
 
 class Ledger:
@@ -53,8 +53,7 @@ class Ledger:
         """Lock part i of n, repair the end of its log, and learn what is committed.
 
         Raises:
-            PartTakenError: the part is already being written.
-            RequestError: writers of another division are at work.
+            PartTakenError: the part is already being written, or writers of another division are at work.
             CacheMismatchError: the stored manifest is another.
             CacheDamageError: a log is damaged other than by a torn last line, or disagrees with the manifest.
         """
@@ -98,7 +97,7 @@ class Ledger:
         parts = str(self.part[1])
         lock = self.store.join(f"{COMMITS}/.lock-split", parts)
         if isinstance(lock, str):
-            raise RequestError(
+            raise PartTakenError(
                 f"{self.store.where()}: expected a division into {parts} part(s), "
                 f"found writers at work on one of {lock}"
             )

@@ -25,7 +25,7 @@ from feedfast.cache.assemble import holds_fill
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_length, check_log, digest_of, problem, read_log
 from feedfast.cache.manifest import read_manifest
-from feedfast.cache.segments import Array, BufferPool, Segment, shaped, take_rows
+from feedfast.cache.segments import Array, BufferPool, Segment, shaped
 from feedfast.cache.shards import ArrayView, ShardFiles, read_small
 from feedfast.cache.store import Store, open_store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
@@ -117,8 +117,13 @@ class CacheReader:
                 gaps += [(array, view, shard) for shard in range(spec.num_shards) if shard not in known]
         return gaps
 
-    def require(self, arrays: Iterable[str], views: Iterable[int]) -> None:
+    def require(self, arrays: Iterable[str], views: Iterable[int], *, stop: int | None = None) -> None:
         """Make sure that these arrays are complete and every file is there with its committed length.
+
+        Args:
+            arrays: names of arrays.
+            views: which views.
+            stop: of sharded arrays only those shards count that hold rows before it.
 
         Raises:
             RequestError: no such array or view.
@@ -129,7 +134,8 @@ class CacheReader:
         for array in arrays:
             spec = self._spec(array)
             for view in views if spec.views else [0]:
-                problems += self._absent(self._source(array, view), range(spec.num_shards))
+                shards = spec.num_shards if stop is None or not spec.sharded else -(-stop // spec.shard_rows)
+                problems += self._absent(self._source(array, view), range(min(shards, spec.num_shards)))
                 if len(problems) >= MAX_PROBLEMS:
                     raise _damage(self.path, problems)
         if problems:
@@ -176,11 +182,9 @@ class CacheReader:
             return self.read_array(array, view)[_checked_rows(rows, spec)]
         source = self._source(array, view)
         segment = Segment(_checked_rows(rows, spec), 0, len(rows))
-        buffer = np.empty(len(segment.rows) * spec.row_bytes, np.uint8)
-        for first, last in segment.jobs(spec):
-            segment.read(source, self._files, buffer, first, last)
         out = np.empty(len(rows) * spec.row_bytes, np.uint8)
-        take_rows(buffer, segment.index, out, spec.row_bytes)
+        for first, last in segment.jobs(spec):
+            segment.read(source, self._files, [(0, out)], first, last)
         return shaped(out, spec)
 
     def stream(

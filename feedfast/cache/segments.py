@@ -1,7 +1,8 @@
 """What is read together: cutting a pass into segments, and the memory they are read into.
 
-A *segment* is a stretch of a pass; `Segment.rows` are the rows it needs, ascending, each once. They lie in that order
-in one buffer per array, whatever order they are wanted in, so that whole blocks can be read straight into place.
+A *segment* is a stretch of a pass that is read at once. A *piece* is a stretch of whole batches whose rows lie in one
+buffer per array, in the order of the pass: a batch is a view of its piece. Rows are put into their places as their
+block is read, so that nothing is gathered afterwards. A batch that two segments share has a piece that both fill.
 
 Arrays of a stream may differ in rows per block; each is read by jobs of its own blocks.
 
@@ -12,7 +13,7 @@ last of them dies, in whichever thread and however derived, the buffer is free a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ Rows = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
 _JOB_BYTES = 1 << 20  # 1 MiB; smaller neighboring blocks are read by one job, for fewer GIL hand-overs
+# 16 KiB; Python spends 1 or 2 us on each stretch of memory that is read into: copying less than this takes less.
+SMALL_BYTES = 16 << 10
 
 
 class _Lease:
@@ -130,24 +133,37 @@ def _split(cuts: list[int], late: int, upto: int, max_rows: int) -> None:
         cuts.append(cuts[-1] + max_rows)
 
 
-class Segment:
-    """Positions [start, stop) of a pass: the rows they need, ascending and once each, and the blocks those lie in.
+class Piece:
+    """Positions [start, stop) of a pass, whole batches; ``buffers`` has of each array the rows in that order."""
 
-    ``index`` maps position - start to a buffer row.
+    __slots__ = ("buffers", "start", "stop")
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.buffers: dict[str, Bytes] = {}
+
+
+Places = Sequence[tuple[int, Bytes]]
+"""Of one array: the buffers of a segment's pieces, ascending, and the position in the pass of the first row of each."""
+
+
+class Segment:
+    """Positions [start, stop) of a pass: ``rows`` are the rows wanted there, ascending; the blocks those lie in.
+
+    ``places[i]`` is the position, counted from ``start``, at which ``rows[i]`` is wanted. Rows wanted twice are there
+    twice, and copied twice, so that what the consumer holds is always his alone.
     """
 
     def __init__(self, rows: Rows, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
-        self.consecutive = bool((np.diff(rows) == 1).all())
-        if self.consecutive:
-            self.rows, self.index = rows, np.arange(len(rows))
-        else:
-            self.rows, self.index = np.unique(rows, return_inverse=True)
-        self.distinct = len(self.rows) == len(rows)
-        self.buffers: dict[str, Bytes] = {}
+        steps = np.diff(rows)
+        self.places: Rows = np.arange(len(rows)) if bool((steps > 0).all()) else np.argsort(rows, kind="stable")
+        self.rows = rows[self.places]
+        self._distinct = bool((np.diff(self.rows) > 0).all())
+        self.pieces: list[Piece] = []
         self.pending = 0
-        self.errors: list[tuple[int, int, Exception]] = []  # rows [first, last) of the buffers that did not come
-        self.waiting: list[Any] = []  # batches of the stream that cannot be built yet
+        self.errors: list[tuple[int, int, Exception]] = []  # of ``rows``, [first, last) that did not come
+        self.waiting: list[Any] = []  # batches of the stream that cannot be handed out yet
         self._blocks: dict[int, tuple[list[int], list[int]]] = {}
 
     def blocks(self, block_rows: int) -> tuple[list[int], list[int]]:
@@ -158,16 +174,9 @@ class Segment:
             known = self._blocks[block_rows] = (blocks.tolist(), [*first.tolist(), len(self.rows)])
         return known
 
-    def is_view(self, start: int, stop: int) -> bool:
-        """Whether positions [start, stop) are rows in buffer order, so that they need not be gathered."""
-        if self.consecutive:
-            return True
-        # Rows wanted twice are copied, so that what the consumer holds is always his alone.
-        return self.distinct and bool((np.diff(self.index[start - self.start : stop - self.start]) == 1).all())
-
     def jobs(self, spec: ArraySpec) -> Iterator[tuple[int, int]]:
         """Runs [first, last) of `blocks` to be read together: whole, consecutive, of one shard, not too large."""
-        most = max(1, _JOB_BYTES // spec.block_bytes)
+        most = max(1, _JOB_BYTES // spec.block_bytes) if self._distinct else 1
         (blocks, bounds), first = self.blocks(spec.block_rows), 0
         for last in range(1, len(blocks) + 1):
             if (
@@ -183,26 +192,53 @@ class Segment:
 
     def error_in(self, start: int, stop: int) -> Exception | None:
         """What prevents positions [start, stop) of the pass from being handed out."""
-        index = self.index[start - self.start : stop - self.start]
         for first, last, error in self.errors:
-            if ((index >= first) & (index < last)).any():
+            places = self.places[first:last] + self.start
+            if ((places >= start) & (places < stop)).any():
                 return error
         return None
 
-    def read(self, source: ArrayView, files: ShardFiles, buffer: Bytes, first: int, last: int) -> None:
-        """Do one of the `jobs`: put the rows of blocks [first, last) into their place in the array's buffer."""
+    def read(self, source: ArrayView, files: ShardFiles, places: Places, first: int, last: int) -> None:
+        """Do one of the `jobs`: put the rows of blocks [first, last) into their places in the array's buffers."""
         spec = source.spec
         blocks, bounds = self.blocks(spec.block_rows)
         blocks, start, stop = blocks[first:last], bounds[first], bounds[last]
         shard = files.get(source, blocks[0] // spec.blocks_per_shard)
-        out = buffer[start * spec.row_bytes : stop * spec.row_bytes]
-        if out.nbytes == len(blocks) * spec.block_bytes:
-            shard.read(blocks, out)
+        wanted = self.places[start:stop] + self.start
+        which = np.searchsorted([position for position, _ in places], wanted, side="right") - 1
+        # rows [edges[i], edges[i + 1]) go to one place, one after another
+        edges = [0, *(np.flatnonzero((np.diff(wanted) != 1) | (np.diff(which) != 0)) + 1).tolist(), len(wanted)]
+        whole = self._distinct and len(wanted) == len(blocks) * spec.block_rows
+        if whole and (len(edges) - 1 <= len(blocks) or len(wanted) * spec.row_bytes >= SMALL_BYTES * (len(edges) - 1)):
+            shard.read(blocks, self._targets(spec, places, wanted, which, edges, len(blocks)))
             return
-        block = thread_buffer("block", spec.block_bytes)
-        shard.read(blocks, block)
-        wanted = self.rows[start:stop] - blocks[0] * spec.block_rows
-        take_rows(block, wanted, out, spec.row_bytes)
+        data = thread_buffer("block", len(blocks) * spec.block_bytes)
+        size = spec.block_bytes
+        shard.read(blocks, [[data[i * size : (i + 1) * size]] for i in range(len(blocks))])
+        found = data.reshape(-1, spec.row_bytes)
+        numbers = None if whole else self.rows[start:stop] - blocks[0] * spec.block_rows
+        for piece in range(int(which.min()), int(which.max()) + 1):
+            position, buffer = places[piece]
+            some = np.flatnonzero(which == piece)
+            if len(some) == len(wanted) and numbers is None:
+                taken = found
+            else:
+                taken = found[some if numbers is None else numbers[some]]
+            buffer.reshape(-1, spec.row_bytes)[wanted[some] - position] = taken
+
+    def _targets(
+        self, spec: ArraySpec, places: Places, wanted: Rows, which: Rows, edges: list[int], blocks: int
+    ) -> list[list[Bytes]]:
+        """Where the bytes of whole blocks go: per block the stretches of memory, in the order of its bytes."""
+        size, per_block = spec.row_bytes, spec.block_rows
+        cuts = edges if blocks == 1 else sorted({*edges, *range(0, len(wanted), per_block)})
+        targets: list[list[Bytes]] = [[] for _ in range(blocks)]
+        at, pieces = wanted[cuts[:-1]].tolist(), which[cuts[:-1]].tolist()
+        for i, first in enumerate(cuts[:-1]):
+            position, buffer = places[pieces[i]]
+            begin = (at[i] - position) * size
+            targets[first // per_block].append(buffer[begin : begin + (cuts[i + 1] - first) * size])
+        return targets
 
 
 def take_rows(rows: Bytes, index: Rows, out: Bytes, row_bytes: int) -> None:

@@ -19,19 +19,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from feedfast.cache.assemble import holds_fill
-from feedfast.cache.blocks import crc32c, decompress, index_length, parse_index
+from feedfast.cache.blocks import crc32c, crc32c_of, decompress, index_length, parse_index
 from feedfast.cache.layout import NO_CHUNK, ArraySpec
 from feedfast.cache.log import check_length, object_key, problem
 from feedfast.cache.store import Object, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError
 
 Bytes = npt.NDArray[np.uint8]
+_MAX_BUFFERS: Final = 1024  # IOV_MAX: what one call of preadv may fill
 
 
 @dataclass(frozen=True)
@@ -143,28 +144,32 @@ class OpenShard:
         except CacheDamageError as error:
             raise source.damage("index", number, str(error)) from None
 
-    def read(self, blocks: Sequence[int], out: Bytes) -> None:
-        """Read consecutive blocks (numbers within the view) into ``out``, one after another.
+    def read(self, blocks: Sequence[int], targets: Sequence[Sequence[Bytes]]) -> None:
+        """Read consecutive blocks (numbers within the view) into memory.
 
         Args:
             blocks: ascending block numbers, all of this shard.
-            out: uint8 [len(blocks) * block_bytes], contiguous. Undefined after an error.
+            targets: per block the stretches that take its bytes, contiguous uint8 [block_bytes] together and each of
+                whole rows; more than one only for a block without padding. Undefined after an error.
 
         Raises:
             CacheDamageError: kind ``index``, ``checksum``, ``fill``, ``length`` or ``io``, naming the block.
         """
-        spec = self.source.spec
-        size = spec.block_bytes
         ranges = [self._range(block) for block in blocks]
-        parts = [out[i * size : (i + 1) * size] for i in range(len(blocks))]
-        if spec.compression == "none":
-            self._read_raw(blocks, ranges, parts)
+        if self.source.spec.compression == "none":
+            self._read_raw(blocks, ranges, targets)
         else:
-            self._read_zstd(blocks, ranges, parts)
-        for block, part in zip(blocks, parts, strict=True):
-            rows = min(spec.block_rows, spec.rows - block * spec.block_rows)
-            if holds_fill(spec, part[: rows * spec.row_bytes].view(spec.dtype)):
-                raise self.source.damage("fill", self.number, "a committed row holds the fill value", block)
+            self._read_zstd(blocks, ranges, targets)
+
+    def _check_fill(self, block: int, data: Sequence[Bytes]) -> None:
+        spec = self.source.spec
+        padding = (block + 1) * spec.block_rows - spec.rows
+        if padding > 0:
+            data = [data[0][: -padding * spec.row_bytes]]  # a block with padding has one target
+        if spec.dtype != np.uint8:
+            data = [part.view(spec.dtype) for part in data]
+        if any(holds_fill(spec, part) for part in data):
+            raise self.source.damage("fill", self.number, "a committed row holds the fill value", block)
 
     def _range(self, block: int) -> tuple[int, int]:
         source, spec = self.source, self.source.spec
@@ -179,34 +184,45 @@ class OpenShard:
             raise source.damage("index", self.number, detail, block)
         return offset, length
 
-    def _read_raw(self, blocks: Sequence[int], ranges: list[tuple[int, int]], parts: list[Bytes]) -> None:
+    def _read_raw(
+        self, blocks: Sequence[int], ranges: list[tuple[int, int]], targets: Sequence[Sequence[Bytes]]
+    ) -> None:
         # Straight into the caller's memory: the fastest way measured (`bench/bench_reader.py`), because reading and the
         # fill check run without the GIL. crc32c keeps it, but at about 30 GB/s only for tens of microseconds per block.
-        sums = np.empty((len(parts), 4), np.uint8)
-        for first, last in _adjacent(ranges):
-            targets = [piece for i in range(first, last) for piece in (parts[i], sums[i])]
-            self._object.read(targets, ranges[first][0])
-        for block, part, stored in zip(blocks, parts, sums.view("<u4")[:, 0].tolist(), strict=True):
-            if crc32c(part) != stored:
+        sums = np.empty((len(blocks), 4), np.uint8)
+        for first, last in _adjacent(ranges, [len(parts) + 1 for parts in targets]):
+            places = [piece for i in range(first, last) for piece in (*targets[i], sums[i])]
+            self._object.read(places, ranges[first][0])
+        for block, parts, end, stored in zip(blocks, targets, sums, sums.view("<u4")[:, 0].tolist(), strict=True):
+            if crc32c_of(parts) != stored:
                 raise self.source.damage("checksum", self.number, "the block does not match its crc32c", block)
-        for block, end in zip(blocks, sums, strict=True):
             self.source.check_block_identity(self.number, block % self.source.spec.blocks_per_shard, end)
+            self._check_fill(block, parts)
 
-    def _read_zstd(self, blocks: Sequence[int], ranges: list[tuple[int, int]], parts: list[Bytes]) -> None:
-        for first, last in _adjacent(ranges):
+    def _read_zstd(
+        self, blocks: Sequence[int], ranges: list[tuple[int, int]], targets: Sequence[Sequence[Bytes]]
+    ) -> None:
+        for first, last in _adjacent(ranges, [1] * len(blocks)):
             start = ranges[first][0]
             frames = thread_buffer("frames", ranges[last - 1][0] + ranges[last - 1][1] - start)
             self._object.read([frames], start)
             for i in range(first, last):
                 frame = frames[ranges[i][0] - start :][: ranges[i][1]]
+                parts = targets[i]
+                data = parts[0] if len(parts) == 1 else thread_buffer("decoded", self.source.spec.block_bytes)
                 # The decoder checks the frame's header, too: a flipped flag would switch its checksum off, and a forged
                 # content size would choose how much memory it takes. The one bit of it that zstd ignores changes no
                 # value and is left to ``verify --full``.
                 try:
-                    decompress(frame, "zstd", parts[i])
+                    decompress(frame, "zstd", data)
                 except CacheDamageError as error:
                     raise self.source.damage("checksum", self.number, str(error), blocks[i]) from None
                 self.source.check_block_identity(self.number, blocks[i] % self.source.spec.blocks_per_shard, frame[-4:])
+                self._check_fill(blocks[i], [data])
+                done = 0
+                for part in parts if len(parts) > 1 else ():
+                    part[:] = data[done : done + part.nbytes]
+                    done += part.nbytes
 
 
 class ShardFiles:
@@ -251,13 +267,19 @@ def thread_buffer(use: str, nbytes: int) -> Bytes:
     return buffer[:nbytes]
 
 
-def _adjacent(ranges: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-    """Cut (offset, length) pairs into runs [first, last) that lie back to back in the file."""
-    first = 0
-    for i in range(1, len(ranges) + 1):
-        if i == len(ranges) or ranges[i][0] != sum(ranges[i - 1]) or i - first == 256:
+def _adjacent(ranges: list[tuple[int, int]], targets: list[int]) -> Iterable[tuple[int, int]]:
+    """Cut (offset, length) pairs into runs [first, last) that lie back to back in the file.
+
+    ``targets`` are the buffers each is read into; the kernel takes 1,024 per call.
+    """
+    first, count = 0, 0
+    for i in range(len(ranges) + 1):
+        if i == len(ranges) or (
+            i > first and (ranges[i][0] != sum(ranges[i - 1]) or count + targets[i] > _MAX_BUFFERS)
+        ):
             yield first, i
-            first = i
+            first, count = i, 0
+        count += targets[i] if i < len(ranges) else 0
 
 
 def read_small(source: ArrayView, number: int = 0) -> Bytes:

@@ -6,15 +6,16 @@ later passes mix the rows of neighboring blocks. Such cuts follow from the row n
 stored order, window edges in a mixed pass. A pass without any (rows at random over the whole view) is cut where
 memory requires it, and reads blocks more than once.
 
-A segment's rows lie in ascending order in one buffer per array. A batch whose rows lie in that order is a view of the
-buffer, without a copy; any other batch is gathered into buffers of its own. Memory: see `MAX_BUFFER_BYTES`.
+Rows are put where their batch wants them as soon as their block is read; a batch is a view of that memory, without
+another copy. Memory: see `MAX_BUFFER_BYTES`.
 
-Threads, not processes: nothing to pickle, no copies, and reading, decoding and gathering release the GIL.
+Threads, not processes: nothing to pickle, no copies, and reading and decoding release the GIL.
 This module knows rows and arrays; where shards come from is up to the caller.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -23,16 +24,26 @@ from typing import Final
 
 import numpy as np
 
-from feedfast.cache.segments import Array, BufferPool, Rows, Segment, cut_segments, shaped, take_rows
+from feedfast.cache.segments import (
+    SMALL_BYTES,
+    Array,
+    BufferPool,
+    Piece,
+    Places,
+    Rows,
+    Segment,
+    cut_segments,
+    shaped,
+)
 from feedfast.cache.shards import ArrayView, ShardFiles
 
 MAX_BUFFER_BYTES: Final = 2 << 30
-"""2 GiB: what one stream holds, decoded, over all its arrays: segments, and batches gathered but not yet handed out.
+"""2 GiB: what one stream holds, decoded, over all its arrays: batches that are read, or being read, and not handed out.
 
-A segment takes at most a quarter of it, so that the one being handed out, the next one and the gathered batches fit
-together. The windows of later passes are therefore sized to a quarter of it (`feedfast.data.passes.pass_sizes`): at
-larger ones, segments end inside a window and its blocks are read again. Two things are always allowed, whatever
-the bound: what the next batch needs (the segments it touches and its own copy), and a segment of one largest block.
+A segment takes at most a quarter of it, so that the one being handed out, the next one and batches that lie in two of
+them fit together. Windows of later passes are therefore sized to a quarter of it (`feedfast.data.passes.pass_sizes`):
+in larger ones segments end inside a window and its blocks are read again. Two things are always allowed, whatever the
+bound: what the next batch needs (the segments it touches), and a segment of one largest block.
 Not counted is what the consumer holds, nor free buffers that the pool keeps, about as many as were in use at once.
 """
 
@@ -40,16 +51,14 @@ _SEGMENT_BYTES = 4 << 20  # 4 MiB; planning a segment costs the consumer some 50
 
 
 class _Batch:
-    """A batch in the making: the stretches of segments it consists of, then its arrays or the error that prevents them.
+    """A batch in the making, then its arrays or the error that prevents them.
 
-    ``copied`` is the number of rows that must be gathered: none for a batch that is a view of its segment.
+    ``parts`` are the segments it consists of, with the positions of it that each has; ``piece`` holds its memory.
     """
 
-    def __init__(self, parts: list[tuple[Segment, int, int]]) -> None:
+    def __init__(self, parts: list[tuple[Segment, int, int]], piece: Piece) -> None:
         self.parts = parts
-        self.copied = sum(stop - start for _, start, stop in parts)
-        if len(parts) == 1 and parts[0][0].is_view(*parts[0][1:]):
-            self.copied = 0
+        self.piece = piece
         self.pending = 0
         self.arrays: dict[str, Array] | None = None
         self.error: Exception | None = None
@@ -65,8 +74,7 @@ class _Engine:
         self.lock = threading.RLock()  # `stop` may run in a garbage collection while its thread holds the lock
         self.work = threading.Condition(self.lock)
         self.ready = threading.Condition(self.lock)
-        self.gathers: deque[_Batch] = deque()
-        self.reads: deque[tuple[Segment, str, int, int]] = deque()  # slots [first, last) of one shard
+        self.reads: deque[tuple[Segment, str, int, int]] = deque()  # blocks [first, last) of one shard
         self.stopped = False
         self.threads: list[threading.Thread] = []
 
@@ -80,7 +88,6 @@ class _Engine:
         """Tell the threads to end; does not wait for them."""
         with self.lock:
             self.stopped = True
-            self.gathers.clear()
             self.reads.clear()
             self.work.notify_all()
             self.ready.notify_all()
@@ -90,10 +97,12 @@ class _Engine:
             thread.join()
 
     def schedule(self, segment: Segment) -> None:
-        """Give the segment its memory and queue its reads."""
+        """Give the segment's new pieces their memory and queue its reads."""
         jobs = []
         for name, source in self.sources.items():
-            segment.buffers[name] = self.pool.lease(len(segment.rows) * source.spec.row_bytes)
+            for piece in segment.pieces:
+                if name not in piece.buffers:
+                    piece.buffers[name] = self.pool.lease((piece.stop - piece.start) * source.spec.row_bytes)
             _, bounds = segment.blocks(source.spec.block_rows)
             jobs += [(bounds[first], (segment, name, first, last)) for first, last in segment.jobs(source.spec)]
         jobs.sort(key=lambda job: job[0])  # all arrays advance together; stable, so still in file order
@@ -103,7 +112,7 @@ class _Engine:
             self.work.notify_all()
 
     def request(self, batch: _Batch) -> None:
-        """Have the batch built as soon as its segments have been read."""
+        """Have the batch ready as soon as its segments have been read."""
         with self.lock:
             for segment, _, _ in batch.parts:
                 if segment.pending:
@@ -123,95 +132,60 @@ class _Engine:
         return batch.arrays
 
     def _complete(self, batch: _Batch) -> None:
-        """All segments of the batch have been read (lock held): hand out views, or queue the gathering."""
+        """All segments of the batch have been read (lock held)."""
         for segment, start, stop in batch.parts:
             batch.error = batch.error or segment.error_in(start, stop)
-        if batch.error is None and batch.copied:
-            self.gathers.append(batch)
-            self.work.notify()
-            return
         if batch.error is None:
-            batch.arrays = self._views(*batch.parts[0])
+            first, last = batch.parts[0][1] - batch.piece.start, batch.parts[-1][2] - batch.piece.start
+            arrays = {}
+            for name, source in self.sources.items():
+                size = source.spec.row_bytes
+                arrays[name] = shaped(batch.piece.buffers[name][first * size : last * size], source.spec)
+            batch.arrays = arrays
         batch.parts = []
         self.ready.notify_all()
-
-    def _views(self, segment: Segment, start: int, stop: int) -> dict[str, Array]:
-        first = int(segment.index[start - segment.start])
-        arrays = {}
-        for name, source in self.sources.items():
-            size = source.spec.row_bytes
-            arrays[name] = shaped(segment.buffers[name][first * size : (first + stop - start) * size], source.spec)
-        return arrays
 
     def _run(self) -> None:
         while True:
             with self.lock:
-                while not (self.gathers or self.reads or self.stopped):
+                while not (self.reads or self.stopped):
                     self.work.wait()
                 if self.stopped:
                     return
-                batch = self.gathers.popleft() if self.gathers else None
-                job = self.reads.popleft() if batch is None else None
-            if batch is not None:
-                self._gather(batch)
-            elif job is not None:
-                self._read(job)
-            del batch, job  # an idle thread must not keep buffers from going back to the pool
+                job = self.reads.popleft()
+            self._read(job)
+            del job  # an idle thread must not keep buffers from going back to the pool
 
     def _read(self, job: tuple[Segment, str, int, int]) -> None:
         segment, name, first, last = job
         errors: list[tuple[int, int, Exception]] = []
+        places = [(piece.start, piece.buffers[name]) for piece in segment.pieces]
         try:
-            segment.read(self.sources[name], self.files, segment.buffers[name], first, last)
+            segment.read(self.sources[name], self.files, places, first, last)
         except Exception:  # any error must reach the consumer; otherwise it would block forever
-            errors = self._read_singly(job)
+            errors = self._read_singly(job, places)
         with self.lock:
             segment.errors += errors
             segment.pending -= 1
             if segment.pending == 0:
+                segment.pieces = []  # a segment lives as long as one of its batches; each of those holds its piece
                 waiting, segment.waiting = segment.waiting, []
                 for batch in waiting:
                     batch.pending -= 1
                     if batch.pending == 0:
                         self._complete(batch)
 
-    def _read_singly(self, job: tuple[Segment, str, int, int]) -> list[tuple[int, int, Exception]]:
+    def _read_singly(self, job: tuple[Segment, str, int, int], places: Places) -> list[tuple[int, int, Exception]]:
         """Read block by block what could not be read together, so that an error fails only the batches it concerns."""
         segment, name, first, last = job
         _, bounds = segment.blocks(self.sources[name].spec.block_rows)
         errors: list[tuple[int, int, Exception]] = []
         for number in range(first, last):
             try:
-                segment.read(self.sources[name], self.files, segment.buffers[name], number, number + 1)
+                segment.read(self.sources[name], self.files, places, number, number + 1)
             except Exception as error:
                 errors.append((bounds[number], bounds[number + 1], error))
         return errors
-
-    def _gather(self, batch: _Batch) -> None:
-        arrays, error = None, None
-        try:
-            arrays = self._gathered(batch)
-        except Exception as caught:
-            error = caught
-        with self.lock:
-            batch.parts = []
-            batch.error = error
-            batch.arrays = arrays
-            self.ready.notify_all()
-
-    def _gathered(self, batch: _Batch) -> dict[str, Array]:
-        arrays: dict[str, Array] = {}
-        for name, source in self.sources.items():
-            size = source.spec.row_bytes
-            out = self.pool.lease(batch.copied * size)
-            done = 0
-            for segment, start, stop in batch.parts:
-                index = segment.index[start - segment.start : stop - segment.start]
-                end = done + len(index) * size
-                take_rows(segment.buffers[name], index, out[done:end], size)
-                done = end
-            arrays[name] = shaped(out, source.spec)
-        return arrays
 
 
 class Stream(Iterator[dict[str, Array]]):
@@ -247,7 +221,7 @@ class Stream(Iterator[dict[str, Array]]):
             start_batch: first batch to hand out; nothing before it is read.
             drop_last: leave out a last batch with fewer rows.
             prefetch: batches that are made ready ahead of the consumer.
-            threads: threads that read, check, decode and gather.
+            threads: threads that read, check and decode.
             files: open shards to share with others.
             pool: buffers to share with others.
             max_buffer_bytes: what the stream may hold, decoded, over all arrays; see `MAX_BUFFER_BYTES` for what is
@@ -268,10 +242,14 @@ class Stream(Iterator[dict[str, Array]]):
         least_rows = min(_SEGMENT_BYTES // row_bytes, 16 * batch_size)
         self._cuts = cut_segments(self._rows, block_rows, batch_size, max_rows, least_rows)
         self._total = -(-len(self._rows) // batch_size)
+        # Small rows are put into place by one copy per piece, so a segment's batches share one; batches of large rows
+        # have a piece each, so that what the consumer keeps is no more than that.
+        self._shared = row_bytes < SMALL_BYTES
         self._next = 0  # the batch to be handed out next
         self._next_segment = 0
         self._short = False  # whether memory kept the stream from reading ahead as far as it should
         self._segments: deque[Segment] = deque()
+        self._pieces: deque[Piece] = deque()  # of batches that are not handed out yet
         self._batches: deque[_Batch] = deque()
         self._pool = pool or BufferPool()
         self._engine = _Engine(sources, files or ShardFiles(), self._pool)
@@ -314,6 +292,7 @@ class Stream(Iterator[dict[str, Array]]):
         self._finalizer()
         self._engine.join()
         self._segments.clear()
+        self._pieces.clear()
         self._batches.clear()
 
     def _advance(self, count: int) -> None:
@@ -322,6 +301,8 @@ class Stream(Iterator[dict[str, Array]]):
         consumed = self._next * self._batch_size
         while self._segments and self._segments[0].stop <= consumed:
             self._segments.popleft()
+        while self._pieces and self._pieces[0].stop <= consumed:
+            self._pieces.popleft()
         last = min(self._next + count, self._total)
         while self._next + len(self._batches) < last:
             first = consumed + len(self._batches) * self._batch_size
@@ -329,9 +310,7 @@ class Stream(Iterator[dict[str, Array]]):
             until = self._next_segment
             while self._cuts[until] < stop:
                 until += 1
-            # counted as if the batch had to be gathered; whether it must is known once its segments are
-            more = self._cuts[until] - self._cuts[self._next_segment] + stop - first
-            if self._batches and self._held_rows() + more > self._max_rows:
+            if self._batches and self._rows_with(until) > self._max_rows:
                 self._short = True
                 break
             while self._next_segment < until:
@@ -341,7 +320,7 @@ class Stream(Iterator[dict[str, Array]]):
                 for segment in self._segments
                 if segment.start < stop and segment.stop > first
             ]
-            batch = _Batch(parts)
+            batch = _Batch(parts, next(piece for piece in self._pieces if piece.stop >= stop))
             self._batches.append(batch)
             self._engine.request(batch)
         ahead = consumed + count * self._batch_size
@@ -349,19 +328,34 @@ class Stream(Iterator[dict[str, Array]]):
             start, stop = self._cuts[self._next_segment : self._next_segment + 2]
             if start >= ahead and start - consumed > stop - start:
                 break
-            if self._held_rows() + stop - start > self._max_rows:
+            if self._rows_with(self._next_segment + 1) > self._max_rows:
                 self._short = True
                 break
             self._schedule()
 
-    def _held_rows(self) -> int:
-        """Rows in segments that are not handed out completely, and in batches that are gathered from them."""
-        return sum(len(segment.rows) for segment in self._segments) + sum(batch.copied for batch in self._batches)
+    def _rows_with(self, until: int) -> int:
+        """Rows in pieces not handed out completely, once the segments before number ``until`` are scheduled."""
+        if not self._pieces:
+            return self._batches_end(self._cuts[until]) - self._next * self._batch_size
+        return self._batches_end(self._cuts[until]) - self._pieces[0].start
+
+    def _batches_end(self, position: int) -> int:
+        """Where the batch ends that a position is in; the position itself if no batch is cut by it."""
+        return min(-(-position // self._batch_size) * self._batch_size, len(self._rows))
 
     def _schedule(self) -> None:
         start, stop = self._cuts[self._next_segment : self._next_segment + 2]
         segment = Segment(self._rows[start:stop], start, stop)
+        # the last piece may be that of a batch which this segment goes on with
+        new = max(start, self._pieces[-1].stop if self._pieces else 0)
+        whole = stop // self._batch_size * self._batch_size if stop < len(self._rows) else stop
+        step = max(whole - new, 1) if self._shared else self._batch_size
+        edges = [*range(new, whole, step), max(new, whole)]
+        if stop > edges[-1]:
+            edges.append(self._batches_end(stop))
+        self._pieces.extend(Piece(a, b) for a, b in itertools.pairwise(edges))
+        segment.pieces = [piece for piece in self._pieces if piece.start < stop and piece.stop > start]
         self._engine.schedule(segment)
         self._segments.append(segment)
         self._next_segment += 1
-        self._pool.keep((len(self._segments) + self._prefetch + 2) * len(self._engine.sources))
+        self._pool.keep((len(self._pieces) + self._prefetch + 2) * len(self._engine.sources))

@@ -197,7 +197,7 @@ def _check_blocks(source: ArrayView, number: int) -> Iterator[Problem]:
     buffer = thread_buffer("block", spec.block_bytes)
     for block in range(first, first + spec.real_blocks(number)):
         try:
-            shard.read([block], buffer)
+            shard.read([block], [[buffer]])
         except CacheDamageError as error:
             yield from error.problems
 

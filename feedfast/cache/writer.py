@@ -48,6 +48,7 @@ class CacheWriter:
         manifest: Manifest,
         *,
         part: tuple[int, int] = (0, 1),
+        divided: bool = True,
         workers: int = 2,
         max_in_flight: int | None = None,
     ) -> None:
@@ -57,6 +58,8 @@ class CacheWriter:
             place: the cache.
             manifest: what `open_for_writing` returned.
             part: (i, n), this is writer i of n.
+            divided: rows of other parts are dropped; False = the part names this writer's log alone, and whoever
+                appends sees to it that every shard has one writer.
             workers: shards that are checked, compressed and checksummed at a time.
             max_in_flight: full shards that may wait or be on their way; default ``2 * workers + 1``, so that as many
                 again may wait for the disk.
@@ -71,7 +74,7 @@ class CacheWriter:
         self.manifest, self.part = manifest, part
         self._ledger = Ledger(open_store(place), manifest, part)
         self.specs = self._ledger.specs
-        self._division = Division(self.specs, manifest.num_rows, part)
+        self._division = Division(self.specs, manifest.num_rows, part if divided else (0, 1))
         self._open: dict[tuple[str, int], ShardBuffer] = {}
         self._error: BaseException | None = None
         self._lock = threading.Lock()  # guards the buffers to use again

@@ -27,6 +27,7 @@ from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError
 from feedfast.stages.identity import changed_versions
 from feedfast.stages.sampling import sampling_of_manifest
+from feedfast.stages.together import SharedWriter
 from feedfast_kernels import encode
 from feedfast_kernels.codes import CODECS
 
@@ -40,7 +41,7 @@ class Recorder:
 
     def __init__(
         self,
-        writer: CacheWriter,
+        writer: CacheWriter | SharedWriter,
         held: CacheReader,
         decoder: Mapping[str, Any],
         taps: Mapping[str, Iterable[str]],

@@ -10,15 +10,21 @@ were made of: it is the student that a finished cache would have trained. A view
 Cache and checkpoint need not agree, since both are functions of rows. What is durable already is read; what is not is
 computed, also where the student is past it: then nobody trains on it. The view is complete before the student gets
 its last batch, so a checkpoint at the end of an epoch never is ahead of the cache.
+
+Several ranks compute the rows they train on, where slices of a batch are whole cuts (`feedfast.stages.together`).
+Where they are not, and where rows are asked for in another order, each rank records its part of the missing shards, as
+`feedfast cache` divides them, and then reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +43,19 @@ from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work, annotations_of, view_work
-from feedfast.errors import CacheDamageError, PartTakenError, RequestError
+from feedfast.errors import CacheDamageError, FeedfastError, PartTakenError, RequestError
 from feedfast.methods import Targets
 from feedfast.methods.base import matching
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.held import Held, Part, joined
+from feedfast.stages.loop import rank_rows
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.proof import check_views, plan_of, replay_pixels
 from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.source import Cached, Rows, Taps, manifest_taps, teachers_identity
+from feedfast.stages.together import SharedWriter, Together
 from feedfast.stages.trainee import Entry, needs_of
 from feedfast.stages.usable import coming_taps, require_usable
 from feedfast.stages.worker import Worker
@@ -55,6 +64,8 @@ log = logging.getLogger(__name__)
 
 Cuts = NDArray[np.bool_]
 """[cut]: which of a view's batches of ``cache.batch`` rows."""
+
+SEEN_WITHIN_S = 60  # what one rank has written is seen by the others; network file systems keep names for a while
 
 
 class Recorded(Cached):
@@ -68,8 +79,10 @@ class Recorded(Cached):
         device: torch.device,
         taps: Taps,
         provenance: Provenance,
+        together: Together,
     ) -> None:
-        """Nothing is recorded yet.
+        """Nothing is recorded yet. With several ranks all of them call a method, or none does; `is_complete`, and what
+        reads a view that is, may be called by one.
 
         Args:
             reader: of the cache, as it is after `Preparation.prepare`.
@@ -78,6 +91,7 @@ class Recorded(Cached):
             device: where batches are put.
             taps: the targets that batches carry, all of them of these teachers.
             provenance: of this job, for the manifest.
+            together: the ranks.
         """
         recipe = preparation.recipe
         super().__init__(
@@ -93,24 +107,30 @@ class Recorded(Cached):
         self._preparation, self._manifest, self._provenance = preparation, manifest, provenance
         self._recorded = {name: tuple(teacher.shapes) for name, teacher in self.teachers.items()}
         self._teachers_identity = teachers_identity(self.teachers, preparation.probes)
+        self._together = together
         self._complete: set[int] = set()
 
     def batches(self, view: int, rows: Rows, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Source`. Of a view that is not complete, its first epoch is recorded as it is handed out; whoever asks
         for other rows waits until they are recorded."""
-        if self.is_complete(view):
+        if self.finds_complete(view):
             return super().batches(view, rows, batch_size, start)
-        whole = np.arange(len(self.data) // batch_size * batch_size)
-        if np.array_equal(rows, whole):
-            return self._recording(view, batch_size, start)
+        me, all_rows = self._together.me, np.arange(len(self.data))
+        epoch = rank_rows(all_rows, batch_size * me.world, me.rank, me.world)
+        if self._together.all(np.array_equal(rows, epoch)):
+            if me.world == 1 or batch_size % self._manifest.batch_rows == 0:
+                return self._recording(view, batch_size, start)
+            return self._following(view, rows, batch_size, start)
         # A later epoch of a view that has lost a shard needs all of it, and so will those after it.
-        self._record(view, rows if len(rows) < len(whole) else np.arange(len(self.data)))
+        self._record_all(
+            view, len(self.data) if len(rows) == len(epoch) or me.world > 1 else int(rows.max(initial=0)) + 1
+        )
         return super().batches(view, rows, batch_size, start)
 
     def target_batches(self, view: int, rows: Rows, batch_size: int) -> Iterator[Targets]:
         """See `Source`. Rows that are not there yet are recorded first."""
-        if not self.is_complete(view):
-            self._record(view, rows)
+        if not self.finds_complete(view):
+            self._record_all(view, int(rows.max(initial=0)) + 1)
         return super().target_batches(view, rows, batch_size)
 
     def identity(self) -> dict[str, Any]:
@@ -128,7 +148,7 @@ class Recorded(Cached):
 
     def views_complete(self) -> int:
         """How many views hold all that this job records; where some are missing, a line says who completes them."""
-        found = sum(self.is_complete(view) for view in range(self.views))
+        found = sum(self.finds_complete(view) for view in range(self.views))
         if found < self.views:
             log.info(
                 "record: %d of %d views are complete; `feedfast cache` or a longer run records the rest",
@@ -138,19 +158,31 @@ class Recorded(Cached):
         return found
 
     def is_complete(self, view: int) -> bool:
+        """Whether a view is known to have everything that this job records of it."""
+        return view in self._complete
+
+    def finds_complete(self, view: int) -> bool:
         """Whether a view has everything that this job records of it, in files of the committed lengths."""
         if view not in self._complete:
-            codes = [names.codes(name, tap) for name, taps in self._recorded.items() for tap in taps]
-            pixels = {names.PIXELS} & self.reader.specs.keys()
-            try:
-                self.reader.require([names.SUMS, *pixels, *codes], [view])
-            except CacheDamageError:  # the writer looks again, and says what it will not write anew
+            if not self._together.all(self._sees(view, len(self.data))):
                 return False
             self._complete.add(view)
             if len(self._complete) == self.views:  # from here on the cache is read, and their memory is the student's
                 self.teachers = {}
                 self._preparation.teachers.clear()
         return True
+
+    def _sees(self, view: int, stop: int) -> bool:
+        """Whether this rank finds all that is recorded of the rows of a view before ``stop``."""
+        try:
+            self.reader.require(self._arrays(), [view], stop=stop)
+        except CacheDamageError:  # the writer looks again, and says what it will not write anew
+            return False
+        return True
+
+    def _arrays(self) -> list[str]:
+        codes = [names.codes(name, tap) for name, taps in self._recorded.items() for tap in taps]
+        return [names.SUMS, *({names.PIXELS} & self.reader.specs.keys()), *codes]
 
     def _renew(self) -> None:
         """See what has been written since the cache was opened."""
@@ -161,68 +193,155 @@ class Recorded(Cached):
 
     def _recording(self, view: int, batch_size: int, start: int) -> Generator[Batch, None, None]:
         """The batches of a view's first epoch from the ``start``-th; the last one when the view is complete."""
-        batches, number, size = len(self.data) // batch_size, start, self._manifest.batch_rows
-        work, held = view_work(self.plan, self.data, view), _Held()
+        me, count, size = self._together.me, len(self.data), self._manifest.batch_rows
+        whole = batch_size * me.world
+        batches, number = count // whole, start
+        work, held = view_work(self.plan, self.data, view), Held()
         began = time.perf_counter()
-        with self._writing() as recorder:
+        with self._writing(slice_rows=batch_size) as recorder:
             cuts = _lacking(recorder, view)
-            trained = np.arange(len(cuts)) >= start * batch_size // size
-            for batch, codes in self._walk(recorder, view, cuts | trained, trained):
-                held.add(batch, codes, first=start * batch_size)
+            trained = np.arange(len(cuts)) >= start * whole // size
+            walked = cuts | trained
+            mine = walked & (_first_rows(walked, size) // batch_size % me.world == me.rank)
+            walk = self._walk(recorder, view, mine, trained)
+            # One rank takes a cut at a time; several take each what it has of a global batch, and exchange it.
+            turn = size if me.world == 1 else whole
+            for first in np.unique(np.flatnonzero(walked) * size // turn * turn).tolist():
+                for batch, codes in islice(walk, int(mine[first // size : (first + turn) // size].sum())):
+                    held.add(batch, codes, first=start * whole)
+                if isinstance(recorder.writer, SharedWriter):
+                    recorder.writer.exchange(view, first, min(first + turn, count))
                 while number < batches - 1 and held.count >= batch_size:
                     yield self._batch(held.take(batch_size), work)
                     number += 1
-            recorder.writer.close()  # waits until everything is durable
-            log.info(
-                "record: view %d is complete, %s rows in %.1f s",
-                view,
-                f"{min(int(cuts.sum()) * size, len(self.data)):,}",
-                time.perf_counter() - began,
-            )
-        self._renew()
+        self._await(view, count)
+        log.info(
+            "record: view %d is complete, %s rows in %.1f s",
+            view,
+            f"{min(int(cuts.sum()) * size, count):,}",
+            time.perf_counter() - began,
+        )
         if number < batches:
             yield self._batch(held.take(batch_size), work)
 
-    def _record(self, view: int, rows: Rows) -> None:
-        """Record what is missing up to the last shard that holds any of some rows; nobody trains on it."""
+    def _following(self, view: int, rows: Rows, batch_size: int, start: int) -> Generator[Batch, None, None]:
+        """The batches of a view's first epoch, where no rank can compute what it trains on: a stretch is recorded by
+        all ranks, each its part of it, and then read. The last batch comes when the view is complete."""
+        whole, batches = batch_size * self._together.me.world, len(rows) // batch_size
+        for stop in self._stretches(len(self.data)):
+            last = stop // whole
+            if last >= batches:
+                break
+            self._record(view, stop)
+            if last > start:
+                yield from super().batches(view, rows[: last * batch_size], batch_size, start)
+                start = last
+        self._record(view, len(self.data))
+        yield from super().batches(view, rows, batch_size, start)
+
+    def _stretches(self, stop: int) -> range:
+        """Ends of stretches before row ``stop``: in each every rank has a unit of rows, none waits long for another."""
+        size = unit_rows(self.reader.specs) * self._together.me.world
+        return range(size, stop, size)
+
+    def _record_all(self, view: int, stop: int) -> None:
+        """`_record`, a stretch at a time where several ranks do it."""
+        for end in self._stretches(stop) if self._together.me.world > 1 else ():
+            self._record(view, end)
+        self._record(view, stop)
+
+    def _record(self, view: int, stop: int) -> None:
+        """Record what is missing up to the last shard that holds any row before ``stop``; nobody trains on it."""
+        if self._together.all(self._sees(view, stop)):
+            return
         with self._writing() as recorder:
             lacking, size = _lacking(recorder, view), self._manifest.batch_rows
             # From the view's start: a shard is written from its first row, and cuts do not begin where shards do.
             unit = unit_rows(recorder.writer.specs)  # the largest shard; no other crosses its edge
-            stop = (int(rows.max(initial=0)) // unit + 1) * unit
-            cuts = lacking & (np.arange(len(lacking)) * size < stop)
-            log.info("record: view %d: %s rows that are not there yet", view, f"{int(cuts.sum()) * size:,}")
+            cuts = lacking & (_first_rows(lacking, size) < -(-stop // unit) * unit)
+            whose = "" if self._together.me.world == 1 else " in the first rank's part"
+            log.info("record: view %d: %s rows that are not there yet%s", view, f"{int(cuts.sum()) * size:,}", whose)
             for _ in self._walk(recorder, view, cuts, np.zeros(len(cuts), bool)):
                 pass
-        self._renew()
+        self._await(view, stop)
 
-    def _writer(self) -> CacheWriter:
+    def _await(self, view: int, stop: int) -> None:
+        """Read the cache anew, until this rank finds what all have recorded of the rows before ``stop``.
+
+        Raises:
+            FeedfastError: it does not.
+        """
+        world = self._together.me.world
+        for _ in range(SEEN_WITHIN_S):
+            self._renew()
+            if world == 1 or self._sees(view, stop):  # what one process does not find is damage; who reads it says so
+                return
+            time.sleep(1)
+        raise FeedfastError(
+            f"{self.reader.path}: view {view}: expected to find what {world} ranks have recorded, found less; "
+            "cache.path must be one folder that all of them share"
+        )
+
+    def _writer(self, *, divided: bool) -> CacheWriter:
         """Waits while another job writes, as a second student that records: what that writes is then read."""
-        said = False
-        while True:
-            try:
-                return CacheWriter(self.reader.path, self._manifest, workers=self._preparation.recipe.cache.threads)
-            except PartTakenError as error:
-                if not said:
-                    log.warning("record: waiting: %s", error)
-                said = True
+        me, writer, said = self._together.me, None, False
+        # The first rank's part comes first and is given back last: two jobs of several ranks do not wait for each
+        # other, and whoever has it knows what the others have written.
+        for mine in (me.first, not me.first):
+            while True:
+                if mine and writer is None:
+                    try:
+                        writer = CacheWriter(
+                            self.reader.path,
+                            self._manifest,
+                            part=(me.rank, me.world),
+                            divided=divided,
+                            workers=self._preparation.recipe.cache.threads,
+                        )
+                    except PartTakenError as error:
+                        if not said:
+                            log.warning("record: waiting: %s", error)
+                        said = True
+                if self._together.all(writer is not None or not mine):
+                    break
                 time.sleep(1.0)
+        assert writer is not None
+        return writer
 
     @contextmanager
-    def _writing(self) -> Iterator[Recorder]:
-        """A writer of its own for each pass: what one that was left halfway has not finished is begun anew."""
-        path = self.reader.path
-        with self._writer() as writer:
-            record_pass(path, self._provenance)
-            self._renew()  # the writer now knows what is durable, and nobody else adds to its part
+    def _writing(self, slice_rows: int = 0) -> Iterator[Recorder]:
+        """A writer of its own for each pass: what one that was left halfway has not finished is begun anew.
+
+        With several ranks and ``slice_rows``, rows go through a `SharedWriter`; else each rank writes its part.
+        """
+        path, me = self.reader.path, self._together.me
+        shared = me.world > 1 and slice_rows > 0
+        with self._writer(divided=not shared) as writer:
+            if me.first:
+                record_pass(path, self._provenance)
+            self._renew()  # the writer now knows what is durable, and nobody else adds to it
+            face = SharedWriter(writer, self._together, slice_rows) if shared else writer
+            # Of several ranks each would wait for its own writers alone: the others' teachers share its cores.
+            settle = me.world == 1 and needs_every_core(self.device, self._preparation.recipe.cache.threads)
+            decoder = self._preparation.loader.describe()
+            recorder = Recorder(face, self.reader, decoder, self._recorded, settle=settle)
+            if shared and not self._together.same(_number_of(recorder)):
+                raise FeedfastError(
+                    f"{path}: expected all {me.world} ranks to find the same shards, found different ones; cache.path "
+                    "must be one folder that all of them share"
+                )
             try:
-                settle = needs_every_core(self.device, self._preparation.recipe.cache.threads)
-                decoder = self._preparation.loader.describe()
-                yield Recorder(writer, self.reader, decoder, self._recorded, settle=settle)
+                yield recorder
             except GeneratorExit:
                 writer.close()  # the epoch is left halfway: shards that are full are kept
                 raise
-        record_pass(path, self._provenance.finished())
+            if not me.first:
+                writer.close()  # waits until everything is durable
+            self._together.all(True)
+            writer.close()
+            self._together.all(True)
+        if me.first:
+            record_pass(path, self._provenance.finished())
 
     def _walk(
         self, recorder: Recorder, view: int, cuts: Cuts, trained: Cuts
@@ -263,9 +382,9 @@ class Recorded(Cached):
                     codes |= next(stream)
             yield batch, codes
 
-    def _batch(self, parts: Sequence[_Part], work: Work) -> Batch:
+    def _batch(self, parts: Sequence[Part], work: Work) -> Batch:
         """One batch of what is held of one cut or more."""
-        codes = {array: _joined([part.codes[array] for part in parts]) for array in parts[0].codes}
+        codes = {array: joined([part.codes[array] for part in parts]) for array in parts[0].codes}
         if len(parts) == 1 and len(parts[0].batch) == parts[0].stop - parts[0].start:
             whole = parts[0].batch
             return replace(whole, targets=self._targets(codes, whole.view, whole.ids))
@@ -277,53 +396,14 @@ class Recorded(Cached):
         return Batch(images, annotations, ids, rows, view, self._targets(codes, view, ids))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows [start, stop) of a cut, and their codes."""
-
-    batch: Batch
-    start: int
-    stop: int
-    codes: Mapping[str, NDArray[Any]]
+def _first_rows(cuts: Cuts, size: int) -> Rows:
+    return np.arange(len(cuts)) * size
 
 
-class _Held:
-    """Cuts that the student has not had yet: a queue of rows between two sizes of batches.
-
-    Attributes:
-        count: rows held.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._parts: list[_Part] = []
-
-    def add(self, batch: Batch, codes: Mapping[str, NDArray[Any]], *, first: int) -> None:
-        """Hold the rows of a cut that are not before row ``first``."""
-        start = min(max(first - int(batch.rows[0]), 0), len(batch))
-        if start < len(batch):
-            self._parts.append(_Part(batch, start, len(batch), {name: rows[start:] for name, rows in codes.items()}))
-            self.count += len(batch) - start
-
-    def take(self, rows: int) -> list[_Part]:
-        """The first ``rows`` rows; they are held no longer."""
-        taken: list[_Part] = []
-        self.count -= rows
-        while rows:
-            part = self._parts.pop(0)
-            size = min(rows, part.stop - part.start)
-            taken.append(
-                replace(part, stop=part.start + size, codes={name: codes[:size] for name, codes in part.codes.items()})
-            )
-            rows -= size
-            if size < part.stop - part.start:
-                rest = {name: codes[size:] for name, codes in part.codes.items()}
-                self._parts.insert(0, replace(part, start=part.start + size, codes=rest))
-        return taken
-
-
-def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+def _number_of(recorder: Recorder) -> int:
+    """Names what is missing, below 2^62."""
+    missing = sorted((array, *place) for array, places in recorder.pending.missing.items() for place in places)
+    return int.from_bytes(hashlib.sha256(repr(missing).encode()).digest()[:7])
 
 
 def _lacking(recorder: Recorder, view: int) -> Cuts:
@@ -336,11 +416,11 @@ def _lacking(recorder: Recorder, view: int) -> Cuts:
     return lacking
 
 
-def refuse_unrecordable(recipe: Recipe, me: Worker) -> None:
-    """Raise unless the recipe says what is to be recorded, and this process is alone.
+def refuse_unrecordable(recipe: Recipe) -> None:
+    """Raise unless the recipe says what is to be recorded, all of it.
 
     Raises:
-        RequestError: it does not, or there are several ranks or parts.
+        RequestError: it does not.
     """
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='record', found nothing")
@@ -348,18 +428,22 @@ def refuse_unrecordable(recipe: Recipe, me: Worker) -> None:
         raise RequestError("cache.views: expected at least 1 to record, found 0; train.source='live' makes new ones")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]] to record, found none")
-    # A rank trains on a slice of every batch, so it would have a part of each shard; whole shards are what is written.
-    if me.world > 1:
-        raise RequestError(
-            f"train.source: 'record' is for one process, found {me.world} ranks; run `feedfast cache` under them "
-            "first, then train with 'cache'"
-        )
     if recipe.cache.part != "0/1":
         raise RequestError(f"cache.part: expected 0/1 with train.source='record', found {recipe.cache.part}")
 
 
+def _say_if_read_twice(batch: int, size: int, me: Worker) -> None:
+    """One line where ranks cannot record what they train on, and which batch would fit."""
+    if me.world > 1 and me.first and batch // me.world % size:
+        log.warning(
+            "record: train.batch: expected a multiple of ranks x cache.batch (%d x %d = %d) for each rank to record "
+            "what it trains on, found %d: rows are recorded a stretch ahead, then read, and images are decoded twice",
+            *(me.world, size, me.world * size, batch),
+        )
+
+
 def open_recorded(
-    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, entries: Sequence[Entry]
+    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, entries: Sequence[Entry], me: Worker
 ) -> Recorded:
     """The source of a student that records as it trains; the cache is made, or agreed with.
 
@@ -369,13 +453,14 @@ def open_recorded(
         plan: their views.
         device: where teachers run and batches are put.
         entries: the recipe's methods.
+        me: this rank.
 
     Raises:
         RequestError, CacheMismatchError: see `feedfast.stages.offline.run_cache`.
     """
     path, needs = Path(recipe.cache.path), needs_of(entries)
     refuse_foreign(path)
-    preparation = Preparation(recipe, data, plan, device, (0, 1))
+    preparation = Preparation(recipe, data, plan, device, (me.rank, me.world))
     try:
         own = {name: teacher.shapes for name, teacher in preparation.teachers.items()}
         coming = coming_taps(preparation.teachers, held_manifest(path), entries)
@@ -389,9 +474,11 @@ def open_recorded(
         found = manifest_taps(manifest)
         taps = {name: {t: found[name][t] for t in own[name] if t in matching(needs, own[name])} for name in own}
         provenance = Provenance.begin(recipe.model_dump(mode="json"))
-        source = Recorded(reader, preparation, manifest, device, taps if needs else {}, provenance)
+        source = Recorded(reader, preparation, manifest, device, taps if needs else {}, provenance, Together(me))
         # Of views that are read from the start nothing else compares the pixels; of the others the recorder does.
-        whole = next((view for view in range(source.views) if not source.is_complete(view)), source.views)
+        whole = next((view for view in range(source.views) if not source.finds_complete(view)), source.views)
+        if whole < source.views:
+            _say_if_read_twice(recipe.train.batch, manifest.batch_rows, me)
         if whole and not source.stored_images:
             replay_pixels(reader, data, plan, blocks=recipe.train.replay, views=whole)
     except BaseException:

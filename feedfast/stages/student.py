@@ -101,7 +101,7 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
     me = Worker.from_env()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    with me.process_group(pick_device(recipe.train.device, me.local)):
+    with me.process_group(pick_device(recipe.train.device, me.local), memory=recipe.train.source == "record"):
         return StudentRun(recipe, me, train, val).run()
 
 
@@ -125,7 +125,7 @@ class StudentRun:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
         self.entries = trainable_entries(recipe)
         if train.source == "record":
-            refuse_unrecordable(recipe, me)
+            refuse_unrecordable(recipe)
         say_slow_bf16(recipe, self.device, teachers=train.source in ("live", "record"))
         self.needs = needs_of(self.entries)
         ensure_dir(self.out, "train.out")
@@ -167,7 +167,7 @@ class StudentRun:
 
     def _open_source(self, plan: ViewPlan) -> Source:
         if self.recipe.train.source == "record":
-            return open_recorded(self.recipe, self.data, plan, self.device, self.entries)
+            return open_recorded(self.recipe, self.data, plan, self.device, self.entries, self.me)
         return open_source(self.recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
 
     def _student(self) -> nn.Module:
@@ -289,7 +289,8 @@ class StudentRun:
         learning = [method for method in methods if type(method).prepare is not Method.prepare]
         if not learning:
             return
-        if self.me.first:
+        # Targets that are not recorded yet are recorded by all ranks, so all of them walk through them.
+        if self.me.first or isinstance(self.source, Recorded):
             with torch.random.fork_rng(devices=[]):
                 for method in learning:
                     method.prepare(self.loop.targets)

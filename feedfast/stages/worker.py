@@ -89,8 +89,12 @@ class Worker:
         return index, parts
 
     @contextlib.contextmanager
-    def process_group(self, device: torch.device) -> Iterator[None]:
+    def process_group(self, device: torch.device, *, memory: bool = False) -> Iterator[None]:
         """Inside, ``torch.distributed`` is initialized for these ranks; a single process needs and gets no group.
+
+        Args:
+            device: what ranks exchange lies there.
+            memory: also in main memory.
 
         The device is set first: NCCL would otherwise put a context of every rank on GPU 0.
 
@@ -101,12 +105,11 @@ class Worker:
             yield
             return
         cuda = device.type == "cuda"
+        backend = ("cpu:gloo,cuda:nccl" if memory else "nccl") if cuda else "gloo"
         if cuda:
             torch.cuda.set_device(device)
         _set_rendezvous(self)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", rank=self.rank, world_size=self.world, device_id=device if cuda else None
-        )
+        dist.init_process_group(backend, rank=self.rank, world_size=self.world, device_id=device if cuda else None)
         store = dist.distributed_c10d._get_default_store()
         try:
             yield

@@ -169,3 +169,48 @@ def test_the_bench_of_large_rows_reads_what_it_wrote_once(capsys: pytest.Capture
     assert found["read"]["row_bytes"] * 200 <= found["read"]["stored_bytes"] <= found["read"]["read_bytes"]
     assert found["read"]["read_bytes"] < 1.001 * found["read"]["stored_bytes"]
     assert found["write"]["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_the_bench_of_peers_compares_every_row_and_finds_who_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Small rows, one process per peer: all read what was written, and only checksums notice a flipped bit."""
+    results = {file: file.read_bytes() for file in BENCH.glob("*.csv")}
+    bench = loaded("bench_peers")
+    assert bench.main(["--tiny", "--only", "4KB", "--folder", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert {(row["peer"], row["page_cache"]) for row in found} == {
+        (peer, cache) for peer in bench.PEERS for cache in ("cold", "warm")
+    }
+    for row in found:
+        assert row["problem"] == ""
+        assert row["samples_per_s"] > 0
+        assert row["disk_bytes"] >= row["count"] * row["row_bytes"] * (0.5 if "zstd" in row["peer"] else 1)
+        assert row["cached_share"] > 0.99 or row["page_cache"] == "cold"
+    said = {row["peer"]: row["flipped_bit"] for row in found if row["peer"] not in bench.CEILINGS}
+    assert {peer for peer, answer in said.items() if answer == "error"} == {
+        "feedfast",
+        "feedfast zstd",
+        "hdf5 fletcher32",
+    }
+    assert set(said.values()) == {"error", "silent"}
+    assert list(tmp_path.iterdir()) == []  # nothing is left on the disk
+    assert {file: file.read_bytes() for file in BENCH.glob("*.csv")} == results
+
+
+def test_the_codes_of_the_bench_of_peers_are_half_zeros_and_its_batches_from_many_places() -> None:
+    bench = loaded("bench_peers")
+    codes = bench.codes(bench.setting_of("4KB", tiny=True))
+    assert 0.45 < (codes == 0).mean() < 0.55
+    assert codes.max() < 255
+    assert len(np.unique(codes, axis=0)) == len(codes)
+    share = np.bincount(codes.reshape(-1)) / codes.size
+    assert bench.entropy(codes) == pytest.approx(stats.entropy(share, base=2))
+    for size in bench.SIZES:
+        setting = bench.setting_of(size, tiny=False)
+        order = bench.pass_order(setting.rows, 0, 0, 1, setting.granule, setting.window)
+        # the last window of a view may be short
+        whole = order[: setting.rows // (setting.granule * setting.window) * setting.granule * setting.window]
+        for start in range(0, len(whole) - setting.batch + 1, setting.batch):
+            assert len(np.unique(whole[start : start + setting.batch] // setting.granule)) >= 16

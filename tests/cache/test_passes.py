@@ -15,10 +15,12 @@ from cache_files import small_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feedfast.cache import segments
+from feedfast.cache import stream as stream_module
 from feedfast.cache.blocks import index_length
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.schema import Manifest, differences, merge
-from feedfast.cache.segments import Array, BufferPool, Bytes, Segment
+from feedfast.cache.segments import SMALL_BYTES, Array, BufferPool, Bytes, Piece, Segment
 from feedfast.cache.shards import ArrayView
 from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
@@ -218,9 +220,17 @@ def test_large_maps_added_to_a_cache_of_small_rows_are_read_once() -> None:
     assert readable_sizes(8, 1, 1 << 40, 8, MAX_BUFFER_BYTES) == (8, 1)
 
 
+@pytest.mark.parametrize("least_bytes", [SMALL_BYTES, 1])
 @pytest.mark.parametrize("damaged", [0, 1, 2])
-def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path) -> None:
-    """One array's blocks of 4 rows, another's of 16, of 64: what is damaged is named, whatever the others' sizes."""
+def test_damage_meets_only_the_batches_of_its_block(
+    damaged: int, least_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One array's blocks of 4 rows, another's of 16, of 64: what is damaged is named, whatever the others' sizes.
+
+    Rows are small, and copied into place, or taken for large ones, and read into place.
+    """
+    monkeypatch.setattr(segments, "SMALL_BYTES", least_bytes)
+    monkeypatch.setattr(stream_module, "SMALL_BYTES", least_bytes)
     rng = np.random.default_rng(1)
     sizes, rows = [(300, 4), (100, 16), (20, 64)], 256
     values = {f"a{k}": rng.integers(0, 255, (rows, size)).astype(np.uint8) for k, (size, _) in enumerate(sizes)}
@@ -248,31 +258,39 @@ def test_damage_meets_only_the_batches_of_its_block(damaged: int, tmp_path: Path
 class Dry:
     """In the place of a stream's threads: nothing is allocated or read, what would be is added up.
 
-    Memory is counted as it can be freed at the earliest: segments by the last batch they serve, copies when handed out.
+    Memory is counted as it can be freed at the earliest: pieces by the last batch they hold.
     """
 
     def __init__(self, sources: list[ArrayView], batch_size: int, num_rows: int) -> None:
         self.sources, self.batch_size, self.num_rows = sources, batch_size, num_rows
         self.threads = [None]  # the stream takes it for started
         self.blocks: dict[str, list[int]] = {source.spec.name: [] for source in sources}
-        self.segments: list[Segment] = []
-        self.copied: list[int] = []
+        self.pieces: dict[int, Piece] = {}  # by their first position
+        self.requested = 0
         self.handed_out = 0
         self.most_rows = 0
 
     def schedule(self, segment: Segment) -> None:
-        self.segments.append(segment)
+        for piece in segment.pieces:
+            assert self.pieces.setdefault(piece.start, piece) is piece
+        edges = [piece.start for piece in segment.pieces] + [segment.pieces[-1].stop]
+        assert edges == sorted(set(edges))
+        assert edges[0] <= segment.start < segment.stop <= edges[-1]
+        assert all(piece.stop == after for piece, after in zip(segment.pieces, edges[1:], strict=True))
         for source in self.sources:
             self.blocks[source.spec.name] += np.unique(segment.rows // source.spec.block_rows).tolist()
         self.count()
 
     def request(self, batch: Any) -> None:
-        first = len(self.copied) * self.batch_size
+        first = self.requested * self.batch_size
         stretches = [(start, stop) for _, start, stop in batch.parts]
         stop = min(first + self.batch_size, self.num_rows)
         assert [first, *(b for _, b in stretches[:-1])] == [a for a, _ in stretches]  # all of the batch, in order
         assert stretches[-1][1] == stop
-        self.copied.append(batch.copied)
+        assert batch.piece is self.pieces[batch.piece.start]
+        assert batch.piece.start <= first
+        assert batch.piece.stop >= stop
+        self.requested += 1
         self.count()
 
     def wait(self, batch: Any) -> dict[str, Array]:
@@ -281,8 +299,8 @@ class Dry:
 
     def count(self) -> None:
         position = self.handed_out * self.batch_size
-        rows = sum(len(segment.rows) for segment in self.segments if segment.stop > position)
-        self.most_rows = max(self.most_rows, rows + sum(self.copied[self.handed_out :]))
+        rows = sum(piece.stop - piece.start for piece in self.pieces.values() if piece.stop > position)
+        self.most_rows = max(self.most_rows, rows)
 
     def join(self) -> None:
         pass

@@ -14,8 +14,10 @@ from cache_files import Values, small_manifest, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feedfast.cache import segments, stream
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.segments import BufferPool, Segment, cut_segments
+from feedfast.cache.shards import OpenShard
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import RequestError
 
@@ -79,6 +81,36 @@ def test_every_batch_of_every_array_is_what_was_written(cache: Cache, order: np.
             assert count == -(-len(order) // batch_size)
 
 
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize("batch_size", [16, 50, 1000])
+def test_large_rows_go_straight_to_where_their_batch_wants_them(
+    cache: Cache, order: np.ndarray, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if every row were large: each is read into its own place, and a batch has memory of its own."""
+    path, values = cache
+    monkeypatch.setattr(segments, "SMALL_BYTES", 1)
+    monkeypatch.setattr(stream, "SMALL_BYTES", 1)
+    stretches: list[int] = []
+    original = OpenShard.read
+
+    def counted(self, blocks, targets):
+        stretches.extend(len(parts) for parts in targets)
+        original(self, blocks, targets)
+
+    monkeypatch.setattr(OpenShard, "read", counted)
+    reader = CacheReader(path)
+    names = sharded(reader)
+    kept = list(reader.stream(names, 1, order, batch_size))
+    for k, batch in enumerate(kept):
+        rows = order[k * batch_size : (k + 1) * batch_size]
+        for name in names:
+            np.testing.assert_array_equal(batch[name], values[name][1][rows])
+    for name in names:  # kept, a batch keeps no more than itself
+        assert len({batch[name].base.ctypes.data for batch in kept}) == len(kept)
+    if order is ORDERS["windowed"]:
+        assert max(stretches) > 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_streams_resume_exactly_at_any_batch(cache: Cache, data: st.DataObject) -> None:
@@ -137,9 +169,9 @@ def test_a_mixed_pass_reads_every_block_once(cache: Cache, monkeypatch: pytest.M
     read: list[int] = []
     original = Segment.read
 
-    def counted(self, source, files, buffer, first, last):
+    def counted(self, source, files, places, first, last):
         read.extend(self.blocks(source.spec.block_rows)[0][first:last])
-        original(self, source, files, buffer, first, last)
+        original(self, source, files, places, first, last)
 
     monkeypatch.setattr(Segment, "read", counted)
     list(CacheReader(path).stream(["targets/a/dense/codes"], 0, windowed(300, 3), 32))
