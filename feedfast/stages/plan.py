@@ -88,7 +88,8 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         first step, ``seconds`` until its last, by ``step_ms``, else ``student_ms``). Reading: ``compression``
         (teacher/tap → "zstd" or "none", see `feedfast.stages.plan_compression`), ``zstd_step_ms`` and
         ``cached_step_ms`` (a step from the cache with what would be compressed by size alone, and as planned),
-        ``read_ms`` (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
+        ``read_ms`` (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second``
+        (of a student
         that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
         the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
