@@ -119,6 +119,7 @@ class SharedWriter:
         """
         self.manifest, self.specs = writer.manifest, writer.specs
         self.missing, self.stored, self.close = writer.missing, writer.stored, writer.close
+        self.settle = writer.settle
         self._writer, self._together, self._slice = writer, together, slice_rows
         self._held: dict[str, list[_Held]] = {}
         self._pending: Pending | None = None
@@ -132,6 +133,9 @@ class SharedWriter:
         """See `CacheWriter.pending`; the same on every rank. What is exchanged is of these arrays and shards."""
         self._pending = self._writer.pending(sorted(arrays))
         return self._pending
+
+    def place(self, array: str, view: int, start_row: int, count: int) -> None:
+        """Nowhere: rows wait here until it is known whose they are."""
 
     def append(self, array: str, view: int, start_row: int, rows: NDArray[Any], *, saturated: int = 0) -> None:
         """See `CacheWriter.append`. The rows are not copied: they must stay as they are until `exchange`."""
