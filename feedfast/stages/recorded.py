@@ -321,7 +321,8 @@ class Recorded(Cached):
                 record_pass(path, self._provenance)
             self._renew()  # the writer now knows what is durable, and nobody else adds to it
             face = SharedWriter(writer, self._together, slice_rows) if shared else writer
-            settle = needs_every_core(self.device, self._preparation.recipe.cache.threads)
+            # Of several ranks each would wait for its own writers alone: the others' teachers share its cores.
+            settle = me.world == 1 and needs_every_core(self.device, self._preparation.recipe.cache.threads)
             decoder = self._preparation.loader.describe()
             recorder = Recorder(face, self.reader, decoder, self._recorded, settle=settle)
             if shared and not self._together.same(_number_of(recorder)):

@@ -141,6 +141,13 @@ class SharedWriter:
         """See `CacheWriter.append`. The rows are not copied: they must stay as they are until `exchange`."""
         self._held.setdefault(array, []).append((start_row, rows, saturated))
 
+    def place(self, array: str, view: int, start_row: int, count: int) -> None:
+        """None: rows are exchanged before they are placed (see `CacheWriter.place`)."""
+
+    def settle(self) -> None:
+        """See `CacheWriter.settle`."""
+        self._writer.settle()
+
     def exchange(self, view: int, start: int, stop: int) -> None:
         """Bring rows [start, stop) of a view, a whole global batch or the last rows, to their writers. Of all ranks.
 
