@@ -133,12 +133,12 @@ class SharedWriter:
         self._pending = self._writer.pending(sorted(arrays))
         return self._pending
 
+    def place(self, array: str, view: int, start_row: int, count: int) -> None:
+        """Nowhere: rows wait here until it is known whose they are."""
+
     def append(self, array: str, view: int, start_row: int, rows: NDArray[Any], *, saturated: int = 0) -> None:
         """See `CacheWriter.append`. The rows are not copied: they must stay as they are until `exchange`."""
         self._held.setdefault(array, []).append((start_row, rows, saturated))
-
-    def place(self, array: str, view: int, start_row: int, count: int) -> None:
-        """None: rows are exchanged before they are placed (see `CacheWriter.place`)."""
 
     def settle(self) -> None:
         """See `CacheWriter.settle`."""
