@@ -119,7 +119,6 @@ class SharedWriter:
         """
         self.manifest, self.specs = writer.manifest, writer.specs
         self.missing, self.stored, self.close = writer.missing, writer.stored, writer.close
-        self.settle = writer.settle
         self._writer, self._together, self._slice = writer, together, slice_rows
         self._held: dict[str, list[_Held]] = {}
         self._pending: Pending | None = None
@@ -140,9 +139,6 @@ class SharedWriter:
     def append(self, array: str, view: int, start_row: int, rows: NDArray[Any], *, saturated: int = 0) -> None:
         """See `CacheWriter.append`. The rows are not copied: they must stay as they are until `exchange`."""
         self._held.setdefault(array, []).append((start_row, rows, saturated))
-
-    def place(self, array: str, view: int, start_row: int, count: int) -> None:
-        """None: rows are exchanged before they are placed (see `CacheWriter.place`)."""
 
     def settle(self) -> None:
         """See `CacheWriter.settle`."""
