@@ -114,7 +114,8 @@ def check_positions(name: str, x_NCHW: Tensor, positions: Tensor) -> None:
         cells, (least, most) = x_NCHW.shape[2] * x_NCHW.shape[3], (int(end) for end in positions.aminmax())
         if least < 0 or most >= cells:
             raise ValueError(
-                f"{name}: expected positions 0 to {cells - 1} of a map of {list(x_NCHW.shape[2:])}, got {least} to {most}"
+                f"{name}: expected positions 0 to {cells - 1} of a map of {list(x_NCHW.shape[2:])}, got "
+                f"{least} to {most}"
             )
 
 
