@@ -238,7 +238,7 @@ class Stream(Iterator[dict[str, Array]]):
         self._max_rows = max_buffer_bytes // row_bytes
         max_rows = max(block_rows, self._max_rows // 4)
         if batch_size % block_rows == 0 and bool((np.diff(self._rows) == 1).all()):
-            max_rows = max(max_rows, batch_size)  # a segment per batch, which is then a view: no copy, half the memory
+            max_rows = max(max_rows, batch_size)  # a segment per batch: it is there in any case, and none lies in two
         least_rows = min(_SEGMENT_BYTES // row_bytes, 16 * batch_size)
         self._cuts = cut_segments(self._rows, block_rows, batch_size, max_rows, least_rows)
         self._total = -(-len(self._rows) // batch_size)

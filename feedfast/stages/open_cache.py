@@ -100,7 +100,7 @@ class OpenedCache:
             device: where tensors are put.
             taps: teacher → targets wanted; all of them without it, none with {}.
             pass_index: 0 is the stored order; later passes over the same view mix rows
-                (`feedfast.data.views.pass_order`).
+                (`feedfast.data.passes.pass_order`).
             start_batch: first batch to hand out; nothing before it is read.
             drop_last: leave out rows that fill no whole batch of every rank. Without it they are dealt out in turn, and
                 some ranks may see one batch less than others.

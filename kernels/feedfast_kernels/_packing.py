@@ -108,7 +108,10 @@ def _spread(part: Tensor, width: int) -> Tensor:
 
 
 def _gather(codes: Tensor, width: int, low: int) -> Tensor:
-    words = codes.contiguous().view(_WORDS[width])
+    codes = codes.contiguous()
+    if codes.storage_offset() % (8 // width):  # a view in words begins at one
+        codes = codes.clone()
+    words = codes.view(_WORDS[width])
     highest = 64 // width - 8  # first bit of a word's highest byte
     words = (words >> low if low else words) & _MOVES[width][-1][1]
     words *= sum(1 << highest - (8 - width) * i for i in range(8 // width))

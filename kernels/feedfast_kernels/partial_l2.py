@@ -54,7 +54,7 @@ def partial_l2(
         fp32 scalar (float64 for a float64 student); 0 for an empty batch; NaN if any value is NaN.
 
     Raises:
-        ValueError: if shapes differ.
+        ValueError: if shapes differ, and as `gather_positions`.
     """
     backend = backend_of([student_NCHW])
     return _loss(student_NCHW, target, margin_C, weight, denominator, positions, backend=backend)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feedfast_kernels._layout import is_eager_cpu
 from feedfast_kernels.codes import Codes, Target
 
 
@@ -85,7 +86,8 @@ def gather_positions(x_NCHW: Tensor, positions: Tensor) -> Tensor:
         [B, C, P], in memory [B, P, C]; with gradient, which is 0 at all other positions.
 
     Raises:
-        ValueError: if shapes do not fit together.
+        ValueError: if shapes do not fit together; on the CPU also a position outside the map. On a GPU, which reading
+            them back would stall, one of those reads (and writes) what is not the sample's.
     """
     check_positions("gather_positions", x_NCHW, positions)
     gathered = _Gather.apply(x_NCHW, positions)
@@ -101,13 +103,20 @@ def as_row(values: Target) -> Target:
 
 
 def check_positions(name: str, x_NCHW: Tensor, positions: Tensor) -> None:
-    """Raise ValueError unless ``positions`` are [B, P] whole numbers for a map [B, C, H, W]."""
+    """Raise ValueError unless ``positions`` are [B, P] whole numbers for, on the CPU within, a map [B, C, H, W]."""
     whole = positions.dtype in (torch.int32, torch.int64)
     if x_NCHW.ndim != 4 or positions.ndim != 2 or not whole or positions.shape[0] != x_NCHW.shape[0]:
         raise ValueError(
             f"{name}: expected a map [B, C, H, W] and int32 or int64 positions [B, P], got {list(x_NCHW.shape)} and "
             f"{positions.dtype} {list(positions.shape)}"
         )
+    if is_eager_cpu(positions) and positions.numel():  # rows of all samples are one list: one too far is the next's
+        cells, (least, most) = x_NCHW.shape[2] * x_NCHW.shape[3], (int(end) for end in positions.aminmax())
+        if least < 0 or most >= cells:
+            raise ValueError(
+                f"{name}: expected positions 0 to {cells - 1} of a map of {list(x_NCHW.shape[2:])}, got "
+                f"{least} to {most}"
+            )
 
 
 class _Gather(torch.autograd.Function):

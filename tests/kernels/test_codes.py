@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from feedfast_kernels import Codes, _layout, as_float, decode, encode
-from feedfast_kernels.codes import CODECS, decode_reference
+from feedfast_kernels.codes import CODECS, decode_reference, pack, unpack
 
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 32, 8, 8), (2, 17, 1, 31), (5, 10), (1, 129), (0, 4, 3, 3)]
 
@@ -168,6 +168,16 @@ def test_round_trips(data: st.DataObject, codec: str, channels: int) -> None:
     back = decode(Codes(packed, offset, step, codec), torch.float64)  # type: ignore[arg-type]
     slack = 1e-6 * (offset.abs() + TOP[codec] * step)
     assert ((back - inside.double()).abs() <= (0.5 * step + slack)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("codec", ["u6", "u5", "u4"])
+@pytest.mark.parametrize("start", [1, 2, 4])
+def test_packing_a_part_of_a_tensor(start: int, codec: str) -> None:
+    """Codes that begin at any byte of their memory, where words do not."""
+    codes = torch.arange(24, dtype=torch.uint8) % (TOP[codec] + 1)
+    part = codes[start : start + 16]
+    assert np.array_equal(integers(pack(part, codec).numpy(), 16, codec), part.numpy())
+    assert torch.equal(unpack(pack(part, codec), 16, codec), part)
 
 
 def test_decode_is_the_formula_in_logical_shape() -> None:

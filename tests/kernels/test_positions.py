@@ -130,6 +130,19 @@ def test_what_does_not_fit_is_refused() -> None:
             gather_positions(student, wrong)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("wrong", [-1, 20, 39])
+def test_a_position_outside_the_map_is_refused(wrong: int, form: torch.memory_format) -> None:
+    """In memory the rows of all samples follow each other: it would be a pixel of another sample, quietly."""
+    student, target, positions, _ = make((2, 3, 4, 5, 6), "u8")
+    positions[1 if wrong < 0 else 0, 2] = wrong
+    given = student.contiguous(memory_format=form)
+    with pytest.raises(ValueError, match=r"gather_positions: expected positions 0 to 19 of a map of \[4, 5\], got"):
+        gather_positions(given, positions)
+    with pytest.raises(ValueError, match="partial_l2: expected positions 0 to 19"):
+        partial_l2(given, target, positions=positions)
+
+
 def test_an_empty_batch_is_zero() -> None:
     student = torch.zeros(0, 3, 4, 4, requires_grad=True)
     loss = partial_l2(student, torch.zeros(0, 3, 5), positions=torch.zeros(0, 5, dtype=torch.int32))
