@@ -14,7 +14,9 @@ are compared elsewhere (tests/stages/test_parity.py); here a round is refused if
 
     python bench/bench_end_to_end.py [--data CIFAR-100.bin] [--teachers a.pt b.pt c.pt] [--residency ram] [--tiny]
 
-``--residency`` adds steps whose targets are held after a first pass (`train.residency`) to the rounds.
+``--stages`` times decoding, forward, encoding, checksums, compression, writing and fsync one by one, to say where a
+caching pass's time goes. ``--residency`` adds steps whose targets are held after a first pass (`train.residency`) to
+the rounds.
 
 Teachers without weights files are random ones; their maps compress differently from trained ones, so say which you
 used. Rows go to bench/results_end_to_end.csv, the last stdout line is one JSON document.
@@ -24,14 +26,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,8 +44,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from feedfast.cache.blocks import compress_block, crc32c
+from feedfast.cache.fit import fit_affine
 from feedfast.cli import configure_logging
 from feedfast.data.batch import Batch
+from feedfast.data.loader import Loader
+from feedfast.files import write_all
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
@@ -48,6 +57,8 @@ from feedfast.stages.data import open_train, view_plan
 from feedfast.stages.demo import write_digits
 from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.offline import run_cache
+from feedfast.stages.plan import run_plan
+from feedfast.stages.record import encode_rows
 from feedfast.stages.student import StudentRun
 from feedfast.stages.worker import Worker
 
@@ -100,16 +111,18 @@ def recipe(tree: dict[str, Any], method: str, folder: Path, source: str = "cache
 
 def images_in_ram(of: Recipe) -> list[torch.Tensor]:
     """Every batch of view 0 as the teachers get it."""
-    from feedfast.data.loader import Loader
-
     data = open_train(of)
     with Loader(data, view_plan(of.data, of.seed), batch_size=of.cache.batch) as loader:
         return [batch.images for batch in loader.stream(0, np.arange(len(data)))]
 
 
-def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """The caching pass over the teachers' forward on the same images in RAM, alternating."""
+def bench_caching(
+    tree: dict[str, Any], method: str, folder: Path, repeats: int, *, planned: bool = True
+) -> dict[str, Any]:
+    """The caching pass over the teachers' forward on the same images in RAM, alternating; as planned, if it is."""
     of = recipe(tree, method, folder)
+    if planned:
+        run_plan(of)
     batches = images_in_ram(of)
     classes = len(open_train(of).classes)
     teachers = load_teachers(of, classes, torch.device("cpu")).values()
@@ -128,6 +141,8 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         # The first pass leaves the cache that `bench_steps` reads.
         path = of.cache.path if repeat == 0 else str(folder / f"{method}-{repeat}.zarr")
         fresh = of.model_copy(update={"cache": of.cache.model_copy(update={"path": path})})
+        if planned and repeat:
+            shutil.copy(f"{of.cache.path}.plan.json", f"{path}.plan.json")
         before = forward()
         result = run_cache(fresh)
         after = forward()
@@ -143,6 +158,56 @@ def bench_caching(tree: dict[str, Any], method: str, folder: Path, repeats: int)
         "bytes_per_sample": result["bytes_per_sample"],
         "bytes_over_chw": max(over_chw, default=None),
     }
+
+
+def bench_stages(tree: dict[str, Any], method: str, folder: Path, rounds: int) -> dict[str, float]:
+    """Milliseconds per row of each stage of the caching pass alone, least of the rounds, which alternate.
+
+    Decoding and forward are of all cores, as encoding; the others of one thread, as a writer has it.
+    """
+    of = recipe(tree, method, folder)
+    data = open_train(of)
+    batch = min(of.cache.batch, len(data))
+    with Loader(data, view_plan(of.data, of.seed), batch_size=batch) as loader:
+        batches = [found.images for found in loader.stream(0, np.arange(4 * batch) % len(data))]
+        maps: list[tuple[torch.Tensor, Any, np.ndarray]] = []
+        teachers = load_teachers(of, len(data.classes), torch.device("cpu")).values()
+        for teacher in teachers:
+            teacher.fit_margins(batches[:1])
+            for tap, values in teacher(batches[0], widen=False).items():
+                if tap in teacher.requests:
+                    kept = teacher.transform(tap)
+                    floats = kept.teacher(values.float()).movedim(1, -1).reshape(-1, values.shape[1])
+                    scale = [torch.from_numpy(row) for row in fit_affine(floats[::64].contiguous().numpy(), "u8")]
+                    codes, _ = encode_rows(values, "u8", *scale, kept)
+                    maps.append((values, (*scale, kept), codes))
+        raw = [codes.reshape(-1) for *_, codes in maps]
+        sink = os.open(folder / "stages", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+
+        def write() -> None:
+            os.ftruncate(sink, 0)
+            os.lseek(sink, 0, os.SEEK_SET)
+            write_all(sink, [codes.data for codes in raw])
+
+        work: dict[str, Callable[[], object]] = {
+            "decode": lambda: list(loader.stream(0, np.arange(batch))),
+            "forward": lambda: [teacher(batches[0]) for teacher in teachers],
+            "forward, maps as computed": lambda: [teacher(batches[0], widen=False) for teacher in teachers],
+            "encode": lambda: [encode_rows(values, "u8", *scale, codes) for values, scale, codes in maps],
+            "check and crc32c": lambda: [(codes.max(), crc32c(codes), crc32c(codes)) for codes in raw],
+            "sha256": lambda: [hashlib.sha256(codes) for codes in raw],
+            "zstd": lambda: [compress_block(codes, "zstd") for codes in raw],
+            "write": write,
+            "fsync": lambda: os.fsync(sink),
+        }
+        least = dict.fromkeys(work, float("inf"))
+        for _ in range(rounds):
+            for name, stage in work.items():
+                begin = time.perf_counter()
+                stage()
+                least[name] = min(least[name], time.perf_counter() - begin)
+        os.close(sink)
+    return {name: seconds * 1e3 / batch for name, seconds in least.items()}
 
 
 def steps(run: StudentRun, start: int) -> Iterator[tuple[int, Batch]]:
@@ -242,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12, help="steps a round")
     parser.add_argument("--repeats", type=int, default=3, help="caching passes")
+    parser.add_argument("--stages", action="store_true", help="the caching pass's stages one by one, and nothing else")
     parser.add_argument(
         "--residency", default="", choices=["ram", "gpu"], help="steps with held targets, too; rows are not appended"
     )
@@ -256,7 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tree = base_recipe(args, folder)
-        for method in args.methods:
+        for method in args.methods if args.stages else ():
+            found = bench_stages(tree, method, folder, args.rounds)
+            print_table("ms per row, least of the rounds", [{"method": method, **found}])
+            rows.append({**provenance(args), "method": method, **found})
+        for method in () if args.stages else args.methods:
             caching = bench_caching(tree, method, folder, args.repeats)
             step = bench_steps(tree, method, folder, args.rounds, args.steps, args.residency)
             row = {
@@ -276,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
             figures = {**step, **{f"caching_{key}": value for key, value in caching.items()}}
             shown = {key: _cell(value) for key, value in figures.items()}
             rows.append({**provenance(args), "method": method, **shown})
-    if not args.tiny and not args.residency:  # the file's columns are those of a run without it
+    if not args.tiny and not args.residency and not args.stages:  # the file's columns are those of a run without it
         _append(rows)
     print(json.dumps({"rows": rows}))
 

@@ -22,7 +22,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def share_recipe(tree: dict[str, Any], share: float | None, folder: Path) -> Rec
 
 
 def bench_steps(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Bytes and step of every share; what is compared alternates in short rounds of the same four batches."""
+    """Bytes and step of every share; what is compared alternates in short rounds of the same two batches."""
     tree = base_recipe(args, folder)
     tree["cache"]["views"] = 1
     if args.threads:
@@ -84,10 +84,15 @@ def bench_steps(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for share, recipe in recipes.items():
         if share is not None:
             run_cache(recipe)
+    if args.only_caches:
+        return []
     runs = {share: StudentRun(recipe, Worker()) for share, recipe in recipes.items()}
-    held = {share: bench_methods.held_batches(run, 4) for share, run in runs.items()}
+    held = {share: bench_methods.held_batches(run, 2) for share, run in runs.items()}
     times: dict[float | None, list[float]] = {share: [] for share in shares}
+    until = time.monotonic() + args.seconds
     for number in range(args.rounds + 1):
+        if number > 2 and time.monotonic() > until:
+            break
         for share in shares if number % 2 else shares[::-1]:
             begin = time.perf_counter()
             for step, batch in enumerate(held[share]):
@@ -143,12 +148,11 @@ def connector_calls(shape: tuple[int, int, int, int], share: float) -> dict[str,
     }
 
 
-def bench_kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
+def bench_kernels(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Forward and backward of every call, least of rounds that alternate; and drawing the positions."""
-    found = []
     for shape in TINY if args.tiny else CONNECTORS:
         batch, _, _, side = shape
-        for share in (0.25,) if args.tiny else (0.5, 0.25, 0.125):
+        for share in (0.25,) if args.tiny else (0.25, 0.125):
             calls = connector_calls(shape, share)
             times: dict[str, list[float]] = {name: [] for name in calls}
             for number in range(args.rounds + 1):
@@ -167,8 +171,7 @@ def bench_kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
             for name, ms in least.items():
                 whole = least[f"{name.partition(',')[0]}, whole"] if "," in name else math.nan
                 case = {"part": "kernels", "case": f"{name}: {words}", "share": share}
-                found.append({**case, "ms": ms, "over_whole": f"{ms / whole:.3f}" if "," in name else ""})
-    return found
+                yield {**case, "ms": ms, "over_whole": f"{ms / whole:.3f}" if "," in name else ""}
 
 
 def train_students(args: argparse.Namespace) -> None:
@@ -253,6 +256,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", default="", help="state_dict of a WRN-16-2; random weights without it")
     parser.add_argument("--limit", type=int, default=0, help="images per class; 0 = 6 for steps, 100 for students")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of steps: no further round after so long")
+    parser.add_argument(
+        "--folder", type=Path, help="where the caches of the steps lie, and stay; none = a temporary one"
+    )
+    parser.add_argument("--only-caches", action="store_true", help="make those of --folder, for a run to come")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--students", action="store_true")
@@ -282,11 +290,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.rounds = 1 if args.tiny else args.rounds
         if args.threads:
             torch.set_num_threads(args.threads)
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-            rows = bench_kernels(args) if args.kernels else bench_steps(args, Path(folder))
-        where = {**paired.environment(), "threads": torch.get_num_threads()}
-        for row in rows:
-            paired.record({**where, **row}, COLUMNS, args.results)
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
+            folder = args.folder or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            where = {**paired.environment(), "threads": torch.get_num_threads()}
+            rows = []
+            for row in bench_kernels(args) if args.kernels else bench_steps(args, folder):
+                paired.record({**where, **row}, COLUMNS, args.results)
+                rows.append(row)
         print_table("sampling", [{key: row.get(key, "") for key in COLUMNS[6:]} for row in rows])
         document["rows"] = rows
     print(json.dumps(document))

@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +36,9 @@ SEAL: Final = "crc32c"
 Parts = Sequence[bytes | memoryview]
 
 
-def replace_file(path: Path, parts: Parts, *, temporary: Path | None = None) -> None:
+def replace_file(
+    path: Path, parts: Parts, *, temporary: Path | None = None, written: Callable[[], None] | None = None
+) -> None:
     """Write a file whole and durably, in place of any older one.
 
     Args:
@@ -44,6 +46,7 @@ def replace_file(path: Path, parts: Parts, *, temporary: Path | None = None) -> 
         parts: its content as buffers of bytes, written one after another.
         temporary: the name it has until it is whole, on the same file system. It must be nobody else's: an existing
             file of that name is an error. By default a hidden name next to ``path``, written over if it exists.
+        written: called when the kernel has the content: what is left is waiting for the disk.
 
     Raises:
         FeedfastError: the disk is full or the file cannot be written; the old one is as it was.
@@ -62,6 +65,8 @@ def replace_file(path: Path, parts: Parts, *, temporary: Path | None = None) -> 
     try:
         try:
             write_all(fd, parts)
+            if written is not None:
+                written()
             os.fsync(fd)
         finally:
             os.close(fd)

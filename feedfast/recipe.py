@@ -151,7 +151,8 @@ class Cache(_Section):
     codec: CodecName = Field("u8", description="the stored form of a map's values, of taps that name none of their own")
     compression: Literal["auto", "zstd", "raw"] = Field(
         "auto",
-        description="of maps: auto = zstd where it makes the pilot's codes at least 1.15 times smaller; zstd = always; "
+        description="of maps: auto = zstd where it makes the pilot's codes at least 1.15 times smaller, but for those "
+        "of which `feedfast plan` of this recipe found that decoding them slows the student down; zstd = always; "
         "raw = never. A tap that is cached already keeps what it has; logits and pixels are raw",
     )
     images: Literal["replay", "stored"] = Field(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -163,7 +164,16 @@ class Ledger:
 
     # ---- committing
 
-    def commit(self, spec: ArraySpec, view: int, shard: int, parts: list[Any], saturated: int = 0) -> None:
+    def commit(
+        self,
+        spec: ArraySpec,
+        view: int,
+        shard: int,
+        parts: list[Any],
+        saturated: int = 0,
+        *,
+        written: Callable[[], None] | None = None,
+    ) -> None:
         """Put an object, then log it. Durable on return; safe from several threads.
 
         Args:
@@ -172,6 +182,7 @@ class Ledger:
             shard: its number.
             parts: its content, as `feedfast.cache.assemble.encode_shard` returns it.
             saturated: see `Commit`.
+            written: called when nothing is left but to wait until it is durable.
 
         Raises:
             FeedfastError: it cannot be written.
@@ -182,7 +193,7 @@ class Ledger:
             crc = crc32c(part, crc)
             sha.update(part)
         content = [memoryview(part).cast("B") for part in parts]
-        self.store.put(object_key(spec.name, key), content, self._owner)
+        self.store.put(object_key(spec.name, key), content, self._owner, written=written)
         earlier = self.commits.get((spec.name, key)) or self._stale.get((spec.name, key))
         commit = Commit(
             array=spec.name,

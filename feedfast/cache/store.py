@@ -240,13 +240,14 @@ class Store:
         except OSError as error:
             raise RequestError(f"{self.root}: cannot be made: {error.strerror}") from error
 
-    def put(self, key: str, parts: Parts, owner: str) -> None:
+    def put(self, key: str, parts: Parts, owner: str, *, written: Callable[[], None] | None = None) -> None:
         """Write an object whole and durably, in place of any older one.
 
         Args:
             key: its key.
             parts: its content as buffers of bytes, written one after another.
             owner: who writes it, for `sweep`.
+            written: called when nothing is left but to wait until it is durable.
 
         Raises:
             FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.
@@ -260,7 +261,7 @@ class Store:
             make_dirs(target.parent)
         except OSError as error:
             raise write_error(error, target, sum(len(part) for part in parts)) from error
-        replace_file(target, parts, temporary=temporary)
+        replace_file(target, parts, temporary=temporary, written=written)
 
     def sweep(self, dead: Callable[[str], bool]) -> None:
         """Remove what unfinished `put` calls left behind, of all owners of whom ``dead`` is true."""

@@ -60,8 +60,9 @@ class CacheWriter:
             part: (i, n), this is writer i of n.
             divided: rows of other parts are dropped; False = the part names this writer's log alone, and whoever
                 appends sees to it that every shard has one writer.
-            workers: threads that encode and publish.
-            max_in_flight: full shards that may wait or be on their way; default ``workers + 1``.
+            workers: shards that are checked, compressed and checksummed at a time.
+            max_in_flight: full shards that may wait or be on their way; default ``2 * workers + 1``, so that as many
+                again may wait for the disk.
 
         Raises:
             RequestError: the part is already being written, or writers of another division are at work.
@@ -80,9 +81,13 @@ class CacheWriter:
         self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by size; fresh pages cost as much as the copy
         # Memory is flat: a buffer per array being written, and this many shards on their way. `append` waits when the
         # disk is slower than the teachers.
-        self._slots = threading.BoundedSemaphore(max_in_flight or workers + 1)
+        most = max_in_flight or 2 * workers + 1
+        self._slots = threading.BoundedSemaphore(most)
+        self._turns = threading.BoundedSemaphore(workers)  # of the processor
+        self._settled = threading.Condition()
+        self._unsettled = 0  # shards that still need the processor
         self._closed = False
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feedfast-write")
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="feedfast-write")
 
     # ---- what there is
 
@@ -161,7 +166,7 @@ class CacheWriter:
         *,
         saturated: int = 0,
     ) -> None:
-        """Take rows [start_row, start_row + n) of a view; they are copied before this returns.
+        """Take rows [start_row, start_row + n) of a view; they are copied before this returns, or lie in their `place`.
 
         Rows of one shard must come in order, from its first, and one shard of an array and view at a time. Rows of
         shards that are committed, or belong to another part, are dropped: whole batches may be given, also again on
@@ -177,29 +182,74 @@ class CacheWriter:
         Raises:
             FeedfastError: an earlier shard could not be written, rows do not follow, or they hold a fill value.
         """
-        self._raise_pending()
-        spec = self._ledger.spec(array)
-        stop = start_row + len(rows)
-        fits = spec.sharded and rows.dtype == spec.dtype and rows.shape[1:] == spec.row_shape
-        if not fits or not 0 <= start_row <= stop <= spec.rows or not 0 <= view < spec.num_views:
-            raise FeedfastError(
-                f"{array}: expected rows {list(spec.row_shape)} {spec.dtype} within 0..{spec.rows} of views below "
-                f"{spec.num_views}, found rows {list(rows.shape[1:])} {rows.dtype}, {start_row}..{stop} of view {view}"
-            )
-        at = start_row
+        spec = self._checked(array, view, start_row, len(rows), rows.shape[1:], rows.dtype)
+        at, stop = start_row, start_row + len(rows)
         while at < stop:
             shard = at // spec.shard_rows
             end = min(stop, spec.shard_span(shard)[1])
-            # The one place where rows are dropped.
-            if (view, shard) not in self._ledger.done[array] and self._division.holds(spec, view, shard):
+            if self._wanted(spec, view, shard):
                 gathering = self._gather(spec, view, shard, at)
-                gathering.rows[gathering.filled : gathering.filled + end - at] = rows[at - start_row : end - start_row]
+                target = gathering.rows[gathering.filled : gathering.filled + end - at]
+                if not _is_same(rows, target):
+                    target[...] = rows[at - start_row : end - start_row]
                 gathering.filled += end - at
                 gathering.saturated, saturated = gathering.saturated + saturated, 0
                 if end == spec.shard_span(shard)[1]:
                     del self._open[array, view]
                     self._submit(gathering)
             at = end
+
+    def place(self, array: str, view: int, start_row: int, count: int) -> Array | None:
+        """The memory that rows [start_row, start_row + count) of a view will lie in, for `append`, which then copies
+        nothing: fill it and append it. None where it is in two pieces, or the rows will be dropped.
+
+        Raises:
+            FeedfastError: as `append`.
+        """
+        spec = self._checked(array, view, start_row, count)
+        shard = start_row // spec.shard_rows
+        if not count or start_row + count > spec.shard_span(shard)[1] or not self._wanted(spec, view, shard):
+            return None
+        gathering = self._gather(spec, view, shard, start_row)
+        return gathering.rows[gathering.filled : gathering.filled + count]
+
+    def settle(self) -> None:
+        """Wait until the shards taken so far need no more of the processor: what is left is waiting for the disk.
+
+        For a caller whose own threads want every core: whoever computes in parallel regions waits for the slowest of
+        its threads at the end of each, so a core that is shared now and then costs all of them.
+
+        Raises:
+            FeedfastError: a shard could not be written.
+        """
+        with self._settled:
+            self._settled.wait_for(lambda: not self._unsettled)
+        self._raise_pending()
+
+    def _wanted(self, spec: ArraySpec, view: int, shard: int) -> bool:
+        """Whether rows of a shard are kept: the one place where rows are dropped."""
+        return (view, shard) not in self._ledger.done[spec.name] and self._division.holds(spec, view, shard)
+
+    def _checked(
+        self,
+        array: str,
+        view: int,
+        start_row: int,
+        count: int,
+        row_shape: tuple[int, ...] | None = None,
+        dtype: Any = None,
+    ) -> ArraySpec:
+        """The array's spec; raises unless these rows are there and, where given, theirs is the form."""
+        self._raise_pending()
+        spec, stop = self._ledger.spec(array), start_row + count
+        shape, kind = spec.row_shape if row_shape is None else row_shape, spec.dtype if dtype is None else dtype
+        fits = spec.sharded and kind == spec.dtype and shape == spec.row_shape
+        if not fits or not 0 <= start_row <= stop <= spec.rows or not 0 <= view < spec.num_views:
+            raise FeedfastError(
+                f"{array}: expected rows {list(spec.row_shape)} {spec.dtype} within 0..{spec.rows} of views below "
+                f"{spec.num_views}, found rows {list(shape)} {kind}, {start_row}..{stop} of view {view}"
+            )
+        return spec
 
     def _gather(self, spec: ArraySpec, view: int, shard: int, row: int) -> ShardBuffer:
         first = spec.shard_span(shard)[0]
@@ -221,7 +271,9 @@ class CacheWriter:
         try:
             self._raise_pending()
             self._ledger.done[shard.spec.name].add((shard.view, shard.shard))
-            self._pool.submit(self._finish, shard)
+            with self._settled:
+                self._pool.submit(self._finish, shard)
+                self._unsettled += 1
         except BaseException:
             self._slots.release()
             raise
@@ -229,15 +281,25 @@ class CacheWriter:
     def _finish(self, shard: ShardBuffer) -> None:
         """In a worker: publish one shard. An error is kept for the caller and ends the work of all workers."""
         spec = shard.spec
-        try:
-            if self._error is None:
-                self._ledger.commit(spec, shard.view, shard.shard, encode_shard(shard), shard.saturated)
-        except BaseException as error:  # whatever it is: the caller's thread raises it
-            self._error = self._error or error
-        finally:
-            with self._lock:
-                self._spare.setdefault(shard.rows.nbytes, []).append(shard.rows.reshape(-1).view(np.uint8))
-            self._slots.release()
+        with contextlib.ExitStack() as turn:
+            turn.callback(self._settle_one)
+            turn.enter_context(self._turns)
+            try:
+                if self._error is None:
+                    parts = encode_shard(shard)
+                    # the turn ends when the kernel has the bytes: the disk is waited for without it
+                    self._ledger.commit(spec, shard.view, shard.shard, parts, shard.saturated, written=turn.close)
+            except BaseException as error:  # whatever it is: the caller's thread raises it
+                self._error = self._error or error
+            finally:
+                with self._lock:
+                    self._spare.setdefault(shard.rows.nbytes, []).append(shard.rows.reshape(-1).view(np.uint8))
+                self._slots.release()
+
+    def _settle_one(self) -> None:
+        with self._settled:
+            self._unsettled -= 1
+            self._settled.notify_all()
 
     # ---- closing
 
@@ -276,3 +338,9 @@ class CacheWriter:
             self._error = self._error or error  # what waits in the queue is dropped; it is computed again on resuming
         with contextlib.suppress(BaseException):
             self.close()
+
+
+def _is_same(rows: Array, target: Array) -> bool:
+    """Whether rows lie where they are to go."""
+    here, there = (array.__array_interface__["data"][0] for array in (rows, target))
+    return bool(here == there and rows.nbytes == target.nbytes and rows.flags.c_contiguous)

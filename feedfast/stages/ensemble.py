@@ -159,17 +159,19 @@ class FrozenTeacher:
                 self.margins[tap.name] = margin_from_bn(gamma.cpu(), beta.cpu())
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, *, widen: bool = True) -> dict[str, Tensor]:
         """uint8 pixels [batch, height, width, 3] to float32 maps by tap name, and ``logits`` [batch, class, ...].
 
         Logits of pixels come along where they are not served, too: they show whether the network knows its images.
+        Without ``widen`` maps stay as the network made them, of 16 bits perhaps and in any order: the encoder makes the
+        same codes of them, from half the bytes.
         """
         pixels = self.normalize(images.to(self.device, non_blocking=True))
         if pixels.shape[2:] != (self.size, self.size):
             pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits, maps = self.tapped(pixels)
-        out = {name: _channels_last(value.float()) for name, value in maps.items()}
+        out = {name: _channels_last(value.float()) if widen else value for name, value in maps.items()}
         if isinstance(logits, Tensor):
             out[LOGITS] = _channels_last(logits.float())
         return out

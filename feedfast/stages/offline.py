@@ -46,7 +46,7 @@ from feedfast.stages.identity import refuse_differences
 from feedfast.stages.plan_record import predicted_cache, prediction_error
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.progress import Meter, format_bytes
-from feedfast.stages.record import Recorder
+from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import Worker, pick_device
@@ -120,6 +120,7 @@ class OfflineRun:
                 CacheReader(self.path),
                 self.loader.describe(),
                 {name: teacher.shapes for name, teacher in self.teachers.items()},
+                settle=needs_every_core(self.device, self.recipe.cache.threads),
             )
             work = recorder.pending
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
@@ -175,7 +176,9 @@ class OfflineRun:
         for batch in self.loader.stream(view, rows):
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
             wanted = recorder.wants(view, start, stop)
-            maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wanted}
+            maps = {
+                name: teacher(batch.images, widen=False) for name, teacher in self.teachers.items() if name in wanted
+            }
             for name, found in maps.items():
                 self.accuracy.update(name, found.get(LOGITS), batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), batch.ids, maps)

@@ -65,7 +65,7 @@ def run_pilot(
     batches: list[Tensor],
     held_out: list[Tensor],
     granule: int,
-    compression: AskedCompression = "auto",
+    compression: Mapping[str, AskedCompression],
     seen: Callable[[int, Tensor | None], None] | None = None,
 ) -> dict[str, Fitted]:
     """Fit and measure taps of one teacher on pilot pixels (uint8 [batch, height, width, 3]).
@@ -76,7 +76,7 @@ def run_pilot(
         batches: pixels the codec is fitted on.
         held_out: pixels it is measured on.
         granule: of the plan.
-        compression: of the taps, or "auto".
+        compression: of each tap, or "auto".
         seen: is told the number of each batch, held-out ones after the others, and its logits if they are served.
 
     Raises:
@@ -104,7 +104,7 @@ def run_pilot(
                 if sample.first is None:
                     block = block_rows_for(tap_row_bytes(teacher.stored(name), codecs[name]), granule)
                     sample.first = _as_stored(values[:block], teacher.positions.get(name))
-    return {name: _fit(teacher, name, sample, codecs[name], compression) for name, sample in samples.items()}
+    return {name: _fit(teacher, name, sample, codecs[name], compression[name]) for name, sample in samples.items()}
 
 
 def _as_stored(values: Tensor, positions: int | None) -> Tensor:

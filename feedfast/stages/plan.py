@@ -12,11 +12,10 @@ epoch, a cached one paid it once per view.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.blocks import AskedCompression, choose_compression, compress_block
 from feedfast.cache.create import refuse_foreign
-from feedfast.cache.fit import fit_affine
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.manifest import held_manifest
-from feedfast.cache.schema import MAX_VIEWS, CodecName
+from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -40,24 +37,26 @@ from feedfast.methods.ft import FACTOR
 from feedfast.models.normalize import Normalize
 from feedfast.models.taps import Tapped, logits_of
 from feedfast.recipe import Recipe
-from feedfast.stages.accuracy import Accuracies, near_chance, tell_accuracy
+from feedfast.stages.accuracy import near_chance, tell_accuracy
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.codecs import Codecs, codecs_of
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers, method_taps
-from feedfast.stages.pilot import PILOT_VIEWS, mixing_plan, row_bytes, tap_row_bytes
-from feedfast.stages.plan_rates import DiskRate, decode_ms, disk_rate
+from feedfast.stages.pilot import mixing_plan, row_bytes, tap_row_bytes
+from feedfast.stages.plan_compression import Reading, cached_ms, cheapest_kinds
+from feedfast.stages.plan_rates import DiskRate, disk_rate
 from feedfast.stages.plan_record import keep_plan
 from feedfast.stages.plan_screen import plan_screen, screen_width
 from feedfast.stages.plan_step import step_ms
+from feedfast.stages.plan_tap import measured_tap
+from feedfast.stages.plan_time import Measured, Pilot, batch_ms, first_student, pilot_of, setup_seconds
 from feedfast.stages.progress import Meter, format_bytes
-from feedfast.stages.record import encode_rows
+from feedfast.stages.record import usable_cores
 from feedfast.stages.sampling import sampling_of
 from feedfast.stages.trainee import Entry, build_student, memory_format, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
-from feedfast_kernels import Codes, Sampled, Target
-from feedfast_kernels.codes import CODECS
+from feedfast_kernels import Sampled, Target
 
 log = logging.getLogger(__name__)
 
@@ -67,33 +66,6 @@ STEP, MIX = 25, 20  # bytes per row of a step of the operations, and of mixing
 SAMPLE = 12  # bytes per sample of samples/label and samples/content
 SPARE = 1.02  # what may be wrong with the estimate of the bytes
 TIMED = 5  # batches, after one that warms up
-
-
-@dataclass
-class _Measured:
-    """What a few batches showed.
-
-    Attributes:
-        compression: teacher/tap → raw bytes per stored byte.
-        encode_ms: of all taps of a batch.
-        decode_ms: of all taps of a batch, one thread.
-        teacher_ms: teacher → forward pass of a batch.
-        top1: of the teachers on these batches.
-        student_ms: forward and backward pass of the student on a batch; None if it cannot be built or run.
-        step_ms: of the recipe's student with its task, methods and optimizer; None if that cannot be built here.
-        batch: rows of a batch.
-        pixels_per_second: images that the loader makes per second of a core's time, augmented.
-    """
-
-    batch: int
-    top1: Accuracies
-    pixels_per_second: float
-    compression: dict[str, float] = field(default_factory=dict)
-    encode_ms: float = 0.0
-    decode_ms: float = 0.0
-    teacher_ms: dict[str, float] = field(default_factory=dict)
-    student_ms: float | None = None
-    step_ms: float | None = None
 
 
 def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
@@ -107,13 +79,17 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         The JSON of `feedfast plan`. Space: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view),
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
         ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
-        ``teachers_ms``, ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
+        ``setup_seconds`` (the pilot's fits, opening views), ``pass_ms`` (one batch of the pass), ``teachers_ms``,
+        ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
         ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
         ``pixels_per_core_second`` (augmented images by the loader), ``view_bytes_per_row`` (how a row is shown),
         ``live_over_cached``, ``break_even_epochs``, ``break_even_runs`` (of the recipe's length),
-        ``first_student`` (one process; of ``cache`` before training, and of ``record``: ``wait_seconds`` until its
-        first step, ``seconds`` until its last, by ``step_ms``, else ``student_ms``). Reading: ``read_ms``
-        (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second`` (of a student
+        ``first_student`` (one process; of ``cache`` before training, of ``record``: ``wait_seconds`` until its
+        first step, ``seconds`` until its last, by ``step_ms``, else ``student_ms``). Reading: ``compression``
+        (teacher/tap → "zstd" or "none", see `feedfast.stages.plan_compression`), ``zstd_step_ms`` and
+        ``cached_step_ms`` (a step from the cache with what would be compressed by size alone, and as planned),
+        ``read_ms`` (one batch, decoded), ``pays`` (it takes less than ``teachers_ms``), ``needed_bytes_per_second``
+        (of a student
         that waits for nothing) and ``available_bytes_per_second``, of stored bytes; ``disk_bytes_per_second`` (past
         the page cache: ``disk_direct``), ``decoder_bytes_per_second`` (decoded, one thread). Use: ``teachers``
         (per teacher ``model``, ``top1`` on ``top1_rows`` training rows, ``near_chance``, ``ms``, ``bytes``,
@@ -145,24 +121,33 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         row_bytes(teachers.values(), codecs, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
-    measured = _measure(recipe, data, teachers, codecs, entries, granule, device, usable=not unusable)
+    pilot = pilot_of(recipe, mixed, count)
+    measured = _measure(recipe, data, teachers, codecs, entries, granule, pilot, device, usable=not unusable)
+    standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(standing).free
+    disk, rows = disk_rate(standing, free), count * views
+    reading = _reading(recipe, measured, disk, device)
+    kinds: dict[str, Compression] = {name: cost.fixed for name, cost in measured.costs.items()}
+    if recipe.cache.compression == "auto":
+        held = sum(cost.stored_bytes(kinds[name]) for name, cost in measured.costs.items())
+        batches = rows / measured.batch
+        kinds = cheapest_kinds(measured.costs, reading, batches, free / SPARE - held * batches)
     stored = _stored(codecs, teachers, taps, entries)
     targets = {
-        name: _target(info.stored, codec, measured.compression.get(name, 1.0), count, views, granule)
+        name: _target(info.stored, codec, _ratio(measured, kinds, name), count, views, granule)
         for name, (info, codec) in stored.items()
     }
     if recipe.cache.images == "stored":
         targets["pixels"] = _target((3, recipe.data.size, recipe.data.size), "u8", 1.0, count, views, granule)
-    rows = count * views
     total = sum(entry["bytes"] for entry in targets.values()) + view_row_bytes(mixed) * rows + SAMPLE * count
-    standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     present = sum(commit.bytes for commit in read_log(path).commits.values())
-    free = shutil.disk_usage(standing).free
     per_view = (total - SAMPLE * count) / views
     teachers_ms, student_ms = sum(measured.teacher_ms.values()), measured.student_ms
-    # A quarter of the fitting rows measures the fit.
-    pilot = 1.25 * min(recipe.cache.pilot, PILOT_VIEWS * count)
-    seconds = (teachers_ms * (rows + pilot) + measured.encode_ms * rows) / measured.batch / 1e3
+    pass_ms = batch_ms(recipe, measured, kinds, disk, total / rows, device)
+    setup = setup_seconds(measured, pilot)
+    seconds = (
+        setup + (teachers_ms * pilot.rows + pass_ms * rows) / measured.batch / 1e3 + views * measured.stream_seconds
+    )
     epoch_ms = teachers_ms * count / measured.batch
     epochs = recipe.train.steps * recipe.train.batch / count if recipe.train.steps else recipe.train.epochs
     methods = served(taps, classes, recipe.task.name)
@@ -178,7 +163,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "views_that_fit": min(int(max(free / SPARE + present - SAMPLE * count, 0) / per_view), MAX_VIEWS),
         "seconds": seconds,
         "hours": seconds / 3600,
-        "images_per_second": measured.batch / (teachers_ms + measured.encode_ms) * 1e3,
+        "images_per_second": measured.batch / pass_ms * 1e3,
+        "setup_seconds": setup,
+        "pass_ms": pass_ms,
         "teachers_ms": teachers_ms,
         "encode_ms": measured.encode_ms,
         "student_ms": student_ms,
@@ -188,7 +175,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "live_over_cached": None if student_ms is None else (teachers_ms + student_ms) / student_ms,
         "break_even_epochs": seconds * 1e3 / epoch_ms,
         "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
-        "first_student": _first_student(measured, count, pilot, views, epochs),
+        "first_student": first_student(measured, count, pilot.rows, pass_ms, setup, views, epochs),
         "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in teachers.items()},
         "serves": [name for name, reason in methods.items() if not reason],
         "serves_not": {name: reason for name, reason in methods.items() if reason and name != "none"},
@@ -197,7 +184,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "bf16_over_fp32": ratio,
         "data": facts_of(data),
     }
-    document |= _reading(document, measured, disk_rate(standing, free), recipe.cache.threads)
+    document |= _read(document, measured, kinds, disk, reading)
     keep_plan(recipe, device, document, measured.batch)
     if log.isEnabledFor(logging.INFO):
         log.info("plan:\n%s", plan_screen(document, recipe, str(standing), screen_width()))
@@ -209,47 +196,50 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     return document
 
 
-def _reading(document: Mapping[str, Any], measured: _Measured, disk: DiskRate | None, threads: int) -> dict[str, Any]:
+def _ratio(measured: Measured, kinds: Mapping[str, Compression], name: str) -> float:
+    """Raw bytes per stored byte; a factor's are not known before it is trained."""
+    return measured.taps[name].compression(kinds[name]) if name in kinds else 1.0
+
+
+def _reading(recipe: Recipe, measured: Measured, disk: DiskRate | None, device: torch.device) -> Reading:
+    cores = usable_cores()
+    return Reading(
+        step_ms=measured.step_ms or measured.student_ms or 0.0,
+        threads=recipe.cache.threads,
+        cores=cores,
+        shared=device.type == "cpu" and torch.get_num_threads() >= cores,
+        bytes_per_second=None if disk is None else disk.bytes_per_second,
+    )
+
+
+def _read(
+    document: Mapping[str, Any],
+    measured: Measured,
+    kinds: Mapping[str, Compression],
+    disk: DiskRate | None,
+    reading: Reading,
+) -> dict[str, Any]:
     """Whether reading a batch takes less than computing it; rates are None where the disk could not be measured.
 
-    A batch is read, then decoded by ``threads``; a student that waits for nothing takes a batch per step.
+    A batch is read, then decoded by ``cache.threads``; a student that waits for nothing takes a batch per step.
     """
-    rows, student_ms = measured.batch, document["step_ms"] or document["student_ms"]
+    rows, student_ms, costs = measured.batch, document["step_ms"] or document["student_ms"], measured.costs
     stored = document["bytes_per_sample"] * rows
     raw = document["raw_bytes"] / document["bytes"] * stored
-    cores = max(1, min(threads, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
-    read_ms = None if disk is None else stored / disk.bytes_per_second * 1e3 + measured.decode_ms / cores
+    decoding = sum(cost.decode_ms(kinds[name]) for name, cost in costs.items())
+    read_ms = None if disk is None else stored / disk.bytes_per_second * 1e3 + reading.decoding_ms(decoding)
+    fixed: dict[str, Compression] = {name: cost.fixed for name, cost in costs.items()}
     return {
+        "compression": dict(kinds),
+        "zstd_step_ms": None if student_ms is None else cached_ms(costs, fixed, reading),
+        "cached_step_ms": None if student_ms is None else cached_ms(costs, kinds, reading),
         "read_ms": read_ms,
         "pays": None if read_ms is None else read_ms < document["teachers_ms"],
         "needed_bytes_per_second": None if student_ms is None else stored / student_ms * 1e3,
         "available_bytes_per_second": None if read_ms is None else stored / read_ms * 1e3,
         "disk_bytes_per_second": None if disk is None else disk.bytes_per_second,
         "disk_direct": None if disk is None else disk.direct,
-        "decoder_bytes_per_second": raw / measured.decode_ms * 1e3 if measured.decode_ms else None,
-    }
-
-
-def _first_student(
-    measured: _Measured, count: int, pilot: float, views: int, epochs: float
-) -> dict[str, dict[str, float | None]]:
-    """How long the first student takes with the whole cache before it, and if it records its views as it trains.
-
-    Args:
-        measured: by a few batches.
-        count: rows per view.
-        pilot: rows that the teachers see before the first is recorded.
-        views: of the cache.
-        epochs: of the student; each records a view, until there are no more.
-    """
-    per_row = 1e-3 / measured.batch
-    teachers, student_ms = sum(measured.teacher_ms.values()), measured.step_ms or measured.student_ms
-    fitting, recording = teachers * pilot * per_row, (teachers + measured.encode_ms) * count * per_row
-    training = None if student_ms is None else student_ms * count * epochs * per_row
-    before, during = fitting + recording * views, fitting + recording * min(epochs, views)
-    return {
-        "cache": {"wait_seconds": before, "seconds": None if training is None else before + training},
-        "record": {"wait_seconds": fitting, "seconds": None if training is None else during + training},
+        "decoder_bytes_per_second": raw / decoding * 1e3 if decoding else None,
     }
 
 
@@ -302,7 +292,7 @@ def _target(
 
 
 def _teacher(
-    teacher: FrozenTeacher, measured: _Measured, targets: Mapping[str, Mapping[str, Any]], views: int
+    teacher: FrozenTeacher, measured: Measured, targets: Mapping[str, Mapping[str, Any]], views: int
 ) -> dict[str, Any]:
     top1, rows = measured.top1.of(teacher.name)
     size = sum(entry["bytes"] for key, entry in targets.items() if key.startswith(f"{teacher.name}/"))
@@ -324,14 +314,15 @@ def _measure(
     codecs: Codecs,
     entries: Sequence[Entry],
     granule: int,
+    pilot: Pilot,
     device: torch.device,
     *,
     usable: bool,
-) -> _Measured:
+) -> Measured:
     """Run teachers and student on a few batches; progress is shown."""
-    batches, pixels_per_second = _batches(recipe, data, device)
+    batches, speed, opening = _batches(recipe, data, device)
     first = batches[0].images
-    found = _Measured(len(first), accuracies(teachers, len(data.classes)), pixels_per_second)
+    found = Measured(len(first), accuracies(teachers, len(data.classes)), speed, opening)
     taps = sum(len(teacher.shapes) for teacher in teachers.values())
     targets: dict[str, dict[str, Target | Sampled]] = {}
     sampling = sampling_of(recipe.seed, method_taps(teachers))
@@ -341,11 +332,10 @@ def _measure(
             teacher.fit_margins([first])
             for tap, values in teacher(first).items():
                 here = sampling.gathered(name, tap, values, places)
-                made = _encoded(teacher, tap, here, codecs.of(name, tap), recipe.cache.compression, granule)
+                asked = recipe.cache.compression
+                made = measured_tap(teacher, tap, here, codecs.of(name, tap), asked, granule, pilot.fitted)
                 targets.setdefault(name, {})[tap] = sampling.wrapped(name, tap, made.target, places)
-                found.compression[f"{name}/{tap}"] = made.compression
-                found.encode_ms += made.encode_ms
-                found.decode_ms += made.decode_ms
+                found.taps[f"{name}/{tap}"] = made
                 meter.advance(1, f"{name}/{tap}")
             times = []
             for number in range(TIMED + 1):
@@ -370,57 +360,23 @@ def _measure(
     return found
 
 
-def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[Batch], float]:
+def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[Batch], float, float]:
     """The first batches of view 0, cut as the caching pass will cut them, without a short last one.
 
     Also how many images the loader makes per second of a core's time, over the same rows once more: its pipeline is
-    warm then, and nothing else runs.
+    warm then, and nothing else runs. And the seconds in which a stream is opened.
     """
     size = min(recipe.cache.batch, len(data))
     rows = np.arange(min(TIMED + 1, len(data) // size) * size)
     with pixel_loader(data, view_plan(recipe.data, recipe.seed), size, device, recipe.data.threads) as loader:
         batches = list(loader.stream(0, rows))
         stream = loader.stream(0, np.tile(rows, 1 + 4 * size // len(rows) + 1))
+        opening = time.perf_counter()
         next(stream)  # pays for the pipeline
+        opening = time.perf_counter() - opening
         begin, made = time.process_time(), sum(len(batch) for batch in stream)
         seconds = time.process_time() - begin
-    return batches, made / max(seconds, 1e-6)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A tap of a batch as a cache would hold it: raw bytes per stored byte, ms to encode and decode, and as target."""
-
-    target: Target
-    compression: float = 1.0
-    encode_ms: float = 0.0
-    decode_ms: float = 0.0
-
-
-def _encoded(
-    teacher: FrozenTeacher, tap: str, values: Tensor, codec: CodecName, compression: AskedCompression, granule: int
-) -> _Encoded:
-    """Its compression is what zstd makes of a block of real codes, 1 where it would not be used."""
-    if tap == LOGITS:
-        return _Encoded(values.float())
-    transform = teacher.transform(tap)
-    here = values.cpu()
-    flat = transform.teacher(here).movedim(1, -1).reshape(-1, values.shape[1])
-    thin = flat[:: max(1, len(flat) // 4096)].contiguous().numpy()
-    offset, step = (torch.from_numpy(row).to(values.device) for row in fit_affine(thin, codec))
-    begin = time.perf_counter()
-    codes, _ = encode_rows(values, codec, offset, step, transform)
-    encoding = (time.perf_counter() - begin) * 1e3
-    block = np.ascontiguousarray(codes[: block_rows_for(tap_row_bytes(teacher.stored(tap), codec), granule)])
-    kind = choose_compression([block], compression)
-    stored = compress_block(block, kind)
-    ratio = block.nbytes / len(stored) if kind == "zstd" else 1.0
-    decoding = decode_ms(stored, kind, block.nbytes) * len(codes) / len(block)
-    data = torch.from_numpy(codes).to(values.device)
-    target: Target = data.movedim(-1, 1) if data.dim() > 2 else data.float()
-    if CODECS[codec].quantized:
-        target = Codes(data=data, offset=offset, step=step, codec=codec)  # type: ignore[arg-type]
-    return _Encoded(target, ratio, encoding, decoding)
+    return batches, made / max(seconds, 1e-6), opening
 
 
 def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:

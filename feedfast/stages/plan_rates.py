@@ -31,10 +31,11 @@ DECODING_SECONDS: Final = 0.02
 
 @dataclass(frozen=True)
 class DiskRate:
-    """Bytes per second of one reader; ``direct`` = past the page cache."""
+    """Bytes per second of one reader, past the page cache if ``direct``; and of one writer, until they are durable."""
 
     bytes_per_second: float
     direct: bool
+    written_per_second: float | None = None
 
 
 def disk_rate(folder: Path, free_bytes: int) -> DiskRate | None:
@@ -45,12 +46,14 @@ def disk_rate(folder: Path, free_bytes: int) -> DiskRate | None:
     with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=PLAN_PROBE) as file:
         # random bytes: a file system that compresses would not show the disk
         noise = np.random.default_rng().bytes(PIECE_BYTES)
+        begin = time.perf_counter()
         for number in range(pieces):
             write_all(file.fileno(), [number.to_bytes(8, "little"), memoryview(noise)[8:]])
         os.fsync(file.fileno())
+        written = pieces * PIECE_BYTES / max(time.perf_counter() - begin, 1e-9)
         with contextlib.suppress(OSError):
-            return DiskRate(_read(file.name, pieces, getattr(os, "O_DIRECT", 0)), hasattr(os, "O_DIRECT"))
-        return DiskRate(_read(file.name, pieces, 0), False)
+            return DiskRate(_read(file.name, pieces, getattr(os, "O_DIRECT", 0)), hasattr(os, "O_DIRECT"), written)
+        return DiskRate(_read(file.name, pieces, 0), False, written)
     return None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from feedfast.cache.schema import Compression
 from feedfast.errors import FeedfastError
 from feedfast.files import make_dirs, read_sealed, write_sealed
 from feedfast.recipe import Recipe
@@ -40,14 +41,14 @@ def keep_plan(recipe: Recipe, device: torch.device, document: Mapping[str, Any],
         batch: rows of the batches that were timed.
     """
     share = recipe.train.batch / batch
-    student, read = document["step_ms"] or document["student_ms"], document["read_ms"] or 0.0
+    student, cached = document["step_ms"] or document["student_ms"], document["cached_step_ms"]
     content = {
         "caching": _key(recipe, device),
         "training": _key(recipe, device, training=True),
         "bytes": document["bytes"],
         "seconds": document["seconds"],
-        # what is read is read ahead: the slower of both is waited for
-        "cached_step_ms": None if student is None else max(student, read) * share,
+        "compression": document["compression"],
+        "cached_step_ms": None if cached is None else cached * share,
         "live_step_ms": None if student is None else (document["teachers_ms"] + student) * share,
         "pays": document["pays"],
     }
@@ -65,6 +66,15 @@ def predicted_cache(recipe: Recipe, device: torch.device) -> dict[str, Any] | No
     if held is None or held.get("caching") != _key(recipe, device):
         return None
     return {name: held.get(name) for name in ("bytes", "seconds")}
+
+
+def planned_compression(recipe: Recipe, device: torch.device) -> dict[str, Compression]:
+    """Teacher/tap → how its codes are best stored, where this recipe was planned and ``cache.compression`` is auto."""
+    held = _held(recipe)
+    if recipe.cache.compression != "auto" or held is None or held.get("caching") != _key(recipe, device):
+        return {}
+    found = held.get("compression")
+    return {name: kind for name, kind in found.items() if kind in ("none", "zstd")} if isinstance(found, dict) else {}
 
 
 def predicted_step(recipe: Recipe, device: torch.device) -> dict[str, Any] | None:

@@ -112,6 +112,7 @@ def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict
         "disk": f"{needed} needed{there}, {format_bytes(document['free_bytes'])} free in {folder}: "
         + (f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"),
         "reading": _reading(document),
+        "codes": _codes(document),
         "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "
         f"{_count(document['break_even_runs'], 'run')} of this recipe" + faster,
     }
@@ -145,6 +146,19 @@ def _reading(document: Mapping[str, Any]) -> str:
         rates += f", {format_bytes(document['needed_bytes_per_second'])}/s needed"
     verdict = "" if document["pays"] else 'A CACHE WOULD NOT PAY, use train.source = "live": '
     return f"{verdict}{times}; {rates}"
+
+
+def _codes(document: Mapping[str, Any]) -> str:
+    """How maps are stored, and what speaks for it."""
+    kinds = document["compression"]
+    names = [name for name, kind in kinds.items() if kind == "zstd"]
+    how = "raw" if not names else "zstd" if len(names) == len(kinds) else f"zstd ({', '.join(names)}), the others raw"
+    if not kinds or document["cached_step_ms"] is None:
+        return how if kinds else "logits alone"
+    said = f"{how}: a step from the cache takes {document['cached_step_ms']:,.1f} ms"
+    if document["zstd_step_ms"] > document["cached_step_ms"]:
+        said += f", {document['zstd_step_ms']:,.1f} ms if all that shrinks were decoded"
+    return said
 
 
 def _first_student(found: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
-from feedfast.cache.blocks import choose_compression
+from feedfast.cache.blocks import AskedCompression, choose_compression
 from feedfast.cache.create import open_for_writing
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import check_length, object_key, read_log
@@ -45,6 +45,7 @@ from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_tea
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot
+from feedfast.stages.plan_record import planned_compression
 from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.proof import content_of
 
@@ -68,7 +69,7 @@ class Preparation:
     ) -> None:
         """Build the teachers; nothing is written. ``part``: which part of the cache this job writes."""
         self.recipe, self.data, self.plan, self.part = recipe, data, plan, part
-        self.path = Path(recipe.cache.path)
+        self.path, self.device = Path(recipe.cache.path), device
         self.codecs = codecs_of(recipe.teachers, recipe.cache.codec)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(data.classes), device)
         self.loader = pixel_loader(data, plan, recipe.cache.batch, device, recipe.data.threads)
@@ -198,10 +199,15 @@ class Preparation:
             return {}
         fit, held_out, labels = pilot_pixels(self.loader, self.recipe.cache.pilot)
         out: dict[tuple[str, str], Fitted] = {}
+        planned = planned_compression(self.recipe, self.device)
         for name, taps in wanted.items():
             codecs = {tap: self.codecs.of(name, tap) for tap in taps}
+            asked: dict[str, AskedCompression] = dict.fromkeys(taps, self.recipe.cache.compression)
+            for tap in taps:
+                if f"{name}/{tap}" in planned:
+                    asked[tap] = "zstd" if planned[f"{name}/{tap}"] == "zstd" else "raw"
             entries = run_pilot(
-                *(self.teachers[name], codecs, fit, held_out, granule, self.recipe.cache.compression),
+                *(self.teachers[name], codecs, fit, held_out, granule, asked),
                 seen=partial(self._seen, name, labels),
             )
             tell_accuracy(name, *self.pilot_accuracy.of(name), len(self.data.classes), self.recipe.task.name)

@@ -9,6 +9,7 @@ teacher, tap or version of a decoder, is compared with it row by row: targets of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ class Recorder:
         held: CacheReader,
         decoder: Mapping[str, Any],
         taps: Mapping[str, Iterable[str]],
+        *,
+        settle: bool = False,
     ) -> None:
         """Ask what is missing.
 
@@ -52,7 +55,9 @@ class Recorder:
             held: the same cache, as it is before the job; its pixels are what this job's are compared with.
             decoder: what this job's loader says of itself, for messages.
             taps: teacher → the taps that this job records.
+            settle: finish shards while the caller waits (`CacheWriter.settle`); `needs_every_core` says for whom.
         """
+        self._settle = settle
         self.writer, self.manifest = writer, writer.manifest
         self._held, self._decoder = held, decoder
         self._sampling = sampling_of_manifest(self.manifest, held.path)
@@ -110,20 +115,26 @@ class Recorder:
                 lacks = self.pending.lacks(array, view, start, start + len(pixels))
                 if lacks or array in keep:
                     values = self._sampling.gathered(name, tap, taps[tap], places)
-                    codes, saturated = self._encoded(name, tap, values, view, start)
+                    # what is kept must outlive the shard, whose memory is used again
+                    out = None if array in keep or not lacks else self.writer.place(array, view, start, len(pixels))
+                    codes, saturated = self._encoded(name, tap, values, view, start, out)
                     if lacks:
                         self.writer.append(array, view, start, codes, saturated=saturated)
                     if array in keep:
                         kept[array] = codes
+        if self._settle:
+            self.writer.settle()
         return kept
 
-    def _encoded(self, teacher: str, tap: str, values: Tensor, view: int, start: int) -> tuple[np.ndarray, int]:
+    def _encoded(
+        self, teacher: str, tap: str, values: Tensor, view: int, start: int, out: np.ndarray | None
+    ) -> tuple[np.ndarray, int]:
         info = self.manifest.teachers[teacher].taps[tap]
         offset = step = torch.empty(0)
         if CODECS[info.codec].quantized:
             offset, step = self._scale(teacher, tap, values.device)
         try:
-            codes, saturated = encode_rows(values, info.codec, offset, step, transform_of(info))
+            codes, saturated = encode_rows(values, info.codec, offset, step, transform_of(info), out)
         except ValueError as error:
             raise FeedfastError(f"teacher {teacher!r}, tap {tap!r}, view {view}, rows from {start}: {error}") from error
         return codes, int(saturated)
@@ -173,9 +184,16 @@ def other_pixels(reader: CacheReader, view: int, rows: np.ndarray, decoder: Mapp
 
 
 def encode_rows(
-    values: Tensor, codec: str, offset: Tensor, step: Tensor, transform: Transform
+    values: Tensor,
+    codec: str,
+    offset: Tensor,
+    step: Tensor,
+    transform: Transform,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """A float map [batch, channel, …] as stored rows, channels last, and how many values saturated.
+
+    ``out``: contiguous memory of the rows, which is filled and returned; None = new memory.
 
     Raises:
         FeedfastError: a value is not finite, or too large for float16.
@@ -183,13 +201,39 @@ def encode_rows(
     if CODECS[codec].quantized:
         if values.is_cuda:  # `encode` skips this check on CUDA to avoid a sync; `.cpu()` below syncs anyway
             _require_finite(values, values)
-        codes, saturated = encode(values, offset, step, codec=codec, margin_C=transform.floor(values.device))
-        return codes.cpu().numpy(), saturated
+        margin = transform.floor(values.device)
+        into = None if out is None or values.is_cuda else torch.from_numpy(out)
+        codes, saturated = encode(values, offset, step, codec=codec, margin_C=margin, out=into)
+        return _taken(codes, out), saturated
     values = transform.teacher(values)
     last = values.movedim(1, -1)
     stored = last.to(torch.float32 if codec == "f32" else torch.float16)
     _require_finite(stored, last)
-    return stored.cpu().numpy(), torch.zeros((), dtype=torch.int64)
+    return _taken(stored, out), torch.zeros((), dtype=torch.int64)
+
+
+def _taken(stored: Tensor, out: np.ndarray | None) -> np.ndarray:
+    """Stored rows in ``out``, where given, else as they are; on the host."""
+    if out is None:
+        return stored.cpu().numpy()
+    into = torch.from_numpy(out)
+    if into.data_ptr() != stored.data_ptr():
+        into.copy_(stored)
+    return out
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def needs_every_core(device: torch.device, workers: int) -> bool:
+    """Whether teachers on ``device`` lose more by sharing cores with ``workers`` writing threads than by waiting.
+
+    On a CPU whose cores PyTorch takes all of: a thread that is late is waited for at the end of each operator. With
+    many more cores than writers waiting would leave most of them idle.
+    """
+    return device.type == "cpu" and usable_cores() <= torch.get_num_threads() <= 2 * workers
 
 
 def _require_finite(stored: Tensor, values: Tensor) -> None:

@@ -53,7 +53,7 @@ from feedfast.stages.held import Held, Part, joined
 from feedfast.stages.loop import rank_rows
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.proof import check_views, plan_of, replay_pixels
-from feedfast.stages.record import Recorder
+from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.source import Cached, Rows, Taps, manifest_taps, teachers_identity
 from feedfast.stages.together import SharedWriter, Together
 from feedfast.stages.trainee import Entry, needs_of
@@ -322,7 +322,10 @@ class Recorded(Cached):
                 record_pass(path, self._provenance)
             self._renew()  # the writer now knows what is durable, and nobody else adds to it
             face = SharedWriter(writer, self._together, slice_rows) if shared else writer
-            recorder = Recorder(face, self.reader, self._preparation.loader.describe(), self._recorded)
+            # Of several ranks each would wait for its own writers alone: the others' teachers share its cores.
+            settle = me.world == 1 and needs_every_core(self.device, self._preparation.recipe.cache.threads)
+            decoder = self._preparation.loader.describe()
+            recorder = Recorder(face, self.reader, decoder, self._recorded, settle=settle)
             if shared and not self._together.same(_number_of(recorder)):
                 raise FeedfastError(
                     f"{path}: expected all {me.world} ranks to find the same shards, found different ones; cache.path "
@@ -368,7 +371,11 @@ class Recorded(Cached):
         for batch in self._preparation.loader.stream(view, np.concatenate([*rows, np.empty(0, np.int64)])):
             first = int(batch.rows[0])
             cut = first // size
-            maps = {name: teacher(batch.images) for name, teacher in self.teachers.items() if name in wants[cut]}
+            maps = {
+                name: teacher(batch.images, widen=False)
+                for name, teacher in self.teachers.items()
+                if name in wants[cut]
+            }
             keep = {array for name in maps for array in read.get(name, ())} if trained[cut] else set()
             codes = recorder.record(view, first, batch.images.cpu().numpy(), batch.ids, maps, keep=keep)
             for name, stream in stored.items():

@@ -133,9 +133,16 @@ class SharedWriter:
         self._pending = self._writer.pending(sorted(arrays))
         return self._pending
 
+    def place(self, array: str, view: int, start_row: int, count: int) -> None:
+        """Nowhere: rows wait here until it is known whose they are."""
+
     def append(self, array: str, view: int, start_row: int, rows: NDArray[Any], *, saturated: int = 0) -> None:
         """See `CacheWriter.append`. The rows are not copied: they must stay as they are until `exchange`."""
         self._held.setdefault(array, []).append((start_row, rows, saturated))
+
+    def settle(self) -> None:
+        """See `CacheWriter.settle`."""
+        self._writer.settle()
 
     def exchange(self, view: int, start: int, stop: int) -> None:
         """Bring rows [start, stop) of a view, a whole global batch or the last rows, to their writers. Of all ranks.

@@ -18,12 +18,15 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from feedfast_kernels import _packing as packing
 from feedfast_kernels._layout import along_row, as_BHWC, is_eager_cpu, scratch, tiles
 from feedfast_kernels._ops import OPS, register, runs_triton
+
+_ROUND: Final = float(1 << 23)  # fp32 numbers from here on are whole
 
 CodecName = Literal["u8", "u6", "u5", "u4"]
 StoredAs = Literal["u8", "u6", "u5", "u4", "float"]
@@ -254,6 +257,9 @@ def _quantize_tiled(
     # the clip at the margin comes after the rounding, where it costs one operator on what is in the cache anyway:
     # rounding is monotone, so round(max(x, m)) == max(round(x), round(m)) to the bit
     lowest = None if margin_C is None else along_tile(((margin_C - offset_C) / divisor_C).round_())
+    # OFD's margin is where a fitted range begins: then nothing is below code 0
+    floors_at_zero = lowest is not None and not lowest.any()
+    highest = -math.inf if lowest is None else lowest.max().item()
     saturated = 0
     for tile in tiles(source.shape):
         x = source[tile]
@@ -265,18 +271,28 @@ def _quantize_tiled(
         else:
             scaled.view(x.shape).copy_(x)
             scaled.sub_(offset[here])
-        scaled.div_(divisor[here]).round_()
-        if not math.isfinite(scaled.sum().item()):
+        scaled.div_(divisor[here])
+        least, most = scaled.amin().item(), scaled.amax().item()  # NaN if any is
+        if not math.isfinite(least + most):
             _raise_if_not_finite(x)
-        if lowest is not None:
-            torch.maximum(scaled, lowest[here], out=scaled)
-        torch.clamp(scaled, 0, top, out=clipped)
-        # a dot product of {-1, 0, 1} is exact below 2^24 and 3x cheaper than a comparison and a count
-        excess = scaled.sub_(clipped).clamp_(-1, 1).view(-1)
-        saturated += int(torch.dot(excess, excess).item())
-        # int32 on the way: float -> uint8 is not vectorized on the CPU, float -> int32 -> uint8 is
-        integers = scaled.view(torch.int32).copy_(clipped)
-        codes[tile].copy_((integers.to(torch.uint8) if channels_first else integers).view(x.shape))
+        most = max(most, highest)
+        if lowest is not None and not floors_at_zero:
+            torch.maximum(scaled.round_(), lowest[here], out=scaled)
+        if floors_at_zero or least >= -0.5:
+            clipped = scaled  # no code below 0 is lost; ties go to the even 0
+        else:
+            torch.clamp(scaled.round_(), 0, top, out=clipped)
+            # a dot product of {-1, 0, 1} is exact below 2^24 and 3x cheaper than a comparison and a count
+            excess = scaled.sub_(clipped).clamp_(-1, 1).view(-1)
+            saturated += int(torch.dot(excess, excess).item())
+        # Adding 2^23 rounds as `round` does, ties to even, and leaves the code in the low byte: int32 -> uint8 is
+        # vectorized, float -> uint8 is not. What the clip loses is the code above the largest, counted as bytes.
+        integers = clipped.clamp_(0, top + 1).add_(_ROUND).view(torch.int32)
+        stored = integers.to(torch.uint8) if channels_first or most > top + 0.5 else integers
+        if most > top + 0.5:
+            saturated += int(np.count_nonzero(stored.numpy() > top))
+            stored.clamp_max_(top)
+        codes[tile].copy_(stored.view(x.shape))
     return torch.tensor(saturated)
 
 

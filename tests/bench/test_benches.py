@@ -53,6 +53,28 @@ def test_the_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_the_stages_of_a_pass_are_timed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded("bench_end_to_end").main(["--tiny", "--stages"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["kd", "pfeed", "ofd"]
+    for name in ("decode", "forward", "encode", "check and crc32c", "sha256", "zstd", "write", "fsync"):
+        assert 0 < rows[2][name] < 1000, name
+
+
+@pytest.mark.slow
+def test_the_bench_of_plans_reports_what_cache_and_train_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded("bench_plan").main(["--tiny", "--methods", "ofd", "--out", str(tmp_path / "rows.csv")])
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["stored_as"] in ("zstd", "none", "none+zstd")
+    assert abs(row["bytes_error"]) < 0.2
+    assert row["seconds"] > 0 < row["step_ms"]
+    assert {row["seconds_error"], row["step_error"]}.isdisjoint({None})
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 def test_the_bench_of_methods_counts_as_statistics_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two seeds of four variants on digits: every line is there once, and mean and interval are SciPy's."""
     bench = loaded("bench_methods")

@@ -399,9 +399,9 @@ def test_memory_stays_flat_when_the_disk_is_slow(tmp_path: Path, monkeypatch: py
     )
     real = Store.put
 
-    def slow(*args: Any) -> None:
+    def slow(*args: Any, **kwargs: Any) -> None:
         time.sleep(0.004)
-        real(*args)
+        real(*args, **kwargs)
 
     monkeypatch.setattr(Store, "put", slow)
     batch = np.ones((64, 8, 8, 64), np.uint8)

@@ -55,6 +55,24 @@ def test_encode_is_the_formula_in_every_layout(shape: tuple[int, ...], with_marg
         assert int(count) == saturated
 
 
+@pytest.mark.parametrize("codec", ["u8", "u6"])
+@pytest.mark.parametrize("floor", [None, 0.0, -0.4, -3.0, 2.0, 300.0])
+@pytest.mark.parametrize(("low", "high"), [(0, 14), (-0.5, 14.5), (-9, 14), (0, 400), (-9, 400)])
+def test_what_is_clipped_is_counted_at_both_ends(low: float, high: float, floor: float | None, codec: str) -> None:
+    """Tiles that need no clip, one at an end or both, and margins below, at, in and above the range of codes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 5, 7, generator=generator) * (high - low) + low
+    x[0, :, 0, 0], x[1, :, 4, 6] = low, high
+    x[0, 0, 0, 1:5] = torch.tensor([0.5, 1.5, 2.5, 13.5])
+    offset, step = torch.zeros(3), torch.ones(3)
+    margin = None if floor is None else torch.full((3,), floor)
+    for given_x in layouts(x):
+        codes, count = encode(given_x, offset, step, codec=codec, margin_C=margin)
+        expected, saturated = formula(x, offset, step, margin, codec)
+        np.testing.assert_array_equal(integers(codes.numpy(), 3, codec), expected)
+        assert int(count) == saturated
+
+
 def test_ties_go_to_the_even_code() -> None:
     halves = torch.arange(-4, 20).reshape(2, 1, 3, 4) / 2
     codes, saturated = encode(halves - 8, torch.tensor([-8.0]), torch.tensor([1.0]), codec="u8")

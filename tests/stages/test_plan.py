@@ -79,7 +79,7 @@ def test_the_numbers_belong_together(planned: tuple[dict[str, Any], str]) -> Non
     # 200 digits in batches of 32; 200 pilot rows: a quarter of the 160 that fit measures the fit
     cache, record = (document["first_student"][way] for way in ("cache", "record"))
     assert cache["wait_seconds"] == pytest.approx(document["seconds"])
-    assert record["wait_seconds"] == pytest.approx(saved)
+    assert record["wait_seconds"] == pytest.approx(document["setup_seconds"] + saved)
     training = document["step_ms"] * 2 * 200 / 32 / 1e3
     assert cache["seconds"] == pytest.approx(record["seconds"]) == pytest.approx(document["seconds"] + training)
     assert "ofd" in document["serves"]
@@ -130,7 +130,7 @@ def test_a_cache_that_would_not_pay_is_told(
     file: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_second: float, pays: bool
 ) -> None:
     monkeypatch.setattr("feedfast.stages.plan.disk_rate", lambda *_: plan_rates.DiskRate(bytes_per_second, True))
-    monkeypatch.setattr("feedfast.stages.plan.decode_ms", lambda *_: 1e-3)
+    monkeypatch.setattr("feedfast.stages.plan_tap.decode_ms", lambda *_: 1e-3)
     outcome = feedfast("plan", file)
     assert outcome.document["pays"] is pays
     assert ("A CACHE WOULD NOT PAY" in outcome.err) is not pays

@@ -49,9 +49,9 @@ def blocks_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read: list[int] = []
     whole = shards.OpenShard.read
 
-    def counted(self: shards.OpenShard, blocks: Any, out: Any) -> None:
-        read.append(out.nbytes)
-        whole(self, blocks, out)
+    def counted(self: shards.OpenShard, blocks: Any, targets: Any) -> None:
+        read.append(sum(part.nbytes for parts in targets for part in parts))
+        whole(self, blocks, targets)
 
     monkeypatch.setattr(shards.OpenShard, "read", counted)
     return read

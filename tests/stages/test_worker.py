@@ -10,6 +10,7 @@ import torch
 from ranks import run_ranks
 
 from feedfast.errors import RequestError
+from feedfast.stages.together import Together
 from feedfast.stages.worker import Worker, _first_host, _set_rendezvous, pick_device
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -146,3 +147,9 @@ def test_a_group_is_made_on_its_own_device_and_left_on_every_way_out(monkeypatch
     with pytest.raises(RequestError), Worker(1, 2, 1).process_group(device):
         raise RequestError("x")
     assert done == [*begun, "destroyed"]
+    done.clear()
+    with Worker(1, 2, 1).process_group(device, memory=True):
+        assert done == ["set cuda:1", "cpu:gloo,cuda:nccl cuda:1"]
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(RequestError, match="expected 'cpu:gloo,cuda:nccl', found 'cuda:nccl'"):
+        Together(Worker(1, 2, 1))
