@@ -200,7 +200,8 @@ class Method(nn.Module):
     def prepare(self, passes: Passes) -> None:
         """Learn what must be known before the first step, from targets alone; once per run, not when it resumes.
 
-        Only the first rank is asked: what it learns must be parameters or buffers, which the others are sent.
+        What the first rank learns counts: it must be parameters or buffers, which the others are sent. They are not
+        asked, but where targets are recorded as they are read, which takes all ranks.
 
         Args:
             passes: batches of an epoch's targets.

@@ -137,13 +137,14 @@ def open_val(recipe: recipes.Recipe, train: Dataset, given: ImageSource | None =
     return val
 
 
-def refuse_other_classes(val: Dataset, classes: tuple[str, ...], where: str) -> None:
+def refuse_other_classes(val: Dataset, classes: tuple[str, ...], where: str, *, key: str = "data.val") -> None:
     """Raise unless a label number of validation images means what it means in training.
 
     Args:
         val: the validation images.
         classes: names of the classes that are trained on, by number; none = images without labels: nothing to compare.
         where: whose classes they are, for the message.
+        key: begins the message.
 
     Raises:
         RequestError: more classes, or other names; classes without names of their own have any.
@@ -153,7 +154,7 @@ def refuse_other_classes(val: Dataset, classes: tuple[str, ...], where: str) -> 
     if len(val.classes) > len(classes):
         only = [name for name in val.classes if name not in classes]
         raise RequestError(
-            f"data.val: expected the {len(classes)} classes of {where}, found {len(val.classes)} in "
+            f"{key}: expected the {len(classes)} classes of {where}, found {len(val.classes)} in "
             f"{val.source}: not in training: {only[:5]}"
         )
     if _numbered(val.classes) or _numbered(classes):
@@ -164,7 +165,7 @@ def refuse_other_classes(val: Dataset, classes: tuple[str, ...], where: str) -> 
                 val.marks is None and "; labels are numbered by sorted name, so both need the same class folders"
             )
             raise RequestError(
-                f"data.val: expected class {number} to be {expected!r} as in {where}, "
+                f"{key}: expected class {number} to be {expected!r} as in {where}, "
                 f"found {found!r} in {val.source}{sorted_names or ''}"
             )
 

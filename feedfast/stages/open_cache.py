@@ -205,7 +205,7 @@ class OpenedCache:
         """
         found = open_dataset(images, split="val", task=selection_of(self.reader).task)
         warn_of(found)
-        refuse_other_classes(found, self.manifest.dataset.classes, str(self.reader.path))
+        refuse_other_classes(found, self.manifest.dataset.classes, str(self.reader.path), key="images")
         return Evaluation(
             found,
             self.plan,

@@ -218,7 +218,7 @@ class Recorded(Cached):
         log.info(
             "record: view %d is complete, %s rows in %.1f s",
             view,
-            f"{min(int(cuts.sum()) * size, count):,}",
+            f"{_rows_of(cuts, size, count):,}",
             time.perf_counter() - began,
         )
         if number < batches:
@@ -260,7 +260,8 @@ class Recorded(Cached):
             unit = unit_rows(recorder.writer.specs)  # the largest shard; no other crosses its edge
             cuts = lacking & (_first_rows(lacking, size) < -(-stop // unit) * unit)
             whose = "" if self._together.me.world == 1 else " in the first rank's part"
-            log.info("record: view %d: %s rows that are not there yet%s", view, f"{int(cuts.sum()) * size:,}", whose)
+            rows = f"{_rows_of(cuts, size, len(self.data)):,}"
+            log.info("record: view %d: %s rows that are not there yet%s", view, rows, whose)
             for _ in self._walk(recorder, view, cuts, np.zeros(len(cuts), bool)):
                 pass
         self._await(view, stop)
@@ -398,6 +399,11 @@ class Recorded(Cached):
 
 def _first_rows(cuts: Cuts, size: int) -> Rows:
     return np.arange(len(cuts)) * size
+
+
+def _rows_of(cuts: Cuts, size: int, count: int) -> int:
+    """Rows of these cuts of a view; its last may be short."""
+    return int(np.minimum(size, count - _first_rows(cuts, size))[cuts].sum())
 
 
 def _number_of(recorder: Recorder) -> int:

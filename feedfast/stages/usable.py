@@ -8,6 +8,7 @@ two gray images. A cache may well be meant for other recipes; that must be asked
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,7 @@ def require_usable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cla
     lacking = lacks(needs, taps)
     if lacking:
         raise RequestError(f"method.name: {names_of(entries)!r} {lacking}")
+    _refuse_sampled_factors(needs, taps)
     asked = recipe.student
     # a file must be there and fit; what would be fetched is left for training
     is_file = asked.weights and (Path(asked.weights).suffix or Path(asked.weights).exists())
@@ -203,6 +205,16 @@ def require_usable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cla
     tapped = tap_student(student, student_needs_of(entries), example, task_named(recipe.task.name, classes), where)
     read = {name: {tap: infos[tap] for tap in matching(needs, infos)} for name, infos in taps.items()}
     build_methods(entries, tapped.shapes, read, tapped.outputs, recipe.train_seed)
+
+
+def _refuse_sampled_factors(needs: Sequence[str], taps: Teachers) -> None:
+    """Raise where `feedfast factors`, which comes after the caching pass, would find some positions of its maps."""
+    for name, infos in taps.items() if FACTOR in needs else ():
+        if TAP in infos and infos[TAP].positions is not None:
+            raise RequestError(
+                f"tap {TAP!r} of teacher {name!r}: method {FT.name!r} {FT.whole}; expected all positions, found "
+                f"{infos[TAP].positions} of {math.prod(infos[TAP].shape[1:])} positions: store the tap without a share"
+            )
 
 
 def lacks(needs: Sequence[str], taps: Teachers) -> str:

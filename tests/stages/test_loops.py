@@ -164,12 +164,12 @@ def test_evaluation_takes_the_classes_that_training_takes(
     np.savez(tmp_path / "named.npz", images=images["images"][:2], labels=np.arange(2), classes=named[:2])
     np.savez(tmp_path / "numbered.npz", images=images["images"][:2], labels=np.arange(2))
     assert len(cache.evaluation(str(tmp_path / "named.npz"))) == 1, "the cache's classes have no names of their own"
-    with pytest.raises(feedfast.RequestError, match=r"expected the 10 classes of .*, found 11"):
+    with pytest.raises(feedfast.RequestError, match=r"^images: expected the 10 classes of .*, found 11"):
         cache.evaluation(str(tmp_path / "more.npz"))
     dataset = cache.manifest.dataset.model_copy(update={"classes": ("cat", "dog", *named[2:].tolist())})
     monkeypatch.setattr(cache, "manifest", cache.manifest.model_copy(update={"dataset": dataset}))
     assert len(cache.evaluation(str(tmp_path / "numbered.npz"))) == 1
-    with pytest.raises(feedfast.RequestError, match=r"class 0 to be 'cat' as in .*, found 'ant'"):
+    with pytest.raises(feedfast.RequestError, match=r"^images: expected class 0 to be 'cat' as in .*, found 'ant'"):
         cache.evaluation(str(tmp_path / "named.npz"))
 
 

@@ -28,6 +28,7 @@ from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.recipe import Recipe, load_recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
+from feedfast.stages.recorded import _rows_of
 from feedfast.stages.student import run_train
 from feedfast.stages.together import SharedWriter, Together
 from feedfast.stages.verify import run_verify
@@ -161,6 +162,12 @@ def test_what_saturated_is_counted_as_one_writer_does(memory: Path) -> None:
     counts = [{commit.shard: commit.saturated for commit in read_log(path).of(name)} for path in (alone, ranks)]
     assert counts[1] == counts[0]
     assert len(counts[0]) == spec.num_shards > 3
+
+
+def test_rows_that_are_said_to_be_recorded_are_rows_of_the_view() -> None:
+    """Of 80 rows in cuts of 24 the last has 8."""
+    for cuts, rows in (([True] * 4, 80), ([False, False, False, True], 8), ([True, False, False, False], 24)):
+        assert _rows_of(np.array(cuts), 24, 80) == rows
 
 
 # ---- whole jobs

@@ -166,6 +166,7 @@ def _lines(recipe: Recipe) -> list[tuple[tuple[str, str], Any]]:
 @pytest.mark.parametrize(
     ("taps", "method", "words"),
     [
+        (["final@0.5"], "ft", "tap 'final' of teacher 'a': method 'ft' makes factors by 3x3 convolutions"),
         (["final@0.5"], "pfeed", "tap 'final' of teacher 'a': method 'pfeed' transforms maps by 3x3 convolutions"),
         (
             ["final@0.5"],
@@ -179,8 +180,9 @@ def _lines(recipe: Recipe) -> list[tuple[tuple[str, str], Any]]:
 def test_what_needs_whole_maps_is_refused_before_anything_is_cached(
     taps: list[str], method: str, words: str, tmp_path: Path
 ) -> None:
+    options = {"factors": "stored"} if method == "ft" else {}
     with pytest.raises(RequestError) as caught:
-        run_cache(asked(tmp_path, taps=taps, method={"name": method}))
+        run_cache(asked(tmp_path, taps=taps, method={"name": method, **options}))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
