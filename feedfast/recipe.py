@@ -315,7 +315,13 @@ class Train(_Section):
 class Chain(_Section):
     """Generations of students, each taught by the one before; for `feedfast chain`."""
 
-    generations: int = Field(0, ge=0, le=64, description="how many; the first is trained plainly or by the one teacher")
+    generations: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="how many; the first is trained plainly or by the one teacher. Each joins the cache as a teacher "
+        "with the taps its method needs, whole and in `cache.codec`",
+    )
 
 
 class Recipe(_Section):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
-from feedfast.cache.schema import SampleInfo, TeacherInfo
+from feedfast.cache.schema import MAX_CELLS, SampleInfo, TeacherInfo
 from feedfast.cache.transform import Transform
 from feedfast.data.positions import ALGORITHM, positions_per_map
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
@@ -211,6 +211,11 @@ class FrozenTeacher:
                     raise RequestError(
                         f"teachers[{self.name}].taps: {name!r}: expected a map [C, H, W], of whose positions "
                         f"@{request.share!r} is stored, found {list(shape)}; leave the share out"
+                    )
+                if math.prod(shape[1:]) > MAX_CELLS:
+                    raise RequestError(
+                        f"teachers[{self.name}].taps: {name!r}: expected a map of up to {MAX_CELLS:,} positions with "
+                        f"@{request.share!r}, found {shape[1]} x {shape[2]}; leave the share out"
                     )
                 found[name] = positions_per_map(request.share, *shape[1:])
         return found

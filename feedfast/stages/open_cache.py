@@ -219,6 +219,8 @@ class OpenedCache:
         where = pick_device(str(device), key="device")
         have = manifest_taps(self.manifest)
         names: Wanted = self.taps if taps is None else taps
+        if not isinstance(names, Mapping):
+            raise RequestError(f"taps: expected teacher → target or targets, as {self.taps}, found {names!r}")
         wanted = {name: (some,) if isinstance(some, str) else tuple(some) for name, some in names.items()}
         for teacher, some in wanted.items():
             for tap in some:

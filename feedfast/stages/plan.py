@@ -27,17 +27,18 @@ from feedfast.cache.create import refuse_foreign
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.manifest import held_manifest
-from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression
+from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression, Manifest
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
-from feedfast.errors import RequestError
+from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo
 from feedfast.methods.ft import FACTOR
 from feedfast.models.normalize import Normalize
 from feedfast.models.taps import Tapped, logits_of
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import near_chance, tell_accuracy
+from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.codecs import Codecs, codecs_of
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
@@ -113,9 +114,10 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     classes = len(data.classes)
     log.info("plan: %s images, %d views, %d teachers on %s", f"{count:,}", views, len(recipe.teachers), device)
     teachers = load_teachers(recipe, classes, device)
-    taps = coming_taps(teachers, held_manifest(path), entries)
-    unusable = refuse_unusable(recipe, entries, taps, classes, check=check)
-    ratio, codecs = say_slow_bf16(recipe, device), codecs_of(recipe.teachers, recipe.cache.codec)
+    held, codecs = held_manifest(path), codecs_of(recipe.teachers, recipe.cache.codec)
+    _warn_of_other_taps(path, teachers, codecs, held)
+    taps = coming_taps(teachers, held, entries)
+    unusable, ratio = refuse_unusable(recipe, entries, taps, classes, check=check), say_slow_bf16(recipe, device)
     mixed = mixing_plan(
         view_plan(recipe.data, recipe.seed),
         row_bytes(teachers.values(), codecs, recipe.cache.images, recipe.data.size),
@@ -129,16 +131,17 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     reading = _reading(recipe, measured, disk, device)
     kinds: dict[str, Compression] = {name: cost.fixed for name, cost in measured.costs.items()}
     if recipe.cache.compression == "auto":
-        held = sum(cost.stored_bytes(kinds[name]) for name, cost in measured.costs.items())
+        size = sum(cost.stored_bytes(kinds[name]) for name, cost in measured.costs.items())
         batches = rows / measured.batch
-        kinds = cheapest_kinds(measured.costs, reading, batches, free / SPARE - held * batches)
+        kinds = cheapest_kinds(measured.costs, reading, batches, free / SPARE - size * batches)
     stored = _stored(codecs, teachers, taps, entries)
     targets = {
-        name: _target(info.stored, codec, _ratio(measured, kinds, name), count, views, granule)
+        name: _target(info, codec, _ratio(measured, kinds, name), count, views, granule)
         for name, (info, codec) in stored.items()
     }
     if recipe.cache.images == "stored":
-        targets["pixels"] = _target((3, recipe.data.size, recipe.data.size), "u8", 1.0, count, views, granule)
+        pixels = TapInfo((3, recipe.data.size, recipe.data.size))
+        targets["pixels"] = _target(pixels, "u8", 1.0, count, views, granule)
     total = sum(entry["bytes"] for entry in targets.values()) + view_row_bytes(mixed) * rows + SAMPLE * count
     present = sum(commit.bytes for commit in read_log(path).commits.values())
     per_view = (total - SAMPLE * count) / views
@@ -194,6 +197,19 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     if not document["fits"]:
         log.error("plan: %s", _no_room(document, str(standing), views))
     return document
+
+
+def _warn_of_other_taps(
+    path: Path, teachers: Mapping[str, FrozenTeacher], codecs: Codecs, held: Manifest | None
+) -> None:
+    """Say which target of the cache that is there is another than the recipe's: `cache` and `train` refuse it."""
+    for name, teacher in teachers.items():
+        known = held.teachers[name].taps if held is not None and name in held.teachers else {}
+        for tap in teacher.requests.keys() & known.keys():
+            try:
+                refuse_other_tap(path, teacher, tap, codecs.of(name, tap), known[tap])
+            except CacheMismatchError as error:
+                log.warning("plan: %s", error)
 
 
 def _ratio(measured: Measured, kinds: Mapping[str, Compression], name: str) -> float:
@@ -271,17 +287,16 @@ def _stored(
     return found
 
 
-def _target(
-    shape: tuple[int, ...], codec: CodecName, ratio: float, count: int, views: int, granule: int
-) -> dict[str, Any]:
-    """What one array takes, in all ``views`` of ``count`` rows; ``shape`` is that of its stored values."""
-    raw = tap_row_bytes(shape, codec)
+def _target(info: TapInfo, codec: CodecName, ratio: float, count: int, views: int, granule: int) -> dict[str, Any]:
+    """What one array takes, in all ``views`` of ``count`` rows."""
+    raw = tap_row_bytes(info.stored, codec)
     block = block_rows_for(raw, granule)
     blocks = -(-count // block) * views
     # Blocks are whole: what fills up the last one of a view takes room unless zstd squeezes it to nothing.
     size = int(raw * count * views / ratio if ratio > 1 else raw * blocks * block) + BLOCK_EXTRA * blocks
     return {
-        "shape": list(shape),
+        "shape": list(info.shape),
+        **({} if info.positions is None else {"positions": info.positions}),
         "codec": codec,
         "raw_bytes": raw * count * views,
         "bytes": size,

@@ -107,6 +107,8 @@ def test_u8_codes_train_nearly_the_same(world: Path, tmp_path: Path) -> None:
 
 def test_a_loop_of_ones_own_is_given_the_positions(world: Path) -> None:
     cache = feedfast.open_cache(world / "u8.zarr")
+    with pytest.raises(RequestError, match=r"taps: expected teacher → target or targets, as .*, found \['ofd1'\]"):
+        cache.stream(taps=["ofd1"])  # type: ignore[arg-type]
     batch = next(iter(cache.stream(view=1, batch_size=16, taps={"a": ["ofd1", "ofd3"], "b": "ofd1"}, pass_index=1)))
     found = batch.targets["a"]["ofd1"]
     assert isinstance(found, Sampled)
@@ -140,9 +142,14 @@ def test_a_plan_and_the_catalog_count_what_is_stored(world: Path) -> None:
         row_bytes = reader.specs[names.codes("a", tap)].row_bytes
         assert planned[f"a/{tap}"]["raw_bytes"] == row_bytes * reader.manifest.num_rows * 2
         assert costs[f"a/{tap}"]["bytes_per_sample"] == row_bytes
+        info = reader.manifest.teachers["a"].taps[tap]
+        assert planned[f"a/{tap}"]["shape"] == list(info.shape)
+        assert planned[f"a/{tap}"].get("positions") == (None if info.sample is None else info.sample.positions)
 
 
-def test_a_cache_is_extended_by_the_same_share_only(world: Path, tmp_path: Path) -> None:
+def test_a_cache_is_extended_by_the_same_share_only(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = asked(tmp_path, "u8", "cache.views=1", taps=["ofd1+margin@0.25"])
     run_cache(first, check=False)
     before = {array: commit.sha256 for array, commit in _lines(first)}
@@ -157,6 +164,9 @@ def test_a_cache_is_extended_by_the_same_share_only(world: Path, tmp_path: Path)
         train = {"check_teachers": False, "out": str(tmp_path / "s")}
         with pytest.raises(CacheMismatchError, match=r"ofd1: sample: expected .* as the recipe says, found 0.25"):
             run_train(asked(tmp_path, "u8", taps=taps, train=train))
+    run_plan(asked(tmp_path, "u8", taps=["ofd1+margin@0.5"]), check=False)
+    assert "plan: " in caplog.text
+    assert "ofd1: sample: expected 0.5 as the recipe says, found 0.25" in caplog.text
 
 
 def _lines(recipe: Recipe) -> list[tuple[tuple[str, str], Any]]:
@@ -196,6 +206,12 @@ def test_a_students_other_grid_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(RequestError, match=r"found 512 of 1024 positions of a map of \[32, 32\], expected that grid"):
         run_cache(recipe)
+
+
+def test_maps_too_large_to_draw_positions_of_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feedfast.stages.ensemble.MAX_CELLS", 100)
+    with pytest.raises(RequestError, match=r"'ofd1': expected a map of up to 100 positions with @0.25, found 16 x 16"):
+        run_cache(asked(tmp_path, "u8", taps=["ofd1+margin@0.25"]), check=False)
 
 
 def test_factors_need_whole_maps(tmp_path: Path) -> None:
