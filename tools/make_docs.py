@@ -17,15 +17,15 @@ from pydantic import BaseModel
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import LOGITS, expected_words
-from feedfast.recipe import Cache, Data, MethodEntry, Recipe, Student, Teacher, Train, packaged_recipes
+from feedfast.recipe import Cache, Chain, Data, MethodEntry, Recipe, Student, Task, Teacher, Train, packaged_recipes
 from feedfast.tap_entry import TapEntry
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python tools/make_docs.py"
 SECTIONS: dict[str, type[BaseModel]] = {
-    "Top level": Recipe, "[data]": Data, "[cache]": Cache, "[[teachers]]": Teacher,
+    "Top level": Recipe, "[data]": Data, "[task]": Task, "[cache]": Cache, "[[teachers]]": Teacher,
     "An entry of teachers.N.taps": TapEntry, "[student]": Student, "[method] or [[method]]": MethodEntry,
-    "[train]": Train,
+    "[train]": Train, "[chain]": Chain,
 }  # fmt: skip
 EXAMPLE = """\
 seed = 0

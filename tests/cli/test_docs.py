@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from feedfast.methods import METHODS
-from feedfast.recipe import packaged_recipes, parse_recipe
+from feedfast.recipe import Recipe, packaged_recipes, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 WRITTEN_BY_READERS = {"feedfast/methods/hint.py"}  # CONTRIBUTING's example
@@ -36,6 +36,9 @@ def test_generated_pages_are_those_of_today(name: str) -> None:
 
 def test_every_key_and_option_says_what_it_means() -> None:
     tool = make_docs()
+    shown = {title.strip("[]").partition("]")[0] for title in tool.SECTIONS}
+    plain = {key for key, field in Recipe.model_fields.items() if field.annotation in (int, bool)}
+    assert shown - {"Top level", "An entry of teachers.N.taps"} == Recipe.model_fields.keys() - plain
     silent = [
         f"{title} {key}"
         for title, section in tool.SECTIONS.items()
