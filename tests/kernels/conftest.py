@@ -8,8 +8,16 @@ through the memory formats, and so needs no argument for them.)
 from __future__ import annotations
 
 import pytest
+import torch
 
 SELECTS_CODE = ("codec", "kind", "average", "direction")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled(request: pytest.FixtureRequest) -> None:
+    """Dynamo gives up on a function after eight ways of calling it: each test that compiles begins without others'."""
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

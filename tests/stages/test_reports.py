@@ -59,11 +59,13 @@ def test_plan_times_add_up(tmp_path: Path) -> None:
     assert plan["teachers_ms"] > 0
     assert plan["student_ms"] > 0
     assert plan["live_over_cached"] == pytest.approx((plan["teachers_ms"] + plan["student_ms"]) / plan["student_ms"])
-    assert plan["images_per_second"] == pytest.approx(32 / (plan["teachers_ms"] + plan["encode_ms"]) * 1e3)
-    rows = 400 + 160 * 1.25  # two views, and the pilot with the quarter that measures it
-    batches = plan["teachers_ms"] * rows / 32, plan["encode_ms"] * 400 / 32
-    assert plan["seconds"] == pytest.approx(sum(batches) / 1e3)
-    assert plan["break_even_epochs"] == pytest.approx(rows / 200 + batches[1] / (plan["teachers_ms"] * 200 / 32))
+    assert plan["images_per_second"] == pytest.approx(32 / plan["pass_ms"] * 1e3)
+    assert plan["pass_ms"] >= plan["teachers_ms"] + plan["encode_ms"]
+    # the pilot with the quarter that measures it, then two views
+    batches_ms = (plan["teachers_ms"] * 160 * 1.25 + plan["pass_ms"] * 400) / 32
+    assert plan["seconds"] == pytest.approx(plan["setup_seconds"] + batches_ms / 1e3 + 2 * plan["view_seconds"])
+    assert plan["setup_seconds"] > plan["view_seconds"] > 0
+    assert plan["break_even_epochs"] == pytest.approx(plan["seconds"] / (plan["teachers_ms"] * 200 / 32 / 1e3))
     assert set(plan["targets"]) == {f"{t}/{tap}" for t in "ab" for tap in ("final", "ofd1", "ofd2", "ofd3", "logits")}
 
 
