@@ -31,6 +31,7 @@ def loaded(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
+    sys.modules[name] = bench  # its dataclasses look for it there
     spec.loader.exec_module(bench)
     return bench
 

@@ -21,7 +21,7 @@ SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 16, 12, 12, 129),
 ]
-CODECS = ["u8", "u6", "u4", "float"]
+CODECS = ["u8", "u6", "u5", "u4", "float"]
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -196,9 +196,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     forward = FrozenTeacher.__call__
 
-    def counted(teacher: FrozenTeacher, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def counted(teacher: FrozenTeacher, images: torch.Tensor, *, widen: bool = True) -> dict[str, torch.Tensor]:
         found.append((teacher.name, len(images)))
-        return forward(teacher, images)
+        return forward(teacher, images, widen=widen)
 
     monkeypatch.setattr(FrozenTeacher, "__call__", counted)
     return found
