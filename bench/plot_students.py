@@ -12,6 +12,8 @@ from paired import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 def curves(rows: Sequence[Row], variants: Sequence[str], codecs: Sequence[str], path: Path) -> list[str]:
@@ -38,6 +40,11 @@ def curves(rows: Sequence[Row], variants: Sequence[str], codecs: Sequence[str], 
             axis.set_xticks(range(len(values)), ["live" if v == "0" else v for v in values])
     left.set_xlabel(f"stored views, of {rows[0]['epochs']} epochs")
     right.set_xlabel("codec of the maps, 4 views")
+    return _drawn(figure, left, path)
+
+
+def _drawn(figure: Figure, left: Axes, path: Path) -> list[str]:
+    """Write a pair of plots of accuracy."""
     left.set_ylabel("accuracy of the student, %")
     left.legend()
     figure.tight_layout()
@@ -96,9 +103,4 @@ def codecs(points: Sequence[dict[str, Any]], plain: Sequence[float], path: Path)
     left.set_xlabel("relative RMS error of the maps, %")
     right.set_xscale("log")
     right.set_xlabel("stored kB per sample and view, all teachers")
-    left.set_ylabel("accuracy of the student, %")
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-    return [str(path)]
+    return _drawn(figure, left, path)

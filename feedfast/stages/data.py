@@ -161,12 +161,11 @@ def refuse_other_classes(val: Dataset, classes: tuple[str, ...], where: str, *, 
         return
     for number, (found, expected) in enumerate(zip(val.classes, classes, strict=False)):
         if found != expected:
-            sorted_names = (
-                val.marks is None and "; labels are numbered by sorted name, so both need the same class folders"
-            )
+            dense = val.marks is not None
+            cure = "" if dense else "; labels are numbered by sorted name, so both need the same class folders"
             raise RequestError(
                 f"{key}: expected class {number} to be {expected!r} as in {where}, "
-                f"found {found!r} in {val.source}{sorted_names or ''}"
+                f"found {found!r} in {val.source}{cure}"
             )
 
 

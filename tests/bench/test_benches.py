@@ -6,7 +6,6 @@ import csv
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,14 +14,6 @@ import pytest
 from scipy import stats
 
 BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bench_on_path() -> Iterator[None]:
-    """The benches import what they share as scripts do: from their own folder."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 def loaded(name: str) -> ModuleType:

@@ -6,9 +6,7 @@ import csv
 import json
 import runpy
 import signal
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,14 +31,6 @@ COLUMNS = [
     "date", "commit", "gpu", "torch", "triton", "cuda", "operation", "shape", "dtype", "codec", "layout", "variant",
     "direction", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "percent_of_copy", "peak_bytes", "note",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bench_on_path() -> Iterator[None]:
-    """The benches import the module they share as scripts do: from their own folder."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 @pytest.fixture
