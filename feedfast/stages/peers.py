@@ -29,7 +29,7 @@ HEARD_WITHIN_S = 2.0  # the word may be a moment later in the store than the col
 PATIENCE_S = 30.0  # to get out of a collective, and to close what is open, after the word was heard
 STAY_S = 3.0  # who keeps the store waits that long for those who have not heard yet
 
-_BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
+_BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
 
 
 class Peers:

@@ -139,10 +139,10 @@ class Worker:
             if not first:
                 raise PeerFailedError(f"rank {self.rank}: ended, because another rank failed") from error
             if is_broken(error):
+                found = str(error).partition("\n")[0][:200]
                 raise FeedfastError(
                     f"rank {self.rank}: expected all {self.world} ranks to answer, found one gone without a word "
-                    "(killed, or its machine is gone); what the launcher says of it comes first, and the same command "
-                    "continues"
+                    f"(killed, or its machine is lost: the launcher knows), {found}; the same command continues"
                 ) from error
             raise
         finally:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from small import as_toml, digits_recipe
 
 from feedfast.cache.log import cache_digest
+from feedfast.data.loader import Loader
 from feedfast.stages.launch import _lead_s, even_parts
 
 VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_", "JOB_COMPLETION")
@@ -110,6 +111,14 @@ def test_what_the_job_would_refuse_is_refused_at_once(world: Path, more: list[st
     outcome = feedfast("cache", world, *more)
     assert outcome.code == 2
     assert words in outcome.error
+
+
+def test_a_node_without_a_gpu_prints_for_those_with_one(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another decoder is another cache, but it is the tasks' that counts."""
+    describe = Loader.describe
+    monkeypatch.setattr(Loader, "describe", lambda self: {**describe(self), "backend": "dali-mixed"})
+    assert "nothing is missing" in printed("slurm", world)
+    assert "dali-mixed" in feedfast("cache", world).error
 
 
 def test_the_time_to_finish_follows_from_the_plan() -> None:
