@@ -1,7 +1,7 @@
 """The one exception family. Each error is a sentence: what is wrong, what was expected, what was found.
 
 The command line turns the class into the exit code and prints the sentence without a traceback:
-2 when the *request* was wrong (recipe, path, name), 1 when the *job or check* failed (damage, a full disk), which may go
+2 when the *request* was wrong (recipe, path, name), 1 when the *job or check* failed (damage, a full disk): it may go
 better another time.
 """
 

@@ -195,6 +195,7 @@ def _units_left(recipe: Recipe, job: Preparation, held: Manifest) -> tuple[NDArr
             refuse_other_tap(path, teacher, tap, job.codecs.of(name, tap), known[tap])
         arrays += [names.codes(name, tap) for tap in teacher.shapes]
         arrays += [names.scale(name, tap) for tap in teacher.shapes]
+
     def unit_of(array: str, view: int, shard: int) -> int:
         spec = reader.specs[array]
         return view * per_view + (shard * spec.shard_rows // unit if spec.sharded else 0)
@@ -210,7 +211,7 @@ def _units_left(recipe: Recipe, job: Preparation, held: Manifest) -> tuple[NDArr
 
 
 def _lead_s(predicted: dict[str, float] | None, units: int) -> int:
-    """Seconds in which the shards that are begun are finished: two units' by the plan of this recipe, if there is one."""
+    """Seconds in which begun shards are finished: two units' by the plan of this recipe, if there is one."""
     if predicted is None:
         return LEAST_LEAD_S
     return max(LEAST_LEAD_S, math.ceil(60 + 2 * predicted["seconds"] / units))
@@ -223,7 +224,7 @@ def _shell(words: Sequence[str | Path]) -> str:
 def _slurm(launch: Launch) -> list[str]:
     logs, here = shlex.quote(str(launch.logs)), os.getcwd()
     return [
-        f"# {launch.said}; paste into a shell. Add what your site asks for: --partition, --account, --time",
+        f"# {launch.said}; for a shell. Add what your site asks for: --partition, --account, --time",
         f"mkdir -p {logs}",
         "sbatch <<'FEEDFAST'",
         "#!/bin/bash",
@@ -236,7 +237,7 @@ def _slurm(launch: Launch) -> list[str]:
         *(["#SBATCH --gpus-per-node=1"] if launch.gpu else []),
         f"#SBATCH --signal=B:TERM@{launch.lead_s}",
         "#SBATCH --requeue",
-        f"# SIGTERM comes {launch.lead_s} s before the time limit: the shards that are begun are finished, and the task",
+        f"# SIGTERM comes {launch.lead_s} s before the time limit: begun shards are finished, and the task",
         f"# queues again. So does what fails with exit code 1, {RETRIES} times; 2 is a wrong request, and ends.",
         f"{_shell([sys.executable, '-m', 'feedfast', *launch.command])} &",
         "job=$!",
@@ -258,7 +259,7 @@ def _kubernetes(launch: Launch) -> list[str]:
     command = json.dumps(["feedfast", *launch.command])
     return [
         f"# {launch.said}; for kubectl apply -f",
-        "# Yours to fill in: the image, the claim of the volume with recipe, data and cache, and what your nodes ask for.",
+        "# Yours to fill in: image, claim of the volume with recipe, data and cache, and what your nodes ask for.",
         "# Exit code 2 is a wrong request: the job ends. 1 is tried again. A pod that is evicted does not count.",
         "apiVersion: batch/v1",
         "kind: Job",

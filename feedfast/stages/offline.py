@@ -108,7 +108,6 @@ class OfflineRun:
         self.accuracy = accuracies(self.teachers, len(self.data.classes))
         self.resumed = 0  # rows of this part that an earlier run has written
         self._begun: tuple[CacheWriter, Pending] | None = None
-| None = None
 
     def run(self) -> dict[str, Any]:
         """See `run_cache`. A signal ends it when the shards are full that were begun."""

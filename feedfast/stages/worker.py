@@ -157,7 +157,7 @@ class Worker:
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("feedfast/group", store),
+            store=store,
             rank=self.rank,
             world_size=self.world,
             device_id=device if cuda else None,

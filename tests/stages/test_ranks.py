@@ -49,7 +49,9 @@ def run(world: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator
     """Of source "cache", or of what the test names."""
     source = getattr(request, "param", "cache")
     kind = {"method": {"name": "none"}} if source == "none" else {}
-    made = StudentRun(recipe_for(world, tmp_path / "out", epochs=6, source=source, replay=0, **kind), Worker())
+    made = StudentRun(
+        recipe_for(world, tmp_path / "out", epochs=6, source=source, replay=0, residency="disk", **kind), Worker()
+    )
     yield made
     made.close()
 

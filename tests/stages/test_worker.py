@@ -122,7 +122,10 @@ def test_who_named_a_part(worker: Worker, asked: str, env: dict[str, str], said:
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"JOB_COMPLETION_INDEX": "3", "JOB_COMPLETIONS": "3"}, "JOB_COMPLETION_INDEX: expected a place below 3, found 3"),
+        (
+            {"JOB_COMPLETION_INDEX": "3", "JOB_COMPLETIONS": "3"},
+            "JOB_COMPLETION_INDEX: expected a place below 3, found 3",
+        ),
         # every pod would write everything
         ({"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETIONS: expected .* with JOB_COMPLETION_INDEX=0, found nothing"),
         # --array=3,7,9 has no division of its own
@@ -251,7 +254,6 @@ def test_a_group_is_made_on_its_own_device_and_left_on_every_way_out(monkeypatch
     dist = torch.distributed
     monkeypatch.setattr(dist, "init_process_group", lambda kind, **more: done.append(f"{kind} {more['device_id']}"))
     monkeypatch.setattr("feedfast.stages.worker._met", lambda _: Store())
-    monkeypatch.setattr(dist, "PrefixStore", lambda name, store: store)
     monkeypatch.setattr(dist, "barrier", lambda: done.append("barrier"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
