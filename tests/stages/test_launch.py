@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_lines_are_sized_to_what_is_missing(world: Path, tmp_path: Path) -> None
     assert array_of(printed("slurm", world, here)) == 8
     assert not list(tmp_path.iterdir()), "printing writes nothing"
     assert array_of(printed("slurm", world, here, "--tasks", "3")) == 3
-    # part 2 of 3 has done units 2 and 5; of 0, 1, 3, 4, 6 and 7 six parts would leave two with none, five and two do not
+    # units 2 and 5 are done; 0, 1, 3, 4, 6 and 7 would leave two of six parts, and one of three, without any
     assert feedfast("cache", world, here, "--part", "2/3").code == 0
     assert array_of(printed("slurm", world, here)) == 5
     assert array_of(printed("slurm", world, here, "--tasks", "3")) == 2
@@ -201,20 +202,46 @@ def test_a_slurm_array_makes_the_cache(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "scontrol.txt").exists(), "nothing was to be queued again"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("code", "restarts", "again"), [(0, 0, 0), (1, 0, 1), (1, 3, 0), (2, 0, 0), (143, 9, 1)])
 def test_a_slurm_task_queues_again(world: Path, tmp_path: Path, code: int, restarts: int, again: int) -> None:
     """By exit code; 143 is a task that has been told to end."""
     program(tmp_path, "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
     program(tmp_path, "job", f"#!/bin/sh\nexit {code}\n")
-    lines = printed("slurm", world, f"cache.path={tmp_path}/c.zarr")
-    script = lines[lines.index("#!/bin/bash") : lines.rindex("FEEDFAST")]
-    script = re.sub(r"^\S+ -m feedfast .* &$", f"{tmp_path}/job &", script, flags=re.MULTILINE)
+    script = script_of(world, tmp_path)
     env = {**with_programs(tmp_path), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash"], input=script, text=True, env=env, check=False, timeout=60)
     assert done.returncode == code
     said = tmp_path / "scontrol.txt"
     assert (said.read_text() if said.exists() else "") == "requeue 7\n" * again
+
+
+def test_a_slurm_task_is_told_to_end(world: Path, tmp_path: Path) -> None:
+    """The signal goes to the script alone, which passes it on, waits for the shards, and queues the task again."""
+    program(tmp_path, "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
+    ending = f"sleep 0.3; touch {tmp_path}/finished; exit 143"
+    program(
+        tmp_path, "job", f"#!/bin/bash\ntrap '{ending}' TERM\ntouch {tmp_path}/begun\nwhile :; do sleep 0.05; done\n"
+    )
+    env = {**with_programs(tmp_path), "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", "-c", script_of(world, tmp_path)], env=env)
+    try:
+        while not (tmp_path / "begun").exists() and job.poll() is None:
+            time.sleep(0.01)
+        job.terminate()
+        assert job.wait(timeout=60) == 143
+    finally:
+        job.kill()
+    assert (tmp_path / "finished").exists()
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 7\n"
+
+
+def script_of(world: Path, folder: Path) -> str:
+    """The batch script, with a program of the test in place of feedfast."""
+    lines = printed("slurm", world, f"cache.path={folder}/c.zarr")
+    script = lines[lines.index("#!/bin/bash") : lines.rindex("FEEDFAST")]
+    changed, count = re.subn(r"^\S+ -m feedfast .* &$", f"{folder}/job &", script, flags=re.MULTILINE)
+    assert count == 1
+    return changed
 
 
 @pytest.mark.slow

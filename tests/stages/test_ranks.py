@@ -123,6 +123,7 @@ def weights(out: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_losses_of_one_two_and_four_processes_and_of_a_run_that_changes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +142,7 @@ def test_losses_of_one_two_and_four_processes_and_of_a_run_that_changes(
     assert alone["steps"] == STEPS
     for ranks, out, stop in ((4, "four", 3), (2, "two", 7)):
         asked = [*files(out), *files("changes", max_steps=stop)]
-        done = run_ranks([HELPERS / "train_all.py", *asked], ranks)
+        done = run_ranks([HELPERS / "train_all.py", *asked], ranks, timeout=600)
         assert [job.returncode for job in done] == [0] * ranks, done[0].stderr + done[-1].stderr
     assert run_train(recipe_for(world, tmp_path / "changes"))["steps"] == STEPS
     expected = losses(tmp_path / "one")
