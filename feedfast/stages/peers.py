@@ -4,18 +4,17 @@
     rank 0: in a collective ─► it breaks, or the watch hears the word and ends the process ─► no message
 
 The word lies in the store through which the ranks have met; whoever writes it first speaks. Connections alone are not
-enough: those of a rank that has failed stay open until its process is gone, and a collective waits for it for half an
-hour, which Python cannot interrupt. So each rank has a thread that looks for the word.
+enough: those of a rank that has failed stay open until its process is gone (a wrapped network keeps the group beyond
+its end), and a collective waits for it for half an hour, which Python cannot interrupt. So each rank has a thread that
+looks for the word.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import re
 import threading
-import traceback
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +25,7 @@ from feedfast.errors import FeedfastError
 FAILED = "feedfast/failed"
 LOOK_S = 0.5
 HEARD_WITHIN_S = 2.0  # the word may be a moment later in the store than the collective breaks
-PATIENCE_S = 30.0  # to get out of a collective, and to close what is open, after the word was heard
+PATIENCE_S = 15.0  # to get out of a collective, and to close what is open, after the word was heard
 STAY_S = 3.0  # who keeps the store waits that long for those who have not heard yet
 
 _BROKEN = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
@@ -82,19 +81,6 @@ def is_broken(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or _BROKEN.search(str(error)) is not None
     )
-
-
-def release(error: BaseException) -> None:
-    """Let go of what the frames of an error hold.
-
-    A wrapped network among them keeps the group's connections open after the group was destroyed, and the others wait
-    until this process is gone.
-    """
-    held: BaseException | None = error
-    while held is not None:
-        traceback.clear_frames(held.__traceback__)
-        held = held.__cause__ or held.__context__
-    gc.collect()
 
 
 def _heard_by(rank: int) -> str:

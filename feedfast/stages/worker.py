@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from feedfast.errors import FeedfastError, PeerFailedError, RequestError
-from feedfast.stages.peers import Peers, is_broken, release
+from feedfast.stages.peers import Peers, is_broken
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +134,7 @@ class Worker:
             raise
         except BaseException as error:
             failed = True
-            first = peers.fails_first(error)
-            release(error)
-            if not first:
+            if not peers.fails_first(error):
                 raise PeerFailedError(f"rank {self.rank}: ended, because another rank failed") from error
             if is_broken(error):
                 found = str(error).partition("\n")[0][:200]

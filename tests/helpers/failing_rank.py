@@ -29,13 +29,13 @@ def main(kind: str) -> int:
             raise RequestError("rank 1 is broken")
         return torch.device("cpu")
 
-    open_connections = None
+    if kind == "stuck":
+        peers.PATIENCE_S = 1.0
     try:
         with worker.process_group(device):
             dist.all_reduce(torch.ones(1))
-            if kind == "stuck":
-                peers.PATIENCE_S = 1.0
-                open_connections = dist.group.WORLD
+            if kind == "stuck":  # this keeps the group, and so its connections, beyond its end
+                torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
             if DIES.get(kind) == worker.rank:
                 os.kill(os.getpid(), signal.SIGKILL)
             if worker.rank in FAILS.get(kind, ()):
@@ -45,7 +45,7 @@ def main(kind: str) -> int:
         return 1
     except FeedfastError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if open_connections is not None:
+        if kind == "stuck":
             time.sleep(600)  # until the test ends it
         return 1
     assert not dist.is_initialized()
