@@ -129,8 +129,8 @@ class Ledger:
                 f"{first['detail']}. A line that is removed from the log makes its shard be computed again",
                 problems,
             )
-        self.commits, self._stale = log.commits, log.stale
-        for key, commit in log.commits.items():
+        self.commits, self._stale = dict(log.commits.items()), log.stale
+        for key, commit in self.commits.items():
             wrong = check_length(commit.bytes, partial(self.store.size, object_key(*key)))
             if wrong is not None:
                 self.damaged.append(problem(*key, *wrong))
