@@ -37,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def make_cache(path: Path, size: Size) -> tuple[Manifest, int, int]:
     real = {(c.array, c.shard): c for c in map(Commit.from_line, log.read_bytes().splitlines())}
     log.unlink()
     rng = np.random.default_rng(0)
-    logs = [open(path / "commits" / log_name((part, size.writers)), "w") for part in range(size.writers)]
+    written: list[list[str]] = [[] for _ in range(size.writers)]
     lines, fits = 0, dict[str, str]()  # codes name the scale they were made with
     for name, spec in array_specs(manifest).items():
         digest, tap = manifest.digest_for(name), name.rpartition("/")[0]
@@ -171,10 +172,10 @@ def make_cache(path: Path, size: Size) -> tuple[Manifest, int, int]:
                     commit = dataclasses.replace(commit, fit=fit)
                 if name.endswith("/scale"):
                     fits[tap] = commit.sha256[:16]
-                logs[lines % size.writers].write(commit.to_line())
+                written[lines % size.writers].append(commit.to_line())
                 lines += 1
-    for file in logs:
-        file.close()
+    for part, found in enumerate(written):
+        (path / "commits" / log_name((part, size.writers))).write_text("".join(found))
     return manifest, lines, sum(file.stat().st_size for file in (path / "commits").glob("*.jsonl"))
 
 
@@ -270,15 +271,15 @@ def measured(tiny: bool, repeats: int, folder: Path, only: str) -> Iterator[tupl
             for what, call in calls(path, manifest, size).items():
                 yield axis, value, what, lines, log_bytes, *alone(call, repeats)
             if keep_index(path, array_specs(manifest)):
-                yield axis, value, "open, index", lines, log_bytes, *alone(lambda: CacheReader(path), repeats)
+                yield axis, value, "open, index", lines, log_bytes, *alone(partial(CacheReader, path), repeats)
             if axis == "rows":
                 yield axis, value, "plan", lines, log_bytes, *alone(plan_of(size.rows), repeats)
     for images in IMAGES[tiny] if only in ("", "images") else ():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             source = make_tars(Path(temporary) / "tars", images)
-            yield "images", images, "index", images, 0, *alone(lambda: open_dataset(source), 1)
+            yield "images", images, "index", images, 0, *alone(partial(open_dataset, source), 1)
             index = sum(file.stat().st_size for file in (Path(temporary) / "tars").glob(".feedfast-*"))
-            yield "images", images, "reopen", images, index, *alone(lambda: open_dataset(source), repeats)
+            yield "images", images, "reopen", images, index, *alone(partial(open_dataset, source), repeats)
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, float]:
@@ -363,7 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(Row(*about, *point))
         row = rows[-1]
         print(
-            f"{row.axis:<9} {row.size:>9,} {row.what:<12} {row.lines:>9,} lines {row.seconds:9.4f} s {row.memory_bytes / 2**20:8.1f} MiB",
+            f"{row.axis:<9} {row.size:>9,} {row.what:<12} {row.lines:>9,} lines {row.seconds:9.4f} s "
+            f"{row.memory_bytes / 2**20:8.1f} MiB",
             file=sys.stderr,
         )
         if not args.tiny:

@@ -36,7 +36,8 @@ def pack(name: str, version: int, head: Mapping[str, Any], arrays: Arrays) -> li
         head: JSON values.
         arrays: contiguous ones of little-endian integers.
     """
-    at, said = 0, {}
+    at = 0
+    said: dict[str, list[Any]] = {}
     for key, array in arrays.items():
         at += -at % _ALIGNED
         said[key] = [array.dtype.str, list(array.shape), at, _sum(array)]
@@ -91,7 +92,8 @@ def unpack(name: str, version: int, data: NDArray[np.uint8]) -> tuple[Any, dict[
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat) if array.size else memoryview(b"")
 
 
 def _sum(array: NDArray[Any]) -> int:

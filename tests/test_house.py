@@ -34,7 +34,8 @@ ALLOWED = {
     "kernels": set(),
 }
 # errors: one family for all rooms. files: every room that writes, writes whole files, and one writer does it durably.
-# sealed: indexes of data and of caches are stored alike. provenance: caches, runs and pages say in the same words how they were made.
+# sealed: indexes of data and of caches are stored alike.
+# provenance: caches, runs and pages say in the same words how they were made.
 COMMON = {"errors", "files", "provenance", "sealed"}
 SOURCES = sorted((ROOT / "feedfast").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

@@ -56,7 +56,7 @@ class ArrayIndex:
     array: str
     manifest: str
     fit: str
-    layout: tuple[int, int, int, int, int, int]
+    layout: tuple[int, ...]
     size: NDArray[np.uint64]
     crc: NDArray[np.uint32]
     sha: NDArray[np.uint8]
@@ -135,6 +135,7 @@ class ViewCommits(Mapping[int, Commit]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    @property
     def sizes(self) -> dict[int, int]:
         """Bytes of each object."""
         of_index = dict(enumerate(self._index.size[self._first : self._first + self._shards].tolist()))
@@ -284,9 +285,11 @@ def read_index(store: Store) -> LogIndex | None:
         found = {}
         for number, said in enumerate(head["arrays"]):
             index = ArrayIndex(
-                *(str(said[key]) for key in ("array", "manifest", "fit")),
-                tuple(int(value) for value in said["layout"]),  # type: ignore[arg-type]
-                *(arrays[f"{column}{number}"] for column in _COLUMNS),
+                said["array"],
+                said["manifest"],
+                said["fit"],
+                tuple(int(value) for value in said["layout"]),
+                **{column: arrays[f"{column}{number}"] for column in _COLUMNS},
             )
             if not _sound(index):
                 return None
@@ -313,7 +316,8 @@ def write_index(store: Store, commits: Commits, specs: Mapping[str, ArraySpec], 
     for commit in commits.all():
         view, shard = specs[commit.array].locate(commit.shard)
         by_array[commit.array][view * specs[commit.array].num_shards + shard] = commit
-    said, arrays = [], {}
+    said: list[dict[str, Any]] = []
+    arrays: dict[str, NDArray[Any]] = {}
     for number, (name, found) in enumerate(by_array.items()):
         entries = [commit for commit in found if commit is not None]
         index = _indexed(specs[name], entries)
@@ -329,7 +333,7 @@ def write_index(store: Store, commits: Commits, specs: Mapping[str, ArraySpec], 
 _COLUMNS: Final = {"size": "<u8", "crc": "<u4", "sha": "|u1", "saturated": "<u8", "attempt": "<u4", "sums": "<u4"}
 
 
-def _layout_of(spec: ArraySpec) -> tuple[int, int, int, int, int, int]:
+def _layout_of(spec: ArraySpec) -> tuple[int, ...]:
     return spec.views, len(spec.shape), spec.num_shards, spec.shard_rows, spec.rows, spec.block_rows
 
 
@@ -362,7 +366,7 @@ def _indexed(spec: ArraySpec, commits: list[Commit]) -> ArrayIndex | None:
 
 def _sound(index: ArrayIndex) -> bool:
     views, dimensions, shards, shard_rows, rows, block_rows = index.layout
-    if not (0 <= views and 0 < dimensions and min(shards, shard_rows, rows, block_rows) > 0):
+    if not (views >= 0 and dimensions > 0 and min(shards, shard_rows, rows, block_rows) > 0):
         return False
     count, blocks = (views or 1) * shards, -(-shard_rows // block_rows)
     shapes = {"size": (count,), "crc": (count,), "sha": (count, 32), "saturated": (count,), "attempt": (count,)}

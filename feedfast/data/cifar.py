@@ -186,8 +186,8 @@ def _unpacked(archive: Path, split: Split) -> tuple[_Flavor, dict[str, bytes], b
                 raise RequestError(f"{archive}: expected {', '.join(flavor.splits[split])}, found no {missing[0]}")
             return flavor, {name: contents[name] for name in flavor.splits[split]}, meta
     raise RequestError(
-        f"{archive}: expected CIFAR's archive, with {' or '.join(found)} in it, found neither; shards of WebDataset are "
-        "read where they lie: unpack them to .tar"
+        f"{archive}: expected CIFAR's archive, with {' or '.join(found)} in it, found neither; shards of WebDataset "
+        "are read where they lie: unpack them to .tar"
     )
 
 

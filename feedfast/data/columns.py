@@ -5,8 +5,8 @@ Arrow afterwards. Parquet packs images into compressed pages of a megabyte and r
 one image costs its whole page, a random order a hundred times the bytes. So its images are put one after the other in
 a file once, as Hugging Face's own library does, in bounded memory, and read from there.
 
-The image column is a struct with ``bytes`` (Hugging Face's ``Image``) or plain binary; the label column a ``ClassLabel``
-(its names are in the schema), integers or names; null or -1 is no label. Nothing here is ever unpickled.
+The image column is a struct with ``bytes`` (Hugging Face's ``Image``) or plain binary; the label column a
+``ClassLabel`` (its names are in the schema), integers or names; null or -1 is no label. Nothing here is ever unpickled.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ class _Table:
         inner = kind.field(kind.get_field_index("bytes")).type if self._nested else kind
         if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
             raise RequestError(
-                f"{path}: expected column {self._image!r} of encoded images, binary or a struct with bytes, found {kind}"
+                f"{path}: expected column {self._image!r} of encoded images, binary or a struct with bytes, "
+                f"found {kind}"
             )
         self._labeled = self._label in schema.names
         if not self._labeled and wanted.label:

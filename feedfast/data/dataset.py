@@ -117,7 +117,7 @@ class Dataset:
         return self.root / self.files[int(self.ids[position])]
 
     def where(self, position: int) -> str:
-        """A sample of ``kind == "files"`` in messages: the path of its file, or of the one it is packed in, with its name."""
+        """A sample of ``kind == "files"`` in messages: the path of its file, or its name in the one it is packed in."""
         return str(self.path(position)) if self.packed is None else self.packed.where(int(self.ids[position]))
 
     def check(self, position: int) -> None:
@@ -267,10 +267,10 @@ def open_dataset(
         source: CIFAR-10 or CIFAR-100: a binary file or a list of them, or Python's batches: a folder
             (``cifar-10-batches-py``), its archive (``.tar.gz``), or a list of batches. A folder of class folders
             (labels by sorted folder name) or a flat folder (unlabeled) of image files. An ``.npz`` (``images``,
-            ``labels``, ``classes``). Shards of WebDataset, Arrow or Parquet files, or their folder; braces in a path stand
-            for several files, see ``shards.py``. MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
-            gzipped or not, whose labels lie next to it, or their folder. Or an object with ``__len__`` and
-            ``__getitem__`` that gives (image, label), see ``objects.py``.
+            ``labels``, ``classes``). MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
+            gzipped or not, whose labels lie next to it, or their folder. Shards of WebDataset, Arrow or Parquet files,
+            or their folder; braces in a path stand for several files, see ``shards.py``. Or an object with ``__len__``
+            and ``__getitem__`` that gives (image, label), see ``objects.py``.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at

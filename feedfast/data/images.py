@@ -250,8 +250,8 @@ def scan_opened(
         opened: an image by its number, at its beginning; raises `Unreadable`.
         full: also decode each one completely.
         progress: called with (done, total) from the calling thread.
-        look: called by the threads with the number of each image and its header as stored (None if it is unreadable), to
-            look at what belongs to it; the reasons it returns are counted as the file's own.
+        look: called by the threads with the number of each image and its header as stored (None if it is
+            unreadable), to look at what belongs to it; the reasons it returns are counted as the file's own.
 
     Returns:
         int32 [n, 2] heights and widths (zeros for unreadable ones), (number, reason) of each unreadable one, and on how

@@ -53,8 +53,8 @@ class Index:
         files: the files that hold the bytes: the sources, or one that was made of them all.
         arrays: ``first`` int64 [sources + 1] (the first image of each source, and n), ``offset`` uint64 [n], ``length``
             uint32 [n], ``label`` int32 [n] (-1 = none), ``size`` int32 [n, 2] (height and width after EXIF orientation;
-            0 = unreadable), ``remark`` uint8 [n] (0 = none), ``name_end`` uint64 [n] into ``name_text`` uint8, the UTF-8
-            names one after the other (both empty: rows without names).
+            0 = unreadable), ``remark`` uint8 [n] (0 = none), ``name_end`` uint64 [n] into ``name_text`` uint8, the
+            UTF-8 names one after the other (both empty: rows without names).
     """
 
     facts: Mapping[str, Any]

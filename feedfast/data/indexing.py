@@ -95,7 +95,7 @@ def _made(
 def _unpacked(
     files: Sequence[Path], source: str, wanted: Wanted, place: Place, progress: Progress | None
 ) -> tuple[list[Listed], tuple[Stamp, ...]]:
-    """The images of Parquet files put one after the other in a file of our own, at the first place that can be written."""
+    """The images of Parquet files, one after the other in a file of our own at the first place that can be written."""
     rows, size_bytes = unpacked_bytes(files, wanted)
     done = 0
 

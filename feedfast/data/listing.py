@@ -87,8 +87,8 @@ def numbered(
         classes: names by number, where they are known.
 
     Returns:
-        The number of each label, -1 for None; and the names: none without labels; ``classes``; of labels that are names those, sorted; else
-        the numbers up to the largest.
+        The number of each label, -1 for None; and the names: none without labels, else ``classes``, else of labels that
+        are names those, sorted, else the numbers up to the largest.
 
     Raises:
         RequestError: a number out of range, or a name that is none of ``classes``.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,7 +251,8 @@ def _members(reader: _Reader) -> Iterator[_Member]:
 
 
 def _refuse_tail(reader: _Reader, at: int) -> None:
-    # What lies behind an end mark is seen by no reader: tars that were put one behind the other lose samples in silence.
+    # What lies behind an end mark is seen by no reader: of tars put one behind the other, samples would be lost in
+    # silence.
     left = reader.size - at
     if left > _MAX_TAIL_BYTES or any(reader.read(at, left)):
         raise _BrokenTarError(f"{left:,} bytes lie behind its end mark at byte {at:,}; expected one archive per file")

@@ -78,7 +78,8 @@ class Selection:
 @contextlib.contextmanager
 def _looking() -> Iterator[Callable[[int, int], None]]:
     """Progress of `open_dataset`, which may count its images more than once (walk, unpack, look)."""
-    started, meter = time.perf_counter(), None
+    started = time.perf_counter()
+    meter: Meter | None = None
     with contextlib.ExitStack() as shown:
 
         def progress(done: int, total: int) -> None:

@@ -1,6 +1,6 @@
 """Small images in a folder of class folders, and the same bytes as tar shards, an Arrow folder and Parquet files.
 
-Shards are written by `tarfile` and by the webdataset package, tables by Hugging Face's datasets: none of it by feedfast.
+Shards are written by `tarfile` and by the webdataset package, tables by Hugging Face's datasets, none by feedfast.
 """
 
 from __future__ import annotations

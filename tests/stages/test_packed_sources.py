@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_samples import CLASSES, hf_dataset, write_folder, write_shards
+from packed_samples import hf_dataset, write_folder, write_shards
 from small import as_toml, write_teacher
 
 from feedfast.cache.log import cache_digest
