@@ -11,9 +11,9 @@ A tar data set is real, of one tiny PNG; from 10^5 images on its shards are copi
 
 Measured, each in a forked process of its own: `open` (CacheReader), from an index and from the lines alone; `verify`
 (the quick check, which looks up every object); `write` (what a writer does before it begins); `batch` (the first 128
-rows); `plan` (order, boxes and flips of one view); `index` and `reopen` of tar shards. Seconds are the least of
-`--repeats`; memory is what the process grew by at its most. Rows are appended to `results_growth.csv`. An exponent is
-the slope of log(seconds) over log(size) between the two largest sizes: 1 is a straight line.
+rows); `plan` (order, boxes and flips of one view); `index` and `reopen` of tar shards. Seconds and processor seconds are
+the least of `--repeats`; memory is what the process grew by at its most. Rows are appended to `results_growth.csv`. An
+exponent is the slope of log(processor seconds) over log(size) between the two largest sizes: 1 is a straight line.
 The last line of stdout is one JSON document.
 """
 
@@ -84,6 +84,7 @@ class Row:
     lines: int  # of the logs; images of a data set
     log_bytes: int
     seconds: float
+    cpu_seconds: float
     memory_bytes: int
 
 
@@ -198,26 +199,27 @@ def make_tars(folder: Path, images: int) -> str:
     return f"{folder}/train-{{000000..{shards - 1:06d}}}.tar" if shards > 1 else str(first)
 
 
-def alone(call: Callable[[], object], repeats: int) -> tuple[float, int]:
-    """Least seconds of a call in a process of its own, and what that grew by."""
+def alone(call: Callable[[], object], repeats: int) -> tuple[float, float, int]:
+    """Least seconds of a call in a process of its own, least seconds of its processor time, and what that grew by."""
 
     def child(pipe: Any) -> None:
         before = resident_bytes()
-        seconds = []
+        seconds, work = [], []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             kept = call()
             seconds.append(time.perf_counter() - start)
+            work.append(time.process_time() - cpu)
             del kept
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send((min(seconds), max(0, peak - before)))
+        pipe.send((min(seconds), min(work), max(0, peak - before)))
         pipe.close()
 
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=child, args=(there,))
     process.start()
     there.close()
-    found: tuple[float, int] = here.recv()
+    found: tuple[float, float, int] = here.recv()
     process.join()
     return found
 
@@ -256,7 +258,9 @@ def plan_of(rows: int) -> Callable[[], object]:
     return draw
 
 
-def measured(tiny: bool, repeats: int, folder: Path, only: str) -> Iterator[tuple[str, int, str, int, int, float, int]]:
+def measured(
+    tiny: bool, repeats: int, folder: Path, only: str
+) -> Iterator[tuple[str, int, str, int, int, float, float, int]]:
     points = [
         (axis, value, size_of(axis, value)) for axis, (full, few) in AXES.items() for value in (few if tiny else full)
     ]
@@ -286,7 +290,7 @@ def exponents(rows: Sequence[Row]) -> dict[str, float]:
     """Per axis and measurement, the slope of log(seconds) over log(size) between the two largest sizes."""
     found = {}
     for axis, what in dict.fromkeys((row.axis, row.what) for row in rows):
-        points = sorted((row.size, row.seconds) for row in rows if (row.axis, row.what) == (axis, what))
+        points = sorted((row.size, row.cpu_seconds) for row in rows if (row.axis, row.what) == (axis, what))
         if len(points) > 1:
             (a, low), (b, high) = points[-2:]
             found[f"{axis}: {what}"] = round(math.log(high / low) / math.log(b / a), 2)
@@ -305,7 +309,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for column, axis in enumerate(axes):
         for what in dict.fromkeys(row.what for row in rows if row.axis == axis):
             points = sorted(
-                (row.size, row.seconds, row.memory_bytes) for row in rows if (row.axis, row.what) == (axis, what)
+                (row.size, row.cpu_seconds, row.memory_bytes) for row in rows if (row.axis, row.what) == (axis, what)
             )
             sizes, seconds, memory = zip(*points, strict=True)
             panels[0][column].plot(sizes, seconds, marker="o", label=what)
@@ -315,7 +319,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             panels[row][column].set_xscale("log")
             panels[row][column].set_yscale("log")
         panels[0][column].legend(fontsize=6)
-    panels[0][0].set_ylabel("seconds")
+    panels[0][0].set_ylabel("processor seconds")
     panels[1][0].set_ylabel("memory, MiB")
     figure.tight_layout()
     figure.savefig(path)
@@ -325,7 +329,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def load(path: Path) -> list[Row]:
     """The newest row of each axis, size and measurement."""
     with path.open(newline="") as file:
-        kinds = {"size": int, "lines": int, "log_bytes": int, "seconds": float, "memory_bytes": int}
+        kinds = {
+            "size": int,
+            "lines": int,
+            "log_bytes": int,
+            "seconds": float,
+            "cpu_seconds": float,
+            "memory_bytes": int,
+        }
         found = [
             Row(**{key: kinds.get(key, str)(value) for key, value in line.items()}) for line in csv.DictReader(file)
         ]
@@ -365,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = rows[-1]
         print(
             f"{row.axis:<9} {row.size:>9,} {row.what:<12} {row.lines:>9,} lines {row.seconds:9.4f} s "
+            f"{row.cpu_seconds:9.4f} cpu s "
             f"{row.memory_bytes / 2**20:8.1f} MiB",
             file=sys.stderr,
         )
