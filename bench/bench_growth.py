@@ -3,16 +3,17 @@
     python bench/bench_growth.py                 about four minutes and 100 MB in memory
     python bench/bench_growth.py --tiny          seconds; two sizes per axis, nothing appended
     python bench/bench_growth.py --plot P.svg    draw the rows that were measured last, and say the exponents
+    python bench/bench_growth.py --paper         bytes, objects, logs of caches too large to make, by the layout alone
 
 A cache of the size in question is made without running a network: its manifest and `zarr.json` files by the product,
 its logs as the writer writes them (`Commit.to_line`, random checksums), rows of one byte. The first shard of each
 array is real; of the others there are files of the committed length without content, where objects are asked for.
 A tar data set is real, of one tiny PNG; from 10^5 images on its shards are copies of one.
 
-Measured, each in a forked process of its own: `open` (CacheReader), from an index and from the lines alone; `verify`
+Measured, each in a forked process: `open` (CacheReader), from an index and from the lines alone; `verify`
 (the quick check, which looks up every object); `write` (what a writer does before it begins); `batch` (the first 128
-rows); `plan` (order, boxes and flips of one view); `index` and `reopen` of tar shards. Seconds and processor seconds are
-the least of `--repeats`; memory is what the process grew by at its most. Rows are appended to `results_growth.csv`. An
+rows); `plan` (order, boxes and flips of one view); `index` and `reopen` of tar shards. Seconds and processor seconds
+are the least of `--repeats`; memory is what the process grew by at its most. Rows go to `results_growth.csv`. An
 exponent is the slope of log(processor seconds) over log(size) between the two largest sizes: 1 is a straight line.
 The last line of stdout is one JSON document.
 """
@@ -286,6 +287,52 @@ def measured(
             yield "images", images, "reopen", images, index, *alone(partial(open_dataset, source), repeats)
 
 
+PAPER: dict[str, tuple[int, int, dict[str, tuple[tuple[int, ...], str]]]] = {  # rows per view, views, taps
+    "ImageNet-21k, last map and logits": (
+        14_197_122, 4, {"final": ((2048, 7, 7), "u8"), "logits": ((21_841,), "f16")}
+    ),
+    "ImageNet-21k, the four maps of OFD": (
+        14_197_122, 4,
+        {f"ofd{n}": ((256 * 2**n, 56 >> n, 56 >> n), "u8") for n in range(4)} | {"logits": ((21_841,), "f16")},
+    ),
+    "1e9 samples, a vector of 1,024": (1_000_000_000, 1, {"final": ((1024,), "u8")}),
+    "1e9 samples, last map": (1_000_000_000, 1, {"final": ((2048, 7, 7), "u8")}),
+}  # fmt: skip
+LINE_BYTES, SUM_BYTES = 302, 11  # of a commit line without block sums, and of each; as `target` has them
+INDEX_BYTES = 57  # of an object in the index of logs, and 4 per block
+
+
+def paper() -> list[dict[str, Any]]:
+    """What the layout says of caches that nobody makes to be measured."""
+    found = []
+    for name, (rows, views, shapes) in PAPER.items():
+        taps = {
+            tap: TapInfo(name=tap, path="" if tap == "logits" else "x", position="post", shape=shape, codec=codec)
+            for tap, (shape, codec) in shapes.items()
+        }
+        base = manifest_of(Size(rows=rows, views=views))
+        teacher = base.teachers["a0"].model_copy(update={"taps": taps})
+        specs = array_specs(base.model_copy(update={"teachers": {"a0": teacher}, "shard_bytes": 32 << 20})).values()
+        objects = sum(spec.num_views * spec.num_shards for spec in specs)
+        blocks = sum(spec.num_views * spec.num_shards * spec.blocks_per_shard for spec in specs)
+        sharded = [spec for spec in specs if spec.sharded]
+        small = [spec for spec in specs if not spec.sharded]
+        found.append(
+            {
+                "cache": name,
+                "rows_per_view": rows,
+                "views": views,
+                "code_bytes": sum(spec.num_views * spec.rows * spec.row_bytes for spec in sharded),
+                "objects": objects,
+                "log_bytes": objects * LINE_BYTES + blocks * SUM_BYTES,
+                "index_bytes": objects * INDEX_BYTES + blocks * 4,
+                "largest_small_array_bytes_per_view": max(spec.block_bytes for spec in small),
+                "small_bytes_per_view": sum(spec.block_bytes for spec in small if spec.views),
+            }
+        )
+    return found
+
+
 def exponents(rows: Sequence[Row]) -> dict[str, float]:
     """Per axis and measurement, the slope of log(seconds) over log(size) between the two largest sizes."""
     found = {}
@@ -352,7 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, help="draw what --out holds, measure nothing")
+    parser.add_argument("--paper", action="store_true", help="sizes by the layout alone, measure nothing")
     args = parser.parse_args(argv)
+    if args.paper:
+        print(json.dumps(paper()))
+        return 0
     if args.plot:
         rows = load(args.out)
         plot(rows, args.plot)
