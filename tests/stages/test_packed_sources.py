@@ -87,3 +87,22 @@ def test_the_command_line_reads_shards(world: tuple[Path, str]) -> None:
     outcome = feedfast("cache", str(path))
     assert outcome.code == 2
     assert "train-000001.tar: no tar file: it is empty" in outcome.error
+
+
+def test_opening_says_how_far_it_is(
+    world: tuple[Path, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete decode of a large data set takes hours; a small one says nothing."""
+    from feedfast.stages import data as data_stage
+    from feedfast.stages import progress
+    from feedfast.stages.data import Selection
+
+    root, _ = world
+    caplog.set_level("INFO", logger="feedfast")
+    for quiet, lines in ((60.0, 0), (-1.0, 1)):
+        monkeypatch.setattr(data_stage, "_QUIET_SECONDS", quiet)
+        monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
+        caplog.clear()
+        Selection((str(root / "folder"),)).open("full")
+        said = [record.getMessage() for record in caplog.records if "12/12 images" in record.getMessage()]
+        assert len(said) == lines
