@@ -113,6 +113,7 @@ def test_public_names() -> None:
         "Recipe",
         "RequestError",
         "__version__",
+        "compare_runs",
         "load_recipe",
         "open_cache",
         "run_cache",
