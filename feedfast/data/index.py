@@ -110,7 +110,7 @@ def place_of(sources: Sequence[Path], what: Sequence[str]) -> Place:
     named = [os.path.relpath(path.absolute(), folder) for path in sources]
     here = hashlib.sha256(json.dumps([FORMAT, list(what), named]).encode()).hexdigest()[:16]
     away = hashlib.sha256(json.dumps([here, str(folder)]).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "feedfast"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "feedfast"
     return Place(folder, (folder / f".feedfast-{here}.index", home / f"{away}.index"))
 
 
@@ -140,12 +140,16 @@ def load(place: Place, sources: Sequence[Stamp]) -> Index | None:
         if index.sources != tuple(sources):
             log.info("data: %s: made again: the files are others than it was made from", path)
             continue
+        # never a file that only the index names: it may be a stranger's
         with contextlib.suppress(OSError):
-            if index.files == index.sources or index.files == stamps_of(
-                place.folder, [place.folder / name for name, _, _ in index.files]
-            ):
+            if index.files == index.sources or index.files == stamps_of(place.folder, [images_beside(path)]):
                 return index
     return None
+
+
+def images_beside(index: Path) -> Path:
+    """Where the images of an index lie that cannot be read where they were."""
+    return index.with_suffix(".images")
 
 
 def images_path(place: Place, source: str) -> Path:
@@ -158,7 +162,7 @@ def images_path(place: Place, source: str) -> Path:
         with contextlib.suppress(OSError):
             make_dirs(path.parent)
             if os.access(path.parent, os.W_OK | os.X_OK):
-                return path.with_suffix(".images")
+                return images_beside(path)
     folders = " or ".join(str(path.parent) for path in place.paths)
     raise RequestError(f"{source}: its images are unpacked once; expected a folder that can be written, {folders}")
 

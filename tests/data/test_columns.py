@@ -202,6 +202,25 @@ def test_parquet_is_unpacked_once_in_bounded_memory(tmp_path: Path, monkeypatch:
     assert len(peaks) == 24, "unpacked again"
 
 
+def test_an_index_leads_to_no_other_file(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from feedfast.data.index import load, place_of, save, stamps_of
+
+    path = write_parquet(tmp_path / "x.parquet", {"image": IMAGES})
+    whole = open_dataset(path).packed
+    assert whole is not None
+    (images,) = tmp_path.glob(".feedfast-*.images")
+    other = tmp_path / "somebody-elses"
+    other.write_bytes(images.read_bytes())
+    place = place_of([path], ["parquet", "", ""])
+    stamps = stamps_of(tmp_path, [path])
+    assert load(place, stamps) is not None
+    save(place, replace(whole.index, files=stamps_of(tmp_path, [other])))
+    assert load(place, stamps) is None
+    assert [each.tobytes() for each in open_dataset(path).encoded(range(3))] == IMAGES
+
+
 def test_a_full_disk_is_said_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
