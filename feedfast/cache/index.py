@@ -325,7 +325,11 @@ def write_index(store: Store, commits: Commits, specs: Mapping[str, ArraySpec], 
             return False
         said.append({"array": name, "manifest": index.manifest, "fit": index.fit, "layout": index.layout})
         arrays |= {f"{column}{number}": getattr(index, column) for column in _COLUMNS}
-    head = {"logs": {name: [size, _tail_sum(store, name, size)] for name, size in logs.items()}, "arrays": said}
+    try:
+        ends = {name: [size, _tail_sum(store, name, size)] for name, size in logs.items()}
+    except (OSError, ValueError):  # somebody is writing
+        return False
+    head = {"logs": ends, "arrays": said}
     store.put(INDEX, pack(_NAME, _VERSION, head, arrays), "manifest")
     return True
 
@@ -381,7 +385,7 @@ def _tail_sum(store: Store, name: str, length: int) -> str:
 
     Raises:
         OSError: there is no such log.
-        ValueError: it is shorter, or no log's name.
+        ValueError: it is shorter, no line ends there, or no log's name.
     """
     if "/" in name or not name.endswith(".jsonl"):
         raise ValueError(f"{name!r} is no log")
@@ -389,4 +393,6 @@ def _tail_sum(store: Store, name: str, length: int) -> str:
     tail = bytearray(min(length, _TAIL_BYTES))
     if log.size < length or log.read([memoryview(tail)], length - len(tail)) != len(tail):
         raise ValueError(f"{name} is shorter than {length} bytes")
+    if tail and not tail.endswith(b"\n"):
+        raise ValueError(f"{name} has no whole line that ends there")
     return f"{google_crc32c.value(bytes(tail)):08x}"

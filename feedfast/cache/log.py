@@ -186,10 +186,14 @@ def keep_index(place: str | Path | Store, specs: Mapping[str, ArraySpec]) -> boo
         FeedfastError: a log cannot be read, or the index cannot be written.
     """
     store = open_store(place)
-    sizes = {name: store.size(f"{COMMITS}/{name}") for name in store.names(COMMITS) if name.endswith(".jsonl")}
+    logs = [name for name in store.names(COMMITS) if name.endswith(".jsonl")]
+    try:
+        # before the lines are read: those that come meanwhile are read again, and equal ones are harmless
+        sizes = {name: store.size(f"{COMMITS}/{name}") for name in logs}
+    except OSError as error:
+        raise FeedfastError(f"{store.where(COMMITS)}: cannot be read: {error.strerror or error}") from error
     log = read_log(store, indexed=False)
-    ended = {name: store.size(f"{COMMITS}/{name}") for name in sizes}
-    if log.problems or log.stale or sizes != ended or any(check_commit(c, specs) for c in log.commits.all()):
+    if log.problems or log.stale or any(check_commit(commit, specs) for commit in log.commits.all()):
         return False
     return write_index(store, log.commits, specs, sizes)
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,15 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path: Path, m
     shards[0].write_bytes(b"")
     with pytest.raises(RequestError, match=r"train-000000\.tar/cat-0001\.jpg: cut short: 0 of [0-9]+ bytes"):
         first.encoded([1])
+
+
+def test_several_who_open_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path / "shards", write_folder(tmp_path / "folder"))
+    walked = walks(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: open_dataset(shards).fingerprint(), range(4)))
+    assert found == [found[0]] * 4
+    assert sorted(walked) == shards
 
 
 def test_where_nothing_can_be_written_the_index_goes_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
