@@ -61,7 +61,9 @@ def packed_as(root: Path, kind: str) -> str:
     return str(root / "x.parquet")
 
 
-@pytest.mark.parametrize("kind", ["tar", "arrow", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["tar", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("arrow", "parquet"))]
+)
 def test_packed_images_give_the_same_cache_and_the_same_student(world: tuple[Path, str], kind: str) -> None:
     root, digest = world
     packed = recipe(root, kind, packed_as(root, kind))
