@@ -31,6 +31,7 @@ _NAME: Final = "feedfast-log-index"
 _VERSION: Final = 1
 _MAX_BYTES: Final = 16 << 30
 _TAIL_BYTES: Final = 64 << 10
+_MAX_DIMENSIONS: Final = 16  # a key has one word for each
 
 Key = tuple[str, str]
 
@@ -369,8 +370,12 @@ def _indexed(spec: ArraySpec, commits: list[Commit]) -> ArrayIndex | None:
 
 
 def _sound(index: ArrayIndex) -> bool:
+    if not all(isinstance(text, str) for text in (index.array, index.manifest, index.fit)):
+        return False
     views, dimensions, shards, shard_rows, rows, block_rows = index.layout
-    if not (views >= 0 and dimensions > 0 and min(shards, shard_rows, rows, block_rows) > 0):
+    if dimensions > _MAX_DIMENSIONS or not (
+        views >= 0 and dimensions > 0 and min(shards, shard_rows, rows, block_rows) > 0
+    ):
         return False
     count, blocks = (views or 1) * shards, -(-shard_rows // block_rows)
     shapes = {"size": (count,), "crc": (count,), "sha": (count, 32), "saturated": (count,), "attempt": (count,)}

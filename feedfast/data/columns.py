@@ -58,20 +58,21 @@ def _take_places(table: _Table, batch: Any, whole: Any, found: Listed) -> None:
     column = table.images(batch)
     labels = table.labels(batch)
     starts, ends, values = _bounds(column)
-    at = values.address - whole.address
+    at = values.address - whole.address if values.size else 0  # no bytes lie anywhere
     if not 0 <= at <= whole.size - values.size:
         raise RequestError(
             f"{table.path}: expected images that lie in it as they are, found compressed buffers; save it without "
             "compression"
         )
-    whole_column = column.null_count == 0
+    valid, before = table.valid(batch), found.rows
+    found.rows += len(column)
     for row in range(len(column)):
-        where = f"{table.path}[{len(found)}]"
+        where = f"{table.path}[{before + row}]"
         start, end = int(starts[row]), int(ends[row])
-        if not whole_column and not column[row].is_valid:
+        if not valid[row]:
             found.faults.append((where, table.absent(batch, row)))
         elif not 0 <= start <= end <= values.size:
-            raise ValueError(f"row {len(found)} lies outside its buffer")
+            raise ValueError(f"row {before + row} lies outside its buffer")
         else:
             found.add(where, "", at + start, end - start, labels[row])
 
@@ -131,9 +132,11 @@ def unpack_parquet(path: Path, wanted: Wanted, fd: int, at: int, advance: Callab
         starts, ends, values = _bounds(column)
         pieces: list[memoryview] = []
         data = memoryview(values)
+        valid, before = table.valid(batch), found.rows
+        found.rows += len(column)
         for row in range(len(column)):
-            where = f"{path}[{len(found)}]"
-            if not column[row].is_valid:
+            where = f"{path}[{before + row}]"
+            if not valid[row]:
                 found.faults.append((where, table.absent(batch, row)))
                 continue
             start, end = int(starts[row]), int(ends[row])
@@ -187,6 +190,12 @@ class _Table:
         """The binary column of a batch."""
         column = batch.column(batch.schema.get_field_index(self._image))
         return column.field(column.type.get_field_index("bytes")) if self._nested else column
+
+    def valid(self, batch: Any) -> NDArray[np.bool_]:
+        """Which rows of a batch have an image; that of a struct which is null is null, whatever lies there."""
+        found: NDArray[np.bool_] = self.images(batch).is_valid().to_numpy(zero_copy_only=False)
+        column = batch.column(batch.schema.get_field_index(self._image))
+        return found & column.is_valid().to_numpy(zero_copy_only=False)
 
     def labels(self, batch: Any) -> list[Label]:
         """The labels of a batch; None where there is none."""

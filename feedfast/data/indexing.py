@@ -52,19 +52,31 @@ def open_packed(
     Raises:
         RequestError: a file cannot be opened, or faults of structure: all are counted, the first twenty named.
     """
+    # Paths in an index are relative, and ``..`` behind a link to a folder leads elsewhere: the folders' own paths.
+    files = [path.parent.resolve() / path.name for path in files]
     classes = class_names(Asked(source), list(dict.fromkeys(path.parent for path in files)))
     place = place_of(files, [kind, wanted.image, wanted.label, *classes])
     try:
         stamps = stamps_of(place.folder, files)
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be opened: {error.strerror}") from error
-    index = None if full else load(place, stamps)
+    index = None if full else _loaded(place, stamps)
     if index is None:
         with locked(place):
-            index = None if full else load(place, stamps)  # another process may have made it meanwhile
+            index = None if full else _loaded(place, stamps)  # another process may have made it meanwhile
             if index is None:
                 index = _made(files, kind, source, wanted, classes, place, stamps, progress)
     return Packed(place.folder, index)
+
+
+def _loaded(place: Place, stamps: tuple[Stamp, ...]) -> Index | None:
+    """The index, unless an image that it calls unreadable can be read: it was the disk or the network, that time."""
+    index = load(place, stamps)
+    if index is None:
+        return None
+    packed, wrong = Packed(place.folder, index), [at for at, _ in index.facts["faults"]]
+    _, still, _ = scan_opened(len(wrong), lambda at: packed.open(wrong[at]), full=False)
+    return index if len(still) == len(wrong) else None
 
 
 def _made(

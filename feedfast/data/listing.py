@@ -43,6 +43,7 @@ class Listed:
         lengths: bytes of each.
         labels: of each, its place in ``kinds``.
         kinds: every label that occurs: class number, class name, or None for an image without.
+        rows: how many rows have been gone through, of tables; those without an image, too.
         name_text: UTF-8 names within the file, one after the other; empty where rows have none.
         name_ends: where each name ends.
         classes: names by number, if the file says them.
@@ -54,6 +55,7 @@ class Listed:
     lengths: array[int] = field(default_factory=lambda: array("L"))
     labels: array[int] = field(default_factory=lambda: array("l"))
     kinds: dict[Label, int] = field(default_factory=dict)
+    rows: int = 0
     name_text: bytearray = field(default_factory=bytearray)
     name_ends: array[int] = field(default_factory=lambda: array("Q"))
     classes: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ def numbered(
         are names those, sorted, else the numbers up to the largest.
 
     Raises:
-        RequestError: a number out of range, or a name that is none of ``classes``.
+        RequestError: a number out of range, a name that is none of ``classes``, or numbers and names without these.
     """
     numbers: dict[Label, int] = {None: -1}
     labels = [label for label in kinds if label is not None]
@@ -105,6 +107,13 @@ def numbered(
             raise RequestError(f"{source}: expected labels from 0 to {most - 1} (-1 = none), found {wrong[0]}")
         names = classes or tuple(str(number) for number in range(max(numbers.values()) + 1))
     else:
+        numeral = next((str(label) for label in labels if _WHOLE.fullmatch(str(label))), None)
+        if numeral is not None and not classes:  # sorted as a name, "10" would come before "2"
+            word = next(str(label) for label in labels if not _WHOLE.fullmatch(str(label)))
+            raise RequestError(
+                f"{source}: expected labels that all are numbers or all names, found {numeral!r} and {word!r:.60}; if "
+                "both are names, list all of them in classes.txt"
+            )
         names = classes or tuple(sorted(str(label) for label in labels))
         known = {name: number for number, name in enumerate(names)}
         unknown = sorted(str(label) for label in labels if str(label) not in known)

@@ -31,15 +31,17 @@ _BUFFER_BYTES: Final = 4096
 class _File:
     """A file open for reading; it closes when nothing refers to it any more."""
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str, size: int, stamp: int, exact: bool) -> None:
         self.fd = -1
         try:
             self.fd = open_regular(path)
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from error
-        found = os.fstat(self.fd).st_size
-        if found != size:
-            raise Unreadable(f"its file has {found} bytes, {size} when it was opened")
+        found = os.fstat(self.fd)
+        if found.st_size != size:
+            raise Unreadable(f"its file has {found.st_size} bytes, {size} when it was opened")
+        if exact and found.st_mtime_ns != stamp:  # a tar of the same images in another order has the same length
+            raise Unreadable("its file has been written anew since it was opened")
 
     def __del__(self) -> None:
         if self.fd >= 0 and os is not None:
@@ -49,8 +51,8 @@ class _File:
 @lru_cache(
     _OPEN_FILES
 )  # of the whole process: a data set can be pickled, and a thread may hold what has left the cache
-def _opened(path: str, size: int, _stamp: int) -> _File:
-    return _File(path, size)
+def _opened(path: str, size: int, stamp: int, exact: bool) -> _File:
+    return _File(path, size, stamp, exact)
 
 
 class _Window(io.RawIOBase):
@@ -134,6 +136,8 @@ class Packed:
 
     def _place(self, record: int) -> tuple[_File, int, int]:
         arrays, files = self.index.arrays, self.index.files
-        name, size, stamp = files[0] if len(files) == 1 else files[self._source(record)]
-        file = _opened(os.path.join(self.folder, name), size, stamp)
+        source = self._source(record)
+        name, size, stamp = files[0] if len(files) == 1 else files[source]
+        # Images that were unpacked may have been unpacked again meanwhile, to the same bytes.
+        file = _opened(os.path.join(self.folder, name), size, stamp, name == self.index.sources[source][0])
         return file, int(arrays["offset"][record]), int(arrays["length"][record])

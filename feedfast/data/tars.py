@@ -32,7 +32,6 @@ _MAX_EXTENDED_BYTES: Final = 1 << 20  # of a long name or a pax header
 _MAX_CLASS_BYTES: Final = 1 << 10
 _MAX_JSON_BYTES: Final = 1 << 20
 _MAX_TAIL_BYTES: Final = 1 << 20  # after the end mark: tar pads to 10 KiB, and to more if asked
-_NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # WebDataset's base_plus_ext
 _META: Final = re.compile(r"__[^/]*__($|/)")  # members that WebDataset's own reader leaves out
 _IMAGES: Final = frozenset(name[1:] for name in EXTENSIONS)
 _OTHERS: Final = frozenset(name[1:] for name in OTHER_EXTENSIONS)
@@ -137,15 +136,18 @@ class _Walk:
         self._seen: set[str] = set()
 
     def take(self, member: _Member) -> None:
-        if member.kind not in (b"0", b"\0", b"7"):  # a folder, a link or a device holds no bytes
+        folder, slash, last = member.name.rpartition("/")
+        stem, _, ending = last.partition(".")
+        ending = ending.lower()
+        # A folder, a link or a device holds no bytes; what begins with a dot is a system's own (macOS's ._0001.jpg).
+        why = "link" if member.kind in b"12" else "" if member.kind in (b"0", b"\0", b"7") else "no file"
+        why = why or ("" if stem and not _META.match(member.name) else "hidden")
+        if why or not ending:
+            said = ending.rpartition(".")[2]
+            if said in _IMAGES:
+                self._found.skipped[f".{said} ({why})"] += 1
             return
-        named = _NAME.fullmatch(member.name)
-        if named is None or _META.match(member.name):
-            ending = member.name.rpartition("/")[2].rpartition(".")[2].lower()
-            if ending in _IMAGES:
-                self._found.skipped[f".{ending} (hidden)"] += 1
-            return
-        key, ending = named[1], named[2].lower()
+        key = folder + slash + stem
         if self._now is None or key != self._now.key:
             self.finish()
             self._now = _Sample(key)
@@ -236,7 +238,7 @@ def _members(reader: _Reader) -> Iterator[_Member]:
             elif kind == b"x":
                 said = _pax(extended, at)
                 name = said.get("path", name)
-                size = int(said["size"]) if said.get("size", "").isdecimal() else size
+                size = _decimal(said["size"], at) if "size" in said else size
         else:
             if kind == b"S":
                 raise _BrokenTarError(f"a sparse member at byte {at:,}; pack it without --sparse")
@@ -282,12 +284,19 @@ def _number(raw: bytes) -> int:
 def _pax(raw: bytes, at: int) -> dict[str, str]:
     """Records ``LENGTH KEY=VALUE\\n``."""
     found: dict[str, str] = {}
-    while raw:
-        length, _, _ = raw.partition(b" ")
-        count = int(length) if length.isdigit() and len(length) < 8 else 0
-        key, equals, value = raw[len(length) + 1 : count].partition(b"=")
-        if not equals or not value.endswith(b"\n") or count > len(raw):
+    start = 0
+    while start < len(raw):
+        length = raw[start : start + 8].partition(b" ")[0]
+        stop = start + (int(length) if length.isdigit() and len(length) < 8 else 0)
+        key, equals, value = raw[start + len(length) + 1 : stop].partition(b"=")
+        if not equals or not value.endswith(b"\n") or stop > len(raw):
             raise _BrokenTarError(f"damaged: a pax header at byte {at:,}")
         found[_text(key)] = _text(value[:-1])
-        raw = raw[count:]
+        start = stop
     return found
+
+
+def _decimal(text: str, at: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise _BrokenTarError(f"damaged: a size of {text[:20]!r} in a pax header at byte {at:,}")
+    return int(text)

@@ -49,7 +49,7 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
         taught = link.teachers[0].name if link.teachers else "nobody"
         log.info("chain: generation %d of %d, taught by %s", number, len(links), taught)
         if link.train.source == "cache" and link.teachers:
-            run_cache(link)
+            run_cache(link, whole=True)  # of an array of chains each is its own
         results.append(run_train(link))
     return {
         "generations": results,

@@ -87,7 +87,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     planned = run_plan(recipe)
     size, free = format_bytes(planned["bytes"]), format_bytes(planned["free_bytes"])
     log.info("plan: %s, %.1f s, %s free", size, planned["seconds"], free)
-    written = run_cache(recipe)
+    written = run_cache(recipe, whole=True)
     checked = run_verify(recipe.cache.path, full=True, replay=4, teachers_percent=5, recipe=recipe)
     rows = [_student(out, cached, name, parameters, written) for name, parameters in METHODS.items()]
     print_table(f"digits: 30 labeled images per class, student {STUDENT_MODEL}, three {TEACHER_MODEL} teachers", rows)

@@ -52,18 +52,22 @@ from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
-from feedfast.stages.worker import Worker, pick_device
+from feedfast.stages.worker import AUTO, Worker, pick_device
 
 log = logging.getLogger(__name__)
 
 
-def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool = True) -> dict[str, Any]:
+def run_cache(
+    recipe: Recipe, *, train: ImageSource | None = None, check: bool = True, whole: bool = False
+) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
         check: refuse before the first row what the recipe's own student could not use; False = say it and go on.
+        whole: where ``cache.part`` is "auto", all of it, for who needs it next; False = a job array's task takes its
+            part.
 
     Returns:
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
@@ -84,6 +88,8 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool =
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
+    if whole and recipe.cache.part == AUTO:
+        recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"part": "0/1"})})
     return OfflineRun(recipe, Worker.from_env(), train, check=check).run()
 
 

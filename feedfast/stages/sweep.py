@@ -104,7 +104,7 @@ def run_sweep(
     waiting = [point for point in points if point.name not in ended]
     log.info("sweep: %d runs in %s, %d of them done%s", len(points), out, len(ended), _shared_words(shared))
     for cached in _caches(waiting):
-        run_cache(cached)
+        run_cache(cached, whole=True)
     failed: dict[str, str] = {}
     for point, error in _results(waiting, recipe, jobs, out):
         if error is None:

@@ -218,7 +218,8 @@ def _given(asked: str, env: Mapping[str, str], *, alone: bool) -> Share:
     if all(name in env for name in ARRAY):
         first = _number(env, "SLURM_ARRAY_TASK_MIN", 0)
         step = max(1, _number(env, "SLURM_ARRAY_TASK_STEP", 1))
-        return _placed(env, ARRAY, (_number(env, ARRAY[0], 0) - first) // step)
+        place, uneven = divmod(_number(env, ARRAY[0], 0) - first, step)
+        return _placed(env, ARRAY, -1 if uneven else place)  # rounded, two tasks would have one place
     if all(name in env for name in INDEXED):
         return _placed(env, INDEXED, _number(env, INDEXED[0], 0))
     if alone and INDEXED[0] in env:  # operators that start ranks set the index for purposes of their own
@@ -239,8 +240,9 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
 def _placed(env: Mapping[str, str], names: tuple[str, str], index: int) -> Share:
     parts = _number(env, names[1], 1)
     if not 0 <= index < parts:
+        found = index if index >= 0 else f"{env[names[0]]}, which is between two"
         raise RequestError(
-            f"{names[0]}: expected a place below {parts}, found {index}; where the indexes of an array have gaps, say "
+            f"{names[0]}: expected a place below {parts}, found {found}; where the indexes of an array have gaps, say "
             f"--part ${names[0]}/N"
         )
     return Share(index, parts, f"{names[0]}={env[names[0]]}, {names[1]}={parts}")

@@ -20,6 +20,7 @@ from feedfast.cache.store import Store
 from feedfast.cache.verify import verify_cache
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError
+from feedfast.sealed import pack, unpack
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,27 @@ def test_an_index_in_doubt_is_passed_over(tmp_path: Path, which: str) -> None:
     assert read_index(Store(path)) is None
     ours, lines = both(path)
     assert ours == lines
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"array": 5}, {"manifest": None}, {"fit": ["a"]}, {"dimensions": 10**9}],
+    ids=["a number as name", "no manifest", "a list as fit", "keys of a gigabyte"],
+)
+def test_an_index_of_other_things_is_passed_over(tmp_path: Path, forged: dict[str, Any]) -> None:
+    """With sound checksums: somebody has made it."""
+    path = filled(tmp_path / "c", tiny())
+    head, arrays = unpack("feedfast-log-index", 1, np.frombuffer((path / INDEX).read_bytes(), np.uint8))
+    said = head["arrays"][0]
+    if "dimensions" in forged:
+        said["layout"][1] = forged["dimensions"]
+    else:
+        said |= forged
+    (path / INDEX).write_bytes(b"".join(pack("feedfast-log-index", 1, head, arrays)))
+    assert read_index(Store(path)) is None
+    ours, lines = both(path)
+    assert ours == lines
+    assert verify_cache(path) == []
 
 
 def test_an_index_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

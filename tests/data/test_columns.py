@@ -103,12 +103,28 @@ def test_plain_columns(tmp_path: Path, kind: str) -> None:
     assert (data.labels.tolist(), data.classes) == ([-1, -1, -1], ())
 
 
+@pytest.mark.parametrize("footer", [False, True])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_batches_without_rows(tmp_path: Path, empty: int, footer: bool) -> None:
+    """As filters leave them; their buffers lie nowhere."""
+    batches = [pa.record_batch({"image": pa.array([each], pa.binary()), "label": [0]}) for each in IMAGES[:2]]
+    batches.insert(empty, batches[0].slice(0, 0))
+    with (pa.ipc.new_file if footer else pa.ipc.new_stream)(str(tmp_path / "x.arrow"), batches[0].schema) as out:
+        for batch in batches:
+            out.write_batch(batch)
+    assert [each.tobytes() for each in open_dataset(tmp_path / "x.arrow").encoded([0, 1])] == IMAGES[:2]
+
+
 FAULTS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no image column": ({"jpeg": IMAGES, "label": [0, 1, 2]}, [], r"column 'image' of images, found \['jpeg', 'l"),
     "no label column": ({"image": IMAGES}, ["image", "kind"], r"expected a column 'kind' of labels, found \['image'\]"),
     "images of text": ({"image": ["a", "b", "c"]}, [], "column 'image' of encoded images, binary or .*found string"),
     "labels of floats": ({"image": IMAGES, "label": [0.0, 1.0, 2.0]}, [], "column 'label' of integers .*found double"),
     "an absent image": ({"image": [IMAGES[0], None, IMAGES[2]]}, [], r"found 1 fault:\n  .*x\.\w+\[1\]: no image"),
+    "absent images further down": (
+        {"image": [{"bytes": IMAGES[0], "path": "a"}, None, {"bytes": None, "path": None}, None]}, [],
+        r"found 3 faults:\n  .*\[1\]: no image\n  .*\[2\]: no image\n  .*\[3\]: no image",
+    ),
     "an image outside": (
         {"image": [{"bytes": IMAGES[0], "path": None}, {"bytes": None, "path": "/data/1.jpg"}]}, [],
         r"x\.\w+\[1\]: its image lies in a file of its own, '/data/1\.jpg'",

@@ -19,7 +19,10 @@ from small import as_toml, digits_recipe
 from feedfast.cache.log import cache_digest
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.writer import CacheWriter
+from feedfast.recipe import load_recipe
+from feedfast.stages import chain, sweep
 from feedfast.stages.interrupt import HoldShards
+from feedfast.stages.offline import run_cache
 from feedfast.stages.progress import Meter
 
 UNIT = 64  # rows
@@ -65,6 +68,29 @@ def test_two_tasks_do_a_part_each_and_say_so(
         assert outcome.document["complete"] == (task == 1)
         assert outcome.document["rows_written"] == (2 * (64 + 64), 2 * (64 + 8))[task]
     assert cache_digest(path) == cache_digest(world.parent / "whole.zarr")
+
+
+def test_who_needs_the_cache_next_makes_all_of_it(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain or a sweep that is one of an array's tasks: no other task writes the other parts of its cache."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value.format(1))
+    path = f"cache.path={tmp_path / 'c.zarr'}"
+    made = run_cache(load_recipe(world, [path]), whole=True)
+    assert (made["part"], made["complete"]) == ("0/1", True)
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_: object, whole: bool = False) -> None:
+        raise Begun(whole)
+
+    for stage in (chain, sweep):
+        monkeypatch.setattr(stage, "run_cache", begin)
+    with pytest.raises(Begun, match="True"):
+        sweep.run_sweep(world, ["method.name=pfeed"], [path], out=tmp_path / "sweep")
+    words = ["chain.generations=2", "method.name=ban", f"train.out={tmp_path / 'chain'}"]
+    with pytest.raises(Begun, match="True"):
+        chain.run_chain(load_recipe(world, [path, *words]))
 
 
 def test_what_is_asked_for_counts(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

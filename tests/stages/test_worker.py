@@ -133,6 +133,11 @@ def test_who_named_a_part(worker: Worker, asked: str, env: dict[str, str], said:
             {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "3"},
             r"SLURM_ARRAY_TASK_ID: expected a place below 3, found 6; .* --part \$SLURM_ARRAY_TASK_ID/N",
         ),
+        # --array=0-4:2,5: rounded, 4 and 5 would both be the third
+        (
+            {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_STEP": "2"},
+            "SLURM_ARRAY_TASK_ID: expected a place below 4, found 5, which is between two",
+        ),
         ({"SLURM_ARRAY_TASK_ID": "x", "SLURM_ARRAY_TASK_COUNT": "3"}, "SLURM_ARRAY_TASK_ID: expected a whole number"),
     ],
 )
