@@ -157,6 +157,8 @@ def cache(
     if launcher is not None:
         _print_lines(recipe, asked, launcher, tasks, check=not no_check)
         return
+    if tasks is not None:
+        raise RequestError(f"--tasks: expected with --print, found {tasks} without; --part i/n does one part of a job")
     from feedfast.stages.offline import run_cache
 
     _print(run_cache(_read(recipe, asked), check=not no_check))

@@ -193,9 +193,10 @@ class _Table:
 
     def valid(self, batch: Any) -> NDArray[np.bool_]:
         """Which rows of a batch have an image; that of a struct which is null is null, whatever lies there."""
-        found: NDArray[np.bool_] = self.images(batch).is_valid().to_numpy(zero_copy_only=False)
         column = batch.column(batch.schema.get_field_index(self._image))
-        return found & column.is_valid().to_numpy(zero_copy_only=False)
+        found: NDArray[np.bool_] = column.is_valid().to_numpy(zero_copy_only=False)
+        found &= self.images(batch).is_valid().to_numpy(zero_copy_only=False)
+        return found
 
     def labels(self, batch: Any) -> list[Label]:
         """The labels of a batch; None where there is none."""

@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.folder import refuse_odd_text
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import make_dirs, open_regular, replace_file
 from feedfast.sealed import pack, unpack
@@ -93,7 +94,14 @@ class Index:
         ):
             return False
         numbered = not count or (labels.min() >= -1 and labels.max() < max(len(classes), 1))
-        return bool(inside and named and numbered)
+        sized = np.count_nonzero((arrays["size"] > 0).all(axis=1)) == count - len(
+            {at for at, _ in self.facts["faults"]}
+        )
+        if not isinstance(classes, list):
+            return False
+        for name in classes:
+            refuse_odd_text(name, "classes with names")
+        return bool(inside and named and numbered and sized)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def load(place: Place, sources: Sequence[Stamp]) -> Index | None:
             index = _read(path)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RequestError) as error:
             log.info("data: %s: made again: %s", path, error)
             continue
         if index.sources != tuple(sources):

@@ -111,6 +111,13 @@ class HoldShards(Hold):
         self._filling = filling
         self._due: Set[Any] | None = None
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:  # one that came after the last batch's check would be lost
+            self.deliver()
+
     def check(self) -> None:
         """A sound moment, after each batch: a signal that waits is delivered, if what it waits for is full."""
         if self.number is None:

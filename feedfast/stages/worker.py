@@ -232,7 +232,7 @@ def _given(asked: str, env: Mapping[str, str], *, alone: bool) -> Share:
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name, str(default))
-    if not text.strip().isdigit():
+    if not text.strip().isdecimal():  # "²" is a digit
         raise RequestError(f"{name}: expected a whole number in the environment, found {text!r}")
     return int(text)
 

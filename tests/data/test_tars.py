@@ -420,12 +420,23 @@ def test_an_index_that_points_elsewhere_is_not_believed(tmp_path: Path) -> None:
     assert whole is not None
     place = place_of([path], ["tar", "", ""])
     stamps = stamps_of(place.folder, [path])
-    for name, value in (("offset", 2**40), ("length", 2**31), ("label", 7), ("name_end", 99), ("first", -1)):
+    for name, value in (
+        ("offset", 2**40),
+        ("length", 2**31),
+        ("label", 7),
+        ("name_end", 99),
+        ("first", -1),
+        ("size", 0),
+    ):
         arrays = {key: array.copy() for key, array in whole.index.arrays.items()}
         arrays[name][0] = value
         save(place, type(whole.index)(whole.index.facts, whole.index.sources, whole.index.files, arrays))
         assert load(place, stamps) is None, name
         assert open_dataset(path).labels.tolist() == [0]
+    for classes in (["\udc80"], [5], "x"):
+        facts = {**whole.index.facts, "classes": classes}
+        save(place, type(whole.index)(facts, whole.index.sources, whole.index.files, whole.index.arrays))
+        assert load(place, stamps) is None, classes
 
 
 def test_full_check_decodes_and_says_how_far_it_is(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_a_complete_cache_needs_nothing(world: Path, tmp_path: Path) -> None:
         (["--print", "pbs"], "--print: expected slurm, kubernetes or torchrun, found 'pbs'"),
         (["--print", "slurm", "--part", "0/2"], "cache.part: expected auto with --print"),
         (["--print", "slurm", "cache.batch=16"], "made from something else"),
+        (["--tasks", "2"], "--tasks: expected with --print, found 2 without"),
         (["--print", "slurm", "cache.path="], "cache.path: required"),
         (["--print", "slurm", "method.name=rkd", "teachers.0.taps=[]", "student.model=none"], "student"),
     ],

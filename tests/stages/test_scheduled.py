@@ -21,7 +21,7 @@ from feedfast.cache.manifest import read_manifest
 from feedfast.cache.writer import CacheWriter
 from feedfast.recipe import load_recipe
 from feedfast.stages import chain, sweep
-from feedfast.stages.interrupt import HoldShards
+from feedfast.stages.interrupt import HoldShards, interruptible
 from feedfast.stages.offline import run_cache
 from feedfast.stages.progress import Meter
 
@@ -198,6 +198,14 @@ def test_a_signal_waits_for_the_shards_that_are_begun(
     again = feedfast("cache", world, here)
     assert again.document["rows_written"] == 400 - rows
     assert again.document["digest"] == cache_digest(world.parent / "whole.zarr")
+
+
+def test_a_signal_after_the_last_check_is_not_lost() -> None:
+    with interruptible() as ending, pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        with HoldShards(frozenset) as hold:
+            hold.check()
+            signal.raise_signal(signal.SIGTERM)
+    assert ending.exit_code == 143
 
 
 def test_shards_that_are_begun_later_are_not_waited_for() -> None:

@@ -138,6 +138,7 @@ def test_who_named_a_part(worker: Worker, asked: str, env: dict[str, str], said:
             {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_STEP": "2"},
             "SLURM_ARRAY_TASK_ID: expected a place below 4, found 5, which is between two",
         ),
+        ({"JOB_COMPLETION_INDEX": "²", "JOB_COMPLETIONS": "3"}, "JOB_COMPLETION_INDEX: expected a whole number"),
         ({"SLURM_ARRAY_TASK_ID": "x", "SLURM_ARRAY_TASK_COUNT": "3"}, "SLURM_ARRAY_TASK_ID: expected a whole number"),
     ],
 )
