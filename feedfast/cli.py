@@ -44,7 +44,7 @@ NoCheck = Annotated[
 ]
 
 INTERRUPTED = 130  # how typer passes a KeyboardInterrupt on
-CONTINUING = {"cache", "train", "chain", "factors", "demo"}
+CONTINUING = {"cache", "train", "chain", "factors", "demo", "copy"}
 
 
 def _home(path: Path | None) -> Path | None:
@@ -165,7 +165,7 @@ def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def verify(
-    cache: Annotated[str, typer.Argument(help="a cache folder")],
+    cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
     replay: Annotated[int, typer.Option(min=0, help="blocks of pixels decoded again and compared; 0 = none")] = 0,
@@ -186,7 +186,7 @@ def verify(
 
 @app.command()
 def inspect(
-    cache: Annotated[str, typer.Argument(help="a cache folder")],
+    cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     out: Annotated[
         Path | None,
         typer.Option(callback=_home, help="folder for inspect.html with pictures of maps; none = no pictures"),
@@ -196,6 +196,17 @@ def inspect(
     from feedfast.stages.inspect import run_inspect
 
     _print(run_inspect(cache, out))
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
+    target: Annotated[str, typer.Argument(help="where to: a folder, or s3://…, gs://… or az://…")],
+) -> None:
+    """Copy a cache to or from a bucket, or between folders; verified on the way, continues by itself."""
+    from feedfast.stages.copying import run_copy
+
+    _print(run_copy(*(os.path.expanduser(place) for place in (source, target))))
 
 
 @app.command()

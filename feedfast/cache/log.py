@@ -15,15 +15,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
 from pydantic import AfterValidator, ConfigDict, NonNegativeInt, StringConstraints, TypeAdapter, ValidationError
 
 from feedfast.cache import names
 from feedfast.cache.layout import ArraySpec
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import COMMITS, MAX_LINE_BYTES, Store, open_store, refuse_not_damage
+from feedfast.cache.store import COMMITS, MAX_LINE_BYTES, Place, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError, FeedfastError
 
 MAX_PROBLEMS: Final = 1000  # of one kind that are listed; the rest is counted
@@ -207,7 +207,7 @@ def fit_of(array: str, commits: Mapping[tuple[str, str], Commit]) -> str:
     return "" if scale is None else scale.sha256[:16]
 
 
-def read_log(place: str | Path | Store) -> Log:
+def read_log(place: Place | Store) -> Log:
     """All logs of a cache as one; problems are returned, not raised. Without logs: an empty log.
 
     Raises:
@@ -302,7 +302,7 @@ def digest_of(commits: Iterable[Commit]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def cache_digest(place: str | Path | Store) -> str:
+def cache_digest(place: Place | Store) -> str:
     """The digest of everything committed in a cache.
 
     Raises:

@@ -6,12 +6,12 @@ it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 from feedfast.cache.log import problem
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import Store, open_store, refuse_not_damage
+from feedfast.cache.store import Place, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import MAX_JSON_BYTES, parse_json
 
@@ -19,7 +19,7 @@ ROOT: Final = "zarr.json"
 MAX_MANIFEST_BYTES: Final = MAX_JSON_BYTES
 
 
-def read_manifest(place: str | Path | Store) -> Manifest:
+def read_manifest(place: Place | Store) -> Manifest:
     """The manifest of a cache.
 
     Raises:
@@ -53,7 +53,7 @@ def read_manifest(place: str | Path | Store) -> Manifest:
         raise _damage(f"{file}: {error}") from error
 
 
-def held_manifest(place: str | Path | Store) -> Manifest | None:
+def held_manifest(place: Place | Store) -> Manifest | None:
     """The manifest of a cache, None where there is no cache yet; errors as of `read_manifest`."""
     store = open_store(place)
     return read_manifest(store) if ROOT in store.names() else None

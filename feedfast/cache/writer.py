@@ -16,7 +16,6 @@ import contextlib
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,9 +28,10 @@ from feedfast.cache.layout import ArraySpec
 from feedfast.cache.ledger import Ledger
 from feedfast.cache.log import Problem
 from feedfast.cache.pending import Division, Pending
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import Manifest
 from feedfast.cache.small import put_small, read_stored
-from feedfast.cache.store import Store, open_store
+from feedfast.cache.store import Place, Store
 from feedfast.errors import FeedfastError, RequestError
 
 __all__ = ["CacheWriter", "open_for_writing"]
@@ -44,7 +44,7 @@ class CacheWriter:
 
     def __init__(
         self,
-        place: str | Path | Store,
+        place: Place | Store,
         manifest: Manifest,
         *,
         part: tuple[int, int] = (0, 1),

@@ -16,9 +16,7 @@ the same pixels.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from feedfast.cache.create import record_pass, refuse_foreign
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import cache_digest, read_log
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.places import open_store, place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.writer import CacheWriter
@@ -87,7 +86,7 @@ class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
     def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
-        self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
+        self.recipe, self.path, self.check = recipe, place_of(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
         self.part, self.first = me.part(recipe.cache.part), me.first
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
@@ -153,7 +152,7 @@ class OfflineRun:
     def _nothing_to_do(self) -> Manifest | None:
         """The manifest of a cache that cannot be written to and need not be; None where there is work to do."""
         held = held_manifest(self.path)
-        if held is None or os.access(self.path, os.W_OK):
+        if held is None or open_store(self.path).writable():
             return None
         refuse_differences(self.path, self.preparation.manifest(held, {}), held)
         reader = CacheReader(self.path)
