@@ -57,6 +57,7 @@ def brisk(place: str, **options: Any) -> Bucket:
     return Bucket(place, objects=Objects(place, patience=BRISK), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cloud")
 def test_a_server_keeps_the_contract_too(cloud: Cloud) -> None:
     class OnServer(BucketContract):

@@ -39,6 +39,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("feedfast.cache.objects.PATIENCE", brisk)
 
 
+@pytest.mark.slow
 def test_every_command_as_with_a_folder(world: Path, cloud: Cloud, tmp_path: Path) -> None:
     recipe, digest, place = world / "recipe.toml", (world / "digest").read_text(), cloud.url()
     said: list[str] = []
