@@ -1,4 +1,7 @@
-"""From where a user says a cache is to the store that holds it."""
+"""From where a user says a cache is to the store that holds it: a folder, or a bucket's URL with a prefix.
+
+The only place that knows both kinds; everybody else has a `feedfast.cache.store.Store` and asks no further.
+"""
 
 from __future__ import annotations
 
