@@ -105,7 +105,7 @@ class BucketLog:
         """
         self._lease.require()
         key = line_key(self._key, self._count)
-        if not self._objects.create(key, line):  # an equal line of another would say the same
+        if self._objects.create(key, line) is not None:  # an equal line of another would say the same
             raise PartTakenError(
                 f"{self._objects.where(self._key)}: expected to append line {self._count}, found that another "
                 "process has done so: it is writing the same part of this cache"
@@ -265,18 +265,33 @@ class Bucket:
         )
 
     def put(
-        self, key: str, parts: Parts, owner: str, *, replace: bool = True, written: Callable[[], None] | None = None
+        self,
+        key: str,
+        parts: Parts,
+        owner: str,
+        *,
+        taken: Callable[[], None] | None = None,
+        written: Callable[[], None] | None = None,
     ) -> None:
-        """See `feedfast.cache.store.Store.put`."""
+        """See `feedfast.cache.store.Store.put`.
+
+        Raises:
+            PartTakenError: another process puts the same object at this moment.
+        """
         data = b"".join(parts)
         if written is not None:
-            written()
-        if replace:
+            written()  # what is sent is a copy
+        if taken is None:
             self._objects.put(key, data)
             return
-        # An earlier writer may have died before the line: the same rows give the same bytes.
-        if not self._objects.create(key, data):
-            raise FileExistsError(errno.EEXIST, "another object is there", self.where(key))
+        # An earlier writer may have died before the line: the same rows give the same bytes, and nothing is to be done.
+        other = self._objects.create(key, data)
+        if other is not None:
+            taken()
+            try:
+                self._objects.put(key, data, tag=other)
+            except ChangedError:
+                raise PartTakenError(f"{self.where(key)}: another process is writing the same object") from None
 
     def sweep(self, dead: Callable[[str], bool]) -> None:
         """Nothing: an upload that was not finished is not there."""

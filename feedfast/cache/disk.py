@@ -237,7 +237,13 @@ class Disk:
             raise RequestError(f"{self.root}: cannot be made: {error.strerror}") from error
 
     def put(
-        self, key: str, parts: Parts, owner: str, *, replace: bool = True, written: Callable[[], None] | None = None
+        self,
+        key: str,
+        parts: Parts,
+        owner: str,
+        *,
+        taken: Callable[[], None] | None = None,
+        written: Callable[[], None] | None = None,
     ) -> None:
         """Write an object whole and durably, in place of any older one.
 
@@ -245,8 +251,8 @@ class Disk:
             key: its key.
             parts: its content as buffers of bytes, written one after another.
             owner: who writes it, for `sweep`.
-            replace: is no question here: a part has one writer, and what an earlier one left is written over.
-            written: called when nothing is left but to wait until it is durable.
+            taken: is never called: a part has one writer, and what an earlier one left is written over.
+            written: called when nothing is left but to wait until it is durable: the buffers may be used again.
 
         Raises:
             FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.

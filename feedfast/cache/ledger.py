@@ -185,7 +185,8 @@ class Ledger:
             shard: its number.
             parts: its content, as `feedfast.cache.assemble.encode_shard` returns it.
             saturated: see `Commit`.
-            written: called when nothing is left but to wait until it is durable.
+            written: called when nothing is left but to wait until it is durable: the buffers of ``parts`` may be used
+                again.
 
         Raises:
             FeedfastError: it cannot be written.
@@ -196,12 +197,10 @@ class Ledger:
             crc = crc32c(part, crc)
             sha.update(part)
         content = [memoryview(part).cast("B") for part in parts]
+        sums = block_sums(spec, parts)
         earlier = self.commits.get((spec.name, key)) or self._stale.get((spec.name, key))
-        try:
-            self.store.put(object_key(spec.name, key), content, self._owner, replace=bool(earlier), written=written)
-        except FileExistsError:
-            self._refuse_other_writer(spec, key)
-            self.store.put(object_key(spec.name, key), content, self._owner)
+        taken = None if earlier else partial(self._refuse_other_writer, spec, key)
+        self.store.put(object_key(spec.name, key), content, self._owner, taken=taken, written=written)
         commit = Commit(
             array=spec.name,
             shard=key,
@@ -213,7 +212,7 @@ class Ledger:
             manifest=self._digests[spec.name],
             saturated=saturated,
             fit=fit_of(spec.name, self.commits),
-            block_sums=block_sums(spec, parts),
+            block_sums=sums,
             attempt=earlier.attempt + 1 if earlier else 0,
         )
         with self._appending:

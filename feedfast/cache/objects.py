@@ -256,20 +256,22 @@ class Objects:
                 raise
             raise self.no_bucket() from None
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Create an object where there is none; whether these bytes are what is there now."""
+    def create(self, key: str, data: bytes) -> Version | None:
+        """Create an object where there is none; None if these bytes are there now, else which others are."""
         for tried in range(1, self.patience.tries + 1):
             with contextlib.suppress(FileExistsError):  # of another, or our own, if an answer was lost
                 self.put(key, data, create=True)
-                return True
+                return None
             try:
-                return bytes(self.get(key, most=len(data)).data) == data
+                found = self.head(key)
+                if found.size == len(data):
+                    found = self.get(key)
+                    if found.data == data:
+                        return None
             except FileNotFoundError:  # a conflict with what is just being removed
                 time.sleep(self.patience.pause_s(tried))
-            except OSError as error:
-                if error.errno == errno.EFBIG:
-                    return False
-                raise
+            else:
+                return found.tag
         raise FeedfastError(f"{self.where(key)}: cannot be created: it conflicts with what is no longer there")
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -192,7 +192,13 @@ class Store(Protocol):
         """
 
     def put(
-        self, key: str, parts: Parts, owner: str, *, replace: bool = True, written: Callable[[], None] | None = None
+        self,
+        key: str,
+        parts: Parts,
+        owner: str,
+        *,
+        taken: Callable[[], None] | None = None,
+        written: Callable[[], None] | None = None,
     ) -> None:
         """Write an object whole and durably.
 
@@ -200,12 +206,12 @@ class Store(Protocol):
             key: its key.
             parts: its content as buffers of bytes, written one after another.
             owner: who writes it, for `sweep`.
-            replace: in place of any older one. False: nobody knows of one; a store in which another process could be
-                putting the same object refuses what is there with other bytes.
-            written: called when nothing is left but to wait until it is durable.
+            taken: nobody knows of an older one. If there is one all the same, with other bytes, in a store that more
+                than one process could be putting it into, this is called: it raises, or the object is replaced.
+                Without it any older one is.
+            written: called when nothing is left but to wait until it is durable: the buffers may be used again.
 
         Raises:
-            FileExistsError: without ``replace``, another object is there.
             FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.
         """
 

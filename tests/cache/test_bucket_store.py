@@ -354,16 +354,37 @@ def test_a_store_that_knows_no_conditions_is_refused(cloud: Cloud) -> None:
 # ---- two writers of one object
 
 
+class Taken(Exception):
+    pass
+
+
+def refuse() -> None:
+    raise Taken
+
+
 def test_an_object_that_is_there_with_other_bytes_is_not_written_over(cloud: Cloud) -> None:
     store = brisk(cloud.url())
-    store.put("a", [b"one"], "x", replace=False)
-    store.put("a", [b"one"], "y", replace=False)  # the same rows give the same bytes
+    store.put("a", [b"one"], "x", taken=refuse)
+    store.put("a", [b"one"], "y", taken=refuse)  # the same rows give the same bytes
     for other in (b"two", b"longer"):
-        with pytest.raises(FileExistsError):
-            store.put("a", [other], "y", replace=False)
+        with pytest.raises(Taken):
+            store.put("a", [other], "y", taken=refuse)
     assert store.read("a") == b"one"
+    store.put("a", [b"two"], "y", taken=lambda: None)
+    assert store.read("a") == b"two"
+    with pytest.raises(PartTakenError, match="another process is writing the same object"):
+        store.put("a", [b"mine"], "y", taken=lambda: store.put("a", [b"theirs"], "z"))
+    assert store.read("a") == b"theirs"
     store.put("a", [b"three"], "y")
     assert store.read("a") == b"three"
+
+
+def test_buffers_that_are_used_again_once_they_are_written_change_nothing(cloud: Cloud) -> None:
+    """A writer gives a shard's memory to the next one as soon as it may: also where the object must be sent twice."""
+    store, buffer = brisk(cloud.url()), bytearray(b"mine")
+    store.put("a", [b"what a dead one left"], "x")
+    store.put("a", [buffer], "y", taken=lambda: None, written=lambda: buffer.__setitem__(slice(0, 4), b"next"))
+    assert store.read("a") == b"mine"
 
 
 def test_one_of_many_creates_an_object(cloud: Cloud) -> None:
@@ -373,9 +394,9 @@ def test_one_of_many_creates_an_object(cloud: Cloud) -> None:
     def race(number: int) -> None:
         start.wait()
         try:
-            store.put("a", [bytes([number]) * 100], "x", replace=False)
+            store.put("a", [bytes([number]) * 100], "x", taken=refuse)
             outcomes.append(number)
-        except FileExistsError:
+        except Taken:
             pass
 
     threads = [threading.Thread(target=race, args=(number,)) for number in range(6)]
