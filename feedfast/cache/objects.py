@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from feedfast.errors import FeedfastError, RequestError
@@ -117,7 +118,8 @@ class Objects:
         parts = _PLACE.fullmatch(place)
         scheme = place.partition("://")[0]
         known = client is not None or scheme in CREDENTIALS
-        if parts is None or not known or not _PREFIX.fullmatch(parts["prefix"]):
+        odd = parts is None or not _PREFIX.fullmatch(parts["prefix"]) or {".", ".."} & set(parts["prefix"].split("/"))
+        if parts is None or odd or not known:
             # the text itself is not repeated: people put keys into URLs
             raise RequestError(
                 f"cache: expected a folder, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX without "
@@ -276,11 +278,18 @@ class Objects:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that are gone already are none of its business."""
-        for key in keys:
-            try:
-                self._persist("removed", key, lambda key=key: self._package.delete(self._client, self._root + key))  # type: ignore[misc]
-            except FileNotFoundError:
-                continue
+        paths = [self._root + key for key in keys]
+        if not paths:
+            return
+        try:  # one request for many, where the store has such a thing
+            self._persist("removed", paths[0].removeprefix(self._root), lambda: self._remove(paths))
+        except FileNotFoundError:
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    self._persist("removed", path.removeprefix(self._root), partial(self._remove, [path]))
+
+    def _remove(self, paths: list[str]) -> None:
+        self._package.delete(self._client, paths)
 
     # ---- trying again
 

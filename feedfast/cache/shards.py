@@ -18,6 +18,7 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -297,6 +298,7 @@ class ShardFiles:
         """Keep at most ``limit`` files open, and no more than a quarter of what this process may open."""
         self._limit = min(limit, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._open: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
+        self._coming: dict[tuple[str, int, int], Future[OpenShard]] = {}
         self._lock = threading.Lock()
 
     def get(self, source: ArrayView, number: int) -> OpenShard:
@@ -307,10 +309,25 @@ class ShardFiles:
             if shard is not None:
                 self._open.move_to_end(key)
                 return shard
-        shard = OpenShard(source, number)
+            # One thread opens it, and the others that want it wait for what comes of that: of a far object each would
+            # ask anew.
+            coming = self._coming.get(key)
+            if coming is None:
+                mine = self._coming[key] = Future()
+        if coming is not None:
+            return coming.result()
+        try:
+            shard = OpenShard(source, number)
+        except BaseException as error:
+            with self._lock:
+                del self._coming[key]
+            mine.set_exception(error)
+            raise
         with self._lock:
+            del self._coming[key]
             self._open[key] = shard
             evicted = [self._open.popitem(last=False)[1] for _ in range(len(self._open) - self._limit)]
+        mine.set_result(shard)
         evicted.clear()  # files close here, outside the lock, or later in the thread that still reads one
         return shard
 

@@ -229,6 +229,7 @@ def test_many_who_agree_and_then_others(cloud: Cloud) -> None:
         f"s3:///{SECRET}",
         f"s3://bucket/{SECRET}#x",
         f"s3://bucket//{SECRET}",
+        f"s3://bucket/../{SECRET}",
         f"file:///{SECRET}",
     ],
 )

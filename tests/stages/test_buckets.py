@@ -67,6 +67,16 @@ def test_every_command_as_with_a_folder(world: Path, cloud: Cloud, tmp_path: Pat
     weights = [torch.load(tmp_path / name / "student.pt", weights_only=True) for name in ("here", "there")]
     assert_same(*weights)
     assert [path for path in (tmp_path / "near").iterdir() if not path.name.startswith(".")]
+    other = cloud.url()
+    recording = (
+        "train.source=record",
+        f"cache.path={other}",
+        f"train.out={tmp_path / 'recorded'}",
+        "train.max_steps=0",
+    )
+    run("train", recipe, *recording)
+    assert run("verify", other, "--full")["ok"] is True
+    assert run("inspect", other)["digest"] == digest
     copied = run("copy", place, tmp_path / "copy.zarr")
     assert copied["digest"] == digest
     assert run("verify", tmp_path / "copy.zarr", "--full")["ok"] is True
