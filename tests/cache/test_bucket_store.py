@@ -113,6 +113,34 @@ def test_lines_that_are_packed_while_they_are_read_are_read_once(cloud: Cloud) -
     assert packed
 
 
+def in_memory() -> Bucket:
+    place = f"memory://tests/{uuid.uuid4().hex}"
+    return Bucket(place, objects=Objects(place, client=obstore.store.MemoryStore()), lease_s=60.0)
+
+
+def test_a_long_log_is_packed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feedfast.cache.bucket._PACK", 3)
+    store, lines = in_memory(), [f"{number}\n".encode() for number in range(11)]
+    with store.open_log(LOGS[0], total) or pytest.fail("taken") as log:
+        for number, line in enumerate(lines, 1):
+            log.append(line)
+            single = [key for key in store._objects.below(COMMITS) if f"{LOGS[0]}.d/" in key]
+            assert len(single) == number % 3
+            assert list(store.lines(LOGS[0])) == lines[:number]
+
+
+def test_a_writer_that_is_killed_between_packing_and_removing_left_nothing_twice() -> None:
+    store = in_memory()
+    for number in range(3):
+        store._objects.put(line_key(LOGS[0], number), f"{number}\n".encode())
+    store._objects.put(LOGS[0], b"0\n1\n")  # of which 0 and 1 would have been removed next
+    assert list(store.lines(LOGS[0])) == [b"0\n", b"1\n", b"2\n"]
+    with store.open_log(LOGS[0], total) or pytest.fail("taken") as log:
+        log.append(b"3\n")
+    assert store.read(LOGS[0]) == b"0\n1\n2\n3\n"
+    assert not [key for key in store._objects.below(COMMITS) if ".d/" in key]
+
+
 def test_whoever_appends_where_another_has_is_refused(cloud: Cloud) -> None:
     """Two that both believe they own a log: nothing is written over, and one of them ends."""
     place = cloud.url()
