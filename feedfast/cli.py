@@ -200,6 +200,25 @@ def compare(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run: train.out")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="state_dict, safetensors, torch-export or onnx; may be repeated; default: all"),
+    ] = None,
+    branch: Annotated[bool, typer.Option("--branch", help="of a student of branches the best one alone")] = False,
+    out: Annotated[Path | None, typer.Option(callback=_home, help="default: export in the run's folder")] = None,
+) -> None:
+    """Write a trained student as weights and programs for others, each checked on real images.
+
+    Example: feedfast export runs/student --format onnx
+    """
+    from feedfast.stages.export import FILES, run_export
+
+    _print(run_export(run, out, formats or tuple(FILES), branch=branch))
+
+
+@app.command()
 def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train generations of students, each taught by the one before, over one cache (sfeed, ban); resumes by itself."""
     from feedfast.stages.chain import run_chain
