@@ -40,6 +40,8 @@ CREDENTIALS: Final = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+# where the client asks for the credentials of a machine's own role: what it does when it has found no others
+_ROLES: Final = ("/latest/api/token", "/computeMetadata/", "/metadata/identity/")
 _LATER: Final = {408, 409, 429, 500, 502, 503, 504}  # the only answers to which the same request may get another
 
 
@@ -326,10 +328,15 @@ class Objects:
         code = re.search(r"<Code>(\w{1,60})</Code>", text)
         cause = f"HTTP {status}" if status else _words_for(text, name)
         cause += f" {code[1]}" if code else ""
+        credentials = CREDENTIALS.get(self.scheme, "the environment")
         if isinstance(error, kinds.PermissionDeniedError | kinds.UnauthenticatedError) or status in (401, 403):
-            credentials = CREDENTIALS.get(self.scheme, "the environment")
             raise RequestError(
                 f"{where}: may not be {verb} ({cause}): expected credentials that allow it, from {credentials}"
+            ) from None
+        if any(service in text for service in _ROLES) and not status:
+            raise RequestError(
+                f"{where}: cannot be {verb}: expected credentials in {credentials}, found none, and this machine has "
+                "no role that gives some"
             ) from None
         if status == 404:  # of an object that is not there the client says so by another name
             raise self.no_bucket() from None
