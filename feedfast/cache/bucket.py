@@ -1,11 +1,11 @@
 """A prefix of a bucket as the store of a cache: S3, Google Cloud Storage, Azure, or what speaks their language.
 
     NAME.zarr/commits/part-0-of-2.jsonl                  the packed lines of a log, as a folder has them
-    NAME.zarr/commits/part-0-of-2.jsonl.d/00000017       one line more, created where there was none
+    NAME.zarr/commits/part-0-of-2.jsonl.d/000000005423   one line more, from this byte on; created where there was none
     NAME.zarr/commits/.lock-manifest                     a lease (`feedfast.cache.lease`)
 
 An object is created where there is none; a retry that finds its own work compares the bytes. Whoever appends to a log
-creates the next number, and is refused where somebody else already has: that, and no lock, is what keeps two writers
+creates a line at its end, and is refused where somebody else already has: that, and no lock, is what keeps two writers
 apart. A log is packed when it is closed, so that a finished cache in a bucket has the layout of a folder.
 """
 
@@ -94,7 +94,7 @@ class BucketLog:
         """A log whose lines, so far all packed, are ``lines``; ``tag`` is of the packed object."""
         self._objects, self._key, self._lease = objects, key, lease
         self._lines, self._tag = lines, tag
-        self._count = _count(lines)
+        self._end = sum(map(len, lines))
         self._loose: list[str] = []
 
     def append(self, line: bytes) -> None:
@@ -104,14 +104,14 @@ class BucketLog:
             PartTakenError: another process appends to this log.
         """
         self._lease.require()
-        key = line_key(self._key, self._count)
+        key = line_key(self._key, self._end)
         if self._objects.create(key, line) is not None:  # an equal line of another would say the same
             raise PartTakenError(
-                f"{self._objects.where(self._key)}: expected to append line {self._count}, found that another "
+                f"{self._objects.where(self._key)}: expected to append at byte {self._end}, found that another "
                 "process has done so: it is writing the same part of this cache"
             )
         self._lines.append(line)
-        self._count += _count([line])
+        self._end += len(line)
         self._loose.append(key)
         if len(self._loose) >= _PACK:
             self._pack()
@@ -193,37 +193,40 @@ class Bucket:
         """See `feedfast.cache.store.Store.read`."""
         return bytes(self._objects.get(key, most=most_bytes).data)
 
-    def lines(self, key: str) -> Iterator[bytes]:
+    def lines(self, key: str, start: int = 0) -> Iterator[bytes]:
         """See `feedfast.cache.store.Store.lines`."""
         # In this order: a line that is packed and removed meanwhile is found in what is packed.
-        numbers = self._numbers(key)
-        loose = self._loose(key, numbers)
+        places = self._places(key)
+        loose = self._loose(key, places)
         try:
-            packed = split_lines(BucketObject(self._objects, key, 0))
+            packed = BucketObject(self._objects, key, 0)
         except FileNotFoundError:
-            if not numbers:
+            if not places:
                 raise
-            packed = iter(())
-        return _joined(packed, loose)
+            return iter([loose[place] for place in sorted(loose) if place >= start])
+        more = (loose[place] for place in sorted(loose) if place >= max(packed.size, start))
+        return itertools.chain(split_lines(packed, start), more)
 
-    def _numbers(self, key: str) -> list[int]:
+    def _places(self, key: str) -> list[int]:
+        """Where the single lines begin, in bytes from the log's first."""
         names = [found.rpartition("/")[2] for found in self._objects.below(key + _LINES)]
-        numbers = sorted(int(name) for name in names if name.isdecimal() and len(name) < 16)
-        if len(numbers) > _MOST_LINES:
-            raise FeedfastError(f"{self.where(key)}: expected at most {_MOST_LINES} single lines, found {len(numbers)}")
-        return numbers
+        places = sorted(int(name) for name in names if name.isdecimal() and len(name) < 16)
+        if len(places) > _MOST_LINES:
+            raise FeedfastError(f"{self.where(key)}: expected at most {_MOST_LINES} single lines, found {len(places)}")
+        return places
 
-    def _loose(self, key: str, numbers: list[int]) -> dict[int, bytes]:
+    def _loose(self, key: str, places: list[int]) -> dict[int, bytes]:
         """The single lines that are (still) there."""
 
-        def ask(number: int) -> bytes | None:
+        def ask(place: int) -> bytes | None:
             try:
-                return bytes(self._objects.get(line_key(key, number), most=MAX_LINE_BYTES).data)
+                return bytes(self._objects.get(line_key(key, place), most=MAX_LINE_BYTES).data)
             except FileNotFoundError:
                 return None
 
         with ThreadPoolExecutor(_ASKING) as pool:
-            return {n: line for n, line in zip(numbers, pool.map(ask, numbers), strict=True) if line is not None}
+            found = zip(places, pool.map(ask, places), strict=True)
+            return {place: line for place, line in found if line is not None}
 
     def size(self, key: str) -> int:
         """See `feedfast.cache.store.Store.size`."""
@@ -308,10 +311,10 @@ class Bucket:
                 lines, tag = [], None
             sound = sound_bytes(iter(lines))
             kept = list(_within(lines, sound))
-            numbers = self._numbers(key)
-            if numbers or tag is None or len(kept) < len(lines):
+            places = self._places(key)
+            if places or tag is None or len(kept) < len(lines):
                 tag = pack(self._objects, key, kept, tag)
-                self._objects.delete(line_key(key, number) for number in numbers)
+                self._objects.delete(line_key(key, place) for place in places)
         except BaseException:
             lease.close()
             raise
@@ -366,9 +369,9 @@ class Bucket:
         return True
 
 
-def line_key(log_key: str, number: int) -> str:
-    """Key of a single line of a log."""
-    return f"{log_key}{_LINES}/{number:08d}"
+def line_key(log_key: str, place: int) -> str:
+    """Key of a single line of a log, by where it begins: in bytes from the log's first."""
+    return f"{log_key}{_LINES}/{place:012d}"
 
 
 def pack(objects: Objects, key: str, lines: Sequence[bytes], tag: Version | None) -> Version:
@@ -392,22 +395,6 @@ def pack(objects: Objects, key: str, lines: Sequence[bytes], tag: Version | None
 def _lease_key(key: str) -> str:
     folder, _, name = key.rpartition("/")
     return f"{folder}/.lease-{name.removesuffix('.jsonl')}"  # not the name of a log
-
-
-def _count(lines: Iterable[bytes]) -> int:
-    """How many lines these are when they have been packed and are read again."""
-    return sum(line.count(b"\n") or 1 for line in lines)
-
-
-def _joined(packed: Iterator[bytes], loose: dict[int, bytes]) -> Iterator[bytes]:
-    """The packed lines, then the single ones that are not among them."""
-    count = 0
-    for line in packed:
-        yield line
-        count += 1
-    for number in sorted(loose):
-        if number >= count:
-            yield loose[number]
 
 
 def _within(lines: Iterable[bytes], sound: int) -> Iterator[bytes]:

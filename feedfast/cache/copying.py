@@ -27,6 +27,7 @@ from feedfast.cache.log import (
     check_length,
     check_log,
     digest_of,
+    keep_index,
     log_name,
     object_key,
     parse_log,
@@ -89,8 +90,8 @@ def copy_cache(source: Store, target: Store, progress: Callable[[int, int], None
         held.enter_context(lines)
         target.sweep(lambda owner: owner == _OWNER)
         there = _there(target, log)
-        missing = [commit for commit in log.commits.values() if (commit.array, commit.shard) not in there]
-        total = sum(commit.bytes for commit in log.commits.values())
+        missing = [commit for commit in log.commits.all() if (commit.array, commit.shard) not in there]
+        total = sum(commit.bytes for commit in log.commits.all())
         done, guard = total - sum(commit.bytes for commit in missing), threading.Lock()
 
         def copy_one(commit: Commit) -> None:
@@ -112,8 +113,10 @@ def copy_cache(source: Store, target: Store, progress: Callable[[int, int], None
             pool.shutdown(cancel_futures=True)
         put_array_metadata(target, manifest)
         put_manifest(target, manifest)
-    digest = digest_of(read_log(target).commits.values())
-    if digest != digest_of(log.commits.values()):
+    with contextlib.suppress(FeedfastError):  # readers do without
+        keep_index(target, specs)
+    digest = digest_of(read_log(target).commits.all())
+    if digest != digest_of(log.commits.all()):
         raise FeedfastError(f"{target.where()}: expected the digest of {source.where()} after copying, found another")
     return Copied(len(log.commits), total, len(missing), sum(commit.bytes for commit in missing), digest)
 

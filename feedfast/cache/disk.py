@@ -180,8 +180,8 @@ class Disk:
         data = bytearray(found.size)
         return bytes(data[: found.read([memoryview(data)], 0)])
 
-    def lines(self, key: str) -> Iterator[bytes]:
-        """The lines of a log one after another, newline included; the last may lack it.
+    def lines(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The lines of a log from a byte on, one after another, newline included; the last may lack it.
 
         A line of more than `MAX_LINE_BYTES` is cut after one byte more, and ends the iteration: whatever the log's
         length, a few MiB are held.
@@ -189,7 +189,7 @@ class Disk:
         Raises:
             OSError: there is none, or it cannot be read.
         """
-        return split_lines(self.open(key))
+        return split_lines(self.open(key), start)
 
     def size(self, key: str) -> int:
         """Bytes of an object, without opening it.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class Ledger:
         """
         self.store, self.manifest, self.part = store, manifest, part
         self.specs = array_specs(manifest)
-        self.commits: dict[tuple[str, str], Commit] = {}
+        self.commits: MutableMapping[tuple[str, str], Commit] = {}
         self._stale: dict[tuple[str, str], Commit] = {}  # codes of another scale: their attempts count on
         self.done: dict[str, set[tuple[int, int]]] = {name: set() for name in self.specs}
         self.damaged: list[Problem] = []

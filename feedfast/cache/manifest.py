@@ -17,9 +17,6 @@ from feedfast.files import MAX_JSON_BYTES, parse_json
 
 ROOT: Final = "zarr.json"
 MAX_MANIFEST_BYTES: Final = MAX_JSON_BYTES
-_TAIL_BYTES: Final = (
-    1 << 16
-)  # asked for with the size: of a bucket that is not there, only the answer to a read says so
 
 
 def read_manifest(place: Place | Store) -> Manifest:
@@ -34,15 +31,12 @@ def read_manifest(place: Place | Store) -> Manifest:
     store = open_store(place)
     file = store.where(ROOT)
     try:
-        found = store.open(ROOT, tail_bytes=_TAIL_BYTES)
-        data = store.read(ROOT) if found.size <= MAX_MANIFEST_BYTES else b""
+        data = store.read(ROOT, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{store.where()}: expected a feedfast cache, found no {ROOT} in it") from None
     except OSError as error:
         refuse_not_damage(error, file)
         raise _damage(f"{file}: cannot be read: {error.strerror}") from error
-    if found.size > MAX_MANIFEST_BYTES:
-        raise _damage(f"{file}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {found.size}")
     try:
         content = parse_json(data)
     except ValueError as error:

@@ -155,8 +155,8 @@ class Store(Protocol):
             OSError: there is none, it cannot be read, or it is longer than ``most_bytes``.
         """
 
-    def lines(self, key: str) -> Iterator[bytes]:
-        """The lines of a log one after another, newline included; the last may lack it.
+    def lines(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The lines of a log from a byte on, one after another, newline included; the last may lack it.
 
         A line of more than `MAX_LINE_BYTES` is cut after one byte more, and ends the iteration: whatever the log's
         length, a few MiB are held.
@@ -249,10 +249,10 @@ class Store(Protocol):
         """Whether it may be written to, as far as can be told without trying."""
 
 
-def split_lines(found: Object) -> Iterator[bytes]:
+def split_lines(found: Object, at: int = 0) -> Iterator[bytes]:
     """`Store.lines` of one open object."""
     piece = bytearray(_PIECE_BYTES)
-    rest, at = b"", 0
+    rest = b""
     while got := found.read([memoryview(piece)], at):
         at += got
         *whole, rest = (rest + piece[:got]).split(b"\n")

@@ -117,7 +117,7 @@ class Preparation:
 
     def _refuse_empty_views(self, held: Manifest) -> None:
         """A manifest may promise views that nobody has begun: those are written only when they are asked for."""
-        begun = {commit.view for commit in read_log(self.path).commits.values()}
+        begun = {commit.view for commit in read_log(self.path).commits.all()}
         most = max(self.recipe.cache.views, len(begun))
         if held.views > most:
             raise CacheMismatchError(
@@ -183,7 +183,7 @@ class Preparation:
         cache = open_store(self.path)
         durable = {
             commit.array
-            for commit in read_log(cache).commits.values()
+            for commit in read_log(cache).commits.all()
             if _is_scale(commit.array)
             and check_length(commit.bytes, partial(cache.size, object_key(commit.array, commit.shard))) is None
         }
