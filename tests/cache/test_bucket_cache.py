@@ -25,9 +25,9 @@ from cache_samples import (
     tiny,
 )
 
-from feedfast.cache.bucket import Bucket
+from feedfast.cache.bucket import Bucket, line_key
 from feedfast.cache.layout import array_specs
-from feedfast.cache.log import cache_digest, read_log
+from feedfast.cache.log import Commit, cache_digest, digest_of, keep_index, read_log
 from feedfast.cache.objects import Objects, Patience
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.tier import Tier
@@ -100,6 +100,27 @@ def test_a_cache_is_extended_and_a_lost_object_written_again(cloud: Cloud, tmp_p
     assert fill_cache(place, tiny(views=2)) == cache_digest(tmp_path / "c")  # type: ignore[arg-type]
     assert verify_cache(place, full=True) == []
     assert read_log(place).commits[FINAL, "c/1/2/0/0/0"].attempt == 1
+
+
+def test_an_index_covers_what_is_packed_and_later_lines_are_read(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feedfast.cache.index.MIN_LINES", 1)
+    place = cloud.url()
+    fill_cache(place, tiny())  # type: ignore[arg-type]
+    assert keep_index(place, array_specs(tiny()))
+    assert read_log(place).commits.indexed
+    fill_cache(place, tiny(views=2))  # type: ignore[arg-type]
+    store, lines = brisk(place), list(brisk(place).lines("commits/part-0-of-1.jsonl"))
+    ends = np.cumsum([len(line) for line in lines]).tolist()
+    for place_of_line in (0, ends[0], ends[5], ends[-1]):
+        tail = b"".join(store.lines("commits/part-0-of-1.jsonl", place_of_line))
+        assert tail == b"".join(lines)[place_of_line:]
+    store._objects.put("commits/part-0-of-1.jsonl", b"".join(lines[:-3]))  # as if the last three were not packed yet
+    for line, end in zip(lines[-3:], ends[-4:-1], strict=True):
+        store._objects.put(line_key("commits/part-0-of-1.jsonl", end), line)
+    found = read_log(place)
+    assert found.commits.indexed
+    assert dict(found.commits.items()) == dict(read_log(place, indexed=False).commits.items())
+    assert cache_digest(place) == digest_of(Commit.from_line(line[:-1]) for line in lines)
 
 
 FAULTS = [

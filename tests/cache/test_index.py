@@ -12,11 +12,11 @@ from cache_samples import FINAL, append_missing, expected, fill_cache, small_val
 
 from feedfast.cache import index as index_module
 from feedfast.cache import log as log_module
+from feedfast.cache.disk import Disk
 from feedfast.cache.index import INDEX, Commits, read_index
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Commit, cache_digest, keep_index, read_log
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.disk import Disk
 from feedfast.cache.verify import verify_cache
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError
