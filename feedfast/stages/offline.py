@@ -28,6 +28,7 @@ from feedfast.cache.create import record_pass, refuse_foreign
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, keep_index, read_log
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.pending import Pending
 from feedfast.cache.places import open_store, place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
@@ -43,6 +44,7 @@ from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, view_plan
 from feedfast.stages.ensemble import LOGITS, accuracies
 from feedfast.stages.identity import refuse_differences
+from feedfast.stages.interrupt import HoldShards
 from feedfast.stages.plan_record import predicted_cache, prediction_error
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.progress import Meter, format_bytes
@@ -66,7 +68,8 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool =
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
         ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction),
-        ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``path``, ``data``
+        ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``part`` (i/n, this
+        job's, and ``part_said``, by which option or variables, "" = all of it), ``path``, ``data``
         (see `feedfast.stages.data.facts_of`); ``predicted`` by `run_plan` of the same recipe (None without one) and
         ``prediction_error`` (found / predicted - 1 of ``bytes`` and ``seconds``; None of what is not comparable).
 
@@ -89,7 +92,10 @@ class OfflineRun:
     def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
         self.recipe, self.path, self.check = recipe, place_of(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
-        self.part, self.first = me.part(recipe.cache.part), me.first
+        share = me.share(recipe.cache.part)
+        self.part, self.said, self.first = share.part, share.said, me.first
+        if share.said:
+            log.info("cache: part %d/%d, by %s", *self.part, share.said)
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
@@ -101,9 +107,17 @@ class OfflineRun:
         self.teachers, self.loader = self.preparation.teachers, self.preparation.loader
         self.accuracy = accuracies(self.teachers, len(self.data.classes))
         self.resumed = 0  # rows of this part that an earlier run has written
+        self._begun: tuple[CacheWriter, Pending] | None = None
 
     def run(self) -> dict[str, Any]:
-        """See `run_cache`."""
+        """See `run_cache`. A signal ends it when the shards are full that were begun."""
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            self._say_what_is_left()
+            raise
+
+    def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         refuse_foreign(self.path)
         done = self._nothing_to_do()
@@ -123,6 +137,7 @@ class OfflineRun:
                 settle=needs_every_core(self.device, self.recipe.cache.threads),
             )
             work = recorder.pending
+            self._begun = writer, work
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             self.resumed = max(0, writer.rows - total)  # whole batches are run, also where half of one is there
             there = f", {self.resumed:,} rows already there" if self.resumed else ""
@@ -141,8 +156,9 @@ class OfflineRun:
                 record_pass(self.path, self.provenance)
             computing = time.perf_counter()
             with Meter("cache", total) as meter:
-                for view, rows in work.batches(self.recipe.cache.batch):
-                    self._view(recorder, view, rows, meter)
+                with HoldShards(writer.filling) as hold:
+                    for view, rows in work.batches(self.recipe.cache.batch):
+                        self._view(recorder, view, rows, meter, hold)
                 writer.close()  # waits until everything is durable
         self.loader.close()
         if total and self.first:
@@ -171,7 +187,16 @@ class OfflineRun:
         self.resumed = held.num_rows * held.views
         return held
 
-    def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter) -> None:
+    def _say_what_is_left(self) -> None:
+        """Of this part, after its writer has closed; nothing where it had not begun."""
+        if self._begun is not None:
+            writer, work = self._begun
+            lacking = writer.pending(work.specs).batches(self.recipe.cache.batch)
+            left, rows = sum(len(some) for _, some in lacking), writer.rows
+            done = f"{max(rows - left, 0):,} of {rows:,} rows are durable, {left:,} are left"
+            log.warning("cache: part %d/%d: %s", *self.part, done)
+
+    def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter, hold: HoldShards) -> None:
         """Run the batches of one view."""
         for batch in self.loader.stream(view, rows):
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
@@ -183,6 +208,7 @@ class OfflineRun:
                 self.accuracy.update(name, found.get(LOGITS), batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), batch.ids, maps)
             meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
+            hold.check()
 
     def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
         log = read_log(self.path)
@@ -227,6 +253,8 @@ class OfflineRun:
             "images_per_second": rows / computing if rows else None,
             "seconds": seconds,
             "digest": cache_digest(self.path),
+            "part": f"{self.part[0]}/{self.part[1]}",
+            "part_said": self.said,
             "complete": complete,
             "taps": taps,
             "teachers": {name: self._top1(name, manifest) for name in self.teachers},

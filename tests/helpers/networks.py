@@ -56,3 +56,15 @@ class InMapping(nn.Module):
 def flat(num_classes: int = 10) -> nn.Module:
     """A linear classifier of 16 pixels, which has no map at all."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def plain(num_classes: int = 10) -> nn.Module:
+    """A small network of 16 pixels without batch statistics: what it learns does not depend on how a batch is cut."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(8 * 16, num_classes),
+    )
