@@ -52,6 +52,10 @@ def test_every_command_as_with_a_folder(world: Path, cloud: Cloud, tmp_path: Pat
 
     plan = run("plan", recipe, f"cache.path={place}")
     assert (plan["fits"], plan["free_bytes"], plan["bytes_present"]) == (True, None, 0)
+    launch = feedfast("cache", recipe, f"cache.path={place}", "--print", "slurm")
+    assert (launch.code, f"cache.path={place}" in launch.out, f"# {place}: " in launch.out) == (0, True, True), (
+        launch.err
+    )
     made = run("cache", recipe, f"cache.path={place}")
     assert (made["digest"], made["complete"], made["path"]) == (digest, True, place)
     again = run("cache", recipe, f"cache.path={place}")
