@@ -132,11 +132,33 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = Fa
 
 
 @app.command()
-def cache(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
+def cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    no_check: NoCheck = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="ray", help="who runs it: ray = actors of a Ray cluster; default: this process"),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="actors of the engine; default: one per GPU, or per node without GPUs"),
+    ] = None,
+) -> None:
     """Run the teachers once over every view and write the cache; resumes by itself."""
-    from feedfast.stages.offline import run_cache
+    if engine not in (None, "ray"):
+        raise RequestError(f"--engine: expected ray, found {engine!r}")
+    if engine is None and workers is not None:
+        raise RequestError(f"--workers: expected --engine ray, whose workers they are, found --workers {workers} alone")
+    asked = _read(recipe, overrides)
+    if engine is None:
+        from feedfast.stages.offline import run_cache
 
-    _print(run_cache(_read(recipe, overrides), check=not no_check))
+        _print(run_cache(asked, check=not no_check))
+    else:
+        from feedfast.stages.offline_ray import run_cache_ray
+
+        _print(run_cache_ray(asked, workers=workers or "", check=not no_check))
 
 
 @app.command()

@@ -154,13 +154,14 @@ class Ledger:
         spec = self.spec(array)
         return {(v, s) for v in range(spec.num_views) for s in range(spec.num_shards)} - self.done[array]
 
-    def refresh(self, array: str) -> None:
-        """Learn what other writers have committed of an array since."""
-        for commit in read_log(self.store).of(array):
-            place = self.specs[array].locate(commit.shard)
-            if place not in self.done[array] and (array, commit.shard) not in self.commits:
-                self.commits[array, commit.shard] = commit
-                self.done[array].add(place)
+    def refresh(self, *arrays: str) -> None:
+        """Learn what other writers have committed of some arrays since."""
+        for (array, shard), commit in read_log(self.store).commits.items():
+            if array in arrays and (array, shard) not in self.commits:
+                place = self.specs[array].locate(shard)
+                if place not in self.done[array]:  # else it is on its way from here, too
+                    self.commits[array, shard] = commit
+                    self.done[array].add(place)
 
     # ---- committing
 
