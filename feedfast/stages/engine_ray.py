@@ -15,6 +15,7 @@ wrong again: an error of ours ends the job at once. Nothing here knows what an i
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -38,6 +39,7 @@ PORTION: Final = 8  # items at most that a member is handed at a time
 POLL_S: Final = 0.5
 LOOK_S: Final = 5.0  # between looks for idle resources, which Ray itself learns with a delay
 PATIENCE_S: Final = 30.0  # for members to close what they have open
+STORE_BYTES: Final = 80 << 20
 
 Item = TypeVar("Item")
 Report = TypeVar("Report")
@@ -385,12 +387,20 @@ def _reason(error: Exception) -> str:
 def session() -> Iterator[Any]:
     """The module ``ray``, connected as `ray.init` does: to RAY_ADDRESS, a cluster on this machine, or a new local one.
 
-    A caller's own connection is used and stays; one that is made here ends here.
+    A caller's own connection is used and stays; one that is made here ends here. What Ray prints meanwhile is logged
+    for debugging: stdout is the command's.
 
     Raises:
         RequestError: the package is missing, or no cluster answers.
+        FeedfastError: the cluster is lost.
     """
-    with _handlers_kept():  # ray takes SIGTERM for itself
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise RequestError(
+            f"RAY_ADDRESS: expected a cluster that this machine is a node of, found {address!r}; "
+            "`ray job submit -- feedfast cache ...` runs the command there"
+        )
+    with _handlers_kept(), _loopback(address):  # ray takes SIGTERM for itself
         try:
             import ray
         except ImportError:
@@ -399,9 +409,10 @@ def session() -> Iterator[Any]:
             ) from None
         mine = not ray.is_initialized()
         if mine:
-            _connect(ray)
+            _connect(ray, address)
     try:
-        yield ray
+        with contextlib.redirect_stdout(_Logged()):
+            yield ray
     except ray.exceptions.RayError as error:
         raise FeedfastError(f"Ray: {_reason(error)}") from error
     finally:
@@ -410,21 +421,49 @@ def session() -> Iterator[Any]:
                 ray.shutdown()
 
 
-def _connect(ray: Any) -> None:
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith("ray://"):
-        raise RequestError(
-            f"RAY_ADDRESS: expected a cluster that this machine is a node of, found {address!r}; "
-            "`ray job submit -- feedfast cache ...` runs the command there"
-        )
-    # A cluster that is started here reports to nobody.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def _connect(ray: Any, address: str) -> None:
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        if address:
+            ray.init(**options)
+            return
+        with contextlib.suppress(ConnectionError):
+            ray.init(address="auto", **options)
+            return
+        # A store of the least size there is: what travels is small.
+        ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"RAY_ADDRESS={address}" if address else "Ray"
         first = str(error).strip().partition("\n")[0]
         raise RequestError(f"{where}: expected a Ray cluster, found none that answers: {first}") from error
+
+
+@contextlib.contextmanager
+def _loopback(address: str) -> Iterator[None]:
+    """A cluster that is started inside listens on this machine alone, and reports to nobody.
+
+    Ray's own default is every interface, without a password; whoever reaches it may run anything. The variable is
+    named after the systems where Ray does this by itself. It is read when ray is imported, and by the processes that it
+    starts; a cluster that runs already is found all the same.
+    """
+    wanted = {} if address else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    added = {name: text for name, text in (wanted | {"RAY_USAGE_STATS_ENABLED": "0"}).items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+class _Logged(io.TextIOBase):
+    """In the place of stdout: each line goes to the log."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                log.debug("ray: %s", line.strip())
+        return len(text)
 
 
 @contextlib.contextmanager

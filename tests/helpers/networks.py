@@ -65,7 +65,7 @@ def deadly(num_classes: int = 10) -> nn.Module:
     from feedfast.models.build import build_model
 
     def look(network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        blank = (inputs[0].amax((2, 3)) == inputs[0].amin((2, 3))).all(1)
+        blank = (inputs[0] == 1).flatten(1).all(1)
         if bool(blank.any()) and os.path.exists(os.environ.get("FEEDFAST_TEST_POISON", "")):
             os.kill(os.getpid(), signal.SIGKILL)
 

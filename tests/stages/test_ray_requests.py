@@ -51,7 +51,6 @@ def test_ranks_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cluster_of_another_kind_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
     assert "`ray job submit -- feedfast cache ...`" in feedfast("cache", file, "--engine", "ray").error
 
