@@ -116,6 +116,10 @@ class CacheWriter:
         """Committed objects found missing or of another length at opening; they are to be written again."""
         return self._ledger.damaged
 
+    def filling(self) -> frozenset[tuple[str, int, int]]:
+        """(array, view, shard) of every shard that is begun and not full: what ending now would lose."""
+        return frozenset((array, view, shard.shard) for (array, view), shard in self._open.items())
+
     def missing(self, array: str) -> set[tuple[int, int]]:
         """(view, shard) of every object of an array neither committed nor on its way, whichever part it belongs to."""
         return self._ledger.missing(array)

@@ -124,6 +124,7 @@ class CachingMember:
         sys.path.insert(0, "")  # package.module:factory, as of the command line
         torch.set_num_threads(job.threads)  # Ray tells OpenMP 1 where nothing is asked for
         self._me, self._stop = (slot, lives), threading.Event()
+        self._due: frozenset[tuple[str, int, int]] | None = None  # shards that are waited for before the end
         part = (slot, job.most)
         run = self._run = OfflineRun(job.recipe, Worker(), check=job.check, part=part)
         if not job.recipe.data.threads:
@@ -167,11 +168,11 @@ class CachingMember:
         for view, rows in pending.batches(self._run.recipe.cache.batch):
             for done in self._run.record(self._recorder, view, rows):
                 reached = int(done[-1]) + 1
-                if self._stop.is_set():
-                    break
                 # what the disk still has of a unit is not waited for: the next one's rows are computed meanwhile
                 while waiting and waiting[0].stop <= reached and writer.holds(waiting[0]):
                     yield self._written(waiting.popleft())
+                if self._ends(writer):
+                    break
         writer.flush()
         while waiting and (waiting[0].stop <= reached or not self._stop.is_set()):
             yield self._written(waiting.popleft())
@@ -180,8 +181,15 @@ class CachingMember:
         assert self._writer is not None
         return Written(unit, self._me, self._writer.bytes_written, self._run.accuracy.counts())
 
+    def _ends(self, writer: CacheWriter) -> bool:
+        """Once told to stop: when the shards are full that were begun then, as a plain job does."""
+        if not self._stop.is_set():
+            return False
+        self._due = writer.filling() if self._due is None else self._due & writer.filling()
+        return not self._due
+
     def stop(self) -> None:
-        """End after the batch under way; shards that are full are written."""
+        """End soon, see `_ends`."""
         self._stop.set()
 
     def summary(
