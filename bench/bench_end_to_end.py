@@ -15,8 +15,8 @@ are compared elsewhere (tests/stages/test_parity.py); here a round is refused if
     python bench/bench_end_to_end.py [--data CIFAR-100.bin] [--teachers a.pt b.pt c.pt] [--residency ram] [--tiny]
 
 ``--stages`` times decoding, forward, encoding, checksums, compression, writing and fsync one by one, to say where a
-caching pass's time goes. ``--residency`` adds steps whose targets are held after a first pass (`train.residency`) to
-the rounds.
+caching pass's time goes; ``--caching`` times whole passes, without students. ``--residency`` adds steps whose targets
+are held after a first pass (`train.residency`) to the rounds.
 
 Teachers without weights files are random ones; their maps compress differently from trained ones, so say which you
 used. Rows go to bench/results_end_to_end.csv, the last stdout line is one JSON document.
@@ -308,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps a round")
     parser.add_argument("--repeats", type=int, default=3, help="caching passes")
     parser.add_argument("--stages", action="store_true", help="the caching pass's stages one by one, and nothing else")
+    parser.add_argument("--caching", action="store_true", help="caching passes and nothing else; rows are not appended")
     parser.add_argument(
         "--residency", default="", choices=["ram", "gpu"], help="steps with held targets, too; rows are not appended"
     )
@@ -328,6 +329,11 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({**provenance(args), "method": method, **found})
         for method in () if args.stages else args.methods:
             caching = bench_caching(tree, method, folder, args.repeats)
+            if args.caching:
+                row = {"method": method, **{key: _cell(value) for key, value in caching.items()}}
+                print_table("caching pass over forward (median of passes, lowest to highest)", [row])
+                rows.append({**provenance(args), **row})
+                continue
             step = bench_steps(tree, method, folder, args.rounds, args.steps, args.residency)
             row = {
                 "method": method,
@@ -346,7 +352,9 @@ def main(argv: list[str] | None = None) -> None:
             figures = {**step, **{f"caching_{key}": value for key, value in caching.items()}}
             shown = {key: _cell(value) for key, value in figures.items()}
             rows.append({**provenance(args), "method": method, **shown})
-    if not args.tiny and not args.residency and not args.stages:  # the file's columns are those of a run without it
+    if not (
+        args.tiny or args.residency or args.stages or args.caching
+    ):  # the file's columns are those of a run without it
         _append(rows)
     print(json.dumps({"rows": rows}))
 

@@ -182,7 +182,7 @@ def train_students(args: argparse.Namespace) -> None:
         words = [str(args.cifar or "data"), "--out", f"{args.out}/cifar", "--limit", str(args.limit), "--taps", "ofd"]
         words += ["--epochs", str(args.epochs or 12), "--teacher-epochs", str(args.teacher_epochs or 10)]
         own = bench_methods.arguments([*words, *shared, *_results(args, "methods")])
-        own.batch, own.until = 32 if args.tiny else own.batch, time.monotonic() + args.minutes * 60
+        own.batch, own.until = args.batch or (32 if args.tiny else own.batch), time.monotonic() + args.minutes * 60
         tree = bench_methods.tree_of(own)
         score = statistics.mean(bench_methods.train_teachers(own, tree))
         tree["teachers"] = tree["teachers"][:1]
@@ -270,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=0, help="0 = those of the task's bench")
+    parser.add_argument("--batch", type=int, default=0, help="of CIFAR's students; 0 = that of the task's bench")
     parser.add_argument("--teacher-epochs", type=int, default=0, help="0 = those of the task's bench")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no student after so long")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the students' tables lie next to it")

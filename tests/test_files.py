@@ -174,11 +174,12 @@ def test_a_name_given_for_the_time_being_must_be_free(tmp_path: Path) -> None:
 
 
 def test_buffers_of_any_number_and_short_writes_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [bytes([n % 251]) * (n % 7) for n in range(3000)]
+    parts = [bytes([n % 251]) * (n % 7) for n in range(3000)] + [os.urandom(2_500_000), b"x", os.urandom(1_100_000)]
     real = os.writev
 
     def short(fd: int, buffers: Any) -> int:
         assert len(buffers) <= 1024, "more than the kernel takes"
+        assert sum(map(len, buffers)) <= 1 << 20, "more than is written at full speed"
         return real(fd, [*buffers[:2], memoryview(buffers[2])[:1]] if len(buffers) > 2 else buffers)
 
     monkeypatch.setattr(os, "writev", short)

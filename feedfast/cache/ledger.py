@@ -183,7 +183,8 @@ class Ledger:
             shard: its number.
             parts: its content, as `feedfast.cache.assemble.encode_shard` returns it.
             saturated: see `Commit`.
-            written: called when nothing is left but to wait until it is durable.
+            written: called when nothing is left but to wait until it is durable: the buffers of ``parts`` may be used
+                again.
 
         Raises:
             FeedfastError: it cannot be written.
@@ -194,6 +195,7 @@ class Ledger:
             crc = crc32c(part, crc)
             sha.update(part)
         content = [memoryview(part).cast("B") for part in parts]
+        sums = block_sums(spec, parts)
         self.store.put(object_key(spec.name, key), content, self._owner, written=written)
         earlier = self.commits.get((spec.name, key)) or self._stale.get((spec.name, key))
         commit = Commit(
@@ -207,7 +209,7 @@ class Ledger:
             manifest=self._digests[spec.name],
             saturated=saturated,
             fit=fit_of(spec.name, self.commits),
-            block_sums=block_sums(spec, parts),
+            block_sums=sums,
             attempt=earlier.attempt + 1 if earlier else 0,
         )
         with self._appending:

@@ -247,7 +247,7 @@ class Store:
             key: its key.
             parts: its content as buffers of bytes, written one after another.
             owner: who writes it, for `sweep`.
-            written: called when nothing is left but to wait until it is durable.
+            written: called when nothing is left but to wait until it is durable: the buffers may be used again.
 
         Raises:
             FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.

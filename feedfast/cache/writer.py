@@ -37,6 +37,7 @@ from feedfast.errors import FeedfastError, RequestError
 __all__ = ["CacheWriter", "open_for_writing"]
 
 Array = npt.NDArray[Any]
+_WAITING = 8  # shards that hold no buffer any more and wait for the disk: fsyncs of several overlap
 
 
 class CacheWriter:
@@ -68,8 +69,7 @@ class CacheWriter:
             divided: rows of other parts are dropped; False = the part names this writer's log alone, and whoever
                 appends sees to it that every shard has one writer.
             workers: shards that are checked, compressed and checksummed at a time.
-            max_in_flight: full shards that may wait or be on their way; default ``2 * workers + 1``, so that as many
-                again may wait for the disk.
+            max_in_flight: full shards in memory; default ``2 * workers + 1``.
 
         Raises:
             RequestError: the part is already being written, or writers of another division are at work.
@@ -88,8 +88,8 @@ class CacheWriter:
         self._error: BaseException | None = None
         self._lock = threading.Lock()  # guards the buffers to use again
         self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}  # by size; fresh pages cost as much as the copy
-        # Memory is flat: a buffer per array being written, and this many shards on their way. `append` waits when the
-        # disk is slower than the teachers.
+        # Memory is flat: a buffer per array being written, and this many full ones. `append` waits when the disk is
+        # slower than the teachers.
         most = max_in_flight or 2 * workers + 1
         self._slots = threading.BoundedSemaphore(most)
         self._turns = threading.BoundedSemaphore(workers)  # of the processor
@@ -97,7 +97,7 @@ class CacheWriter:
         self._unsettled = 0  # shards that still need the processor
         self._on_the_way: set[tuple[str, int, int]] = set()  # array, view, shard: taken whole and not durable yet
         self._closed = False
-        self._pool = ThreadPoolExecutor(most, thread_name_prefix="feedfast-write")
+        self._pool = ThreadPoolExecutor(most + _WAITING, thread_name_prefix="feedfast-write")
 
     # ---- what there is
 
@@ -215,7 +215,7 @@ class CacheWriter:
 
         Rows of one shard must come in order, from its first, and one shard of an array and view at a time. Rows of
         shards that are committed, or belong to another part, are dropped: whole batches may be given, also again on
-        resuming. Waits while ``max_in_flight`` shards are on their way.
+        resuming. Waits while ``max_in_flight`` full shards are in memory.
 
         Args:
             array: e.g. ``targets/a/final/codes``.
@@ -328,24 +328,25 @@ class CacheWriter:
         """In a worker: publish one shard. An error is kept for the caller and ends the work of all workers."""
         spec = shard.spec
         with contextlib.ExitStack() as turn:
-            turn.callback(self._settle_one)
+            turn.callback(self._let_go, shard)
             turn.enter_context(self._turns)
             try:
                 if self._error is None:
                     parts = encode_shard(shard)
-                    # the turn ends when the kernel has the bytes: the disk is waited for without it
+                    # turn and buffer are given back when the kernel has the bytes: the disk is waited for without them
                     self._ledger.commit(spec, shard.view, shard.shard, parts, shard.saturated, written=turn.close)
             except BaseException as error:  # whatever it is: the caller's thread raises it
                 self._error = self._error or error
             finally:
-                with self._lock:
-                    self._spare.setdefault(shard.rows.nbytes, []).append(shard.rows.reshape(-1).view(np.uint8))
-                self._slots.release()
                 with self._settled:
                     self._on_the_way.discard((spec.name, shard.view, shard.shard))
                     self._settled.notify_all()
 
-    def _settle_one(self) -> None:
+    def _let_go(self, shard: ShardBuffer) -> None:
+        """Its buffer may be used again, and it needs no more of the processor."""
+        with self._lock:
+            self._spare.setdefault(shard.rows.nbytes, []).append(shard.rows.reshape(-1).view(np.uint8))
+        self._slots.release()
         with self._settled:
             self._unsettled -= 1
             self._settled.notify_all()
