@@ -136,7 +136,7 @@ def append_batches(writer: CacheWriter, arrays: list[str], size: int, most: int 
                 writer.append(array, view, start, rows_of(writer.specs[array], view, start, stop))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(writers=st.integers(1, 3), size=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
 def test_units_handed_out_in_any_order_make_the_cache_of_one_writer(writers: int, size: int, seed: int) -> None:
     """Units go to any writer, also to one that follows another that died halfway through; no line is logged twice."""
