@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ POLL_S: Final = 0.5
 LOOK_S: Final = 5.0  # between looks for idle resources, which Ray itself learns with a delay
 PATIENCE_S: Final = 30.0  # for members to close what they have open
 STORE_BYTES: Final = 80 << 20
+CONNECT_S: Final = 10.0
 
 Item = TypeVar("Item")
 Report = TypeVar("Report")
@@ -400,6 +402,7 @@ def session() -> Iterator[Any]:
             f"RAY_ADDRESS: expected a cluster that this machine is a node of, found {address!r}; "
             "`ray job submit -- feedfast cache ...` runs the command there"
         )
+    _refuse_silent(address)
     with _handlers_kept(), _loopback(address):  # ray takes SIGTERM for itself
         try:
             import ray
@@ -419,6 +422,17 @@ def session() -> Iterator[Any]:
         if mine:
             with _handlers_kept():
                 ray.shutdown()
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise if nobody listens at ``host:port``: Ray itself would try for minutes."""
+    found = re.fullmatch(r"([^:\s]+|\[[^\]]+\]):([0-9]{1,5})", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RequestError(f"RAY_ADDRESS={address}: expected a Ray cluster, found: {error}") from None
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -243,8 +243,8 @@ def run_cache_ray(recipe: Recipe, *, workers: str = "", check: bool = True) -> d
             resumed = max(0, work.rows - rows)
             there = f", {resumed:,} rows already there" if resumed else ""
             log.info(
-                "cache: up to %d workers, %d views of %s images → %s%s",
-                *(size.most, work.views, f"{work.images:,}", work.path, there),
+                "cache: up to %s, %d views of %s images → %s%s",
+                *(_counted(size.most), work.views, f"{work.images:,}", work.path, there),
             )
             if rows:
                 crew.ask("note", provenance)
@@ -257,8 +257,7 @@ def run_cache_ray(recipe: Recipe, *, workers: str = "", check: bool = True) -> d
                     before = latest.get(report.writer)
                     written += report.bytes_written - (0 if before is None else before.bytes_written)
                     latest[report.writer] = report
-                    alive = f"{crew.alive} worker{'' if crew.alive == 1 else 's'}"
-                    meter.advance(work.units[report.unit], f"{format_bytes(written)} written, {alive}")
+                    meter.advance(work.units[report.unit], f"{format_bytes(written)} written, {_counted(crew.alive)}")
             hold.busy = False
             hold.deliver()
             if crew.lost:
@@ -309,6 +308,10 @@ def _placed(nodes: Sequence[dict[str, Any]], device: str, size: Size | None) -> 
     # the share of each where all are there, but no more than one node has
     share = max(1, min(sum(cpus) // size.most, max(cpus, default=1)))
     return size, Needs(share, 0), share
+
+
+def _counted(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
 
 
 def _of_one_view(before: Unit, after: Unit) -> bool:

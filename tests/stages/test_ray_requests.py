@@ -50,9 +50,20 @@ def test_ranks_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "found part 0/2 of it" in feedfast("cache", file, "--engine", "ray").error
 
 
-def test_a_cluster_of_another_kind_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
-    assert "`ray job submit -- feedfast cache ...`" in feedfast("cache", file, "--engine", "ray").error
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("ray://127.0.0.1:1", "`ray job submit -- feedfast cache ...`"),
+        ("127.0.0.1:1", "RAY_ADDRESS=127.0.0.1:1: expected a Ray cluster, found: "),
+        ("127.0.0.1:70000", "RAY_ADDRESS=127.0.0.1:70000: expected a Ray cluster, found: "),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_refused_at_once(
+    file: Path, address: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert words in feedfast("cache", file, "--engine", "ray").error
 
 
 @pytest.mark.parametrize(
