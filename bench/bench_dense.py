@@ -32,7 +32,7 @@ from typing import Any, get_args
 
 import numpy as np
 import paired
-from paired import Row, bytes_per_sample, environment, record
+from paired import Row, environment, record
 from PIL import Image
 
 from feedfast.cache.schema import CodecName
@@ -40,6 +40,7 @@ from feedfast.cli import configure_logging
 from feedfast.methods import METHODS
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
+from feedfast.stages.compare import bytes_per_sample
 from feedfast.stages.data import open_train
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import run_train

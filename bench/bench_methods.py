@@ -30,7 +30,7 @@ from typing import Any, get_args
 
 import paired
 import plot_students
-from paired import Row, bytes_per_sample, environment, record, relative_error
+from paired import Row, environment, record, relative_error
 
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.schema import CodecName
@@ -40,6 +40,7 @@ from feedfast.methods import METHODS
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
 from feedfast.stages.chain import chain_recipes
+from feedfast.stages.compare import bytes_per_sample
 from feedfast.stages.demo import write_digits
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache

@@ -40,6 +40,7 @@ from feedfast.data.positions import positions_per_map, sample_positions
 from feedfast.methods.parts import Connector, ConnectorBatchNorm
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.compare import print_table
+from feedfast.stages.compare import bytes_per_sample
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun
 from feedfast.stages.worker import Worker
@@ -111,7 +112,7 @@ def bench_steps(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             "part": "step",
             "case": f"{tree['student']['model']} of {tree['teachers'][0]['model']}",
             "share": "plain" if share is None else share,
-            "bytes_per_sample": "" if share is None else paired.bytes_per_sample(recipes[share]),
+            "bytes_per_sample": "" if share is None else bytes_per_sample(recipes[share]),
             "ms": statistics.median(times[share]),
             "over_whole": over(share, 1.0),
             "over_plain": over(share, None),

@@ -18,17 +18,14 @@ from typing import Any
 
 import torch
 
-from feedfast.cache import names
-from feedfast.cache.log import read_log
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.schema import TapInfo
 from feedfast.methods import METHODS
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
+from feedfast.report.statistics import half_interval
 
 Row = dict[str, str]
-
-T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom
 
 
 def device_name() -> str:
@@ -81,31 +78,10 @@ def taps_read(recipe: Recipe) -> list[tuple[str, TapInfo]]:
     return [(name, teachers[name].taps[tap]) for name in chosen for tap in matching(needs, teachers[name].taps)]
 
 
-def bytes_per_sample(recipe: Recipe) -> float | None:
-    """What a sample of one view takes of the cache for this method: codes of the taps it reads, compressed."""
-    taps = taps_read(recipe)
-    if not taps:
-        return None
-    committed = read_log(Path(recipe.cache.path))
-    total = 0.0
-    for teacher, tap in taps:
-        commits = committed.of(names.codes(teacher, tap.name))
-        total += sum(c.bytes for c in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
-    return total
-
-
 def relative_error(recipe: Recipe) -> float | None:
     """Mean over the maps that this method reads of their codec's measured relative RMS error; None of logits alone."""
     errors = [tap.error["relative_rms_error"] for _, tap in taps_read(recipe) if "relative_rms_error" in tap.error]
     return statistics.mean(float(error or 0) for error in errors) if errors else None
-
-
-def half_interval(differences: Sequence[float]) -> float:
-    """Half of the 95 % interval of their mean; infinite of fewer than two."""
-    if len(differences) < 2:
-        return math.inf
-    t = T_95[min(len(differences) - 1, len(T_95) - 1)]
-    return t * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def summarize(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from feedfast.errors import RequestError as RequestError
     from feedfast.recipe import Recipe as Recipe
     from feedfast.recipe import load_recipe as load_recipe
+    from feedfast.stages.compare import compare_runs as compare_runs
     from feedfast.stages.offline import run_cache as run_cache
     from feedfast.stages.open_cache import open_cache as open_cache
     from feedfast.stages.student import run_train as run_train
@@ -29,6 +30,7 @@ _HOMES = {
     "FeedfastError": "feedfast.errors",
     "Recipe": "feedfast.recipe",
     "RequestError": "feedfast.errors",
+    "compare_runs": "feedfast.stages.compare",
     "load_recipe": "feedfast.recipe",
     "open_cache": "feedfast.stages.open_cache",
     "run_cache": "feedfast.stages.offline",

@@ -44,7 +44,7 @@ NoCheck = Annotated[
 ]
 
 INTERRUPTED = 130  # how typer passes a KeyboardInterrupt on
-CONTINUING = {"cache", "train", "chain", "factors", "demo"}
+CONTINUING = {"cache", "train", "chain", "factors", "demo", "sweep"}
 
 
 def _home(path: Path | None) -> Path | None:
@@ -167,6 +167,77 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from feedfast.stages.student import run_train
 
     _print(run_train(_read(recipe, overrides)))
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=V1,V2,...", help="values of a key, or FIRST:STOP; several make a grid"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time; they share cores and GPUs")] = 1,
+    out: Annotated[Path, typer.Option(callback=_home, help="folder of the runs and of compare.html")] = Path(
+        "runs/sweep"
+    ),
+    baseline: Annotated[str | None, typer.Option(help="see feedfast compare")] = None,
+    script: Annotated[
+        str | None, typer.Option("--print", metavar="slurm", help="print a job array of what is missing, run nothing")
+    ] = None,
+) -> None:
+    """Train every combination of --set over one cache, then compare; resumes by itself, exit code 1 if a run failed.
+
+    Example: feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3
+    """
+    from feedfast.stages.sweep import run_sweep, sweep_script
+
+    if script is not None:
+        if script != "slurm":
+            raise RequestError(f"--print: expected slurm, found {script!r}")
+        print(sweep_script(recipe, settings or (), overrides or (), out=out))
+        return
+    document = run_sweep(recipe, settings or (), overrides or (), out=out, jobs=jobs, baseline=baseline)
+    _print(document)
+    raise typer.Exit(1 if document["failed"] else 0)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or of folders of runs")],
+    baseline: Annotated[
+        str | None, typer.Option(help="the row that the others are compared with; default: the plain student")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=_home, help="folder for compare.html and compare.csv; none = only the table")
+    ] = None,
+) -> None:
+    """Compare finished runs: mean and deviation over seeds, difference to a baseline with its interval, cost, curves.
+
+    Example: feedfast compare runs/* --out runs/compared
+    """
+    from feedfast.stages.compare import run_compare
+
+    _print(run_compare(runs, out, baseline))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run: train.out")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="state_dict, safetensors, torch-export or onnx; may be repeated; default: all"),
+    ] = None,
+    branch: Annotated[bool, typer.Option("--branch", help="of a student of branches the best one alone")] = False,
+    out: Annotated[Path | None, typer.Option(callback=_home, help="default: export in the run's folder")] = None,
+) -> None:
+    """Write a trained student as weights and programs for others, each checked on real images.
+
+    Example: feedfast export runs/student --format onnx
+    """
+    from feedfast.stages.export import FILES, run_export
+
+    _print(run_export(run, out, formats or tuple(FILES), branch=branch))
 
 
 @app.command()

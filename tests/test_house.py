@@ -111,6 +111,7 @@ def test_public_names() -> None:
         "Recipe",
         "RequestError",
         "__version__",
+        "compare_runs",
         "load_recipe",
         "open_cache",
         "run_cache",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,4 +75,59 @@ def write_comparison(
         body += f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=2))}</pre>"
     body += provenance_html([made])
     write_text(path, page(title, body))
+    return path
+
+
+def write_groups(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Sequence[Path]],
+    metric: str,
+    sentences: Sequence[str],
+    made: Provenance,
+) -> Path:
+    """One page: the table, the curves of every group of runs (mean, and lowest to highest), and what the caches cost.
+
+    Args:
+        path: the page.
+        rows: of the table.
+        groups: name → folders of its runs, whose curves are in their metrics.jsonl.
+        metric: the score, as ``val_accuracy``; the other curve is the task's own loss of training.
+        sentences: shown below the curves.
+        made: who compares.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
+    for number, (name, folders) in enumerate(groups.items()):
+        metrics = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+        for axis, key in zip(axes, (metric, "ce"), strict=True):
+            values: dict[int, list[float]] = defaultdict(list)
+            for run in metrics:
+                for row in run:
+                    if key in row:
+                        values[row["step"]].append(row[key])
+            steps = sorted(step for step, found in values.items() if len(found) == max(map(len, values.values())))
+            if steps:
+                color = f"C{number % 10}"
+                axis.plot(steps, [sum(values[s]) / len(values[s]) for s in steps], color=color, label=name, marker=".")
+                axis.fill_between(
+                    steps, [min(values[s]) for s in steps], [max(values[s]) for s in steps], color=color, alpha=0.2
+                )
+    for axis, label in zip(axes, (metric.replace("_", " "), "cross-entropy with the label (training)"), strict=True):
+        axis.set_title(label)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout()
+    if handles:  # below, where many and long names do not cover the curves
+        figure.legend(
+            handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8
+        )
+    body = table_html(rows) + figure_html(figure)
+    body += "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
+    runs = [{"run": name, "folder": str(folder)} for name, folders in groups.items() for folder in folders]
+    body += f"<h2>Runs</h2>{table_html(runs)}" + provenance_html([made])
+    write_text(path, page("Runs compared", body))
     return path

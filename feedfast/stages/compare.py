@@ -1,0 +1,470 @@
+"""Finished runs side by side: what each kind reached over its seeds, what it cost, and what its cache has paid back.
+
+    folders of runs ──► groups that differ in nothing but seeds ──► mean, deviation, difference to a baseline
+
+Runs are read from their folders alone; neither data nor teachers are opened, and a cache only for its sizes. A group
+is called after its method, and after those keys of its recipe that tell it from others of that method. Differences are
+taken seed by seed (`feedfast.report.statistics`), so only seeds that both have count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from feedfast.cache import names
+from feedfast.cache.log import read_log
+from feedfast.cache.manifest import held_manifest
+from feedfast.errors import FeedfastError, RequestError
+from feedfast.files import read_sealed, write_text
+from feedfast.methods.base import matching
+from feedfast.provenance import Provenance
+from feedfast.recipe import Recipe, parse_recipe
+from feedfast.report.compare import print_table, write_groups
+from feedfast.report.statistics import half_interval
+from feedfast.stages.folder import RECIPE, comparable, ensure_dir
+from feedfast.stages.trainee import method_entries, names_of, needs_of
+
+log = logging.getLogger(__name__)
+
+RESULT = "result.json"
+_DEEPEST = 4  # folders below one that is given in which runs are looked for
+_SEEDS = ("seed", "train.seed")  # what two runs of one kind may differ in
+# What differs as a consequence of something else: named only where nothing else tells two groups apart.
+_CONSEQUENCES = ("cache.path", "train.source")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        path: its folder.
+        recipe: its recipe, without the keys that change no result.
+        result: its ``result.json``.
+        metric: the name of its score, as ``val_accuracy``; its value is ``score``, None where nothing was validated.
+    """
+
+    path: Path
+    recipe: Recipe
+    result: Mapping[str, Any]
+    metric: str
+    score: float | None
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Of the views, and of the student's start."""
+        return self.recipe.seed, self.recipe.train_seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seeds.
+
+    Attributes:
+        name: method, and what tells it from other groups of that method.
+        runs: the folders.
+        seeds: of the students, as many as runs.
+        steps: that each took.
+        mean: of the score over the runs; None without validation images.
+        deviation: its sample standard deviation; None of a single run.
+        baseline: name of the group it is compared with; None of one that others are compared with.
+        over_baseline: mean difference to it, seed by seed; None without a common seed.
+        half_interval: half of that difference's 95 % interval; None of fewer than two common seeds.
+        step_ms: median over the runs of the median step.
+        seconds: median time of a run.
+        bytes_per_sample: what the targets it reads take in its cache, per sample and view; None without a cache.
+        parameters: of the student.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    mean: float | None
+    deviation: float | None
+    baseline: str | None
+    over_baseline: float | None
+    half_interval: float | None
+    step_ms: float | None
+    seconds: float | None
+    bytes_per_sample: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Payback:
+    """What a cache cost, and what it has saved.
+
+    Attributes:
+        cache: its folder.
+        runs: that read it.
+        paid_seconds: of the jobs that wrote it, as its manifest says; None where one of them did not end.
+        saved_seconds: what the same steps with live teachers would have taken longer, of runs whose method and student
+            were also run live; None where none was.
+    """
+
+    cache: str
+    runs: int
+    paid_seconds: float | None
+    saved_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """See `compare_runs`.
+
+    Attributes:
+        metric: the name of the score.
+        groups: the best first.
+        caches: that the runs read.
+    """
+
+    metric: str
+    groups: tuple[Group, ...]
+    caches: tuple[Payback, ...]
+
+    def csv(self) -> str:
+        """The groups as comma-separated values, numbers in full."""
+        text = io.StringIO()
+        rows = [
+            {**asdict(group), "runs": " ".join(group.runs), "seeds": " ".join(map(str, group.seeds))}
+            for group in self.groups
+        ]
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def compare_runs(runs: Sequence[str | Path], baseline: str | None = None) -> Comparison:
+    """Group runs and compare the groups.
+
+    Args:
+        runs: folders of `feedfast train`, or folders with such below them.
+        baseline: name of the group that the others are compared with; default: the plain students of the same views
+            and data, without any the group of the first run.
+
+    Raises:
+        RequestError: there is no finished run in a folder, the runs are of several tasks, or no group has that name.
+        FeedfastError: a file of a run is damaged.
+    """
+    return _compared(grouped(find_runs(runs)), baseline)
+
+
+def run_compare(runs: Sequence[str | Path], out: Path | None = None, baseline: str | None = None) -> dict[str, Any]:
+    """Compare runs, show the table, and write ``compare.html`` and ``compare.csv`` to ``out`` if it is given.
+
+    Returns:
+        The JSON of `feedfast compare`: a `Comparison`, and ``report`` (the page, or None).
+
+    Raises:
+        As `compare_runs`; RequestError where ``out`` cannot be made.
+    """
+    made = Provenance.begin()
+    groups = grouped(find_runs(runs))
+    found = _compared(groups, baseline)
+    rows = [shown(group, found.metric) for group in found.groups]
+    print_table("runs, mean ± standard deviation over seeds", rows)
+    for cache in found.caches:
+        log.info("compare: %s", _payback_sentence(cache))
+    page = None
+    if out is not None:
+        folder = ensure_dir(out, "--out")
+        write_text(folder / "compare.csv", found.csv())
+        page = write_groups(
+            folder / "compare.html",
+            rows,
+            {name: [run.path for run in members] for name, members in groups.items()},
+            found.metric,
+            [_payback_sentence(cache) for cache in found.caches],
+            made.finished(),
+        )
+    return {**asdict(found), "report": None if page is None else str(page)}
+
+
+def shown(group: Group, metric: str) -> dict[str, str]:
+    """A group as the tables print it; scores in percent."""
+    score = "–" if group.mean is None else f"{group.mean:.2%}"
+    over = "–" if group.over_baseline is None else f"{100 * group.over_baseline:+.2f}"
+    return {
+        "run": group.name,
+        "seeds": str(len(group.runs)),
+        metric: score + ("" if group.deviation is None else f" ± {100 * group.deviation:.2f}"),
+        "over baseline (95 %)": over + ("" if group.half_interval is None else f" ± {100 * group.half_interval:.2f}"),
+        "steps": f"{group.steps:,}",
+        "step ms": "–" if group.step_ms is None else f"{group.step_ms:,.1f}",
+        "bytes per sample": "–" if group.bytes_per_sample is None else f"{group.bytes_per_sample:,.0f}",
+    }
+
+
+def find_runs(places: Sequence[str | Path]) -> list[Run]:
+    """The finished runs in folders, or below them, by path; each once.
+
+    Raises:
+        RequestError: a folder has none.
+    """
+    found: dict[Path, Run] = {}
+    for place in map(Path, places):
+        folders = [place] if (place / RESULT).is_file() else sorted(_below(place, _DEEPEST))
+        if not folders:
+            raise RequestError(
+                f"{place}: expected a finished run of feedfast train, or a folder of some, found no {RESULT}"
+            )
+        for folder in folders:
+            found.setdefault(folder.resolve(), _read(folder))
+    return list(found.values())
+
+
+def _below(folder: Path, depth: int) -> list[Path]:
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                if (entry / RESULT).is_file() and (entry / RECIPE).is_file():
+                    found.append(entry)
+                elif depth > 1:
+                    found += _below(entry, depth - 1)
+    return found
+
+
+def _read(folder: Path) -> Run:
+    trees = []
+    for name in (RECIPE, RESULT):
+        try:
+            trees.append(read_sealed(folder / name))
+        except FileNotFoundError:
+            raise RequestError(f"{folder}: expected a finished run of feedfast train, found no {name}") from None
+        except (OSError, ValueError) as error:
+            raise FeedfastError(f"{folder / name}: cannot be read ({error}); train this run again") from error
+    tree, result = trees
+    metric = next((key for key in result if key.startswith("val_") and key != "val_metrics"), "val_accuracy")
+    score = result.get(metric)
+    if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
+        raise FeedfastError(f"{folder / RESULT}: {metric}: expected a number, found {score!r}; train this run again")
+    return Run(folder, parse_recipe(tree, where=str(folder / RECIPE)), result, metric, score)
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by the name of their group, in the order they were given.
+
+    Raises:
+        RequestError: they are of several tasks.
+    """
+    metrics = sorted({run.metric for run in runs})
+    if len(metrics) > 1:
+        raise RequestError(f"runs: expected those of one task, found scores {', '.join(metrics)}; compare them apart")
+    members: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        members[json.dumps(_kind(run), sort_keys=True)].append(run)
+    return dict(zip(_names(list(members.values())), members.values(), strict=True))
+
+
+def _kind(run: Run) -> dict[str, Any]:
+    """Dotted keys of what a run is, seeds aside; teachers and methods by name, lists as they are."""
+    tree = comparable(run.recipe)
+    listed = "+".join(entry["name"] for entry in tree["teachers"])
+    tree["teachers"] = {entry.pop("name"): entry for entry in tree["teachers"]}
+    several = len(tree["method"]) > 1
+    tree["method"] = {str(n): entry for n, entry in enumerate(tree["method"])} if several else tree["method"][0]
+    flat = {**_flat(tree), "teachers": listed}
+    return {key: value for key, value in flat.items() if key not in _SEEDS}
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {key: tree}
+    parts = [_flat(value, f"{key}.{name}" if key else name) for name, value in tree.items()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """The method's name of each group, and `key=value` for what tells it from the others of that method."""
+    kinds, methods = [_kind(runs[0]) for runs in groups], [_method(runs[0]) for runs in groups]
+    found = []
+    for kind, method in zip(kinds, methods, strict=True):
+        others = [other for other, name in zip(kinds, methods, strict=True) if name == method]
+        said = [f"{key}={_value(kind[key])}" for key in _telling(others) if key in kind]
+        found.append(", ".join([method, *said]))
+    if len(set(found)) == len(found):
+        return found
+    return [f"{name} ({number})" if found.count(name) > 1 else name for number, name in enumerate(found, start=1)]
+
+
+def _telling(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A few keys by which all of these differ; the first is the one that tells most of them apart, and so on."""
+    chosen: list[str] = []
+    keys = sorted({key for kind in kinds for key in kind}, key=lambda key: (key in _CONSEQUENCES, key.count("."), key))
+
+    def apart(by: Sequence[str]) -> int:
+        return len({json.dumps([kind.get(key) for key in by], sort_keys=True) for kind in kinds})
+
+    while apart(chosen) < len(kinds):
+        best = max(keys, key=lambda key: apart([*chosen, key]))  # of equal ones the first
+        if apart([*chosen, best]) == apart(chosen):
+            break
+        chosen.append(best)
+    return sorted(chosen)
+
+
+def _method(run: Run) -> str:
+    return names_of(method_entries(run.recipe.method))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "op" in item for item in value):
+        return "+".join(str(item["op"]) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _baselines(groups: Mapping[str, list[Run]], asked: str | None) -> dict[str, str | None]:
+    """Name → the group it is compared with: the one that was asked for, else the plain one most like it.
+
+    Of several plain groups (other views, other data) each student is compared with that of its own settings; without
+    any, with the first group.
+
+    Raises:
+        RequestError: no group has that name.
+    """
+    if asked is not None and asked not in groups:
+        raise RequestError(f"--baseline: expected one of {'; '.join(groups)}; found {asked!r}")
+    plain = [name for name, runs in groups.items() if _method(runs[0]) == "none"]
+    kinds = {name: _kind(runs[0]) for name, runs in groups.items()}
+    telling = _telling([kinds[name] for name in plain]) if len(plain) > 1 else []
+    found: dict[str, str | None] = {}
+    for name in groups:
+        fitting = [other for other in plain if all(kinds[other].get(key) == kinds[name].get(key) for key in telling)]
+        other = asked or (fitting[0] if fitting else None if plain else next(iter(groups)))
+        found[name] = None if other == name else other
+    return found
+
+
+def _compared(groups: Mapping[str, list[Run]], asked: str | None) -> Comparison:
+    found = []
+    for name, other in _baselines(groups, asked).items():
+        against = {run.seeds: run.score for run in groups[other]} if other is not None else {}
+        found.append(_group(name, groups[name], other, against))
+    steps = {group.steps for group in found}
+    if len(steps) > 1:
+        log.warning("compare: groups took %s steps: a longer run is no better method", _listed(steps))
+    ordered = sorted(found, key=lambda group: -math.inf if group.mean is None else group.mean, reverse=True)
+    runs = [run for members in groups.values() for run in members]
+    return Comparison(runs[0].metric, tuple(ordered), tuple(_paybacks(runs)))
+
+
+def _listed(values: set[int]) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(values))
+
+
+def _group(
+    name: str, runs: Sequence[Run], baseline: str | None, against: Mapping[tuple[int, int], float | None]
+) -> Group:
+    scores = [run.score for run in runs if run.score is not None]
+    pairs = [(run.score, against.get(run.seeds)) for run in runs]
+    differences = [own - other for own, other in pairs if own is not None and other is not None]
+    half = half_interval(differences)
+    return Group(
+        name=name,
+        runs=tuple(str(run.path) for run in runs),
+        seeds=tuple(run.recipe.train_seed for run in runs),
+        steps=int(runs[0].result.get("steps") or 0),
+        mean=statistics.mean(scores) if scores else None,
+        deviation=statistics.stdev(scores) if len(scores) > 1 else None,
+        baseline=baseline,
+        over_baseline=statistics.mean(differences) if differences else None,
+        half_interval=half if math.isfinite(half) else None,
+        step_ms=_median(runs, "step_ms"),
+        seconds=_median(runs, "seconds"),
+        bytes_per_sample=bytes_per_sample(runs[0].recipe),
+        parameters=int(runs[0].result.get("parameters") or 0),
+    )
+
+
+def _median(runs: Sequence[Run], key: str) -> float | None:
+    values = [run.result[key] for run in runs if isinstance(run.result.get(key), int | float)]
+    return statistics.median(values) if values else None
+
+
+def bytes_per_sample(recipe: Recipe) -> float | None:
+    """What a sample of one view takes of the cache for this recipe: codes of the taps it reads, compressed.
+
+    None without a cache, or where it is no longer there.
+    """
+    path = Path(recipe.cache.path)
+    manifest = held_manifest(path) if recipe.cache.path and recipe.train.source in ("cache", "record") else None
+    if manifest is None:
+        return None
+    chosen = [entry.name for entry in recipe.teachers] or list(manifest.teachers)[-1:]
+    needs = needs_of(method_entries(recipe.method))
+    wanted = {
+        names.codes(name, tap)
+        for name in chosen
+        if name in manifest.teachers
+        for tap in matching(needs, manifest.teachers[name].taps)
+    }
+    committed = read_log(path)
+    total = 0.0
+    for array in wanted:
+        commits = committed.of(array)
+        total += sum(commit.bytes for commit in commits) / max(sum(c.rows[1] - c.rows[0] for c in commits), 1)
+    return total or None
+
+
+def _paybacks(runs: Sequence[Run]) -> list[Payback]:
+    live: dict[str, list[float]] = defaultdict(list)
+    readers: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        step = run.result.get("step_ms")
+        if run.recipe.train.source == "live" and isinstance(step, int | float):
+            live[_trained(run)].append(step)
+        if run.recipe.train.source == "cache":
+            readers[run.recipe.cache.path].append(run)
+    found = []
+    for path, users in readers.items():
+        saved = [
+            (statistics.median(live[_trained(run)]) - run.result["step_ms"]) * run.result["steps"] / 1e3
+            for run in users
+            if live.get(_trained(run)) and isinstance(run.result.get("step_ms"), int | float)
+        ]
+        found.append(Payback(path, len(users), _paid_seconds(path), sum(saved) if saved else None))
+    return found
+
+
+def _trained(run: Run) -> str:
+    """What a step's time depends on, the source aside."""
+    tree = comparable(run.recipe)
+    return json.dumps([tree["method"], tree["student"], tree["teachers"], tree["train"]["batch"]], sort_keys=True)
+
+
+def _paid_seconds(path: str) -> float | None:
+    manifest = None
+    with contextlib.suppress(FeedfastError, OSError):
+        manifest = held_manifest(Path(path))
+    if manifest is None or not manifest.passes or any(job.ended is None for job in manifest.passes):
+        return None
+    return sum(
+        (datetime.fromisoformat(job.ended or job.started) - datetime.fromisoformat(job.started)).total_seconds()
+        for job in manifest.passes
+    )
+
+
+def _payback_sentence(cache: Payback) -> str:
+    paid = "its cost is not known" if cache.paid_seconds is None else f"made in {cache.paid_seconds:,.0f} s"
+    many = "1 run" if cache.runs == 1 else f"{cache.runs} runs"
+    if cache.saved_seconds is None:
+        return (
+            f"{cache.cache}: {paid}, read by {many}; live runs of the same method and student would say what it saved"
+        )
+    share = "" if not cache.paid_seconds else f", {cache.saved_seconds / cache.paid_seconds:.1f} times its cost"
+    return f"{cache.cache}: {paid}, read by {many}, which saved {cache.saved_seconds:,.0f} s over live teachers{share}"
