@@ -2,9 +2,9 @@
 
 Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
 the check failed, 2 the request was wrong; 130 after Ctrl-C, 143 after SIGTERM, 128 and its number after another signal:
-what is under way is finished first, and the same command continues. A user's mistake gets one message that names the
-key or path, what was expected and what was found; a traceback here is always a bug of ours. Stages are imported inside
-the commands, so that `feedfast --help` is instant.
+what is under way is finished first, and the same command continues. A scheduler tries again after 1 and not after 2. A
+user's mistake gets one message that names the key or path, what was expected and what was found; a traceback here is
+always a bug of ours. Stages are imported inside the commands, so that `feedfast --help` is instant.
 """
 
 from __future__ import annotations
@@ -144,21 +144,52 @@ def cache(
         str | None,
         typer.Option(metavar="N|MIN-MAX", help="actors of the engine; default: one per GPU, or per node without GPUs"),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="cache.part; default: the place in a Slurm array or Kubernetes indexed job"),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            "--print",
+            metavar="slurm|kubernetes|torchrun",
+            help="write nothing; print the lines to paste that start a job sized to what is missing",
+        ),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, max=999_999, help="with --print: at most so many tasks, pods or processes")
+    ] = None,
 ) -> None:
     """Run the teachers once over every view and write the cache; resumes by itself."""
+    asked = [*(overrides or ()), *([f"cache.part={part}"] if part else [])]
     if engine not in (None, "ray"):
         raise RequestError(f"--engine: expected ray, found {engine!r}")
     if engine is None and workers is not None:
         raise RequestError(f"--workers: expected --engine ray, whose workers they are, found --workers {workers} alone")
-    asked = _read(recipe, overrides)
-    if engine is None:
-        from feedfast.stages.offline import run_cache
-
-        _print(run_cache(asked, check=not no_check))
-    else:
+    if launcher is not None:
+        if engine is not None:
+            raise RequestError("--print: expected no --engine, which starts its own workers, found --engine ray")
+        _print_lines(recipe, asked, launcher, tasks, check=not no_check)
+    elif engine is not None:
         from feedfast.stages.offline_ray import run_cache_ray
 
-        _print(run_cache_ray(asked, workers=workers or "", check=not no_check))
+        _print(run_cache_ray(_read(recipe, asked), workers=workers or "", check=not no_check))
+    else:
+        from feedfast.stages.offline import run_cache
+
+        _print(run_cache(_read(recipe, asked), check=not no_check))
+
+
+def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> None:
+    from feedfast.stages.launch import run_print
+
+    recipe = _read(path, asked)
+    if recipe.cache.part != "auto":
+        raise RequestError(
+            f"cache.part: expected auto with --print, whose lines divide the job, found {recipe.cache.part}"
+        )
+    command = ["cache", str(path.expanduser().absolute()), *asked, *([] if check else ["--no-check"])]
+    print(run_print(recipe, launcher, command, tasks=tasks, check=check), flush=True)
 
 
 @app.command()

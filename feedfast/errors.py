@@ -1,7 +1,8 @@
 """The one exception family. Each error is a sentence: what is wrong, what was expected, what was found.
 
 The command line turns the class into the exit code and prints the sentence without a traceback:
-2 when the *request* was wrong (recipe, path, name), 1 when the *job or check* failed (damage, a full disk).
+2 when the *request* was wrong (recipe, path, name), 1 when the *job or check* failed (damage, a full disk): it may go
+better another time.
 """
 
 from __future__ import annotations
@@ -37,8 +38,14 @@ class RequestError(FeedfastError):
     exit_code = 2
 
 
-class PartTakenError(RequestError):
-    """Another process is writing this part of a cache; it may be waited for."""
+class BusyError(RequestError):
+    """Another process is at work where this one was sent: it may be waited for, so a scheduler may try again."""
+
+    exit_code = 1
+
+
+class PartTakenError(BusyError):
+    """Another process is writing this part of a cache."""
 
 
 class CacheMismatchError(RequestError):

@@ -162,9 +162,10 @@ class Cache(_Section):
     pilot: int = Field(2048, ge=16, le=1 << 24, description="samples the codec is fitted on")
     shard_mb: float = Field(32.0, gt=0, le=1024, description="MiB of codes a shard may hold")
     part: str = Field(
-        "0/1",
-        pattern=r"^[0-9]{1,6}/[0-9]{1,6}$",
-        description="i/n: write every n-th shard from the i-th; under torchrun: rank/world",
+        "auto",
+        pattern=r"^(auto|[0-9]{1,6}/[0-9]{1,6})$",
+        description="i/n: write every n-th unit of 1,024 rows from the i-th; auto: the place in a Slurm array or a "
+        "Kubernetes indexed job, else all of them. Ranks of torchrun or srun divide that among themselves",
     )
     threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
 
@@ -352,8 +353,8 @@ class Recipe(_Section):
         taught = [entry.name for entry in self.method if entry.name != "none"]
         if taught and self.train.source != "none" and not self.teachers and not self.chain.generations:
             raise ValueError(f"teachers: method {taught[0]!r} needs at least one [[teachers]], found none")
-        index, parts = (int(text) for text in self.cache.part.split("/"))
-        if not 0 <= index < parts:
+        index, _, parts = self.cache.part.partition("/")
+        if parts and int(index) >= int(parts):
             raise ValueError(f"cache.part: expected i/n with i < n, found {self.cache.part!r}")
         return self
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from feedfast.errors import FeedfastError, RequestError
+from feedfast.errors import BusyError, FeedfastError, RequestError
 from feedfast.files import read_sealed, refuse_links, remove_temporary, write_json, write_sealed
 from feedfast.provenance import Provenance, began_with
 from feedfast.recipe import Recipe, parse_recipe
@@ -48,7 +48,8 @@ class RunLock:
         """Take it.
 
         Raises:
-            RequestError: another process has it, or files cannot be locked there; ``key`` begins the message.
+            BusyError: another process has it; ``key`` begins the message.
+            RequestError: files cannot be locked there.
         """
         self._fd = -1
         self._path = path = out / LOCK
@@ -59,7 +60,7 @@ class RunLock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._release()
-            raise RequestError(
+            raise BusyError(
                 f"{key}: another process is at work in {out}; expected a folder of its own for each run: wait for that "
                 "one to end, or choose another"
             ) from None

@@ -7,12 +7,15 @@ Handlers stay those of whoever installed them: the command line's (`interruptibl
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+log = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 """What ends a job: Ctrl-C; schedulers, containers and `kill`; a closed terminal; a scheduler's early warning."""
@@ -93,6 +96,33 @@ class Hold:
         """Call the handler of a signal that waits; it raises, if it is Python's or the command line's."""
         if self.number is not None:
             self._handlers[self.number](self.number, None)
+
+
+class HoldShards(Hold):
+    """`Hold` for who fills shards row by row: a signal waits until those are full that were begun when it came.
+
+    What is begun and not full is lost, so ending at once could undo the same hour again and again.
+    """
+
+    def __init__(self, filling: Callable[[], Set[Any]]) -> None:
+        """``filling``: the shards that are begun and not full."""
+        super().__init__()
+        self.busy = True
+        self._filling = filling
+        self._due: Set[Any] | None = None
+
+    def check(self) -> None:
+        """A sound moment, after each batch: a signal that waits is delivered, if what it waits for is full."""
+        if self.number is None:
+            return
+        if self._due is None:
+            self._due = self._filling()
+            if self._due:
+                name = signal.Signals(self.number).name
+                log.info("%s: ending when %d shards are full; once more ends at once", name, len(self._due))
+        self._due = self._due & self._filling()
+        if not self._due:
+            self.deliver()
 
 
 def _main_thread() -> bool:

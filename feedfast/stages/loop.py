@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from feedfast.data.batch import Batch
@@ -164,7 +165,7 @@ class Loop:
                 step += 1
                 self.reached = step
                 if step % train.log_every == 0 or step == stop:
-                    values = {name: float(value) for name, value in losses.items()}
+                    values = self._values(losses)
                     self._require_finite(values["loss"], step)
                     timing.end()
                     if events is not None:
@@ -182,6 +183,15 @@ class Loop:
                 batches.close()
         self._end_if_asked(step)
         return step
+
+    def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Losses of the global batch: the mean over ranks, whose slices are equally long; the same on every rank."""
+        if self.worker.world == 1:
+            return {name: float(value) for name, value in losses.items()}
+        # in float64, so that adding them up rounds nothing a float32 loss would show
+        total = torch.stack([value.double() for value in losses.values()])
+        dist.all_reduce(total)
+        return dict(zip(losses, (total / self.worker.world).tolist(), strict=True))
 
     def _next(self, batches: Iterator[Batch], step: int) -> Batch | None:
         """The next batch; while it is waited for, which may be for ever, a signal is not kept back."""

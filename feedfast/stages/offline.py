@@ -30,6 +30,7 @@ from feedfast.cache.create import record_pass, refuse_foreign
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import cache_digest, read_log
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.pending import Pending
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.writer import CacheWriter
@@ -44,13 +45,14 @@ from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, view_plan
 from feedfast.stages.ensemble import LOGITS, accuracies
 from feedfast.stages.identity import refuse_differences
+from feedfast.stages.interrupt import HoldShards
 from feedfast.stages.plan_record import predicted_cache, prediction_error
 from feedfast.stages.prepare import Preparation
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
-from feedfast.stages.worker import Worker, pick_device
+from feedfast.stages.worker import Share, Worker, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ def run_cache(recipe: Recipe, *, train: ImageSource | None = None, check: bool =
         The JSON of `feedfast cache`: ``rows_written``, ``rows_resumed``, ``bytes`` (of the whole cache),
         ``bytes_written`` (by this job), ``bytes_per_sample`` (of one view), ``images_per_second``, ``seconds``,
         ``digest``, ``complete``, ``taps`` (per teacher/tap the measured errors and the saturated fraction),
-        ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``path``, ``data``
+        ``teachers`` (of each ``top1``, the labeled rows it is of, and whether that is near chance), ``part`` (i/n, this
+        job's, and ``part_said``, by which option or variables, "" = all of it), ``path``, ``data``
         (see `feedfast.stages.data.facts_of`); ``predicted`` by `run_plan` of the same recipe (None without one) and
         ``prediction_error`` (found / predicted - 1 of ``bytes`` and ``seconds``; None of what is not comparable).
 
@@ -108,7 +111,10 @@ class OfflineRun:
         """``part``: which log this process writes; None = that of ``me``. The others as of `run_cache`."""
         self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
-        self.part, self.first = part or me.part(recipe.cache.part), me.first
+        share = me.share(recipe.cache.part) if part is None else Share(*part, "")
+        self.part, self.said, self.first = share.part, share.said, me.first
+        if share.said:
+            log.info("cache: part %d/%d, by %s", *self.part, share.said)
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         self.device = pick_device(recipe.train.device, me.local)
         if recipe.train.threads:
@@ -120,9 +126,17 @@ class OfflineRun:
         self.teachers, self.loader = self.preparation.teachers, self.preparation.loader
         self.accuracy = accuracies(self.teachers, len(self.data.classes))
         self.resumed = 0  # rows of this part that an earlier run has written
+        self._begun: tuple[CacheWriter, Pending] | None = None
 
     def run(self) -> dict[str, Any]:
-        """See `run_cache`."""
+        """See `run_cache`. A signal ends it when the shards are full that were begun."""
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            self._say_what_is_left()
+            raise
+
+    def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         refuse_foreign(self.path)
         done = self.nothing_to_do()
@@ -134,6 +148,7 @@ class OfflineRun:
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
             recorder = self.recorder(writer)
             work = recorder.pending
+            self._begun = writer, work
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
             self.resumed = max(0, writer.rows - total)  # whole batches are run, also where half of one is there
             there = f", {self.resumed:,} rows already there" if self.resumed else ""
@@ -152,9 +167,11 @@ class OfflineRun:
                 record_pass(self.path, self.provenance)
             computing = time.perf_counter()
             with Meter("cache", total) as meter:
-                for view, rows in work.batches(self.recipe.cache.batch):
-                    for batch in self.record(recorder, view, rows):
-                        meter.advance(len(batch), f"{format_bytes(writer.bytes_written)} written")
+                with HoldShards(writer.filling) as hold:
+                    for view, rows in work.batches(self.recipe.cache.batch):
+                        for batch in self.record(recorder, view, rows):
+                            meter.advance(len(batch), f"{format_bytes(writer.bytes_written)} written")
+                            hold.check()
                 writer.close()  # waits until everything is durable
         self.loader.close()
         if total and self.first:
@@ -198,6 +215,15 @@ class OfflineRun:
         reader.require(reader.specs, range(held.views))
         self.resumed = held.num_rows * held.views
         return held
+
+    def _say_what_is_left(self) -> None:
+        """Of this part, after its writer has closed; nothing where it had not begun."""
+        if self._begun is not None:
+            writer, work = self._begun
+            lacking = writer.pending(work.specs).batches(self.recipe.cache.batch)
+            left, rows = sum(len(some) for _, some in lacking), writer.rows
+            done = f"{max(rows - left, 0):,} of {rows:,} rows are durable, {left:,} are left"
+            log.warning("cache: part %d/%d: %s", *self.part, done)
 
     def record(self, recorder: Recorder, view: int, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Run the batches of one view; yields the rows of each that was recorded."""
@@ -254,6 +280,8 @@ class OfflineRun:
             "images_per_second": rows / computing if rows else None,
             "seconds": seconds,
             "digest": cache_digest(self.path),
+            "part": f"{self.part[0]}/{self.part[1]}",
+            "part_said": self.said,
             "complete": complete,
             "taps": taps,
             "teachers": {name: self._top1(name, manifest) for name in self.teachers},

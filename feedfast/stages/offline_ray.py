@@ -199,7 +199,7 @@ class CachingMember:
         self._run.resumed = resumed
         if counts:
             self._run.accuracy.merge(counts)
-        return self._run.summary(self._manifest, rows, written, computing, seconds)
+        return self._run.summary(self._manifest, rows, written, computing, seconds) | {"part": "0/1"}
 
     def close(self) -> None:
         """Give the log back."""
@@ -273,12 +273,11 @@ def run_cache_ray(recipe: Recipe, *, workers: str = "", check: bool = True) -> d
 
 
 def _refuse_own_parts(recipe: Recipe) -> None:
-    me = Worker.from_env()
-    part = me.part(recipe.cache.part)
-    if part != (0, 1):
+    share = Worker.from_env().share(recipe.cache.part)
+    if share.part != (0, 1):
         raise RequestError(
-            f"--engine ray: expected one command for the whole cache, found part {part[0]}/{part[1]} of it "
-            "(cache.part, or the environment of torchrun, srun, a Slurm array or a Kubernetes job)"
+            f"--engine ray: expected one command for the whole cache, found part {share.index}/{share.parts} of it, "
+            f"by {share.said}"
         )
     if recipe.data.train == PYTHON:
         raise RequestError(

@@ -434,7 +434,7 @@ def refuse_unrecordable(recipe: Recipe) -> None:
         raise RequestError("cache.views: expected at least 1 to record, found 0; train.source='live' makes new ones")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]] to record, found none")
-    if recipe.cache.part != "0/1":
+    if recipe.cache.part not in ("auto", "0/1"):
         raise RequestError(f"cache.part: expected 0/1 with train.source='record', found {recipe.cache.part}")
 
 

@@ -5,7 +5,7 @@ The recipe is opened here, once; what is below is given values.
 
 With several ranks each takes its slice of every global batch and gradients are averaged: of a loss per image that is
 the mean over the global batch; segment and detect divide by each rank's own valid pixels or matched anchors. Batch
-statistics stay local, as in plain DDP. All ranks evaluate, the first one writes.
+statistics stay local, as in plain DDP. All ranks evaluate, the first one writes; a logged loss is the mean over ranks.
 The saved student carries no adapters.
 """
 
@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,7 +102,8 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
     me = Worker.from_env()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    with me.process_group(pick_device(recipe.train.device, me.local), memory=recipe.train.source == "record"):
+    picked = partial(pick_device, recipe.train.device, me.local)
+    with me.process_group(picked, memory=recipe.train.source == "record"):
         return StudentRun(recipe, me, train, val).run()
 
 

@@ -301,10 +301,12 @@ def test_stopped_continued_alone_and_lost(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_cannot_write_ends_all_with_one_message(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["targets/a/final/codes/c/0/1/0/0/0", "pixels/sums/c/1/0"], ids=["amid", "closing"])
+def test_a_rank_that_cannot_write_ends_all_with_one_message(world: Path, tmp_path: Path, shard: str) -> None:
+    """The second rank: while rows are appended, or when its writer closes and the first waits for it at a barrier."""
     path, out = tmp_path / "r.zarr", str(tmp_path / "out")
     run_train(recipe_for(world, path, EXCHANGED, source="record", out=str(tmp_path / "one"), max_steps=1))
-    blocked = path / "targets/a/final/codes/c/0/1/0/0/0"  # the second rank's
+    blocked = path / shard
     blocked.mkdir(parents=True)
     file = as_toml(recipe_for(world, path, EXCHANGED, source="record", out=out), tmp_path / "r.toml")
     done = run_ranks(["-m", "feedfast", "train", file])
