@@ -438,14 +438,11 @@ def _refuse_silent(address: str) -> None:
 def _connect(ray: Any, address: str) -> None:
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address:
+        try:
+            # A store of the least size there is: what travels is small.
+            ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, **options)
+        except ValueError:  # there is a cluster, whose store has its size
             ray.init(**options)
-            return
-        with contextlib.suppress(ConnectionError):
-            ray.init(address="auto", **options)
-            return
-        # A store of the least size there is: what travels is small.
-        ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"RAY_ADDRESS={address}" if address else "Ray"
         first = str(error).strip().partition("\n")[0]
