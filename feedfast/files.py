@@ -83,6 +83,32 @@ def replace_file(
         raise
 
 
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[int]:
+    """A file that is written piece by piece, and is there under its name once the block has ended well: its descriptor.
+
+    Raises:
+        FeedfastError: the disk is full or the file cannot be written; an older one is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with wrap_write_errors(path):
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                yield fd
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+            fsync_dir(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """`replace_file` of UTF-8 text."""
     replace_file(path, [text.encode(errors="backslashreplace")])

@@ -84,7 +84,8 @@ class Data(_Section):
     train: Sources = Field(
         min_length=1,
         description="a folder of class folders (or of images); CIFAR's binary file(s), cifar-10-batches-py or .tar.gz; "
-        'an .npz; MNIST\'s folder or …images-idx3-ubyte(.gz); "python" = the object given to run_cache or run_train',
+        "an .npz; MNIST's folder or …images-idx3-ubyte(.gz); WebDataset's shards (train-{000000..000099}.tar); Arrow "
+        'or Parquet files, or the folder of either; "python" = the object given to run_cache or run_train',
     )
     val: Sources = Field(
         (),
@@ -92,7 +93,10 @@ class Data(_Section):
         "none = no accuracy",
     )
     arrays: Arrays = Field(
-        (), description="names of an .npz's arrays: [images, labels, classes], the last may be left out; none = these"
+        (),
+        description="what images and labels are called within the source. An .npz: its arrays, [images, labels, "
+        "classes], the last may be left out; tables: columns, [image, label]; tar shards: endings, [jpg, cls], or "
+        "json:KEY for a label; none = these",
     )
     val_arrays: Arrays = Field((), description="the same for `val`; none = as `arrays`")
     size: int = Field(32, ge=4, le=2048, description="pixels, side of the square the networks see")
@@ -123,7 +127,7 @@ class Data(_Section):
     )
     std: Std | None = Field(None, description="as `mean`")
     check: Literal["fast", "full"] = Field(
-        "fast", description="image files: headers and end marks, or a complete decode"
+        "fast", description="encoded images: headers and end marks, or a complete decode"
     )
     threads: int = Field(0, ge=0, le=1024, description="decoding threads; 0 = one per core")
 

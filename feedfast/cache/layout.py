@@ -20,6 +20,7 @@ This module touches no files.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, Final
@@ -34,6 +35,7 @@ MAX_SHARD_ROWS: Final = 1024
 MAX_BLOCK_BYTES: Final = 8 << 20  # 8 MiB, unless a single row is larger
 ZSTD_LEVEL: Final = 1
 NO_CHUNK: Final = 2**64 - 1
+_MAX_KEY: Final = 100  # characters
 _CRC: Final[dict[str, Any]] = {"name": "crc32c"}
 _BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
 
@@ -133,12 +135,10 @@ class ArraySpec:
         Raises:
             IndexError: not a key of this array, in the one spelling `key` gives it.
         """
-        parts = key.split("/")
-        if len(parts) == len(self.shape) + 1 and all(
-            part.isascii() and part.isdigit() and len(part) < 12 for part in parts[1:]
-        ):
+        parts = key.split("/") if len(key) <= _MAX_KEY else []
+        with contextlib.suppress(ValueError, IndexError):
             view, shard = (int(parts[1]), int(parts[2])) if self.views else (0, int(parts[1]))
-            if view < self.num_views and shard < self.num_shards and self.key(view, shard) == key:
+            if self.key(view, shard) == key:  # whatever else `int` takes for a number is spelled otherwise
                 return view, shard
         raise IndexError(f"{self.name}: {key!r} is not an object of this array")
 

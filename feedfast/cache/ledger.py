@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class Ledger:
         """
         self.store, self.manifest, self.part = store, manifest, part
         self.specs = array_specs(manifest)
-        self.commits: dict[tuple[str, str], Commit] = {}
+        self.commits: MutableMapping[tuple[str, str], Commit] = {}
         self._stale: dict[tuple[str, str], Commit] = {}  # codes of another scale: their attempts count on
         self.done: dict[str, set[tuple[int, int]]] = {name: set() for name in self.specs}
         self.damaged: list[Problem] = []
@@ -156,11 +156,12 @@ class Ledger:
 
     def refresh(self, *arrays: str) -> None:
         """Learn what other writers have committed of some arrays since."""
-        for (array, shard), commit in read_log(self.store).commits.items():
-            if array in arrays and (array, shard) not in self.commits:
-                place = self.specs[array].locate(shard)
-                if place not in self.done[array]:  # else it is on its way from here, too
-                    self.commits[array, shard] = commit
+        log = read_log(self.store)
+        for array in arrays:
+            for commit in log.of(array):
+                place = self.specs[array].locate(commit.shard)
+                if place not in self.done[array] and (array, commit.shard) not in self.commits:
+                    self.commits[array, commit.shard] = commit
                     self.done[array].add(place)
 
     # ---- committing

@@ -5,22 +5,20 @@ key, the rows it holds, its length and checksums, and the digest of what the arr
 line does not exist; a line without its object is damage.
 
 The digest of a cache is taken over the lines in canonical order and depends on neither the writers nor the history.
-This module reads and checks; `feedfast.cache.ledger` appends.
+This module reads and checks; `feedfast.cache.ledger` appends; `feedfast.cache.index` saves reading very many lines.
 """
 
 from __future__ import annotations
 
-import builtins
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Final
-
-from pydantic import AfterValidator, ConfigDict, NonNegativeInt, StringConstraints, TypeAdapter, ValidationError
+from typing import Final
 
 from feedfast.cache import names
+from feedfast.cache.commit import Commit as Commit
+from feedfast.cache.index import Commits, LogIndex, read_index, write_index
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.schema import Manifest
 from feedfast.cache.store import COMMITS, MAX_LINE_BYTES, Store, open_store, refuse_not_damage
@@ -31,75 +29,7 @@ _EVERYTHING: Final = 1 << 63
 Problem = dict[str, str]
 
 
-def _ordered(rows: tuple[int, int]) -> tuple[int, int]:
-    if rows[0] >= rows[1]:
-        raise ValueError("expected start < stop")
-    return rows
-
-
-Rows = Annotated[tuple[NonNegativeInt, NonNegativeInt], AfterValidator(_ordered)]
-BlockSum = Annotated[str, StringConstraints(pattern="^[0-9a-f]{8}$")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """One durable object.
-
-    ``rows`` are its real rows [start, stop); ``crc32c`` (8 hex digits) and ``sha256`` cover the whole object.
-
-    ``saturated`` counts values the codec clipped. ``fit`` is of codes: the first 16 digits of the sha256 of the scale
-    they were made with. ``block_sums`` holds the last four bytes of each stored block as they lie in the object (raw:
-    its crc32c; zstd: the frame's checksum), 8 hex digits each.
-
-    An object that has gone missing or short is computed again and logged with a higher ``attempt``, which replaces the
-    older line.
-    """
-
-    # Types are checked where a line is read, by pydantic and without conversions; the constructor is plain.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
-
-    array: str
-    shard: str
-    view: NonNegativeInt
-    rows: Rows
-    bytes: NonNegativeInt
-    crc32c: str
-    sha256: str
-    manifest: str
-    saturated: NonNegativeInt = 0
-    fit: str = ""
-    # Data followed by their own crc32c always have the same crc32c, so the object's is one constant for all objects of
-    # raw blocks and one shape. It finds every change within an object, but only the sha256 tells two objects apart, and
-    # hashing whole objects is too slow for training. With these a reader compares eight digits per block, and a sound
-    # object of the same length from another view, another cache or other weights is found when its first block is read.
-    block_sums: tuple[BlockSum, ...] = ()
-    attempt: NonNegativeInt = 0
-
-    def to_line(self) -> str:
-        """The JSON line, newline included; empty optional fields are left out."""
-        content = {key: value for key, value in asdict(self).items() if key not in _OPTIONAL or value}
-        return json.dumps(content, separators=(",", ":")) + "\n"
-
-    @classmethod
-    def from_line(cls, line: str | builtins.bytes) -> Commit:
-        """Parse one line.
-
-        Raises:
-            ValueError: not a complete, well-typed commit line.
-        """
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"{len(line)} bytes long")
-        try:
-            return _LINE.validate_json(line)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"])) or "line"
-            raise ValueError(f"{where}: {first['msg']}, found {str(first['input'])[:80]!r}") from None
-
-
 _SCALE_KEY: Final = "c/0/0"  # the one object of [2, channel]
-_LINE: Final = TypeAdapter(Commit)
-_OPTIONAL: Final = {entry.name for entry in fields(Commit) if entry.default is not MISSING}
 
 
 @dataclass(slots=True)
@@ -112,13 +42,13 @@ class Log:
         problems: what is wrong.
     """
 
-    commits: dict[tuple[str, str], Commit] = field(default_factory=dict)
+    commits: Commits = field(default_factory=Commits)
     stale: dict[tuple[str, str], Commit] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def of(self, array: str) -> list[Commit]:
         """The commits of one array."""
-        return [commit for (name, _), commit in self.commits.items() if name == array]
+        return [*self.commits.of(array), *(c for (name, _), c in self.commits.lines.items() if name == array)]
 
 
 def problem(array: str, shard: str, kind: str, detail: str) -> Problem:
@@ -170,12 +100,12 @@ def parse_log(lines: Iterable[bytes], name: str) -> tuple[list[Commit], int, lis
     return commits, sound, problems
 
 
-def collect(commits: Iterable[Commit], problems: Iterable[Problem] = ()) -> Log:
-    """Commits of several files as one log: the highest attempt of a shard counts.
+def collect(commits: Iterable[Commit], problems: Iterable[Problem] = (), index: LogIndex | None = None) -> Log:
+    """Commits of several files, after those of an index, as one log: the highest attempt of a shard counts.
 
     Two different lines of the same attempt are ``log-duplicate``; two equal ones are harmless.
     """
-    log = Log(problems=list(problems))
+    log = Log(Commits(index.arrays if index else None), problems=list(problems))
     for commit in commits:
         key = (commit.array, commit.shard)
         known = log.commits.get(key)
@@ -186,10 +116,25 @@ def collect(commits: Iterable[Commit], problems: Iterable[Problem] = ()) -> Log:
             log.problems.append(problem(commit.array, commit.shard, "log-duplicate", detail))
         if known is None or commit.attempt > known.attempt:
             log.commits[key] = commit
-    for key, commit in list(log.commits.items()):
-        if is_codes(commit.array) and commit.fit != fit_of(commit.array, log.commits):
-            log.stale[key] = log.commits.pop(key)
+    _set_stale_aside(log)
     return log
+
+
+def _set_stale_aside(log: Log) -> None:
+    fits: dict[str, str] = {}
+
+    def expected(array: str) -> str:
+        if array not in fits:
+            fits[array] = fit_of(array, log.commits)
+        return fits[array]
+
+    for array, index in list(log.commits.indexed.items()):
+        if is_codes(array) and index.fit != expected(array):
+            log.stale |= {(commit.array, commit.shard): commit for commit in log.commits.drop(array)}
+    codes = {array for array, _ in log.commits.lines if is_codes(array)}
+    for key, commit in list(log.commits.lines.items()):
+        if commit.array in codes and commit.fit != expected(commit.array):
+            log.stale[key] = log.commits.pop(key)
 
 
 def is_codes(array: str) -> bool:
@@ -207,25 +152,50 @@ def fit_of(array: str, commits: Mapping[tuple[str, str], Commit]) -> str:
     return "" if scale is None else scale.sha256[:16]
 
 
-def read_log(place: str | Path | Store) -> Log:
+def read_log(place: str | Path | Store, *, indexed: bool = True) -> Log:
     """All logs of a cache as one; problems are returned, not raised. Without logs: an empty log.
+
+    Args:
+        place: the cache.
+        indexed: lines that an index covers are not read again.
 
     Raises:
         FeedfastError: a log cannot be opened or read.
     """
     store = open_store(place)
+    index = read_index(store) if indexed else None
+    covered = index.covered if index else {}
     commits: list[Commit] = []
     problems: list[Problem] = []
     for name in store.names(COMMITS):
         if name.endswith(".jsonl"):
             key = f"{COMMITS}/{name}"
             try:
-                found, _, wrong = parse_log(store.lines(key), key)
+                found, _, wrong = parse_log(store.lines(key, covered.get(name, 0)), key)
             except OSError as error:
                 raise FeedfastError(f"{store.where(key)}: cannot be read: {error.strerror or error}") from error
             commits += found
             problems += wrong
-    return collect(commits, problems)
+    return collect(commits, problems, index)
+
+
+def keep_index(place: str | Path | Store, specs: Mapping[str, ArraySpec]) -> bool:
+    """Put an index of the logs of a complete cache of many lines; whether one is there now.
+
+    Raises:
+        FeedfastError: a log cannot be read, or the index cannot be written.
+    """
+    store = open_store(place)
+    logs = [name for name in store.names(COMMITS) if name.endswith(".jsonl")]
+    try:
+        # before the lines are read: those that come meanwhile are read again, and equal ones are harmless
+        sizes = {name: store.size(f"{COMMITS}/{name}") for name in logs}
+    except OSError as error:
+        raise FeedfastError(f"{store.where(COMMITS)}: cannot be read: {error.strerror or error}") from error
+    log = read_log(store, indexed=False)
+    if log.problems or log.stale or any(check_commit(commit, specs) for commit in log.commits.all()):
+        return False
+    return write_index(store, log.commits, specs, sizes)
 
 
 def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> list[Problem]:
@@ -235,7 +205,11 @@ def check_log(manifest: Manifest, specs: Mapping[str, ArraySpec], log: Log) -> l
     """
     problems = list(log.problems)
     digests = {name: manifest.digest_for(name) for name in specs}
-    for commit in log.commits.values():
+    for name, index in list(log.commits.indexed.items()):
+        spec = specs.get(name)
+        if spec is None or not index.fits(spec) or index.manifest != digests[name]:
+            log.commits.lines |= {(commit.array, commit.shard): commit for commit in log.commits.drop(name)}
+    for commit in log.commits.lines.values():
         wrong = check_commit(commit, specs)
         if wrong is None and commit.manifest != digests[commit.array]:
             expected = digests[commit.array]
@@ -313,4 +287,4 @@ def cache_digest(place: str | Path | Store) -> str:
     damage = [entry for entry in log.problems if entry["kind"] != "log-torn"]
     if damage:
         raise CacheDamageError(f"{store.where()}: {damage[0]['shard']}: {damage[0]['detail']}", damage)
-    return digest_of(log.commits.values())
+    return digest_of(log.commits.all())

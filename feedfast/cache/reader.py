@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from feedfast.cache import names
 from feedfast.cache.assemble import holds_fill
+from feedfast.cache.index import BlockSums, ViewCommits
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_length, check_log, digest_of, problem, read_log
 from feedfast.cache.manifest import read_manifest
@@ -58,7 +59,7 @@ class CacheReader:
         if problems:
             raise _damage(self.path, problems)
         self._commits: dict[tuple[str, int], dict[int, Commit]] = {}
-        for commit in self.log.commits.values():
+        for commit in self.log.commits.lines.values():
             view, shard = self.specs[commit.array].locate(commit.shard)
             self._commits.setdefault((commit.array, view), {})[shard] = commit
         self._files = ShardFiles()
@@ -84,14 +85,19 @@ class CacheReader:
             RequestError: no such array or view.
         """
         self._spec(array, view)
-        return self._commits.get((array, view), {})
+        lines = self._commits.get((array, view), {})
+        indexed = self.log.commits.of_view(array, view)
+        if indexed is None:
+            return lines
+        indexed.lines |= lines
+        return indexed
 
     def digest(self, arrays: Iterable[str] | None = None, views: int | None = None) -> str:
         """Sha256 (hex) over the committed objects in canonical order: of some arrays, of the first views."""
         wanted = set(self.specs if arrays is None else arrays)
         return digest_of(
             commit
-            for commit in self.log.commits.values()
+            for commit in self.log.commits.all()
             if commit.array in wanted and (views is None or not self.specs[commit.array].views or commit.view < views)
         )
 
@@ -264,6 +270,8 @@ class CacheReader:
 
     def _source(self, array: str, view: int) -> ArrayView:
         commits = self.committed(array, view)
+        if isinstance(commits, ViewCommits):
+            return ArrayView(self.specs[array], self._store, view, commits.sizes, BlockSums(commits))
         sizes = {shard: commit.bytes for shard, commit in commits.items()}
         sums = {shard: commit.block_sums for shard, commit in commits.items()}
         return ArrayView(self.specs[array], self._store, view, sizes, sums)

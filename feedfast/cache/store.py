@@ -188,8 +188,8 @@ class Store:
         data = bytearray(found.size)
         return bytes(data[: found.read([memoryview(data)], 0)])
 
-    def lines(self, key: str) -> Iterator[bytes]:
-        """The lines of a log one after another, newline included; the last may lack it.
+    def lines(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """The lines of a log from a byte on, one after another, newline included; the last may lack it.
 
         A line of more than `MAX_LINE_BYTES` is cut after one byte more, and ends the iteration: whatever the log's
         length, a few MiB are held.
@@ -197,7 +197,7 @@ class Store:
         Raises:
             OSError: there is none, or it cannot be read.
         """
-        return _lines(self.open(key))
+        return _lines(self.open(key), start)
 
     def size(self, key: str) -> int:
         """Bytes of an object, without opening it.
@@ -343,9 +343,9 @@ class Store:
             raise write_error(error, file) from error
 
 
-def _lines(found: Object) -> Iterator[bytes]:
+def _lines(found: Object, at: int) -> Iterator[bytes]:
     piece = bytearray(_PIECE_BYTES)
-    rest, at = b"", 0
+    rest = b""
     while got := found.read([memoryview(piece)], at):
         at += got
         *whole, rest = (rest + piece[:got]).split(b"\n")

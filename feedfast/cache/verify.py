@@ -26,8 +26,9 @@ import numpy as np
 
 from feedfast.cache.assemble import holds_fill
 from feedfast.cache.blocks import crc32c
+from feedfast.cache.index import INDEX, Commits, read_index
 from feedfast.cache.layout import ArraySpec, array_specs, group_metadata
-from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_log, object_key, problem, read_log
+from feedfast.cache.log import MAX_PROBLEMS, Commit, Log, Problem, check_log, object_key, problem, read_log
 from feedfast.cache.manifest import ROOT, read_manifest
 from feedfast.cache.shards import ArrayView, CommittedObject, OpenShard, small_pieces, thread_buffer
 from feedfast.cache.store import Store, open_store
@@ -61,9 +62,10 @@ def verify_cache(
     except CacheDamageError as error:
         return error.problems
     specs = array_specs(manifest)
-    log = read_log(store)
+    log = read_log(store, indexed=False)
     listed = _Listed()
     listed.extend(check_log(manifest, specs, log))
+    listed.extend(_check_index(store, log))
     listed.extend(_check_groups(store, specs))
     broken = {(entry["array"], entry["shard"]) for entry in listed.problems}
     tasks: list[tuple[ArrayView, int, Commit]] = []
@@ -92,6 +94,18 @@ def verify_cache(
             if full and progress is not None:
                 progress(done, total)
     return listed.all()
+
+
+def _check_index(store: Store, log: Log) -> Iterator[Problem]:
+    """Readers believe the index instead of the lines: it must say the same."""
+    index = read_index(store)
+    if index is None:
+        return
+    for commit in Commits(index.arrays).all():
+        line = log.commits.get((commit.array, commit.shard))
+        if line != commit and (line is None or line.attempt <= commit.attempt):
+            detail = f"{INDEX} says something else than its line; remove {INDEX}, which is made of the lines"
+            yield problem(commit.array, commit.shard, "log-damaged", detail)
 
 
 class _Listed:

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from feedfast.data.arrays import PixelStore
 from feedfast.data.pickles import PickleError, read_pickle
+from feedfast.data.tars import first_member
 from feedfast.errors import RequestError
 from feedfast.files import open_regular
 
-__all__ = ["is_cifar_archive", "is_cifar_pickle", "known_folder_below", "open_cifar_python"]
+__all__ = ["holds_cifar", "is_cifar_archive", "is_cifar_pickle", "known_folder_below", "open_cifar_python"]
 
 Split = Literal["train", "val"]
 
@@ -66,6 +67,12 @@ _FLAVORS = (
 def is_cifar_archive(path: Path) -> bool:
     """Whether a file is named as an archive is."""
     return path.name.lower().endswith(_ARCHIVES)
+
+
+def holds_cifar(tar: Path) -> bool:
+    """Whether a tar that is not compressed begins as CIFAR's archive does."""
+    folder = first_member(tar).removeprefix("./").partition("/")[0]
+    return folder in {flavor.folder for flavor in _FLAVORS}
 
 
 def is_cifar_pickle(path: Path) -> bool:
@@ -178,7 +185,10 @@ def _unpacked(archive: Path, split: Split) -> tuple[_Flavor, dict[str, bytes], b
             if missing:
                 raise RequestError(f"{archive}: expected {', '.join(flavor.splits[split])}, found no {missing[0]}")
             return flavor, {name: contents[name] for name in flavor.splits[split]}, meta
-    raise RequestError(f"{archive}: expected CIFAR's archive, with {' or '.join(found)} in it, found neither")
+    raise RequestError(
+        f"{archive}: expected CIFAR's archive, with {' or '.join(found)} in it, found neither; shards of WebDataset "
+        "are read where they lie: unpack them to .tar"
+    )
 
 
 def _opened(

@@ -5,8 +5,9 @@ and by its name (a path relative to the source, or file[record]). Everything dow
 ``ids``; views are drawn from ids, so a limited run sees the same crops of the same images as a full one.
 
 There are two kinds. ``"pixels"``: images in arrays (CIFAR, npz, MNIST), see ``arrays.py``, or from a Python object.
-``"files"``: encoded image files of any size, see ``images.py``; they are read here and decoded in the loader. Boxes and
-masks come with files alone, see ``detect.py`` and ``segment.py``.
+``"files"``: encoded images of any size, in files of their own (``images.py``) or packed in large ones (``packed.py``);
+they are read here and decoded in the loader. Boxes and masks come with files of their own, see ``detect.py`` and
+``segment.py``.
 Opening a dataset finds *every* unreadable image and names them all in one error. Nothing here decodes for training,
 augments, or knows of the cache; ``fingerprint`` is what a cache stores to recognize its data again.
 """
@@ -27,17 +28,21 @@ from numpy.typing import NDArray
 
 from feedfast.data.annotations import Boxes, ClassLabels, Masks
 from feedfast.data.arrays import PixelStore, open_cifar, open_npz
-from feedfast.data.cifar import is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
+from feedfast.data.cifar import holds_cifar, is_cifar_archive, is_cifar_pickle, known_folder_below, open_cifar_python
 from feedfast.data.content import content_hash
 from feedfast.data.dense import Asked, Opened
 from feedfast.data.detect import DETECT_EXPECTED, open_detect
 from feedfast.data.folder import list_images, refuse_odd_text
 from feedfast.data.headers import CMYK_UNMARKED
 from feedfast.data.idx import idx_images_below, idx_of_split, is_idx, open_idx
-from feedfast.data.images import Unreadable, encoded_header, for_dali, read_image, scan_images
+from feedfast.data.images import Unreadable, encoded_header, for_dali, full_check, read_image, scan_images, scan_opened
+from feedfast.data.indexing import open_packed
+from feedfast.data.listing import Wanted
 from feedfast.data.objects import ObjectStore, Samples, open_object
+from feedfast.data.packed import Packed
 from feedfast.data.segment import SEGMENT_EXPECTED, open_segment
 from feedfast.data.selection import chosen
+from feedfast.data.shards import Kind, expanded, packed_files
 from feedfast.errors import RequestError
 
 __all__ = ["Dataset", "ImageSource", "open_dataset"]
@@ -50,7 +55,7 @@ _HASHING_THREADS = 4
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
 _EXPECTED = {
     "classify": "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, MNIST's "
-    "files, or in Python an object whose items are (image, label)",
+    "files, shards of WebDataset (.tar), Arrow or Parquet files, or in Python an object whose items are (image, label)",
     "segment": SEGMENT_EXPECTED,
     "detect": DETECT_EXPECTED,
 }
@@ -69,8 +74,9 @@ class Dataset:
         sizes: int32 [n, 2], height and width after EXIF orientation.
         classes: class names by label; empty for unlabeled folders.
         pixels_store: the arrays of a ``"pixels"`` dataset, or the object that gives them; else None.
-        root: folder of a ``"files"`` dataset, else None.
-        files: paths relative to ``root`` by id (the complete listing), empty for ``"pixels"``.
+        root: folder of images in files of their own, else None.
+        files: paths relative to ``root`` by id (the complete listing), empty for others.
+        packed: the images of a ``"files"`` dataset that are packed in large files, else None.
         skipped: extension → files that look like images and are no samples.
         remarks: a remark on the form of some samples' files → how many it was made on.
         marks: boxes or masks by position, None where samples have class labels.
@@ -85,6 +91,7 @@ class Dataset:
     pixels_store: PixelStore | ObjectStore | None = None
     root: Path | None = None
     files: tuple[str, ...] = ()
+    packed: Packed | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     remarks: Mapping[str, int] = field(default_factory=dict)
     marks: Boxes | Masks | None = None
@@ -100,13 +107,26 @@ class Dataset:
     def name(self, position: int) -> str:
         """Path of a sample relative to the source, or ``file[record]``."""
         record = int(self.ids[position])
-        return self.files[record] if self.pixels_store is None else self.pixels_store.name(record)
+        store = self.pixels_store if self.packed is None else self.packed
+        return self.files[record] if store is None else store.name(record)
 
     def path(self, position: int) -> Path:
-        """Full path of a sample's file; only for ``kind == "files"``."""
+        """Full path of a sample's file; only for images in files of their own."""
         if self.root is None:
-            raise ValueError(f"{self.source}: samples of kind 'pixels' have no files of their own")
+            raise ValueError(f"{self.source}: its samples have no files of their own")
         return self.root / self.files[int(self.ids[position])]
+
+    def where(self, position: int) -> str:
+        """A sample of ``kind == "files"`` in messages: the path of its file, or its name in the one it is packed in."""
+        return str(self.path(position)) if self.packed is None else self.packed.where(int(self.ids[position]))
+
+    def check(self, position: int) -> None:
+        """Decode a sample of ``kind == "files"`` completely and throw it away.
+
+        Raises:
+            Unreadable: it cannot be decoded to its end.
+        """
+        full_check(io.BytesIO(self._content(position)))
 
     def pixels(
         self, positions: Sequence[int] | NDArray[np.integer[Any]]
@@ -120,7 +140,7 @@ class Dataset:
         return self.pixels_store.rgb(self._records(positions))
 
     def encoded(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> list[NDArray[np.uint8]]:
-        """File contents, only for ``kind == "files"``: one 1-D uint8 array per sample.
+        """Encoded images, only for ``kind == "files"``: one 1-D uint8 array per sample.
 
         Headers and end markers are looked at again. A file replaced since the dataset was opened would get a crop made
         for another image; one cut short meanwhile would pass region decoding, or bring a native decoder down.
@@ -130,16 +150,17 @@ class Dataset:
         """
         contents, problems = [], []
         for position in positions:
-            path = self.path(int(position))
             size = (int(self.sizes[position, 0]), int(self.sizes[position, 1]))
             try:
-                content = read_image(path)
+                content = self._content(int(position))
                 found = encoded_header(io.BytesIO(content))
             except Unreadable as why:
-                problems.append(f"\n  {path}: {why}")
+                problems.append(f"\n  {self.where(int(position))}: {why}")
                 continue
             if found[:2] != size:
-                problems.append(f"\n  {path}: {found[0]}x{found[1]} pixels, {size[0]}x{size[1]} when opened")
+                problems.append(
+                    f"\n  {self.where(int(position))}: {found[0]}x{found[1]} pixels, {size[0]}x{size[1]} when opened"
+                )
             contents.append(np.frombuffer(content, dtype=np.uint8))
         if problems:
             raise RequestError(
@@ -176,7 +197,7 @@ class Dataset:
             try:
                 ready.append(for_dali(content, unmarked_cmyk=unmarked))
             except Unreadable as why:
-                problems.append(f"\n  {self.path(int(position))}: {why}")
+                problems.append(f"\n  {self.where(int(position))}: {why}")
         if problems:
             raise RequestError(f"{self.source}: {len(problems)} images cannot be decoded:{''.join(problems)}")
         return ready
@@ -221,6 +242,9 @@ class Dataset:
             "content_sha256": content.hexdigest(),
         }
 
+    def _content(self, position: int) -> bytes:
+        return read_image(self.path(position)) if self.packed is None else self.packed.read(int(self.ids[position]))
+
     def _records(self, positions: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         return self.ids[np.asarray(positions, dtype=np.int64)].astype(np.int64)
 
@@ -244,16 +268,18 @@ def open_dataset(
             (``cifar-10-batches-py``), its archive (``.tar.gz``), or a list of batches. A folder of class folders
             (labels by sorted folder name) or a flat folder (unlabeled) of image files. An ``.npz`` (``images``,
             ``labels``, ``classes``). MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
-            gzipped or not, whose labels lie next to it, or their folder. Or an object with ``__len__`` and
-            ``__getitem__`` that gives (image, label), see ``objects.py``.
+            gzipped or not, whose labels lie next to it, or their folder. Shards of WebDataset, Arrow or Parquet files,
+            or their folder; braces in a path stand for several files, see ``shards.py``. Or an object with ``__len__``
+            and ``__getitem__`` that gives (image, label), see ``objects.py``.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at
             least one. A function of the class's number and size alone: the same fraction takes the same samples always,
             a smaller one some of those of a larger one.
-        arrays: names of an ``.npz``'s arrays, see `open_npz`.
-        split: which part of a source that holds both (CIFAR's folder or archive, MNIST's folder).
-        check: for folders, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
+        arrays: names of an ``.npz``'s arrays, see `open_npz`; of tables the columns of images and labels, of tar shards
+            the endings of their members, see `walk_tar`.
+        split: which part of a source that holds both (CIFAR's folder or archive, MNIST's folder, a folder of shards).
+        check: for encoded images, ``"fast"`` reads headers and end markers, ``"full"`` decodes every image.
         progress: called with (images looked at, total).
         task: what is learned. For ``"segment"`` the source is a folder with ``images/`` and ``masks/``, or Pascal VOC's
             folder or lists; for ``"detect"`` it is COCO's JSON, or VOC's: see ``segment.py`` and ``detect.py``. Then
@@ -289,9 +315,11 @@ def open_dataset(
     name = ", ".join(str(path) for path in paths)
     for path in paths:
         refuse_odd_text(str(path), "a path")
+    paths = [Path(path) for text in paths for path in expanded(str(text))]
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        raise RequestError(f"dataset not found: {', '.join(missing)}; expected {_EXPECTED[task]}")
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise RequestError(f"dataset not found: {', '.join(missing[:_SHOWN])}{more}; expected {_EXPECTED[task]}")
     if task != "classify":
         asked = Asked(name, split, tuple(classes), check == "full", progress, limit, fraction)
         return _open_marked(open_segment(paths, asked) if task == "segment" else open_detect(paths, asked), name)
@@ -313,11 +341,18 @@ def _open_labeled(
     check: Literal["fast", "full"],
     progress: Callable[[int, int], None] | None,
 ) -> Dataset:
+    packed = None if _is_unpacked(paths, split) else packed_files(paths, split)
+    if packed is not None:
+        return _open_packed(*packed, name, limit, fraction, arrays, check == "full", progress)
     whole = [path.is_dir() or path.suffix.lower() == ".npz" or is_idx(path) or is_cifar_archive(path) for path in paths]
     if len(paths) > 1 and any(whole):
-        raise RequestError(f"a list may only name CIFAR binary files or batches, found {name}")
+        raise RequestError(
+            f"a list may only name CIFAR binary files or batches, or shards (.tar, .arrow, .parquet), found {name}"
+        )
     if arrays and paths[0].suffix.lower() != ".npz":
-        raise RequestError(f"arrays: expected an .npz, whose arrays they name, found {name}")
+        raise RequestError(
+            f"arrays: expected an .npz, tables or tar shards, whose arrays, columns or endings they name, found {name}"
+        )
     idx = idx_of_split(paths[0], split) if paths[0].is_dir() else paths[0] if is_idx(paths[0]) else None
     if idx is not None:
         store, labels, classes = open_idx(idx)
@@ -334,6 +369,50 @@ def _open_labeled(
     ids = chosen(name, labels, limit, fraction)
     sizes = np.tile(np.array(store.size, dtype=np.int32), (len(ids), 1))
     return Dataset(name, "pixels", ids, labels[ids], sizes, classes, pixels_store=store)
+
+
+def _is_unpacked(paths: Sequence[Path], split: Literal["train", "val"]) -> bool:
+    """Whether paths mean MNIST's files or CIFAR's, which come in folders and tars, too."""
+    first = paths[0]
+    if first.is_dir():
+        return idx_of_split(first, split) is not None or is_cifar_pickle(first)
+    return len(paths) == 1 and is_cifar_archive(first) and (first.suffix.lower() != ".tar" or holds_cifar(first))
+
+
+def _open_packed(
+    kind: Kind,
+    files: Sequence[Path],
+    source: str,
+    limit: int,
+    fraction: float,
+    arrays: Sequence[str],
+    full: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Dataset:
+    if len(arrays) > 2:
+        raise RequestError(f"arrays: expected names for images and labels, found {len(arrays)}: {list(arrays)}")
+    wanted = Wanted(*arrays)
+    packed = open_packed(files, kind, source, wanted, full=full, progress=None if full else progress)
+    index = packed.index
+    ids = chosen(source, index.arrays["label"], limit, fraction)
+    unreadable: Mapping[int, str] = dict(index.facts["faults"])
+    if full:
+        _, found, _ = scan_opened(len(ids), lambda at: packed.open(int(ids[at])), full=True, progress=progress)
+        unreadable = {int(ids[at]): why for at, why in found}
+    wrong = np.intersect1d(list(unreadable), ids).tolist() if unreadable else []
+    _refuse_unreadable(source, len(ids), [(packed.where(record), unreadable[record]) for record in wrong])
+    counts = np.bincount(index.arrays["remark"][ids], minlength=1)[1:]
+    return Dataset(
+        source,
+        "files",
+        ids,
+        index.arrays["label"][ids],
+        index.arrays["size"][ids],
+        tuple(index.facts["classes"]),
+        packed=packed,
+        skipped=index.facts["skipped"],
+        remarks={index.facts["remarks"][at]: int(count) for at, count in enumerate(counts) if count},
+    )
 
 
 def _paths(source: Any, expected: str) -> list[Path] | None:
@@ -373,10 +452,7 @@ def _open_folder(
     ids = chosen(source, labels, limit, fraction)
     paths = [root / found.files[i] for i in ids]
     sizes, problems, remarks = scan_images(paths, full=full, progress=progress)
-    if problems:
-        shown = "".join(f"\n  {paths[i]}: {why}" for i, why in problems[:_SHOWN])
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise RequestError(f"{source}: {len(problems)} of {len(paths)} images are unreadable:{shown}{more}")
+    _refuse_unreadable(source, len(paths), [(str(paths[i]), why) for i, why in problems])
     return Dataset(
         source,
         "files",
@@ -389,3 +465,10 @@ def _open_folder(
         skipped=found.skipped,
         remarks=dict(remarks),
     )
+
+
+def _refuse_unreadable(source: str, count: int, problems: Sequence[tuple[str, str]]) -> None:
+    if problems:
+        shown = "".join(f"\n  {where}: {why}" for where, why in problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise RequestError(f"{source}: {len(problems)} of {count} images are unreadable:{shown}{more}")

@@ -46,6 +46,7 @@ __all__ = [
     "looks_like",
     "read_image",
     "scan_images",
+    "scan_opened",
     "stored_header",
     "upright",
 ]
@@ -71,6 +72,7 @@ MAX_ENCODED_BYTES = 1 << 28
 """Longer files are refused before they are read."""
 
 _FILES_PER_TASK = 64
+_THREADS = 8
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 _DECODED_HERE = frozenset({"TIFF", "JPEG 2000"})
 _ADOBE_CMYK = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # inverted CMYK, as Adobe's own files are
@@ -209,15 +211,15 @@ def for_dali(content: NDArray[np.uint8], *, unmarked_cmyk: bool = True) -> NDArr
     return np.frombuffer(b"P6\n%d %d\n255\n" % pixels.size + pixels.tobytes(), dtype=np.uint8)
 
 
-def full_check(path: Path | str) -> None:
-    """Decode a whole image with PIL and throw it away.
+def full_check(image: Path | str | BinaryIO) -> None:
+    """Decode a whole image, a file or one that is open, with PIL and throw it away.
 
     Raises:
         Unreadable: the file cannot be decoded to its end.
     """
     try:
-        with Image.open(path, formats=_PIL_FORMATS) as image:
-            image.load()
+        with Image.open(image, formats=_PIL_FORMATS) as opened:
+            opened.load()
     except Exception as error:  # PIL raises what its codecs raise: OSError, SyntaxError, ValueError, struct.error, ...
         raise Unreadable(f"does not decode: {error}") from error
 
@@ -226,51 +228,66 @@ def scan_images(
     paths: Sequence[Path],
     *,
     full: bool,
-    threads: int = 8,
     progress: Callable[[int, int], None] | None = None,
     look: Callable[[int, Header | None], list[str]] | None = None,
 ) -> tuple[NDArray[np.int32], list[tuple[int, str]], Counter[str]]:
-    """Look at every file, in threads; one bad file does not hide the next.
+    """`scan_opened` of files of their own."""
+    return scan_opened(len(paths), lambda at: open_image(paths[at]), full=full, progress=progress, look=look)
+
+
+def scan_opened(
+    count: int,
+    opened: Callable[[int], BinaryIO],
+    *,
+    full: bool,
+    progress: Callable[[int, int], None] | None = None,
+    look: Callable[[int, Header | None], list[str]] | None = None,
+) -> tuple[NDArray[np.int32], list[tuple[int, str]], Counter[str]]:
+    """Look at every image, in threads; one bad image does not hide the next.
 
     Args:
-        paths: the files.
+        count: how many.
+        opened: an image by its number, at its beginning; raises `Unreadable`.
         full: also decode each one completely.
-        threads: reading threads.
         progress: called with (done, total) from the calling thread.
-        look: called by the threads with the index of each file and its header as stored (None if it is unreadable), to
-            look at what belongs to it; the reasons it returns are counted as the file's own.
+        look: called by the threads with the number of each image and its header as stored (None if it is
+            unreadable), to look at what belongs to it; the reasons it returns are counted as the file's own.
 
     Returns:
-        int32 [n, 2] heights and widths (zeros for unreadable files), (index, reason) of each unreadable file, and how
-        many files each remark was made on (see `Header`).
+        int32 [n, 2] heights and widths (zeros for unreadable ones), (number, reason) of each unreadable one, and on how
+        many each remark was made (see `Header`).
     """
-    sizes = np.zeros((len(paths), 2), dtype=np.int32)
+    sizes = np.zeros((count, 2), dtype=np.int32)
     problems: list[tuple[int, str]] = []
     remarks: Counter[str] = Counter()
 
     def look_at(first: int) -> tuple[list[tuple[int, str]], list[str]]:
         bad, said = [], []
-        for i in range(first, min(first + _FILES_PER_TASK, len(paths))):
+        for i in range(first, min(first + _FILES_PER_TASK, count)):
             stored = None
             try:
-                stored = _stored_header_of(paths[i])
-                sizes[i] = upright(stored)[:2]
-                if full:
-                    full_check(paths[i])
+                with opened(i) as file:
+                    stored = stored_header(file)
+                    sizes[i] = upright(stored)[:2]
+                    if full:
+                        file.seek(0)
+                        full_check(file)
                 if stored.remark:
                     said.append(stored.remark)
-            except Unreadable as why:
+            except (Unreadable, OSError) as why:
                 sizes[i] = 0
-                bad.append((i, str(why)))
+                bad.append((i, str(getattr(why, "strerror", None) or why)))
             if look is not None:
                 bad += [(i, reason) for reason in look(i, stored)]
         return bad, said
 
+    # Eight wait for the disk at a time; decoding, which runs without the GIL, takes every core.
+    threads = max(_THREADS, len(os.sched_getaffinity(0))) if full else _THREADS
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="feedfast-scan") as pool:
-        starts = range(0, len(paths), _FILES_PER_TASK)
+        starts = range(0, count, _FILES_PER_TASK)
         for start, (bad, said) in zip(starts, pool.map(look_at, starts), strict=True):
             problems += bad
             remarks.update(said)
             if progress is not None:
-                progress(min(start + _FILES_PER_TASK, len(paths)), len(paths))
+                progress(min(start + _FILES_PER_TASK, count), count)
     return sizes, problems, remarks

@@ -32,7 +32,7 @@ from feedfast.data.content import content_hash, refuse_changed
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import evaluation_geometry
 from feedfast.data.graph import FLAGS, MIXED_FLAGS, Stored, build_pipeline, dali_version
-from feedfast.data.images import Unreadable, full_check
+from feedfast.data.images import Unreadable
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work, annotations_of, refuse_unfit, truth_of, view_work
 from feedfast.errors import FeedfastError, RequestError
@@ -297,9 +297,9 @@ def _explained(error: RuntimeError, dataset: Dataset, positions: NDArray[np.int6
         bad = []
         for position in np.unique(positions):
             try:
-                full_check(dataset.path(int(position)))
+                dataset.check(int(position))
             except Unreadable as why:
-                bad.append(f"\n  {dataset.path(int(position))}: {why}")
+                bad.append(f"\n  {dataset.where(int(position))}: {why}")
         if bad:
             return RequestError(f"{dataset.source}: {len(bad)} images cannot be decoded:{''.join(bad)}")
     first, last = dataset.name(int(positions[0])), dataset.name(int(positions[-1]))

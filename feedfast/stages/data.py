@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
+from feedfast.stages.progress import Meter
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,7 @@ PYTHON = ("python",)
 """``data.train`` or ``data.val`` of a recipe whose images are a Python object that is passed with it."""
 
 _NAMED = 3  # classes in the first line of a job
+_QUIET_SECONDS = 2.0  # what takes less needs no progress
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,37 @@ class Selection:
                 'data.train = "python": expected the Python object that the images come from, found none; '
                 "feedfast.run_cache and run_train take it as train=..., feedfast.open_cache as data=..."
             )
-        return open_dataset(
-            source, limit=self.limit, fraction=self.fraction, arrays=self.arrays, check=check, task=self.task
-        )
+        with _looking() as progress:
+            return open_dataset(
+                source,
+                limit=self.limit,
+                fraction=self.fraction,
+                arrays=self.arrays,
+                check=check,
+                progress=progress,
+                task=self.task,
+            )
+
+
+@contextlib.contextmanager
+def _looking() -> Iterator[Callable[[int, int], None]]:
+    """Progress of `open_dataset`, which may count its images more than once (walk, unpack, look)."""
+    started = time.perf_counter()
+    meter: Meter | None = None
+    with contextlib.ExitStack() as shown:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal meter, started
+            if meter is not None and done < meter.done:
+                shown.close()
+                started, meter = time.perf_counter(), None
+            if meter is None and time.perf_counter() - started > _QUIET_SECONDS:
+                meter = shown.enter_context(Meter("data", total))
+                meter.started = started
+            if meter is not None:
+                meter.advance(done - meter.done)
+
+        yield progress
 
 
 def open_train(recipe: recipes.Recipe, given: ImageSource | None = None) -> Dataset:
@@ -129,7 +162,10 @@ def open_val(recipe: recipes.Recipe, train: Dataset, given: ImageSource | None =
         raise RequestError('data.val = "python": expected the object passed to run_train as val=..., found none')
     source: ImageSource = data.val if given is None else given
     arrays = data.val_arrays or data.arrays
-    val = open_dataset(source, arrays=arrays, split="val", check=data.check, task=recipe.task.name)
+    with _looking() as progress:
+        val = open_dataset(
+            source, arrays=arrays, split="val", check=data.check, progress=progress, task=recipe.task.name
+        )
     warn_of(val)
     if not dense and (not val.classes or not (val.labels >= 0).any()):
         raise RequestError(f"data.val: expected labeled images (class sub-folders), found none in {val.source}")

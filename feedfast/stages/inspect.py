@@ -108,7 +108,7 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
         "path": cache,
         "rows": manifest.num_rows,
         "views": manifest.views,
-        "bytes": sum(commit.bytes for commit in reader.log.commits.values()),
+        "bytes": reader.log.commits.total_bytes,
         "digest": reader.digest(),
         "complete": reader.complete,
         "targets": targets,

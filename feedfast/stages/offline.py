@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ import torch
 
 from feedfast.cache import names
 from feedfast.cache.create import record_pass, refuse_foreign
-from feedfast.cache.layout import array_specs
-from feedfast.cache.log import cache_digest, read_log
+from feedfast.cache.layout import ArraySpec, array_specs
+from feedfast.cache.log import cache_digest, keep_index, read_log
 from feedfast.cache.manifest import held_manifest
 from feedfast.cache.pending import Pending
 from feedfast.cache.reader import CacheReader
@@ -36,7 +36,7 @@ from feedfast.cache.schema import Manifest
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
-from feedfast.errors import RequestError
+from feedfast.errors import FeedfastError, RequestError
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import near_chance, tell_accuracy
@@ -242,7 +242,7 @@ class OfflineRun:
         """See `run_cache`."""
         log = read_log(self.path)
         specs = array_specs(manifest)
-        total = sum(commit.bytes for commit in log.commits.values())
+        total = log.commits.total_bytes
         taps: dict[str, Any] = {}
         for name, teacher in manifest.teachers.items():
             for tap, info in teacher.taps.items():
@@ -263,6 +263,8 @@ class OfflineRun:
                     "bytes_per_sample": sum(commit.bytes for commit in commits) / max(count, 1),
                 }
         complete = sum(spec.num_shards * spec.num_views for spec in specs.values()) == len(log.commits)
+        if complete and written:
+            self._keep_index(specs)
         # Comparable are a cache of these teachers alone, and a job that wrote all of it.
         whole = {
             "bytes": total if complete and manifest.teachers.keys() == self.teachers.keys() else None,
@@ -288,6 +290,12 @@ class OfflineRun:
             "path": str(self.path),
             "data": facts_of(self.data),
         }
+
+    def _keep_index(self, specs: Mapping[str, ArraySpec]) -> None:
+        try:
+            keep_index(self.path, specs)
+        except FeedfastError as error:  # readers do without
+            log.warning("cache: %s", error)
 
     def _top1(self, name: str, manifest: Manifest) -> dict[str, Any]:
         """Of the rows this job ran; of the pilot where it ran none."""

@@ -115,7 +115,7 @@ class Preparation:
 
     def _refuse_empty_views(self, held: Manifest) -> None:
         """A manifest may promise views that nobody has begun: those are written only when they are asked for."""
-        begun = {commit.view for commit in read_log(self.path).commits.values()}
+        begun = {commit.view for commit in read_log(self.path).commits.all()}
         most = max(self.recipe.cache.views, len(begun))
         if held.views > most:
             raise CacheMismatchError(
@@ -181,7 +181,7 @@ class Preparation:
         cache = Store(self.path)
         durable = {
             commit.array
-            for commit in read_log(cache).commits.values()
+            for commit in read_log(cache).commits.all()
             if check_length(commit.bytes, partial(cache.size, object_key(commit.array, commit.shard))) is None
         }
         wanted: dict[str, list[str]] = {}

@@ -92,13 +92,13 @@ def run_verify(
                 )
             found, cosine = recompute_teachers(reader, data, plan, loaded, teachers_percent)
             problems += found
-    commits = reader.log.commits.values()
+    commits = reader.log.commits
     _tell(problems)
     return {
         "ok": not problems,
         "problems": problems,
         "objects": len(commits),
-        "bytes": sum(commit.bytes for commit in commits),
+        "bytes": commits.total_bytes,
         "replayed": replayed,
         "cosine": cosine,
     }

@@ -45,6 +45,26 @@ def test_the_bench_still_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_the_bench_of_growth_still_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every axis is measured and drawn from rows; the committed ones are straight lines, and a million rows open."""
+    bench = loaded("bench_growth")
+    out = tmp_path / "rows.csv"
+    assert bench.main(["--tiny", "--out", str(out)]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["axis"] for row in document["rows"]} == {*bench.AXES, "images"}
+    assert all(row["cpu_seconds"] > 0 for row in document["rows"])
+    assert not out.exists(), "nothing is appended"
+    assert bench.main(["--plot", str(tmp_path / "growth.svg")]) == 0
+    assert (tmp_path / "growth.svg").stat().st_size > 10_000
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["exponents"]
+    assert {name for name, slope in found.items() if slope > 1.3} == set()
+    rows = {(row.axis, row.what): row for row in bench.load(bench.RESULTS)}
+    assert rows["target", "open, index"].lines > 180_000
+    assert rows["target", "open, index"].seconds < 1
+    assert {entry["rows_per_view"] for entry in bench.paper()} == {14_197_122, 1_000_000_000}
+
+
+@pytest.mark.slow
 def test_the_stages_of_a_pass_are_timed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
     loaded("bench_end_to_end").main(["--tiny", "--stages"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
