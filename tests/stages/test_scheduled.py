@@ -103,19 +103,16 @@ def nothing(folder: Path) -> Callable[[], None]:
 
 
 WRONG = [
-    (["cache.veiws=2"], {}, nothing, "did you mean 'views'"),
     (["data.train=nowhere.npz"], {}, nothing, "nowhere.npz"),
     (["cache.path={}/whole.zarr", "cache.batch=16"], {}, nothing, "made from something else"),
-    (["--part", "2/2"], {}, nothing, "cache.part: expected i/n"),
     ([], {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "2"}, nothing, "a place below 2, found 5"),
     ([], {"JOB_COMPLETION_INDEX": "0"}, nothing, "JOB_COMPLETIONS: expected"),
 ]
 FAILED = [
     # the pod before may still be ending
     (["cache.path={}/whole.zarr"], {}, taken, "part 0/1 is already being written"),
-    (["cache.path={}/whole.zarr", "--part", "0/2"], {}, taken, "found writers at work on one of 1"),
     (["cache.path={}/blocked.zarr"], {}, blocked, "cannot be written"),
-    (["cache.path={}/nan.zarr", "teachers.0.weights={}/nan.pt"], {}, diverged, "expected finite values"),
+    (["cache.path={}/nan.zarr", "teachers.0.weights={}/nan.pt"], {}, diverged, "expected finite maps"),
 ]
 
 
@@ -198,6 +195,11 @@ def test_shards_that_are_begun_later_are_not_waited_for() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def rows_logged(log: Path) -> int:
+    """Shards of rows, not what is written before the first of them."""
+    return log.read_bytes().count(b"pixels/sums") if log.exists() else 0
+
+
 @pytest.mark.slow
 def test_a_task_is_ended_and_the_same_command_goes_on(world: Path, tmp_path: Path) -> None:
     """A real process, a real signal, more than once."""
@@ -205,10 +207,9 @@ def test_a_task_is_ended_and_the_same_command_goes_on(world: Path, tmp_path: Pat
     command = [sys.executable, "-m", "feedfast", "cache", str(world), f"cache.path={path}", views]
     log, ended, left = path / "commits" / "part-0-of-1.jsonl", 0, [6000]
     for _ in range(3):
-        size = log.stat().st_size if log.exists() else 0
+        before = rows_logged(log)
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        # past what is written before the first row
-        while job.poll() is None and (not log.exists() or log.stat().st_size < size + 10_000):
+        while job.poll() is None and rows_logged(log) < before + 4:
             time.sleep(0.01)
         job.send_signal(signal.SIGTERM)
         out, err = job.communicate(timeout=120)
