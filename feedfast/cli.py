@@ -136,6 +136,14 @@ def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
     no_check: NoCheck = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="ray", help="who runs it: ray = actors of a Ray cluster; default: this process"),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="actors of the engine; default: one per GPU, or per node without GPUs"),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="cache.part; default: the place in a Slurm array or Kubernetes indexed job"),
@@ -154,12 +162,22 @@ def cache(
 ) -> None:
     """Run the teachers once over every view and write the cache; resumes by itself."""
     asked = [*(overrides or ()), *([f"cache.part={part}"] if part else [])]
+    if engine not in (None, "ray"):
+        raise RequestError(f"--engine: expected ray, found {engine!r}")
+    if engine is None and workers is not None:
+        raise RequestError(f"--workers: expected --engine ray, whose workers they are, found --workers {workers} alone")
     if launcher is not None:
+        if engine is not None:
+            raise RequestError("--print: expected no --engine, which starts its own workers, found --engine ray")
         _print_lines(recipe, asked, launcher, tasks, check=not no_check)
-        return
-    from feedfast.stages.offline import run_cache
+    elif engine is not None:
+        from feedfast.stages.offline_ray import run_cache_ray
 
-    _print(run_cache(_read(recipe, asked), check=not no_check))
+        _print(run_cache_ray(_read(recipe, asked), workers=workers or "", check=not no_check))
+    else:
+        from feedfast.stages.offline import run_cache
+
+        _print(run_cache(_read(recipe, asked), check=not no_check))
 
 
 def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> None:

@@ -157,13 +157,15 @@ class Ledger:
         spec = self.spec(array)
         return {(v, s) for v in range(spec.num_views) for s in range(spec.num_shards)} - self.done[array]
 
-    def refresh(self, array: str) -> None:
-        """Learn what other writers have committed of an array since."""
-        for commit in read_log(self.store).of(array):
-            place = self.specs[array].locate(commit.shard)
-            if place not in self.done[array] and (array, commit.shard) not in self.commits:
-                self.commits[array, commit.shard] = commit
-                self.done[array].add(place)
+    def refresh(self, *arrays: str) -> None:
+        """Learn what other writers have committed of some arrays since."""
+        log = read_log(self.store)
+        for array in arrays:
+            for commit in log.of(array):
+                place = self.specs[array].locate(commit.shard)
+                if place not in self.done[array] and (array, commit.shard) not in self.commits:
+                    self.commits[array, commit.shard] = commit
+                    self.done[array].add(place)
 
     # ---- committing
 
