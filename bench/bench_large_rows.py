@@ -28,10 +28,10 @@ import numpy as np
 import torch
 
 from feedfast.cache import names
+from feedfast.cache.disk import FileObject
 from feedfast.cache.layout import array_specs
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
-from feedfast.cache.store import Object
 from feedfast.cache.stream import MAX_BUFFER_BYTES
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.data.passes import pass_order, pass_sizes
@@ -95,14 +95,14 @@ def write(path: Path, rows: int, side: int) -> dict[str, Any]:
 
 def read(path: Path, rows: int, side: int) -> dict[str, Any]:
     counted = [0]
-    real = Object.read
+    real = FileObject.read
 
-    def counting(self: Object, targets: Sequence[Any], offset: int) -> int:
+    def counting(self: FileObject, targets: Sequence[Any], offset: int) -> int:
         done = real(self, targets, offset)
         counted[0] += done
         return done
 
-    Object.read = counting  # type: ignore[method-assign]
+    FileObject.read = counting  # type: ignore[method-assign]
     reader = CacheReader(path)
     plan, arrays = reader.manifest.plan, [names.codes("a", tap) for tap in reader.manifest.teachers["a"].taps]
     order = pass_order(rows, 0, 0, 1, plan.granule, plan.window)

@@ -47,10 +47,10 @@ import numpy as np
 import tensorstore as ts
 import zarr
 
+from feedfast.cache.disk import Disk
 from feedfast.cache.layout import ArraySpec, shard_rows_for
 from feedfast.cache.segments import BufferPool
 from feedfast.cache.shards import ArrayView, ShardFiles
-from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.data.passes import pass_order, pass_sizes
 
@@ -103,7 +103,7 @@ def write(folder: Path, values: Array, compression: Any, most_rows: int = GRANUL
         start, stop = spec.shard_span(shard)
         array[0, start:stop] = values[start:stop]
     sizes = {shard: (folder / spec.key(0, shard)).stat().st_size for shard in range(spec.num_shards)}
-    return ArrayView(spec, Store(folder.parent), 0, sizes)
+    return ArrayView(spec, Disk(folder.parent), 0, sizes)
 
 
 def ahead(pool: ThreadPoolExecutor, read: Callable[[list[tuple[int, int]]], Array], slices: Slices) -> Iterator[Array]:

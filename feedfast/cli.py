@@ -44,7 +44,7 @@ NoCheck = Annotated[
 ]
 
 INTERRUPTED = 130  # how typer passes a KeyboardInterrupt on
-CONTINUING = {"cache", "train", "chain", "factors", "demo", "sweep"}
+CONTINUING = {"cache", "train", "chain", "factors", "demo", "copy", "sweep"}
 
 
 def _home(path: Path | None) -> Path | None:
@@ -136,6 +136,14 @@ def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
     no_check: NoCheck = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="ray", help="who runs it: ray = actors of a Ray cluster; default: this process"),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="N|MIN-MAX", help="actors of the engine; default: one per GPU, or per node without GPUs"),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option(metavar="I/N", help="cache.part; default: the place in a Slurm array or Kubernetes indexed job"),
@@ -154,14 +162,24 @@ def cache(
 ) -> None:
     """Run the teachers once over every view and write the cache; resumes by itself."""
     asked = [*(overrides or ()), *([f"cache.part={part}"] if part else [])]
-    if launcher is not None:
-        _print_lines(recipe, asked, launcher, tasks, check=not no_check)
-        return
-    if tasks is not None:
+    if engine not in (None, "ray"):
+        raise RequestError(f"--engine: expected ray, found {engine!r}")
+    if engine is None and workers is not None:
+        raise RequestError(f"--workers: expected --engine ray, whose workers they are, found --workers {workers} alone")
+    if launcher is None and tasks is not None:
         raise RequestError(f"--tasks: expected with --print, found {tasks} without; --part i/n does one part of a job")
-    from feedfast.stages.offline import run_cache
+    if launcher is not None:
+        if engine is not None:
+            raise RequestError("--print: expected no --engine, which starts its own workers, found --engine ray")
+        _print_lines(recipe, asked, launcher, tasks, check=not no_check)
+    elif engine is not None:
+        from feedfast.stages.offline_ray import run_cache_ray
 
-    _print(run_cache(_read(recipe, asked), check=not no_check))
+        _print(run_cache_ray(_read(recipe, asked), workers=workers or "", check=not no_check))
+    else:
+        from feedfast.stages.offline import run_cache
+
+        _print(run_cache(_read(recipe, asked), check=not no_check))
 
 
 def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> None:
@@ -273,7 +291,7 @@ def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def verify(
-    cache: Annotated[str, typer.Argument(help="a cache folder")],
+    cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="read every byte and check every checksum")] = False,
     replay: Annotated[int, typer.Option(min=0, help="blocks of pixels decoded again and compared; 0 = none")] = 0,
@@ -294,7 +312,7 @@ def verify(
 
 @app.command()
 def inspect(
-    cache: Annotated[str, typer.Argument(help="a cache folder")],
+    cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     out: Annotated[
         Path | None,
         typer.Option(callback=_home, help="folder for inspect.html with pictures of maps; none = no pictures"),
@@ -304,6 +322,17 @@ def inspect(
     from feedfast.stages.inspect import run_inspect
 
     _print(run_inspect(cache, out))
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
+    target: Annotated[str, typer.Argument(help="where to: a folder, or s3://…, gs://… or az://…")],
+) -> None:
+    """Copy a cache to or from a bucket, or between folders; verified on the way, continues by itself."""
+    from feedfast.stages.copying import run_copy
+
+    _print(run_copy(*(os.path.expanduser(place) for place in (source, target))))
 
 
 @app.command()

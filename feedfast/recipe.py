@@ -144,7 +144,9 @@ class Cache(_Section):
     """What the offline stage stores, and how."""
 
     path: PathText = Field(
-        "", description='folder of the cache; needed by `cache` and by `train.source = "cache"` or `"record"`'
+        "",
+        description="folder of the cache, or a bucket with a prefix: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or "
+        'az://CONTAINER/PREFIX (docs/buckets.md); needed by `cache` and by `train.source = "cache"` or `"record"`',
     )
     views: int = Field(
         4,
@@ -171,7 +173,17 @@ class Cache(_Section):
         description="i/n: write every n-th unit of 1,024 rows from the i-th; auto: the place in a Slurm array or a "
         "Kubernetes indexed job, else all of them. Ranks of torchrun or srun divide that among themselves",
     )
-    threads: int = Field(2, ge=1, le=64, description="reading and writing threads")
+    threads: int = Field(
+        2, ge=1, le=64, description="reading and writing threads; from a bucket as many more read as are needed"
+    )
+    local: PathText = Field(
+        "",
+        description="of a cache in a bucket: a folder on a local disk where its objects are kept as they are read; "
+        "none = every pass reads from the bucket",
+    )
+    local_gb: float = Field(
+        50.0, gt=0, le=1 << 20, description="GiB that `local` may hold; what was used longest ago goes first"
+    )
 
 
 class Teacher(_Section):

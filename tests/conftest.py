@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from buckets import cloud, one_cloud  # noqa: F401 - fixtures for every room
 
 # Triton's decorators bind to the compiler or to the interpreter when it is imported: without a GPU, the interpreter.
 if not torch.cuda.is_available():

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from feedfast.cache.layout import array_specs, group_metadata
 from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import MAX_PASSES, Manifest, describe_differences, differences, merge
-from feedfast.cache.store import COMMITS, Store, open_store
+from feedfast.cache.store import COMMITS, MADE, Place, Store
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.provenance import Provenance, began_with
 
@@ -25,7 +26,7 @@ _LOCK: Final = ".lock-manifest"
 _LOCK_PATIENCE_S: Final = 60.0
 
 
-def open_for_writing(place: str | Path | Store, manifest: Manifest) -> Manifest:
+def open_for_writing(place: Place | Store, manifest: Manifest) -> Manifest:
     """Create or extend a cache; returns the stored manifest.
 
     Measured fields, and the grouping of rows into blocks and shards, are those of an existing cache: use what is
@@ -50,19 +51,29 @@ def open_for_writing(place: str | Path | Store, manifest: Manifest) -> Manifest:
                 raise CacheMismatchError(f"{store.where()}: this cache was made from something else\n{table}")
         merged = merge(existing, manifest) if existing else manifest
         merged = Manifest.model_validate(merged.model_dump())  # together they must be sound, too
-        _put_metadata(store, "", group_metadata(merged.to_attrs()))
-        groups: set[str] = set()
-        for name, spec in array_specs(merged).items():
-            parents = [str(parent) for parent in PurePosixPath(name).parents if parent.name]
-            for parent in reversed(parents):
-                if parent not in groups:
-                    _put_metadata(store, parent, group_metadata())
-            groups.update(parents)
-            _put_metadata(store, name, spec.zarr_metadata())
+        put_manifest(store, merged)
+        put_array_metadata(store, merged)
     return merged
 
 
-def record_pass(place: str | Path | Store, job: Provenance) -> None:
+def put_array_metadata(store: Store, manifest: Manifest) -> None:
+    """Put the `zarr.json` of every array, and of the groups they are in but the root; its own is `put_manifest`'s."""
+    groups: set[str] = set()
+    for name, spec in array_specs(manifest).items():
+        parents = [str(parent) for parent in PurePosixPath(name).parents if parent.name]
+        for parent in reversed(parents):
+            if parent not in groups:
+                _put_metadata(store, parent, group_metadata())
+        groups.update(parents)
+        _put_metadata(store, name, spec.zarr_metadata())
+
+
+def put_manifest(store: Store, manifest: Manifest) -> None:
+    """Put the root's `zarr.json`, which makes a cache of what lies there."""
+    _put_metadata(store, "", group_metadata(manifest.to_attrs()))
+
+
+def record_pass(place: Place | Store, job: Provenance) -> None:
     """Name a job among the manifest's passes; with the same start, command and machine it is the same job.
 
     Raises:
@@ -72,10 +83,10 @@ def record_pass(place: str | Path | Store, job: Provenance) -> None:
     with manifest_lock(store):
         held = read_manifest(store)
         passes = began_with(held.passes, job, MAX_PASSES)
-        _put_metadata(store, "", group_metadata(held.model_copy(update={"passes": passes}).to_attrs()))
+        put_manifest(store, held.model_copy(update={"passes": passes}))
 
 
-def refuse_foreign(place: str | Path | Store) -> None:
+def refuse_foreign(place: Place | Store) -> None:
     """Raise unless ``place`` is a cache, an empty directory or nothing yet.
 
     Raises:
@@ -83,7 +94,7 @@ def refuse_foreign(place: str | Path | Store) -> None:
     """
     store = open_store(place)
     names = store.names()
-    if ROOT not in names and _LOCK not in store.names(COMMITS):
+    if ROOT not in names and not {_LOCK, MADE} & set(store.names(COMMITS)):
         found = [name for name in names if name != COMMITS and not name.startswith(PLAN_PROBE)]
         if found:
             raise RequestError(f"{store.where()}: expected a feedfast cache or an empty directory, found {found[:5]}")

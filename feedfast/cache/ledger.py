@@ -130,8 +130,11 @@ class Ledger:
                 problems,
             )
         self.commits, self._stale = log.commits, log.stale
+        look: dict[str, Callable[[str], int]] = {}
         for key, commit in log.commits.items():
-            wrong = check_length(commit.bytes, partial(self.store.size, object_key(*key)))
+            if commit.array not in look:
+                look[commit.array] = self.store.sizes(commit.array)
+            wrong = check_length(commit.bytes, partial(look[commit.array], object_key(*key)))
             if wrong is not None:
                 self.damaged.append(problem(*key, *wrong))
             elif commit.array in self.done:
@@ -154,13 +157,15 @@ class Ledger:
         spec = self.spec(array)
         return {(v, s) for v in range(spec.num_views) for s in range(spec.num_shards)} - self.done[array]
 
-    def refresh(self, array: str) -> None:
-        """Learn what other writers have committed of an array since."""
-        for commit in read_log(self.store).of(array):
-            place = self.specs[array].locate(commit.shard)
-            if place not in self.done[array] and (array, commit.shard) not in self.commits:
-                self.commits[array, commit.shard] = commit
-                self.done[array].add(place)
+    def refresh(self, *arrays: str) -> None:
+        """Learn what other writers have committed of some arrays since."""
+        log = read_log(self.store)
+        for array in arrays:
+            for commit in log.of(array):
+                place = self.specs[array].locate(commit.shard)
+                if place not in self.done[array] and (array, commit.shard) not in self.commits:
+                    self.commits[array, commit.shard] = commit
+                    self.done[array].add(place)
 
     # ---- committing
 
@@ -195,8 +200,9 @@ class Ledger:
             sha.update(part)
         content = [memoryview(part).cast("B") for part in parts]
         sums = block_sums(spec, parts)
-        self.store.put(object_key(spec.name, key), content, self._owner, written=written)
         earlier = self.commits.get((spec.name, key)) or self._stale.get((spec.name, key))
+        taken = None if earlier else partial(self._refuse_other_writer, spec, key)
+        self.store.put(object_key(spec.name, key), content, self._owner, taken=taken, written=written)
         commit = Commit(
             array=spec.name,
             shard=key,
@@ -217,6 +223,15 @@ class Ledger:
             self._forget_codes_of_another(commit)
             self.bytes_written += commit.bytes
             self.shards_written += 1
+
+    def _refuse_other_writer(self, spec: ArraySpec, key: str) -> None:
+        """Of an object that was there, with other bytes: one who died left it, or one who lives has logged it."""
+        if (spec.name, key) in read_log(self.store).commits:
+            where = self.store.where(object_key(spec.name, key))
+            raise FeedfastError(
+                f"{where}: another process has committed this shard meanwhile, with other bytes; expected one writer "
+                "per part. What is committed stays valid: run the same command again"
+            )
 
     def _forget_codes_of_another(self, scale: Commit) -> None:
         """With a new scale, codes made with another one are absent."""

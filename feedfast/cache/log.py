@@ -13,15 +13,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from feedfast.cache import names
 from feedfast.cache.commit import Commit as Commit
 from feedfast.cache.index import Commits, LogIndex, read_index, write_index
 from feedfast.cache.layout import ArraySpec
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import COMMITS, MAX_LINE_BYTES, Store, open_store, refuse_not_damage
+from feedfast.cache.store import COMMITS, MAX_LINE_BYTES, Place, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError, FeedfastError
 
 MAX_PROBLEMS: Final = 1000  # of one kind that are listed; the rest is counted
@@ -152,7 +152,7 @@ def fit_of(array: str, commits: Mapping[tuple[str, str], Commit]) -> str:
     return "" if scale is None else scale.sha256[:16]
 
 
-def read_log(place: str | Path | Store, *, indexed: bool = True) -> Log:
+def read_log(place: Place | Store, *, indexed: bool = True) -> Log:
     """All logs of a cache as one; problems are returned, not raised. Without logs: an empty log.
 
     Args:
@@ -179,7 +179,7 @@ def read_log(place: str | Path | Store, *, indexed: bool = True) -> Log:
     return collect(commits, problems, index)
 
 
-def keep_index(place: str | Path | Store, specs: Mapping[str, ArraySpec]) -> bool:
+def keep_index(place: Place | Store, specs: Mapping[str, ArraySpec]) -> bool:
     """Put an index of the logs of a complete cache of many lines; whether one is there now.
 
     Raises:
@@ -276,7 +276,7 @@ def digest_of(commits: Iterable[Commit]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def cache_digest(place: str | Path | Store) -> str:
+def cache_digest(place: Place | Store) -> str:
     """The digest of everything committed in a cache.
 
     Raises:

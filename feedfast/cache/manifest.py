@@ -6,12 +6,12 @@ it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 from feedfast.cache.log import problem
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import Store, open_store, refuse_not_damage
+from feedfast.cache.store import Place, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.files import MAX_JSON_BYTES, parse_json
 
@@ -19,7 +19,7 @@ ROOT: Final = "zarr.json"
 MAX_MANIFEST_BYTES: Final = MAX_JSON_BYTES
 
 
-def read_manifest(place: str | Path | Store) -> Manifest:
+def read_manifest(place: Place | Store) -> Manifest:
     """The manifest of a cache.
 
     Raises:
@@ -31,15 +31,12 @@ def read_manifest(place: str | Path | Store) -> Manifest:
     store = open_store(place)
     file = store.where(ROOT)
     try:
-        found = store.open(ROOT)
-        data = store.read(ROOT) if found.size <= MAX_MANIFEST_BYTES else b""
+        data = store.read(ROOT, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{store.where()}: expected a feedfast cache, found no {ROOT} in it") from None
     except OSError as error:
         refuse_not_damage(error, file)
         raise _damage(f"{file}: cannot be read: {error.strerror}") from error
-    if found.size > MAX_MANIFEST_BYTES:
-        raise _damage(f"{file}: expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {found.size}")
     try:
         content = parse_json(data)
     except ValueError as error:
@@ -53,7 +50,7 @@ def read_manifest(place: str | Path | Store) -> Manifest:
         raise _damage(f"{file}: {error}") from error
 
 
-def held_manifest(place: str | Path | Store) -> Manifest | None:
+def held_manifest(place: Place | Store) -> Manifest | None:
     """The manifest of a cache, None where there is no cache yet; errors as of `read_manifest`."""
     store = open_store(place)
     return read_manifest(store) if ROOT in store.names() else None

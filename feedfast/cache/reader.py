@@ -12,9 +12,8 @@ gives what turns them into values. This module never writes and knows neither mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -26,10 +25,12 @@ from feedfast.cache.index import BlockSums, ViewCommits
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import MAX_PROBLEMS, Commit, Problem, check_length, check_log, digest_of, problem, read_log
 from feedfast.cache.manifest import read_manifest
+from feedfast.cache.places import open_store
 from feedfast.cache.segments import Array, BufferPool, Segment, shaped
 from feedfast.cache.shards import ArrayView, ShardFiles, read_small
-from feedfast.cache.store import Store, open_store
+from feedfast.cache.store import Place, Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
+from feedfast.cache.tier import Tier
 from feedfast.errors import CacheDamageError, RequestError
 
 _SHOWN: Final = 5  # problems spelled out in a message; all of them are in the error's list
@@ -38,19 +39,21 @@ _SHOWN: Final = 5  # problems spelled out in a message; all of them are in the e
 class CacheReader:
     """Reads a cache. Safe to use from several threads; after `close` still usable, just without its open files."""
 
-    def __init__(self, place: str | Path | Store, *, threads: int = 2) -> None:
+    def __init__(self, place: Place | Store, *, threads: int = 2, tier: Tier | None = None) -> None:
         """Open a cache.
 
         Args:
-            place: the cache's folder.
-            threads: threads of each stream that read, check and decode; 2 saturate a step of most students.
+            place: the cache's folder, or a bucket with a prefix.
+            threads: threads of each stream that read, check and decode; 2 saturate a step of most students. More are
+                started where the consumer has to wait for a bucket.
+            tier: where objects of a bucket are kept as they are read.
 
         Raises:
             RequestError: there is no cache at ``place``.
             CacheDamageError: the manifest or the commit log is damaged, or they do not belong together.
         """
-        self._store = open_store(place)
-        self.path = self._store.root
+        self._store, self._tier = open_store(place, tier), tier
+        self.path: Place = self._store.place
         self.manifest = read_manifest(self._store)
         self.specs: dict[str, ArraySpec] = array_specs(self.manifest)
         self.log = read_log(self._store)
@@ -65,8 +68,8 @@ class CacheReader:
         self._files = ShardFiles()
         self._pool = BufferPool()
 
-    def __reduce__(self) -> tuple[type[CacheReader], tuple[str], dict[str, int]]:
-        return CacheReader, (str(self.path),), {"threads": self.threads}
+    def __reduce__(self) -> tuple[Any, tuple[str, int, Tier | None]]:
+        return _reopened, (str(self.path), self.threads, self._tier)
 
     def __enter__(self) -> CacheReader:
         return self
@@ -77,6 +80,11 @@ class CacheReader:
     def close(self) -> None:
         """Close the shard files that no stream is reading."""
         self._files.clear()
+
+    @property
+    def original(self) -> bool:
+        """Whether it lies where it was made: not copied or downloaded since, and in no bucket, which proves nothing."""
+        return bool(self.manifest.folder) and self.manifest.folder == self._store.number()
 
     def committed(self, array: str, view: int = 0) -> Mapping[int, Commit]:
         """Commit lines of one view of an array by shard number; saturation counts are in them.
@@ -139,9 +147,10 @@ class CacheReader:
         problems: list[Problem] = []
         for array in arrays:
             spec = self._spec(array)
+            look = self._store.sizes(array)
             for view in views if spec.views else [0]:
                 shards = spec.num_shards if stop is None or not spec.sharded else -(-stop // spec.shard_rows)
-                problems += self._absent(self._source(array, view), range(min(shards, spec.num_shards)))
+                problems += self._absent(self._source(array, view), range(min(shards, spec.num_shards)), look)
                 if len(problems) >= MAX_PROBLEMS:
                     raise _damage(self.path, problems)
         if problems:
@@ -189,7 +198,7 @@ class CacheReader:
         source = self._source(array, view)
         segment = Segment(_checked_rows(rows, spec), 0, len(rows))
         out = np.empty(len(rows) * spec.row_bytes, np.uint8)
-        for first, last in segment.jobs(spec):
+        for first, last in segment.jobs(spec, self._store.reach.job_bytes):
             segment.read(source, self._files, [(0, out)], first, last)
         return shaped(out, spec)
 
@@ -244,7 +253,8 @@ class CacheReader:
         coming = wanted[start_batch * batch_size :]
         problems = []
         for source in sources:
-            problems += self._absent(source, np.unique(coming // source.spec.shard_rows).tolist())
+            shards = np.unique(coming // source.spec.shard_rows).tolist()
+            problems += self._absent(source, shards, self._store.sizes(source.spec.name))
         if problems:
             raise _damage(self.path, problems)
         return Stream(
@@ -257,6 +267,7 @@ class CacheReader:
             threads=self.threads,
             files=self._files,
             pool=self._pool,
+            reach=self._store.reach,
             max_buffer_bytes=max_buffer_bytes,
         )
 
@@ -276,7 +287,7 @@ class CacheReader:
         sums = {shard: commit.block_sums for shard, commit in commits.items()}
         return ArrayView(self.specs[array], self._store, view, sizes, sums)
 
-    def _absent(self, source: ArrayView, shards: Iterable[int]) -> list[Problem]:
+    def _absent(self, source: ArrayView, shards: Iterable[int], look: Callable[[str], int]) -> list[Problem]:
         problems: list[Problem] = []
         for shard in shards:
             if len(problems) >= MAX_PROBLEMS:
@@ -285,7 +296,7 @@ class CacheReader:
             if expected is None:
                 problems.append(problem(source.spec.name, key, "incomplete", "not committed"))
                 continue
-            wrong = check_length(expected, partial(self._store.size, source.object_key(shard)))
+            wrong = check_length(expected, partial(look, source.object_key(shard)))
             if wrong is not None:
                 problems.append(problem(source.spec.name, key, *wrong))
         return problems
@@ -302,7 +313,12 @@ def _checked_rows(rows: Sequence[int] | npt.NDArray[np.integer[Any]], spec: Arra
     return found.astype(np.int64, copy=False)
 
 
-def _damage(path: Path, problems: Sequence[Problem]) -> CacheDamageError:
+def _reopened(place: str, threads: int, tier: Tier | None) -> CacheReader:
+    """In another process."""
+    return CacheReader(place, threads=threads, tier=tier)
+
+
+def _damage(path: Place, problems: Sequence[Problem]) -> CacheDamageError:
     lines = [f"  {entry['array']} {entry['shard']}: {entry['kind']}: {entry['detail']}" for entry in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  … and {len(problems) - _SHOWN} more")

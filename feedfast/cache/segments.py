@@ -25,7 +25,6 @@ from feedfast.cache.shards import ArrayView, Bytes, ShardFiles, thread_buffer
 Rows = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 
-_JOB_BYTES = 1 << 20  # 1 MiB; smaller neighboring blocks are read by one job, for fewer GIL hand-overs
 # 16 KiB; Python spends 1 or 2 us on each stretch of memory that is read into: copying less than this takes less.
 SMALL_BYTES = 16 << 10
 
@@ -174,9 +173,9 @@ class Segment:
             known = self._blocks[block_rows] = (blocks.tolist(), [*first.tolist(), len(self.rows)])
         return known
 
-    def jobs(self, spec: ArraySpec) -> Iterator[tuple[int, int]]:
+    def jobs(self, spec: ArraySpec, job_bytes: int) -> Iterator[tuple[int, int]]:
         """Runs [first, last) of `blocks` to be read together: whole, consecutive, of one shard, not too large."""
-        most = max(1, _JOB_BYTES // spec.block_bytes) if self._distinct else 1
+        most = max(1, job_bytes // spec.block_bytes) if self._distinct else 1
         (blocks, bounds), first = self.blocks(spec.block_rows), 0
         for last in range(1, len(blocks) + 1):
             if (

@@ -17,9 +17,10 @@ from __future__ import annotations
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ from feedfast.cache.store import Object, Store, refuse_not_damage
 from feedfast.errors import CacheDamageError
 
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+LOOKS: Final = 3  # at bytes that were not what is committed and may have been changed on their way
 _MAX_BUFFERS: Final = 1024  # IOV_MAX: what one call of preadv may fill
 
 
@@ -88,8 +91,8 @@ class ArrayView:
 class CommittedObject:
     """One open object whose length is the committed one; it closes when nothing refers to it any more."""
 
-    def __init__(self, source: ArrayView, number: int) -> None:
-        """Open object ``number`` of the view.
+    def __init__(self, source: ArrayView, number: int, tail_bytes: int = 0) -> None:
+        """Open object ``number`` of the view, of which ``tail_bytes`` at the end will be read first.
 
         Raises:
             CacheDamageError: kind ``incomplete``, ``missing``, ``length`` or ``io``.
@@ -100,13 +103,32 @@ class CommittedObject:
         if committed is None:
             raise source.damage("incomplete", number, "no commit line names this shard; run feedfast cache")
         self.size = committed
+        self._tail_bytes = min(tail_bytes, committed)
         wrong = check_length(committed, self._open)
         if wrong is not None:
             raise source.damage(wrong[0], number, wrong[1])
 
     def _open(self) -> int:
-        self._object: Object = self.source.store.open(self.source.object_key(self.number))
+        key, store = self.source.object_key(self.number), self.source.store
+        self._object: Object = store.open(key, tail_bytes=self._tail_bytes, committed_bytes=self.size)
         return self._object.size
+
+    def refetch(self) -> bool:
+        """See `feedfast.cache.store.Object.refetch`.
+
+        Raises:
+            CacheDamageError: what is there then is missing, or of another length.
+        """
+        again: list[bool] = []
+
+        def look() -> int:
+            again.append(self._object.refetch())
+            return self._object.size
+
+        wrong = check_length(self.size, look)
+        if wrong is not None:
+            raise self.source.damage(wrong[0], self.number, wrong[1])
+        return again[-1]
 
     def read(self, targets: Sequence[Any], offset: int) -> None:
         """Fill uint8 arrays, one after another, with the bytes from ``offset`` on.
@@ -124,28 +146,51 @@ class CommittedObject:
             raise self.source.damage("length", self.number, detail)
 
 
+def checked(file: CommittedObject, read: Callable[[], T]) -> T:
+    """What ``read`` makes of an object; read again after damage, where a second look can help, `LOOKS` times in all.
+
+    Raises:
+        CacheDamageError: as ``read``, the last time.
+    """
+    for _ in range(LOOKS - 1):
+        try:
+            return read()
+        except CacheDamageError:
+            if not file.refetch():
+                raise
+    return read()
+
+
 class OpenShard:
     """One open shard whose index has been read and checked."""
 
-    def __init__(self, source: ArrayView, number: int) -> None:
-        """Open shard ``number`` of the view.
+    def __init__(self, source: ArrayView, number: int, file: CommittedObject | None = None) -> None:
+        """Open shard ``number`` of the view, or take the object that is open already.
 
         Raises:
             CacheDamageError: what `CommittedObject` raises, or kind ``index``.
         """
         self.source = source
         self.number = number
-        self._object = CommittedObject(source, number)
-        size, n_blocks = self._object.size, source.spec.blocks_per_shard
+        self._object = file or CommittedObject(source, number, index_length(source.spec.blocks_per_shard))
+        self._looking = threading.Lock()
+        self._looks = 0
+        self._index = checked(self._object, self._read_index)
+
+    def _read_index(self) -> list[list[int]]:
+        size, n_blocks = self._object.size, self.source.spec.blocks_per_shard
         tail = np.empty(min(size, index_length(n_blocks)), np.uint8)
         self._object.read([tail], size - len(tail))
         try:
-            self._index: list[list[int]] = parse_index(tail, n_blocks, size).tolist()
+            found: list[list[int]] = parse_index(tail, n_blocks, size).tolist()
         except CacheDamageError as error:
-            raise source.damage("index", number, str(error)) from None
+            raise self.source.damage("index", self.number, str(error)) from None
+        return found
 
     def read(self, blocks: Sequence[int], targets: Sequence[Sequence[Bytes]]) -> None:
         """Read consecutive blocks (numbers within the view) into memory.
+
+        What is found damaged is looked at again where the bytes may have been changed on the way or in a copy nearby.
 
         Args:
             blocks: ascending block numbers, all of this shard.
@@ -155,6 +200,27 @@ class OpenShard:
         Raises:
             CacheDamageError: kind ``index``, ``checksum``, ``fill``, ``length`` or ``io``, naming the block.
         """
+        for last in (False,) * (LOOKS - 1) + (True,):
+            looks = self._looks
+            try:
+                self._read(blocks, targets)
+            except CacheDamageError:
+                if last or not self._look_again(looks):
+                    raise
+            else:
+                return
+
+    def _look_again(self, looks: int) -> bool:
+        """Whether there is, or another thread has taken, a further look since the reader counted ``looks`` of them."""
+        with self._looking:
+            if self._looks == looks:
+                if not self._object.refetch():
+                    return False
+                self._index = self._read_index()
+                self._looks += 1
+            return True
+
+    def _read(self, blocks: Sequence[int], targets: Sequence[Sequence[Bytes]]) -> None:
         ranges = [self._range(block) for block in blocks]
         if self.source.spec.compression == "none":
             self._read_raw(blocks, ranges, targets)
@@ -232,6 +298,7 @@ class ShardFiles:
         """Keep at most ``limit`` files open, and no more than a quarter of what this process may open."""
         self._limit = min(limit, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._open: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
+        self._coming: dict[tuple[str, int, int], Future[OpenShard]] = {}
         self._lock = threading.Lock()
 
     def get(self, source: ArrayView, number: int) -> OpenShard:
@@ -242,10 +309,25 @@ class ShardFiles:
             if shard is not None:
                 self._open.move_to_end(key)
                 return shard
-        shard = OpenShard(source, number)
+            # One thread opens it, and the others that want it wait for what comes of that: of a far object each would
+            # ask anew.
+            coming = self._coming.get(key)
+            if coming is None:
+                mine = self._coming[key] = Future()
+        if coming is not None:
+            return coming.result()
+        try:
+            shard = OpenShard(source, number)
+        except BaseException as error:
+            with self._lock:
+                del self._coming[key]
+            mine.set_exception(error)
+            raise
         with self._lock:
+            del self._coming[key]
             self._open[key] = shard
             evicted = [self._open.popitem(last=False)[1] for _ in range(len(self._open) - self._limit)]
+        mine.set_result(shard)
         evicted.clear()  # files close here, outside the lock, or later in the thread that still reads one
         return shard
 
@@ -288,18 +370,19 @@ def read_small(source: ArrayView, number: int = 0) -> Bytes:
     Raises:
         CacheDamageError: what `CommittedObject` raises, or kind ``checksum``.
     """
-    return np.concatenate([np.empty(0, np.uint8), *small_pieces(source, number, source.spec.block_bytes)])
+    size = source.spec.block_bytes
+    file = CommittedObject(source, number, size + 4)
+    return checked(file, lambda: np.concatenate([np.empty(0, np.uint8), *small_pieces(file, size)]))
 
 
-def small_pieces(source: ArrayView, number: int, piece_bytes: int) -> Iterator[Bytes]:
+def small_pieces(file: CommittedObject, piece_bytes: int) -> Iterator[Bytes]:
     """`read_small` in pieces; the checksum is known to be right when the last has been taken.
 
     Args:
-        source: a view of an array that is not sharded.
-        number: of the object.
+        file: an object of an array that is not sharded.
         piece_bytes: a multiple of the size of a value.
     """
-    file, size = CommittedObject(source, number), source.spec.block_bytes
+    source, number, size = file.source, file.number, file.source.spec.block_bytes
     if file.size != size + 4:
         raise source.damage("length", number, f"the array takes {size + 4} bytes, committed are {file.size}")
     found, stored = 0, np.empty(4, np.uint8)

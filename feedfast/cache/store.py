@@ -1,43 +1,28 @@
-"""All bytes of a cache, and the promises its other modules rely on. Nothing else in `feedfast.cache` touches a file.
+"""What a cache is kept in: the verbs its other modules rely on, and the promises behind them.
 
 A `Store` holds *objects* by key (``targets/a/final/codes/c/0/1/0/0/0``), append-only *logs* of lines, and *locks*.
 An object is visible whole or not at all, and durable when `Store.put` returns. A line is durable when `Log.append`
 returns; a crash tears the last line at most. A lock, and the right to append to a log, have one owner at a time and
 end with it, however it ends. Reads take buffers to fill, so that blocks go straight to where they are wanted.
 
-This is the local one: files below a folder. The verbs are those that an object store has, too: objects are never
-changed in place or renamed, lists are of one folder, and a log is only appended to and read whole, so there it can be
-one small object per line. What has no counterpart there (temporary names, the shape of a lock) stays in here.
+There are two: a folder (`feedfast.cache.disk`) and a bucket (`feedfast.cache.bucket`); `feedfast.cache.places` opens
+either. Nothing else in `feedfast.cache` touches a file or sends a request.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import itertools
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self, runtime_checkable
 
-from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import (
-    MAX_JSON_BYTES,
-    Parts,
-    fsync_dir,
-    make_dirs,
-    open_in_place,
-    open_regular,
-    refuse_links,
-    replace_file,
-    write_all,
-    write_error,
-)
+from feedfast.errors import FeedfastError
+from feedfast.files import MAX_JSON_BYTES, Parts
 
 COMMITS: Final = "commits"  # the folder of logs and locks
+MADE: Final = ".made"  # in it: the mark of a place that was made, in a store that has no folders
 MAX_LINE_BYTES: Final = 1 << 20  # 1 MiB; a line of a log is about 300 bytes
 _PIECE_BYTES: Final = 1 << 20
 # What says nothing about the bytes on the disk: the same call may succeed later, or for somebody else.
@@ -52,27 +37,37 @@ _NOT_DAMAGE: Final = {
     errno.ETIMEDOUT: "its file system does not answer; run again",
     errno.ENAMETOOLONG: "give a shorter path",
 }
-_temporary = itertools.count()
+
+Place = Path | str
+"""Where a cache is: a folder, or the URL of a bucket with a prefix (``s3://bucket/runs/c100.zarr``)."""
 
 
-class Object:
+@dataclass(frozen=True)
+class Reach:
+    """How far a reader reaches ahead in a store: what takes longer to come is asked for earlier and in larger pieces.
+
+    Attributes:
+        job_bytes: smaller neighboring blocks are read by one job.
+        segment_bytes: what is planned at once, at least.
+        segment_batches: likewise, in batches; the lesser of the two counts.
+        threads: so many threads may come to read for one stream, where the consumer has to wait for those it has.
+    """
+
+    job_bytes: int = 1 << 20  # 1 MiB, for fewer GIL hand-overs
+    segment_bytes: int = 4 << 20  # 4 MiB; planning a segment costs the consumer some 50 microseconds
+    segment_batches: int = 16
+    threads: int = 0
+
+
+NEAR: Final = Reach()
+
+
+class Object(Protocol):
     """An object open for reading; it closes when nothing refers to it any more. Safe to read from several threads."""
 
-    def __init__(self, path: str) -> None:
-        """Open it.
-
-        Raises:
-            OSError: there is none, it cannot be opened, or it is no ordinary file.
-        """
-        self._fd = -1
-        self._fd = open_regular(path)
-        self.size = os.fstat(self._fd).st_size
-
-    def __del__(self) -> None:
-        # at the end of a process the modules may be gone before the objects are
-        if self._fd >= 0 and os is not None and contextlib is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
+    @property
+    def size(self) -> int:
+        """Its bytes."""
 
     def read(self, targets: Sequence[Any], offset: int) -> int:
         """Fill buffers, one after another, with the bytes from ``offset`` on.
@@ -86,52 +81,32 @@ class Object:
 
         Raises:
             OSError: it cannot be read.
+            FeedfastError: the store does not answer.
         """
-        # Announcing ranges to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed
-        # nothing: the threads' own reads keep a local disk busy.
-        wanted: int = sum(target.nbytes for target in targets)
-        if os.preadv(self._fd, targets, offset) == wanted:
-            return wanted
-        # a signal, or the kernel's limit of 2 GiB per call: rare, so one buffer at a time is good enough
-        total = 0
-        for target in targets:
-            done = 0
-            while done < target.nbytes:
-                got = os.preadv(self._fd, [target[done:]], offset + total)
-                if got == 0:
-                    return total
-                done += got
-                total += got
-        return total
+
+    def refetch(self) -> bool:
+        """For a reader that found damage: whether a second look can help, because the bytes came from elsewhere.
+
+        What was copied nearby is then dropped, and the object opened again.
+        """
 
 
-class Lock:
+@runtime_checkable
+class Lock(Protocol):
     """A lock that is held until it is closed, or this process ends. A context manager."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
 
     def close(self) -> None:
         """Give it back."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
+    def __enter__(self) -> Self: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    ) -> None: ...
 
 
-class Log(Lock):
+class Log(Lock, Protocol):
     """A log this process alone may append to, until it is closed."""
-
-    def __init__(self, fd: int, path: Path) -> None:
-        super().__init__(fd)
-        self._path = path
 
     def append(self, line: bytes) -> None:
         """Add a line, newline included. Durable on return. Not for two threads at once.
@@ -139,42 +114,39 @@ class Log(Lock):
         Raises:
             FeedfastError: it cannot be written; it is not in the log.
         """
-        end = os.fstat(self._fd).st_size
-        try:
-            write_all(self._fd, [line])
-            os.fsync(self._fd)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, end)  # else whoever opens the log next cuts it
-            raise write_error(error, self._path, len(line)) from error
 
 
-class Store:
-    """The objects, logs and locks of one cache: files below a folder, which need not exist before `make`.
+class Store(Protocol):
+    """The objects, logs and locks of one cache. The place need not exist before `make`.
 
-    Keys are relative paths with ``/``, made by this program: a key read from a file must be checked first.
+    Keys are relative paths with ``/``, made by this program: a key read from a file must be checked first. What is
+    asked for wrongly (no such bucket, no permission to look) is a `RequestError`, whatever the verb.
     """
 
-    def __init__(self, place: str | Path) -> None:
-        self.root = Path(place)
-        self._prefix = os.path.join(place, "")  # the hot path opens by string
+    @property
+    def place(self) -> Place:
+        """Where it is: `feedfast.cache.places.open_store` of it opens the same store in another process."""
 
-    def __repr__(self) -> str:
-        return f"Store({str(self.root)!r})"
+    @property
+    def reach(self) -> Reach:
+        """How far readers reach ahead."""
 
     def where(self, key: str = "") -> str:
         """What a message calls an object, or the whole store."""
-        return str(self.root / key)
 
     # ---- reading
 
-    def open(self, key: str) -> Object:
+    def open(self, key: str, *, tail_bytes: int = 0, committed_bytes: int | None = None) -> Object:
         """Open an object.
+
+        Args:
+            key: its key.
+            tail_bytes: so many of its last bytes will be read first.
+            committed_bytes: its length as it was committed. Such an object does not change: a copy of it may be kept.
 
         Raises:
             OSError: there is none, or it cannot be opened.
         """
-        return Object(self._prefix + key)
 
     def read(self, key: str, most_bytes: int = MAX_JSON_BYTES) -> bytes:
         """The whole of an object.
@@ -182,11 +154,6 @@ class Store:
         Raises:
             OSError: there is none, it cannot be read, or it is longer than ``most_bytes``.
         """
-        found = self.open(key)
-        if found.size > most_bytes:
-            raise OSError(errno.EFBIG, f"{found.size} bytes long, expected at most {most_bytes}")
-        data = bytearray(found.size)
-        return bytes(data[: found.read([memoryview(data)], 0)])
 
     def lines(self, key: str, start: int = 0) -> Iterator[bytes]:
         """The lines of a log from a byte on, one after another, newline included; the last may lack it.
@@ -197,7 +164,6 @@ class Store:
         Raises:
             OSError: there is none, or it cannot be read.
         """
-        return _lines(self.open(key), start)
 
     def size(self, key: str) -> int:
         """Bytes of an object, without opening it.
@@ -205,7 +171,9 @@ class Store:
         Raises:
             OSError: there is none.
         """
-        return os.stat(self._prefix + key).st_size
+
+    def sizes(self, folder: str) -> Callable[[str], int]:
+        """`size` for keys below a folder of which many will be asked for, as of now."""
 
     def names(self, folder: str = "") -> list[str]:
         """Names directly in a folder, of objects and of folders, sorted; none if there is no such folder.
@@ -213,18 +181,6 @@ class Store:
         Raises:
             RequestError: the place is no folder, or cannot be looked into.
         """
-        path = self.root / folder
-        try:
-            return sorted(os.listdir(path))
-        except FileNotFoundError:
-            return []
-        except NotADirectoryError:
-            file = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-            raise RequestError(f"{path}: expected a directory or nothing, found a file at {file}") from None
-        except OSError as error:
-            raise RequestError(f"{path}: cannot be listed: {error.strerror}") from error
-        except ValueError as error:  # a NUL, or a character that no file name can hold
-            raise RequestError(f"{path}: no path of this system: {error}") from error
 
     # ---- writing
 
@@ -234,41 +190,33 @@ class Store:
         Raises:
             RequestError: it cannot be made.
         """
-        refuse_links(self.root, self.root / COMMITS)
-        try:
-            make_dirs(self.root.absolute() / COMMITS)
-        except OSError as error:
-            raise RequestError(f"{self.root}: cannot be made: {error.strerror}") from error
 
-    def put(self, key: str, parts: Parts, owner: str, *, written: Callable[[], None] | None = None) -> None:
-        """Write an object whole and durably, in place of any older one.
+    def put(
+        self,
+        key: str,
+        parts: Parts,
+        owner: str,
+        *,
+        taken: Callable[[], None] | None = None,
+        written: Callable[[], None] | None = None,
+    ) -> None:
+        """Write an object whole and durably.
 
         Args:
             key: its key.
             parts: its content as buffers of bytes, written one after another.
             owner: who writes it, for `sweep`.
+            taken: nobody knows of an older one. If there is one all the same, with other bytes, in a store that more
+                than one process could be putting it into, this is called: it raises, or the object is replaced.
+                Without it any older one is.
             written: called when nothing is left but to wait until it is durable: the buffers may be used again.
 
         Raises:
             FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.
         """
-        target = self.root / key
-        # All temporary files lie in one folder, so that what a killed writer left is found by listing it.
-        temporary = self.root / COMMITS / f".tmp-{owner}-{os.getpid()}-{next(_temporary)}"
-        refuse_links(self.root, target.parent)
-        refuse_links(self.root, temporary.parent)
-        try:
-            make_dirs(target.parent)
-        except OSError as error:
-            raise write_error(error, target, sum(len(part) for part in parts)) from error
-        replace_file(target, parts, temporary=temporary, written=written)
 
     def sweep(self, dead: Callable[[str], bool]) -> None:
         """Remove what unfinished `put` calls left behind, of all owners of whom ``dead`` is true."""
-        refuse_links(self.root, self.root / COMMITS)
-        for name in self.names(COMMITS):
-            if name.startswith(".tmp-") and dead(name.removeprefix(".tmp-").rsplit("-", 2)[0]):
-                (self.root / COMMITS / name).unlink(missing_ok=True)
 
     def open_log(self, key: str, sound_bytes: Callable[[Iterable[bytes]], int]) -> Log | None:
         """Open a log for appending, or make it; None while another process has it open.
@@ -281,35 +229,11 @@ class Store:
         Raises:
             FeedfastError: it cannot be opened, or not by this name (a link).
         """
-        file = self.root / key
-        new = not file.exists()
-        fd = self._in_place(key, os.O_RDWR | os.O_APPEND)
-        with contextlib.ExitStack() as undo:
-            undo.callback(os.close, fd)
-            if not _flock(fd, fcntl.LOCK_EX):
-                return None
-            if new:
-                os.fsync(fd)
-                fsync_dir(file.parent)
-            sound = sound_bytes(self.lines(key))
-            if sound < os.fstat(fd).st_size:
-                os.ftruncate(fd, sound)
-                os.fsync(fd)
-            undo.pop_all()
-        return Log(fd, file)
 
-    # ---- locks
-
-    # `flock`: the kernel releases it when a writer dies, however it dies. Some network file systems emulate it only
-    # between processes of one machine; then nothing guards against two machines that are given the same part.
+    # ---- ownership
 
     def lock(self, key: str, *, patience_s: float = 0.0) -> Lock | None:
         """Take a lock, waiting for it up to ``patience_s`` seconds; None if another holds it for that long."""
-        fd = self._in_place(key, os.O_RDWR)
-        if _flock(fd, fcntl.LOCK_EX, patience_s=patience_s):
-            return Lock(fd)
-        os.close(fd)
-        return None
 
     def join(self, key: str, value: str) -> Lock | str:
         """Share a lock with all who mean the same ``value`` by it; the first of them writes it down.
@@ -317,33 +241,16 @@ class Store:
         Returns:
             The shared lock, or, while others hold it who mean something else, the value they mean.
         """
-        fd = self._in_place(key, os.O_RDWR)
-        deadline = time.monotonic() + 1.0
-        while True:
-            if _flock(fd, fcntl.LOCK_EX):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, value.encode(), 0)
-            # An exclusive lock is released for a moment where it becomes a shared one: what counts is read after that.
-            shared = _flock(fd, fcntl.LOCK_SH, patience_s=0.2)
-            found = os.pread(fd, 32, 0).decode(errors="replace")
-            if shared and found == value:
-                return Lock(fd)
-            if time.monotonic() > deadline:
-                os.close(fd)
-                return found
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            time.sleep(0.02)
 
-    def _in_place(self, key: str, flags: int) -> int:
-        file = self.root / key
-        refuse_links(self.root, file.parent)
-        try:
-            return open_in_place(file, flags)
-        except OSError as error:
-            raise write_error(error, file) from error
+    def number(self) -> int:
+        """What tells this very place from a copy of it: a folder's inode; 0 where nothing does."""
+
+    def writable(self) -> bool:
+        """Whether it may be written to, as far as can be told without trying."""
 
 
-def _lines(found: Object, at: int) -> Iterator[bytes]:
+def split_lines(found: Object, at: int = 0) -> Iterator[bytes]:
+    """`Store.lines` of one open object."""
     piece = bytearray(_PIECE_BYTES)
     rest = b""
     while got := found.read([memoryview(piece)], at):
@@ -368,22 +275,3 @@ def refuse_not_damage(error: OSError, where: str = "") -> None:
             f"{where or error.filename}: cannot be read: {error.strerror}. That is no damage: "
             f"{_NOT_DAMAGE[error.errno]}"
         ) from error
-
-
-def open_store(place: str | Path | Store) -> Store:
-    """The store at a place; a store is returned as it is."""
-    return place if isinstance(place, Store) else Store(place)
-
-
-def _flock(fd: int, operation: int, *, patience_s: float = 0.0) -> bool:
-    """Try to lock an open file, for up to ``patience_s`` seconds; whether it succeeded."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(fd, operation | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True

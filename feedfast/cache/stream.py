@@ -36,6 +36,8 @@ from feedfast.cache.segments import (
     shaped,
 )
 from feedfast.cache.shards import ArrayView, ShardFiles
+from feedfast.cache.store import NEAR, Reach
+from feedfast.errors import CacheDamageError
 
 MAX_BUFFER_BYTES: Final = 2 << 30
 """2 GiB: what one stream holds, decoded, over all its arrays: batches that are read, or being read, and not handed out.
@@ -46,8 +48,6 @@ in larger ones segments end inside a window and its blocks are read again. Two t
 bound: what the next batch needs (the segments it touches), and a segment of one largest block.
 Not counted is what the consumer holds, nor free buffers that the pool keeps, about as many as were in use at once.
 """
-
-_SEGMENT_BYTES = 4 << 20  # 4 MiB; planning a segment costs the consumer some 50 microseconds, so not too small ones
 
 
 class _Batch:
@@ -67,10 +67,11 @@ class _Batch:
 class _Engine:
     """The threads' side of a stream. The consumer's side holds it; it holds nothing of the consumer."""
 
-    def __init__(self, sources: Sequence[ArrayView], files: ShardFiles, pool: BufferPool) -> None:
+    def __init__(self, sources: Sequence[ArrayView], files: ShardFiles, pool: BufferPool, reach: Reach) -> None:
         self.sources = {source.spec.name: source for source in sources}
         self.files = files
         self.pool = pool
+        self.reach = reach
         self.lock = threading.RLock()  # `stop` may run in a garbage collection while its thread holds the lock
         self.work = threading.Condition(self.lock)
         self.ready = threading.Condition(self.lock)
@@ -79,7 +80,8 @@ class _Engine:
         self.threads: list[threading.Thread] = []
 
     def start(self, threads: int) -> None:
-        for number in range(threads):
+        for _ in range(threads):
+            number = len(self.threads)
             thread = threading.Thread(target=self._run, name=f"feedfast-read-{number}", daemon=True)
             self.threads.append(thread)
             thread.start()
@@ -104,7 +106,8 @@ class _Engine:
                 if name not in piece.buffers:
                     piece.buffers[name] = self.pool.lease((piece.stop - piece.start) * source.spec.row_bytes)
             _, bounds = segment.blocks(source.spec.block_rows)
-            jobs += [(bounds[first], (segment, name, first, last)) for first, last in segment.jobs(source.spec)]
+            runs = segment.jobs(source.spec, self.reach.job_bytes)
+            jobs += [(bounds[first], (segment, name, first, last)) for first, last in runs]
         jobs.sort(key=lambda job: job[0])  # all arrays advance together; stable, so still in file order
         with self.lock:
             segment.pending = len(jobs)
@@ -124,12 +127,18 @@ class _Engine:
     def wait(self, batch: _Batch) -> dict[str, Array]:
         with self.lock:
             while batch.arrays is None and batch.error is None and not self.stopped:
+                self._reach_further()
                 self.ready.wait()
         if batch.error is not None:
             raise batch.error
         if batch.arrays is None:
             raise RuntimeError("the stream was closed while a batch was awaited")
         return batch.arrays
+
+    def _reach_further(self) -> None:
+        """The consumer waits while reads wait for a thread: have twice as many, where the store allows (lock held)."""
+        have = len(self.threads)
+        self.start(max(0, min(len(self.reads), have, self.reach.threads - have)))
 
     def _complete(self, batch: _Batch) -> None:
         """All segments of the batch have been read (lock held)."""
@@ -162,8 +171,11 @@ class _Engine:
         places = [(piece.start, piece.buffers[name]) for piece in segment.pieces]
         try:
             segment.read(self.sources[name], self.files, places, first, last)
-        except Exception:  # any error must reach the consumer; otherwise it would block forever
+        except CacheDamageError:  # an error fails only the batches it concerns
             errors = self._read_singly(job, places)
+        except Exception as error:  # any error must reach the consumer; otherwise it would block forever
+            _, bounds = segment.blocks(self.sources[name].spec.block_rows)
+            errors = [(bounds[first], bounds[last], error)]
         with self.lock:
             segment.errors += errors
             segment.pending -= 1
@@ -211,6 +223,7 @@ class Stream(Iterator[dict[str, Array]]):
         files: ShardFiles | None = None,
         pool: BufferPool | None = None,
         max_buffer_bytes: int = MAX_BUFFER_BYTES,
+        reach: Reach = NEAR,
     ) -> None:
         """Plan the pass; threads start with the first batch.
 
@@ -226,6 +239,7 @@ class Stream(Iterator[dict[str, Array]]):
             pool: buffers to share with others.
             max_buffer_bytes: what the stream may hold, decoded, over all arrays; see `MAX_BUFFER_BYTES` for what is
                 always allowed. Less than four windows of a mixed pass means that blocks are read more than once.
+            reach: how far to reach ahead; of the store that the sources are in.
         """
         if drop_last:
             rows = rows[: len(rows) // batch_size * batch_size]
@@ -239,7 +253,7 @@ class Stream(Iterator[dict[str, Array]]):
         max_rows = max(block_rows, self._max_rows // 4)
         if batch_size % block_rows == 0 and bool((np.diff(self._rows) == 1).all()):
             max_rows = max(max_rows, batch_size)  # a segment per batch: it is there in any case, and none lies in two
-        least_rows = min(_SEGMENT_BYTES // row_bytes, 16 * batch_size)
+        least_rows = min(reach.segment_bytes // row_bytes, reach.segment_batches * batch_size)
         self._cuts = cut_segments(self._rows, block_rows, batch_size, max_rows, least_rows)
         self._total = -(-len(self._rows) // batch_size)
         # Small rows are put into place by one copy per piece, so a segment's batches share one; batches of large rows
@@ -252,7 +266,7 @@ class Stream(Iterator[dict[str, Array]]):
         self._pieces: deque[Piece] = deque()  # of batches that are not handed out yet
         self._batches: deque[_Batch] = deque()
         self._pool = pool or BufferPool()
-        self._engine = _Engine(sources, files or ShardFiles(), self._pool)
+        self._engine = _Engine(sources, files or ShardFiles(), self._pool, reach)
         # Not a bound method of self: the threads must stop when nobody holds the stream any more.
         self._finalizer = weakref.finalize(self, self._engine.stop)
 

@@ -20,7 +20,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -28,19 +29,31 @@ from feedfast.cache.assemble import holds_fill
 from feedfast.cache.blocks import crc32c
 from feedfast.cache.index import INDEX, Commits, read_index
 from feedfast.cache.layout import ArraySpec, array_specs, group_metadata
-from feedfast.cache.log import MAX_PROBLEMS, Commit, Log, Problem, check_log, object_key, problem, read_log
+from feedfast.cache.log import (
+    MAX_PROBLEMS,
+    Commit,
+    Log,
+    Problem,
+    check_length,
+    check_log,
+    object_key,
+    problem,
+    read_log,
+)
 from feedfast.cache.manifest import ROOT, read_manifest
+from feedfast.cache.places import open_store
 from feedfast.cache.shards import ArrayView, CommittedObject, OpenShard, small_pieces, thread_buffer
-from feedfast.cache.store import Store, open_store
-from feedfast.errors import CacheDamageError, FeedfastError
+from feedfast.cache.store import Place, Store
+from feedfast.errors import CacheDamageError, FeedfastError, RequestError
 from feedfast.files import parse_json
 
 _PIECE_BYTES = 4 << 20  # 4 MiB: what is hashed at a time
 _THREADS = 2
+_WHOLE_BYTES = 256 << 20  # 256 MiB; a far object up to this size is asked for once, and checked in memory
 
 
 def verify_cache(
-    place: str | Path | Store, *, full: bool = False, progress: Callable[[int, int], None] | None = None
+    place: Place | Store, *, full: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
     """All problems of a cache; an empty list means that it is complete and sound.
 
@@ -85,9 +98,12 @@ def verify_cache(
             source = ArrayView(spec, store, view, sizes, sums)
             tasks += [(source, shard, commit) for shard, commit in sorted(shards.items())]
         _list_uncommitted(listed, spec, known, broken)
+    # Lengths of files are looked up by opening them, which tells more; of far objects by listing, which asks less.
+    quick = {source.spec.name for source, _, _ in tasks if not full}
+    looks = {name: store.sizes(name) if store.reach.threads else None for name in quick}
     done, total = 0, sum(commit.bytes for _, _, commit in tasks)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        checked = pool.map(lambda task: list(_check_object(*task, full=full)), tasks)
+    with ThreadPoolExecutor(max(_THREADS, store.reach.threads // 4)) as pool:
+        checked = pool.map(lambda task: list(_check_object(*task, full=full, look=looks.get(task[0].spec.name))), tasks)
         for (_, _, commit), found in zip(tasks, checked, strict=True):
             listed.extend(found)
             done += commit.bytes
@@ -181,32 +197,45 @@ def _check_metadata(store: Store, spec: ArraySpec) -> Iterator[Problem]:
             yield problem(spec.name, ROOT, "metadata", detail)
 
 
-def _check_object(source: ArrayView, number: int, commit: Commit, *, full: bool) -> Iterator[Problem]:
+def _check_object(
+    source: ArrayView, number: int, commit: Commit, *, full: bool, look: Callable[[str], int] | None
+) -> Iterator[Problem]:
+    """Problems of one object. ``look`` finds lengths where opening the object just for that would take too long."""
     try:
-        file = CommittedObject(source, number)
+        if not full and look is not None:
+            wrong = check_length(commit.bytes, partial(look, source.object_key(number)))
+            if wrong is not None:
+                yield from source.damage(wrong[0], number, wrong[1]).problems
+            return
+        file = CommittedObject(source, number, commit.bytes if full and commit.bytes <= _WHOLE_BYTES else 0)
         if not full:
             return
-        found = list(_check_blocks(source, number))
+        found = list(_check_blocks(file))
         yield from found
-        wrong = _hash_differences(file, commit)
-        if wrong and not found:
-            yield from source.damage("checksum", number, f"the object differs from its commit line: {wrong}").problems
+        differing = _hash_differences(file, commit)
+        if differing and not found and file.refetch():
+            differing = _hash_differences(file, commit)
+        if differing and not found:
+            detail = f"the object differs from its commit line: {differing}"
+            yield from source.damage("checksum", number, detail).problems
     except CacheDamageError as error:
         yield from error.problems
+    except RequestError:
+        raise
     except FeedfastError as error:  # not damage, but not known to be sound either
         yield problem(source.spec.name, source.spec.key(source.view, number), "io", str(error))
 
 
-def _check_blocks(source: ArrayView, number: int) -> Iterator[Problem]:
-    spec = source.spec
+def _check_blocks(file: CommittedObject) -> Iterator[Problem]:
+    source, number, spec = file.source, file.number, file.source.spec
     if not spec.sharded:
         filled = False
-        for piece in small_pieces(source, number, _PIECE_BYTES):  # to the end: the checksum comes last
+        for piece in small_pieces(file, _PIECE_BYTES):  # to the end: the checksum comes last
             filled |= holds_fill(spec, piece.view(spec.dtype))
         if filled:
             yield from source.damage("fill", number, "a committed value is the fill value").problems
         return
-    shard = OpenShard(source, number)
+    shard = OpenShard(source, number, file)
     first = number * spec.blocks_per_shard
     buffer = thread_buffer("block", spec.block_bytes)
     for block in range(first, first + spec.real_blocks(number)):

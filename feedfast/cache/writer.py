@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,10 +27,11 @@ from feedfast.cache.create import open_for_writing
 from feedfast.cache.layout import ArraySpec
 from feedfast.cache.ledger import Ledger
 from feedfast.cache.log import Problem
-from feedfast.cache.pending import Division, Pending
+from feedfast.cache.pending import Division, Handed, Pending, Unit
+from feedfast.cache.places import open_store
 from feedfast.cache.schema import Manifest
 from feedfast.cache.small import put_small, read_stored
-from feedfast.cache.store import Store, open_store
+from feedfast.cache.store import Place, Store
 from feedfast.errors import FeedfastError, RequestError
 
 __all__ = ["CacheWriter", "open_for_writing"]
@@ -41,11 +41,18 @@ _WAITING = 8  # shards that hold no buffer any more and wait for the disk: fsync
 
 
 class CacheWriter:
-    """One writer of one part of a cache. A context manager; `close` waits for everything appended to be durable."""
+    """One writer of one part of a cache. A context manager; `close` waits for everything appended to be durable.
+
+    Attributes:
+        manifest: of the cache.
+        part: its own.
+        specs: the arrays.
+        rows: of all views that belong to its part.
+    """
 
     def __init__(
         self,
-        place: str | Path | Store,
+        place: Place | Store,
         manifest: Manifest,
         *,
         part: tuple[int, int] = (0, 1),
@@ -74,7 +81,9 @@ class CacheWriter:
         self.manifest, self.part = manifest, part
         self._ledger = Ledger(open_store(place), manifest, part)
         self.specs = self._ledger.specs
-        self._division = Division(self.specs, manifest.num_rows, part if divided else (0, 1))
+        division = Division(self.specs, manifest.num_rows, part if divided else (0, 1))
+        self._division: Division | Handed = division
+        self.rows = division.rows(manifest.views)
         self._open: dict[tuple[str, int], ShardBuffer] = {}
         self._error: BaseException | None = None
         self._lock = threading.Lock()  # guards the buffers to use again
@@ -86,6 +95,7 @@ class CacheWriter:
         self._turns = threading.BoundedSemaphore(workers)  # of the processor
         self._settled = threading.Condition()
         self._unsettled = 0  # shards that still need the processor
+        self._on_the_way: set[tuple[str, int, int]] = set()  # array, view, shard: taken whole and not durable yet
         self._closed = False
         self._pool = ThreadPoolExecutor(most + _WAITING, thread_name_prefix="feedfast-write")
 
@@ -106,11 +116,6 @@ class CacheWriter:
         """Committed objects found missing or of another length at opening; they are to be written again."""
         return self._ledger.damaged
 
-    @property
-    def rows(self) -> int:
-        """Rows of all views that belong to this writer's part."""
-        return self._division.rows(self.manifest.views)
-
     def filling(self) -> frozenset[tuple[str, int, int]]:
         """(array, view, shard) of every shard that is begun and not full: what ending now would lose."""
         return frozenset((array, view, shard.shard) for (array, view), shard in self._open.items())
@@ -127,10 +132,46 @@ class CacheWriter:
         """
         specs = {name: self._ledger.spec(name) for name in arrays}
         missing = {
-            name: frozenset((v, s) for v, s in self._ledger.missing(name) if self._division.holds(spec, v, s))
+            name: frozenset(place for place in self._division.shards(spec) if place not in self._ledger.done[name])
             for name, spec in specs.items()
         }
         return Pending(specs, missing, self.manifest.num_rows, self.manifest.views)
+
+    # ---- work that is handed out
+
+    def hand(self, units: Collection[Unit]) -> None:
+        """From now on rows of these units are taken and all others dropped, whatever the part.
+
+        For the writers of an engine, which are opened with ``divided=False``; whoever hands out the units sees to it
+        that each has one writer. `flush` comes first: rows of shards that are not full yet would be lost.
+        """
+        self._division = Handed(units)
+
+    def refresh(self) -> None:
+        """Learn what other writers have committed since this one was opened. Reads all logs."""
+        self._ledger.refresh(*(name for name, spec in self.specs.items() if spec.sharded))
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether everything taken of a unit is durable; rows of shards that are not full yet do not count.
+
+        Raises:
+            FeedfastError: a shard could not be written.
+        """
+        with self._settled:
+            coming = [(self.specs[name], view, shard) for name, view, shard in self._on_the_way]
+        self._raise_pending()
+        only = Handed([unit])
+        return not any(only.holds(*one) for one in coming)
+
+    def flush(self) -> None:
+        """Wait until all full shards are durable.
+
+        Raises:
+            FeedfastError: a shard could not be written.
+        """
+        with self._settled:
+            self._settled.wait_for(lambda: not self._on_the_way)
+        self._raise_pending()
 
     # ---- small arrays
 
@@ -278,6 +319,7 @@ class CacheWriter:
             with self._settled:
                 self._pool.submit(self._finish, shard)
                 self._unsettled += 1
+                self._on_the_way.add((shard.spec.name, shard.view, shard.shard))
         except BaseException:
             self._slots.release()
             raise
@@ -295,6 +337,10 @@ class CacheWriter:
                     self._ledger.commit(spec, shard.view, shard.shard, parts, shard.saturated, written=turn.close)
             except BaseException as error:  # whatever it is: the caller's thread raises it
                 self._error = self._error or error
+            finally:
+                with self._settled:
+                    self._on_the_way.discard((spec.name, shard.view, shard.shard))
+                    self._settled.notify_all()
 
     def _let_go(self, shard: ShardBuffer) -> None:
         """Its buffer may be used again, and it needs no more of the processor."""

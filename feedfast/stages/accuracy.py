@@ -7,7 +7,7 @@ student is trained. Counted only where a teacher has as many outputs as the data
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from feedfast.tasks.segment import IGNORE
 log = logging.getLogger(__name__)
 
 HITS = 5  # expected at the limit: with fewer rows than that chance itself scatters across it
+
+Counts = dict[str, dict[str, int]]
+"""Teacher → what its metric counts → how many."""
 
 
 class Accuracies:
@@ -53,6 +56,17 @@ class Accuracies:
             return None, 0
         metric = self._metrics[teacher]
         return metric.compute()["accuracy"], int(metric.state()["labeled"])
+
+    def counts(self) -> Counts:
+        """What was counted so far, as plain numbers."""
+        return {
+            name: {key: int(value) for key, value in metric.state().items()} for name, metric in self._metrics.items()
+        }
+
+    def merge(self, counts: Sequence[Counts]) -> None:
+        """Hold the sum of what several have counted, in place of what was counted here."""
+        for name, metric in self._metrics.items():
+            metric.merge([{key: torch.tensor(value) for key, value in one[name].items()} for one in counts])
 
 
 def chance_limit(classes: int) -> float:

@@ -11,7 +11,6 @@ not fetched for that: their name is their identity, and nothing else of them is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from feedfast import recipe as recipes
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import CodecName, DatasetInfo, TapInfo, TeacherInfo, differences
+from feedfast.cache.store import Place
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
@@ -138,7 +138,7 @@ def refuse_other_outputs(
 
 
 def refuse_other_tap(
-    path: Path, teacher: FrozenTeacher, tap: str, codec: CodecName, known: TapInfo, *, transform: bool = True
+    path: Place, teacher: FrozenTeacher, tap: str, codec: CodecName, known: TapInfo, *, transform: bool = True
 ) -> None:
     """Raise unless a teacher's tap is what a cache holds under its name.
 
@@ -161,7 +161,7 @@ def refuse_other_tap(
     _refuse_other(path, teacher.name, known, asked)
 
 
-def _refuse_other(path: Path, teacher: str, known: TapInfo, asked: dict[str, Any]) -> None:
+def _refuse_other(path: Place, teacher: str, known: TapInfo, asked: dict[str, Any]) -> None:
     for key, value in asked.items():
         found = getattr(known, key)
         if key == "sample" and found is not None:

@@ -13,7 +13,6 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from feedfast.cache.create import open_for_writing, record_pass
 from feedfast.cache.log import cache_digest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import FactorInfo, TapInfo
+from feedfast.cache.store import Place
 from feedfast.cache.transform import Transform
 from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
@@ -36,6 +36,7 @@ from feedfast.stages.pilot import fit_values, thin
 from feedfast.stages.progress import Meter
 from feedfast.stages.proof import decode_rows, scale_of
 from feedfast.stages.record import encode_rows
+from feedfast.stages.tiers import tier_of
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.worker import pick_device
 
@@ -59,7 +60,7 @@ def run_factors(recipe: Recipe) -> dict[str, Any]:
     if not recipe.cache.path:
         raise RequestError("cache.path: required, found nothing")
     options = next((e.options for e in method_entries(recipe.method) if e.kind is FT), FT.Options())
-    reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
+    reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads, tier=tier_of(recipe))
     held = reader.manifest.teachers
     chosen = [teacher.name for teacher in recipe.teachers] or list(held)
     for name in chosen:
@@ -102,14 +103,14 @@ def run_factors(recipe: Recipe) -> dict[str, Any]:
 class _Factors:
     """The factors of one teacher."""
 
-    path: Path
+    path: Place
     teacher: str
     recipe: Recipe
     options: Any
     job: Provenance
 
     def __post_init__(self) -> None:
-        self.reader = CacheReader(self.path, threads=self.recipe.cache.threads)
+        self.reader = CacheReader(self.path, threads=self.recipe.cache.threads, tier=tier_of(self.recipe))
         self.device = pick_device(self.recipe.train.device)
         self.source = self.reader.manifest.teachers[self.teacher].taps[TAP]
         self.scale = scale_of(self.reader, self.teacher, TAP)

@@ -243,7 +243,7 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
             "residency",
         ),
         "data": ("threads", "check"),
-        "cache": ("threads", "part", "compression"),
+        "cache": ("threads", "part", "compression", "local", "local_gb"),
     }.items():
         for key in keys:
             tree[section].pop(key)

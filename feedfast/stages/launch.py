@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ from feedfast.cache import names
 from feedfast.cache.create import refuse_foreign
 from feedfast.cache.layout import block_rows_for, shard_rows_for, unit_rows
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.places import place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
+from feedfast.cache.store import Place
 from feedfast.errors import CacheDamageError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_tap
@@ -57,7 +59,7 @@ class Launch:
 
     Attributes:
         command: of ``feedfast``, its arguments.
-        cache: the cache's folder.
+        cache: the cache's folder, or its bucket with the prefix.
         parts: how many tasks, pods or processes.
         missing: units of rows that the cache lacks.
         units: of all views.
@@ -67,7 +69,7 @@ class Launch:
     """
 
     command: tuple[str, ...]
-    cache: Path
+    cache: Place
     parts: int
     missing: int
     units: int
@@ -78,12 +80,14 @@ class Launch:
     @property
     def name(self) -> str:
         """Of the job, as Kubernetes takes one."""
-        stem = re.sub(r"[^a-z0-9]+", "-", self.cache.stem.lower()).strip("-")
+        stem = re.sub(r"[^a-z0-9]+", "-", PurePosixPath(self.cache).stem.lower()).strip("-")
         return f"feedfast-{stem}"[:50].rstrip("-")
 
     @property
     def logs(self) -> Path:
-        """A folder next to the cache's."""
+        """A folder next to the cache's; of one in a bucket, in this folder."""
+        if isinstance(self.cache, str):
+            return Path.cwd() / f"{PurePosixPath(self.cache).name}.logs"
         return self.cache.with_name(f"{self.cache.name}.logs")
 
     @property
@@ -116,7 +120,8 @@ def run_print(
             raise RequestError(f"{key}: required, found nothing")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    path = Path(os.path.abspath(recipe.cache.path))
+    path = place_of(recipe.cache.path)
+    path = Path(os.path.abspath(path)) if isinstance(path, Path) else path
     device = pick_device(recipe.train.device) if torch.cuda.is_available() else torch.device("cpu")
     missing, units = _missing_units(recipe, device, check=check)
     if not len(missing):
@@ -150,7 +155,7 @@ def even_parts(units: NDArray[np.int64], most: int) -> int:
 
 def _missing_units(recipe: Recipe, device: torch.device, *, check: bool) -> tuple[NDArray[np.int64], int]:
     """Numbers of the units of rows that lack anything the recipe asks for, counted through all views; and of all."""
-    path = Path(recipe.cache.path)
+    path = place_of(recipe.cache.path)
     refuse_foreign(path)
     data, plan = open_train(recipe), view_plan(recipe.data, recipe.seed)
     job = Preparation(recipe, data, plan, device, (0, 1))
@@ -180,7 +185,7 @@ def _units_of_a_new_cache(recipe: Recipe, job: Preparation) -> tuple[NDArray[np.
 
 
 def _units_left(recipe: Recipe, job: Preparation, held: Manifest) -> tuple[NDArray[np.int64], int]:
-    path, views = Path(recipe.cache.path), max(recipe.cache.views, held.views)
+    path, views = place_of(recipe.cache.path), max(recipe.cache.views, held.views)
     reader = CacheReader(path)
     unit = unit_rows(reader.specs)
     per_view = math.ceil(held.num_rows / unit)

@@ -16,10 +16,8 @@ the same pixels.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, keep_index, read_log
 from feedfast.cache.manifest import held_manifest
 from feedfast.cache.pending import Pending
+from feedfast.cache.places import open_store, place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.writer import CacheWriter
@@ -52,7 +51,7 @@ from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
-from feedfast.stages.worker import AUTO, Worker, pick_device
+from feedfast.stages.worker import AUTO, Share, Worker, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -82,24 +81,41 @@ def run_cache(
         RequestError, CacheMismatchError: the recipe cannot be run, or the path holds a cache of something else.
         FeedfastError: a teacher's map is not finite, or the disk is full.
     """
+    refuse_incomplete(recipe)
+    part = (0, 1) if whole and recipe.cache.part == AUTO else None
+    return OfflineRun(recipe, Worker.from_env(), train, check=check, part=part).run()
+
+
+def refuse_incomplete(recipe: Recipe) -> None:
+    """Raise unless a recipe says what to cache and where.
+
+    Raises:
+        RequestError: it does not.
+    """
     if not recipe.cache.path:
         raise RequestError("cache.path: required, found nothing")
     if not recipe.cache.views:
         raise RequestError("cache.views: expected at least 1 to cache, found 0")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
-    if whole and recipe.cache.part == AUTO:
-        recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"part": "0/1"})})
-    return OfflineRun(recipe, Worker.from_env(), train, check=check).run()
 
 
 class OfflineRun:
     """One caching job; building it opens data, plan and teachers: mistakes show before hours are spent."""
 
-    def __init__(self, recipe: Recipe, me: Worker, train: ImageSource | None = None, *, check: bool = True) -> None:
-        self.recipe, self.path, self.check = recipe, Path(recipe.cache.path), check
+    def __init__(
+        self,
+        recipe: Recipe,
+        me: Worker,
+        train: ImageSource | None = None,
+        *,
+        check: bool = True,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        """``part``: which log this process writes; None = that of ``me``. The others as of `run_cache`."""
+        self.recipe, self.path, self.check = recipe, place_of(recipe.cache.path), check
         self.entries = method_entries(recipe.method)
-        share = me.share(recipe.cache.part)
+        share = me.share(recipe.cache.part) if part is None else Share(*part, "")
         self.part, self.said, self.first = share.part, share.said, me.first
         if share.said:
             log.info("cache: part %d/%d, by %s", *self.part, share.said)
@@ -127,22 +143,14 @@ class OfflineRun:
     def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         refuse_foreign(self.path)
-        done = self._nothing_to_do()
+        done = self.nothing_to_do()
         if done is not None:
             log.info("cache: %s cannot be written to, and holds all that the recipe asks for", self.path)
             self.loader.close()
-            return self._summary(done, 0, 0, 0.0, time.perf_counter() - started)
-        coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
-        refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
-        manifest = self.preparation.prepare()
+            return self.summary(done, 0, 0, 0.0, time.perf_counter() - started)
+        manifest = self.prepare()
         with CacheWriter(self.path, manifest, part=self.part, workers=self.recipe.cache.threads) as writer:
-            recorder = Recorder(
-                writer,
-                CacheReader(self.path),
-                self.loader.describe(),
-                {name: teacher.shapes for name, teacher in self.teachers.items()},
-                settle=needs_every_core(self.device, self.recipe.cache.threads),
-            )
+            recorder = self.recorder(writer)
             work = recorder.pending
             self._begun = writer, work
             total = sum(len(rows) for _, rows in work.batches(self.recipe.cache.batch))
@@ -165,18 +173,36 @@ class OfflineRun:
             with Meter("cache", total) as meter:
                 with HoldShards(writer.filling) as hold:
                     for view, rows in work.batches(self.recipe.cache.batch):
-                        self._view(recorder, view, rows, meter, hold)
+                        for batch in self.record(recorder, view, rows):
+                            meter.advance(len(batch), f"{format_bytes(writer.bytes_written)} written")
+                            hold.check()
                 writer.close()  # waits until everything is durable
         self.loader.close()
         if total and self.first:
             record_pass(self.path, self.provenance.finished())
         now = time.perf_counter()
-        return self._summary(manifest, total, writer.bytes_written, now - computing, now - started)
+        return self.summary(manifest, total, writer.bytes_written, now - computing, now - started)
 
-    def _nothing_to_do(self) -> Manifest | None:
+    def prepare(self) -> Manifest:
+        """Refuse what could not be used; else the manifest, with all small arrays written: only rows are missing."""
+        coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
+        refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
+        return self.preparation.prepare()
+
+    def recorder(self, writer: CacheWriter) -> Recorder:
+        """What takes the rows of this job."""
+        return Recorder(
+            writer,
+            CacheReader(self.path),
+            self.loader.describe(),
+            {name: teacher.shapes for name, teacher in self.teachers.items()},
+            settle=needs_every_core(self.device, self.recipe.cache.threads),
+        )
+
+    def nothing_to_do(self) -> Manifest | None:
         """The manifest of a cache that cannot be written to and need not be; None where there is work to do."""
         held = held_manifest(self.path)
-        if held is None or os.access(self.path, os.W_OK):
+        if held is None or open_store(self.path).writable():
             return None
         refuse_differences(self.path, self.preparation.manifest(held, {}), held)
         reader = CacheReader(self.path)
@@ -203,8 +229,8 @@ class OfflineRun:
             done = f"{max(rows - left, 0):,} of {rows:,} rows are durable, {left:,} are left"
             log.warning("cache: part %d/%d: %s", *self.part, done)
 
-    def _view(self, recorder: Recorder, view: int, rows: np.ndarray, meter: Meter, hold: HoldShards) -> None:
-        """Run the batches of one view."""
+    def record(self, recorder: Recorder, view: int, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Run the batches of one view; yields the rows of each that was recorded."""
         for batch in self.loader.stream(view, rows):
             start, stop = int(batch.rows[0]), int(batch.rows[-1]) + 1
             wanted = recorder.wants(view, start, stop)
@@ -214,10 +240,10 @@ class OfflineRun:
             for name, found in maps.items():
                 self.accuracy.update(name, found.get(LOGITS), batch.annotations)
             recorder.record(view, start, batch.images.cpu().numpy(), batch.ids, maps)
-            meter.advance(len(batch.rows), f"{format_bytes(recorder.writer.bytes_written)} written")
-            hold.check()
+            yield batch.rows
 
-    def _summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
+    def summary(self, manifest: Manifest, rows: int, written: int, computing: float, seconds: float) -> dict[str, Any]:
+        """See `run_cache`."""
         log = read_log(self.path)
         specs = array_specs(manifest)
         total = log.commits.total_bytes

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from feedfast.cache import names
+from feedfast.cache.places import place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.errors import CacheMismatchError, RequestError
@@ -28,6 +29,7 @@ from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, replay_pixels, selection_of, source_of
 from feedfast.stages.resident import Residency, resident
 from feedfast.stages.source import Cached, manifest_taps
+from feedfast.stages.tiers import make_tier
 from feedfast.stages.worker import pick_device, ranks_here
 
 Wanted = Mapping[str, str | Sequence[str]]
@@ -56,7 +58,7 @@ class OpenedCache:
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # The images travel as they were found: scanning a large folder again in every worker would take minutes.
-        return _reopened, (str(self.reader.path), self.reader.threads, self.data)
+        return OpenedCache, (self.reader, self.data)
 
     def __enter__(self) -> OpenedCache:
         return self
@@ -238,27 +240,34 @@ class OpenedCache:
         return Normalize(first.mean, first.std).to(pick_device(str(device), key="device"))
 
 
-def _reopened(path: str, threads: int, data: Dataset) -> OpenedCache:
-    """In another process: the checks of `open_cache` were made when the cache was opened first."""
-    return OpenedCache(CacheReader(path, threads=threads), data)
-
-
-def open_cache(path: str | Path, *, data: ImageSource | None = None, threads: int = 2, replay: int = 2) -> OpenedCache:
+def open_cache(
+    path: str | Path,
+    *,
+    data: ImageSource | None = None,
+    threads: int = 2,
+    replay: int = 2,
+    local: str | Path = "",
+    local_gb: float = 50.0,
+) -> OpenedCache:
     """Open a cache together with the images it was made from.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or the URL of a bucket with a prefix: `s3://BUCKET/PREFIX`, `gs://…` or `az://…`.
         data: where the training images are, or the Python object that gives them; without it, where the manifest says
             they were, unless the cache has been copied since or comes from somebody else.
-        threads: reading threads of each stream.
+        threads: reading threads of each stream; from a bucket more are started as they are needed.
         replay: blocks of pixels decoded again and compared with the teachers' pixels; 0 skips the comparison.
+        local: of a cache in a bucket: a folder on a local disk where its objects are kept as they are read; "" = none.
+        local_gb: GiB that folder may hold; what was used longest ago goes first.
 
     Raises:
         RequestError: no cache there, or its images are not.
         CacheMismatchError: the images are not those of the cache, decode to other pixels, or cannot be compared.
         CacheDamageError: the cache is incomplete or damaged.
     """
-    reader = CacheReader(Path(path).expanduser(), threads=threads)
+    place = place_of(path)
+    place = place.expanduser() if isinstance(place, Path) else place
+    reader = CacheReader(place, threads=threads, tier=make_tier(str(local), local_gb))
     chosen = source_of(reader) if data is None else selection_of(reader)
     found = chosen.open(given=data)
     warn_of(found)

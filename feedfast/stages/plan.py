@@ -12,6 +12,7 @@ epoch, a cached one paid it once per view.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,9 @@ from feedfast.cache.create import refuse_foreign
 from feedfast.cache.layout import block_rows_for
 from feedfast.cache.log import read_log
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.places import place_of
 from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression, Manifest
+from feedfast.cache.store import Place
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -79,8 +82,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     Returns:
         The JSON of `feedfast plan`. Space: ``bytes``, ``raw_bytes``, ``bytes_per_sample`` (of one view),
         ``bytes_per_view``, ``targets`` (per teacher/tap the same, with shape and codec), ``bytes_present``,
-        ``free_bytes``, ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``, ``images_per_second``,
-        ``setup_seconds`` (the pilot's fits, but not its forward), ``view_seconds`` (until a view's first batch comes),
+        ``free_bytes`` (None of a bucket), ``fits``, ``views_that_fit``. Time: ``seconds``, ``hours``,
+        ``images_per_second``, ``setup_seconds`` (the pilot's fits, but not its forward),
+        ``view_seconds`` (until a view's first batch comes),
         ``pass_ms`` (one batch of the pass), ``teachers_ms``,
         ``encode_ms`` and ``student_ms`` (one batch: forward; maps to codes; forward with backward),
         ``step_ms`` (the same with task, methods and optimizer; None where that cannot be built yet),
@@ -107,7 +111,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
             "plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing"
         )
     entries = method_entries(recipe.method)
-    path = Path(recipe.cache.path)
+    path = place_of(recipe.cache.path)
     refuse_foreign(path)
     device = pick_device(recipe.train.device)
     data = open_train(recipe)
@@ -126,9 +130,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     granule = mixed.granule
     pilot = pilot_of(recipe, mixed, count)
     measured = _measure(recipe, data, teachers, codecs, entries, granule, pilot, device, usable=not unusable)
-    standing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(standing).free
-    disk, rows = disk_rate(standing, free), count * views
+    standing, free = _room(path)
+    disk = disk_rate(standing, int(free)) if isinstance(standing, Path) else None
+    rows = count * views
     reading = _reading(recipe, measured, disk, device)
     kinds: dict[str, Compression] = {name: cost.fixed for name, cost in measured.costs.items()}
     if recipe.cache.compression == "auto":
@@ -162,9 +166,9 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "bytes_per_view": per_view,
         "targets": targets,
         "bytes_present": present,
-        "free_bytes": free,
+        "free_bytes": free if math.isfinite(free) else None,
         "fits": max(total - present, 0) * SPARE < free,
-        "views_that_fit": min(int(max(free / SPARE + present - SAMPLE * count, 0) / per_view), MAX_VIEWS),
+        "views_that_fit": int(min(max(free / SPARE + present - SAMPLE * count, 0) / per_view, MAX_VIEWS)),
         "seconds": seconds,
         "hours": seconds / 3600,
         "images_per_second": measured.batch / pass_ms * 1e3,
@@ -201,8 +205,16 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     return document
 
 
+def _room(place: Place) -> tuple[Place, float]:
+    """The folder that stands where the cache is to lie, and its free bytes; a bucket has as many as are paid for."""
+    if isinstance(place, str):
+        return place, math.inf
+    standing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return standing, shutil.disk_usage(standing).free
+
+
 def _warn_of_other_taps(
-    path: Path, teachers: Mapping[str, FrozenTeacher], codecs: Codecs, held: Manifest | None
+    path: Place, teachers: Mapping[str, FrozenTeacher], codecs: Codecs, held: Manifest | None
 ) -> None:
     """Say which target of the cache that is there is another than the recipe's: `cache` and `train` refuse it."""
     for name, teacher in teachers.items():

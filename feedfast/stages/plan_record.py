@@ -1,8 +1,9 @@
 """What a plan predicted, kept so that the job it was made for can say how far off it was.
 
-``NAME.zarr.plan.json`` lies next to the cache's folder and not in it: a plan comes before there is a cache, and no
-digest, check or copy of a cache has to know it. It counts for the same recipe on the same kind of device alone; any
-other finds no prediction, and so does one whose file is damaged or was edited. The last plan counts.
+``NAME.zarr.plan.json`` lies next to the cache's folder (of a bucket: in the user's ~/.cache/feedfast/plans) and not in
+it: a plan comes before there is a cache, and no digest, check or copy of a cache has to know it. It counts for the same
+recipe on the same kind of device alone; any other finds no prediction, and so does one whose file is damaged or was
+edited. The last plan counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from feedfast.cache.places import place_of
 from feedfast.cache.schema import Compression
 from feedfast.errors import FeedfastError
 from feedfast.files import make_dirs, read_sealed, write_sealed
@@ -123,6 +125,11 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _path(recipe: Recipe) -> Path:
+    place = place_of(recipe.cache.path)
+    if isinstance(place, str):  # of a bucket: a plan is of this machine in any case
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(home, "feedfast", "plans", f"{name}.plan.json")
     path = Path(os.path.abspath(recipe.cache.path))
     return path.with_name(f"{path.name}.plan.json")
 

@@ -97,20 +97,27 @@ def _facts(sentences: Mapping[str, str]) -> Table:
     return grid
 
 
+def _room(document: Mapping[str, Any], needed: str, folder: str, views: int) -> str:
+    if document["free_bytes"] is None:
+        return f"{needed} in {folder}"
+    fit = document["views_that_fit"]
+    verdict = f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"
+    return f"{needed}, {format_bytes(document['free_bytes'])} free in {folder}: {verdict}"
+
+
 def _sentences(document: Mapping[str, Any], recipe: Recipe, folder: str) -> dict[str, str]:
     """Key → what a person asks first: time, disk, break-even, accuracy, use."""
     views, present = recipe.cache.views, document["bytes_present"]
     needed = format_bytes(max(document["bytes"] - present, 0))
     there = f" ({format_bytes(present)} are there already)" if present else ""
-    fit, ratio = document["views_that_fit"], document["live_over_cached"]
+    ratio = document["live_over_cached"]
     faster = "" if ratio is None else f"; a live step takes {ratio:.1f} times a cached one"
     found = {
         "time": f"{_duration(document['seconds'])} to cache {views} view{'s' * (views > 1)}, "
         f"{document['images_per_second']:,.0f} images/s",
         "pixels": f"{document['pixels_per_core_second']:,.0f} augmented images/s per core, "
         f"{document['view_bytes_per_row']} bytes per row say what was done",
-        "disk": f"{needed} needed{there}, {format_bytes(document['free_bytes'])} free in {folder}: "
-        + (f"fits, and {fit:,} views would" if document["fits"] else f"DOES NOT FIT; {fit} of {views} views would"),
+        "disk": _room(document, f"{needed} needed{there}", folder, views),
         "reading": _reading(document),
         "codes": _codes(document),
         "break-even": f"after {_count(document['break_even_epochs'], 'student epoch')}, "

@@ -27,9 +27,10 @@ from feedfast.cache.create import open_for_writing
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import check_length, object_key, read_log
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.places import open_store, place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Compression, Manifest, TapInfo, TeacherInfo
-from feedfast.cache.store import COMMITS, Store
+from feedfast.cache.store import COMMITS, Place
 from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -69,7 +70,8 @@ class Preparation:
     ) -> None:
         """Build the teachers; nothing is written. ``part``: which part of the cache this job writes."""
         self.recipe, self.data, self.plan, self.part = recipe, data, plan, part
-        self.path, self.device = Path(recipe.cache.path), device
+        self.path: Place = place_of(recipe.cache.path)
+        self.device = device
         self.codecs = codecs_of(recipe.teachers, recipe.cache.codec)
         self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(data.classes), device)
         self.loader = pixel_loader(data, plan, recipe.cache.batch, device, recipe.data.threads)
@@ -157,7 +159,7 @@ class Preparation:
             teachers=teachers,
             versions=decisive_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            folder=self.path.stat().st_ino,
+            folder=open_store(self.path).number(),
         )
 
     def _probe(self, held: Manifest | None) -> None:
@@ -178,11 +180,12 @@ class Preparation:
 
     def _fit(self, held: Manifest | None, granule: int) -> dict[tuple[str, str], Fitted]:
         """Pilot for the taps the cache does not have yet, and for those whose scale is lost or was never written."""
-        cache = Store(self.path)
+        cache = open_store(self.path)
         durable = {
             commit.array
             for commit in read_log(cache).commits.all()
-            if check_length(commit.bytes, partial(cache.size, object_key(commit.array, commit.shard))) is None
+            if _is_scale(commit.array)
+            and check_length(commit.bytes, partial(cache.size, object_key(commit.array, commit.shard))) is None
         }
         wanted: dict[str, list[str]] = {}
         for name, teacher in self.teachers.items():
@@ -269,11 +272,20 @@ def _log_fitted(teacher: str, info: TapInfo) -> None:
     )
 
 
+def _is_scale(array: str) -> bool:
+    target = names.parse(array)
+    return target is not None and target.part == "scale"
+
+
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def _one_at_a_time(path: Place) -> Iterator[None]:
     """Serialize the preparation of jobs that start together on one cache: the first fits, the others find it done."""
-    ensure_dir(path / COMMITS, "cache.path")
-    lock = Store(path).lock(f"{COMMITS}/.lock-prepare", patience_s=math.inf)
+    store = open_store(path)
+    if isinstance(path, Path):
+        ensure_dir(path / COMMITS, "cache.path")  # says which key of the recipe is wrong
+    else:
+        store.make()
+    lock = store.lock(f"{COMMITS}/.lock-prepare", patience_s=math.inf)
     assert lock is not None
     with lock:
         yield

@@ -274,7 +274,7 @@ def source_of(reader: CacheReader) -> Selection:
     """
     chosen = selection_of(reader)
     where = ", ".join(chosen.train)[:500]
-    if reader.manifest.folder != reader.path.stat().st_ino:
+    if not reader.original:
         raise RequestError(
             f"{reader.path}: was copied or made elsewhere, and what its manifest names is not opened by itself: "
             f"{where}. Say where the images are: feedfast verify --recipe, or open_cache(path, data=...)"

@@ -36,7 +36,8 @@ class Recorder:
     """Rows of one job on their way into a cache.
 
     Attributes:
-        pending: what the job still had to write when it began.
+        arrays: what it records.
+        pending: what of them is recorded: what the job still had to write when it began, or was handed since.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Recorder:
         self._sampling = sampling_of_manifest(self.manifest, held.path)
         self._arrays = {name: {tap: names.codes(name, tap) for tap in some} for name, some in taps.items()}
         targets = {array for arrays in self._arrays.values() for array in arrays.values()}
-        self.pending: Pending = writer.pending({names.SUMS, *targets} | ({names.PIXELS} & writer.specs.keys()))
+        self.arrays = {names.SUMS, *targets} | ({names.PIXELS} & writer.specs.keys())
+        self.pending: Pending = writer.pending(self.arrays)
         self._lost = writer.missing(names.SUMS)
         self._scales: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._sums: tuple[int, np.ndarray, np.ndarray] | None = None  # view, checksums, which of them are committed

@@ -25,7 +25,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from feedfast.cache import names
 from feedfast.cache.create import record_pass, refuse_foreign
 from feedfast.cache.layout import unit_rows
 from feedfast.cache.manifest import held_manifest
+from feedfast.cache.places import place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
 from feedfast.cache.writer import CacheWriter
@@ -464,7 +464,7 @@ def open_recorded(
     Raises:
         RequestError, CacheMismatchError: see `feedfast.stages.offline.run_cache`.
     """
-    path, needs = Path(recipe.cache.path), needs_of(entries)
+    path, needs = place_of(recipe.cache.path), needs_of(entries)
     refuse_foreign(path)
     preparation = Preparation(recipe, data, plan, device, (me.rank, me.world))
     try:

@@ -48,6 +48,7 @@ from feedfast.stages.proof import check_views, content_of, plan_of, replay_pixel
 from feedfast.stages.resident import Item, Resident, resident
 from feedfast.stages.sampling import sampling_of, sampling_of_manifest
 from feedfast.stages.schedule import total_steps
+from feedfast.stages.tiers import tier_of
 from feedfast.stages.worker import ranks_here
 from feedfast_kernels import Codes, Sampled, Target
 from feedfast_kernels.codes import CODECS
@@ -355,7 +356,7 @@ def _open_cached(
 ) -> Source:
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
-    reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads)
+    reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads, tier=tier_of(recipe))
     dataset = dataset_info(Selection.of(recipe), data)
     refuse_other_recipe(reader, dataset, plan, recipe, needs)
     views = recipe.cache.views or reader.manifest.views

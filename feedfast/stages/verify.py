@@ -15,6 +15,7 @@ import torch
 from feedfast import recipe as recipes
 from feedfast.cache import names
 from feedfast.cache.log import Problem, problem
+from feedfast.cache.places import place_of
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.verify import verify_cache
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
@@ -38,7 +39,7 @@ def run_verify(
     """Check a cache.
 
     Args:
-        cache: its folder.
+        cache: its folder, or the URL of a bucket with a prefix.
         full: read every byte and check every checksum.
         replay: blocks of pixels to decode again.
         teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files,
@@ -49,8 +50,9 @@ def run_verify(
         The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``,
         ``replayed``, ``cosine`` (per array, smallest).
     """
-    if not Path(cache).is_dir():
-        found_there = "a file" if Path(cache).exists() else "nothing"
+    place = place_of(cache)
+    if isinstance(place, Path) and not place.is_dir():
+        found_there = "a file" if place.exists() else "nothing"
         raise RequestError(f"cache: expected a folder, found {found_there} at {cache}")
     problems: list[Problem] = []
     try:

@@ -12,11 +12,11 @@ from cache_samples import FINAL, append_missing, expected, fill_cache, small_val
 
 from feedfast.cache import index as index_module
 from feedfast.cache import log as log_module
+from feedfast.cache.disk import Disk
 from feedfast.cache.index import INDEX, Commits, read_index
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import Commit, cache_digest, keep_index, read_log
 from feedfast.cache.reader import CacheReader
-from feedfast.cache.store import Store
 from feedfast.cache.verify import verify_cache
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError
@@ -174,7 +174,7 @@ def damages(path: Path) -> dict[str, Any]:
 def test_an_index_in_doubt_is_passed_over(tmp_path: Path, which: str) -> None:
     path = filled(tmp_path / "c", tiny())
     damages(path)[which]()
-    assert read_index(Store(path)) is None
+    assert read_index(Disk(path)) is None
     ours, lines = both(path)
     assert ours == lines
 
@@ -204,13 +204,13 @@ def test_an_index_that_lies_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """With sound checksums: somebody has made it."""
     manifest = tiny()
     path = filled(tmp_path / "c", manifest)
-    found = read_index(Store(path))
+    found = read_index(Disk(path))
     assert found is not None
     sums = found.arrays[FINAL].sums.copy()
     sums[1] ^= 1
     forged = {**found.arrays, FINAL: index_module.ArrayIndex(**{**vars(found.arrays[FINAL]), "sums": sums})}
     monkeypatch.setattr(index_module, "_indexed", lambda spec, _: forged[spec.name])
-    assert index_module.write_index(Store(path), read_log(path).commits, array_specs(manifest), dict(found.covered))
+    assert index_module.write_index(Disk(path), read_log(path).commits, array_specs(manifest), dict(found.covered))
     (entry,) = verify_cache(path)
     assert (entry["array"], entry["kind"]) == (FINAL, "log-damaged")
     assert "remove commits/index" in entry["detail"]

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from feedfast.cache import segments
 from feedfast.cache import stream as stream_module
 from feedfast.cache.blocks import index_length
+from feedfast.cache.disk import Disk
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.schema import Manifest, differences, merge
 from feedfast.cache.segments import SMALL_BYTES, Array, BufferPool, Bytes, Piece, Segment
 from feedfast.cache.shards import ArrayView
-from feedfast.cache.store import Store
 from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.data.passes import PASS_GRANULE, PASS_WINDOW, pass_order, pass_sizes, readable_sizes
 from feedfast.errors import CacheDamageError
@@ -67,7 +67,7 @@ def store(folder: Path, spec: ArraySpec, values: Array) -> ArrayView:
     array[0, : spec.rows] = values
     keys = [spec.key(0, shard) for shard in range(spec.num_shards)]
     return ArrayView(
-        spec, Store(folder.parent), 0, {shard: (folder / key).stat().st_size for shard, key in enumerate(keys)}
+        spec, Disk(folder.parent), 0, {shard: (folder / key).stat().st_size for shard, key in enumerate(keys)}
     )
 
 
@@ -314,7 +314,7 @@ def dry_pass(
     Fails unless every block that is wanted is read at all.
     """
     specs = [spec_of(f"a{k}", size, block, len(order)) for k, (size, block) in enumerate(arrays)]
-    sources = [ArrayView(spec, Store("."), 0, {}) for spec in specs]
+    sources = [ArrayView(spec, Disk("."), 0, {}) for spec in specs]
     stream = Stream(sources, order, batch_size, max_buffer_bytes=bound, **options)
     wanted = order[options.get("start_batch", 0) * batch_size :]
     dry = Dry(sources, batch_size, len(wanted))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -11,9 +14,9 @@ from cache_samples import FINAL, in_memory, make_manifest, make_tap, make_teache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feedfast.cache.layout import ArraySpec
+from feedfast.cache.layout import ArraySpec, unit_rows
 from feedfast.cache.log import cache_digest
-from feedfast.cache.pending import Division, Pending
+from feedfast.cache.pending import Division, Pending, Unit
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import FeedfastError
 
@@ -122,6 +125,79 @@ def test_parts_given_everything_write_everything_once(parts: int, size: int, don
             assert written == sum(spec.num_shards * spec.num_views for spec in specs)
             digests.add(cache_digest(path))
         assert len(digests) == 1
+
+
+def append_batches(writer: CacheWriter, arrays: list[str], size: int, most: int = 1000) -> None:
+    """The first ``most`` batches of what the writer has pending."""
+    for view, rows in writer.pending(arrays).batches(size):
+        for batch in np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1)[:most]:
+            for array in arrays:
+                start, stop = int(batch[0]), int(batch[-1]) + 1
+                writer.append(array, view, start, rows_of(writer.specs[array], view, start, stop))
+
+
+@settings(deadline=None, max_examples=12)
+@given(writers=st.integers(1, 3), size=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
+def test_units_handed_out_in_any_order_make_the_cache_of_one_writer(writers: int, size: int, seed: int) -> None:
+    """Units go to any writer, also to one that follows another that died halfway through; no line is logged twice."""
+    manifest = make_manifest(
+        make_teacher("a", make_tap("final"), make_tap("wide", (9, 3, 2))), views=2, shard_bytes=500
+    )
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder, contextlib.ExitStack() as stack:
+        one, many = Path(folder, "one"), Path(folder, "many")
+        stored = open_for_writing(one, manifest)
+        with CacheWriter(one, stored) as writer:
+            arrays = [name for name, spec in writer.specs.items() if spec.sharded]
+            append_batches(writer, arrays, size)
+
+        stored = open_for_writing(many, manifest)
+
+        def opened(part: int) -> CacheWriter:
+            return stack.enter_context(CacheWriter(many, stored, part=(part, writers), divided=False))
+
+        crew = [opened(part) for part in range(writers)]
+        unit = unit_rows(crew[0].specs)
+        units = crew[0].pending(arrays).units(unit, size)
+        assert list(units.items()) == [
+            (Unit(view, start, min(start + unit, 150)), min(unit, 150 - start))
+            for view in range(2)
+            for start in range(0, 150, unit)
+        ]
+        queue = list(units)
+        rng.shuffle(queue)
+        for number, handed in enumerate(queue):
+            part = rng.randrange(writers)
+            crew[part].hand([handed])
+            if number % 2:  # it dies of an error: what waits is dropped, what is under way may be committed
+                append_batches(crew[part], arrays, size, most=rng.randrange(4))
+                crew[part].__exit__(RuntimeError, RuntimeError("died"), None)
+                crew[part] = opened(part)
+                part = rng.randrange(writers)
+                crew[part].refresh()
+                crew[part].hand([handed])
+            append_batches(crew[part], arrays, size)
+            crew[part].flush()
+            assert crew[part].holds(handed)
+        for writer in crew:
+            writer.close()
+        assert cache_digest(many) == cache_digest(one)
+        lines = [line for log in many.glob("commits/*.jsonl") for line in log.read_text().splitlines()]
+        assert len(lines) == len({(entry["array"], entry["shard"]) for entry in map(json.loads, lines)})
+
+
+def test_a_unit_counts_the_rows_that_are_missing_and_no_others(tmp_path: Path) -> None:
+    manifest = open_for_writing(tmp_path / "c", tiny())
+    with CacheWriter(tmp_path / "c", manifest) as writer:
+        spec = writer.specs[FINAL]
+        writer.append(FINAL, 0, 0, rows_of(spec, 0, 0, spec.shard_rows))
+        lacking = writer.pending([FINAL]).units(2 * spec.shard_rows, 5)
+        first = (spec.shard_rows // 5) * 5  # the batch that reaches into the missing shard begins here
+        assert lacking[Unit(0, 0, 2 * spec.shard_rows)] == 2 * spec.shard_rows - first
+        assert sum(lacking.values()) == 70 - first
+        writer.hand([Unit(0, 2 * spec.shard_rows, 3 * spec.shard_rows)])
+        assert writer.pending([FINAL]).missing == {FINAL: frozenset({(0, 2)})}
+        assert str(Unit(0, 32, 48)) == "view 0, rows 32..48"
 
 
 def test_pending_is_of_the_moment_and_of_arrays_that_exist(tmp_path: Path) -> None:

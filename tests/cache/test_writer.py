@@ -39,12 +39,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedfast.cache.create import PLAN_PROBE, refuse_foreign
+from feedfast.cache.disk import Disk
 from feedfast.cache.layout import ArraySpec, array_specs
 from feedfast.cache.log import cache_digest, read_log
 from feedfast.cache.manifest import read_manifest
 from feedfast.cache.reader import CacheReader
 from feedfast.cache.schema import Manifest
-from feedfast.cache.store import Store
 from feedfast.cache.verify import verify_cache
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, CacheMismatchError, FeedfastError, RequestError
@@ -397,13 +397,13 @@ def test_memory_stays_flat_when_the_disk_is_slow(tmp_path: Path, monkeypatch: py
             make_teacher("a", make_tap("final", (64, 8, 8))), rows=6_016, views=1, granule=64, shard_bytes=shard
         ),
     )
-    real = Store.put
+    real = Disk.put
 
     def slow(*args: Any, **kwargs: Any) -> None:
         time.sleep(0.004)
         real(*args, **kwargs)
 
-    monkeypatch.setattr(Store, "put", slow)
+    monkeypatch.setattr(Disk, "put", slow)
     batch = np.ones((64, 8, 8, 64), np.uint8)
     tracemalloc.start()
     try:

@@ -33,9 +33,10 @@ from cache_samples import (
 )
 
 from feedfast.cache.create import manifest_lock
+from feedfast.cache.disk import Disk
 from feedfast.cache.layout import array_specs
 from feedfast.cache.log import cache_digest, read_log
-from feedfast.cache.store import COMMITS, Store
+from feedfast.cache.store import COMMITS
 from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.errors import CacheDamageError, FeedfastError, RequestError
 
@@ -206,8 +207,8 @@ def test_the_same_part_twice_and_mixed_divisions_are_refused(tmp_path: Path) -> 
 
 def test_the_manifest_lock_excludes_and_is_waited_for(tmp_path: Path) -> None:
     open_for_writing(tmp_path / "c", tiny())
-    other, key = Store(tmp_path / "c"), f"{COMMITS}/.lock-manifest"
-    with manifest_lock(Store(tmp_path / "c")):
+    other, key = Disk(tmp_path / "c"), f"{COMMITS}/.lock-manifest"
+    with manifest_lock(Disk(tmp_path / "c")):
         assert other.lock(key) is None
         start = time.monotonic()
         assert other.lock(key, patience_s=0.1) is None

@@ -191,7 +191,8 @@ TEXTS = {
     "TapEntry.tap",
 }  # fmt: skip
 PATHS = {
-    "Data.train", "Data.val", "Cache.path", "Teacher.weights", "Student.weights", "Student.backbone", "Train.out",
+    "Data.train", "Data.val", "Cache.path", "Cache.local", "Teacher.weights", "Student.weights", "Student.backbone",
+    "Train.out",
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 from torch import nn
@@ -56,6 +58,20 @@ class InMapping(nn.Module):
 def flat(num_classes: int = 10) -> nn.Module:
     """A linear classifier of 16 pixels, which has no map at all."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def deadly(num_classes: int = 10) -> nn.Module:
+    """A WRN that kills its process at the sight of a blank image, while the file $FEEDFAST_TEST_POISON exists."""
+    from feedfast.models.build import build_model
+
+    def look(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        blank = (inputs[0] == 1).flatten(1).all(1)
+        if bool(blank.any()) and os.path.exists(os.environ.get("FEEDFAST_TEST_POISON", "")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    network = build_model("zoo/wrn-10-1", num_classes=num_classes, weights=None, seed=0)
+    network.register_forward_pre_hook(look)
+    return network
 
 
 def plain(num_classes: int = 10) -> nn.Module:

@@ -201,13 +201,13 @@ def test_a_signal_waits_for_the_shards_that_are_begun(
 
 
 def test_a_signal_after_the_last_check_is_not_lost() -> None:
-    with (
-        interruptible() as ending,
-        pytest.raises(KeyboardInterrupt, match="SIGTERM"),
-        HoldShards(frozenset) as hold,
-    ):
-        hold.check()
-        signal.raise_signal(signal.SIGTERM)
+    def end() -> None:
+        with HoldShards(frozenset) as hold:
+            hold.check()
+            signal.raise_signal(signal.SIGTERM)
+
+    with interruptible() as ending, pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        end()
     assert ending.exit_code == 143
 
 
