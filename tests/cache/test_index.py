@@ -194,7 +194,7 @@ def test_an_index_of_other_things_is_passed_over(tmp_path: Path, forged: dict[st
     else:
         said |= forged
     (path / INDEX).write_bytes(b"".join(pack("feedfast-log-index", 1, head, arrays)))
-    assert read_index(open_store(path)) is None
+    assert read_index(Disk(path)) is None
     ours, lines = both(path)
     assert ours == lines
     assert verify_cache(path) == []
