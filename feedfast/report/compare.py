@@ -17,7 +17,7 @@ from rich.text import Text
 from feedfast.errors import printable
 from feedfast.files import write_text
 from feedfast.provenance import Provenance
-from feedfast.report.run import figure_html, page, provenance_html, read_metrics, show, table_html
+from feedfast.report.run import as_label, figure_html, page, provenance_html, read_metrics, show, table_html
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def write_comparison(
         for axis, key in zip(axes, ("val_accuracy", "ce"), strict=True):
             points = [(row["step"], row[key]) for row in metrics if key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker=".", linewidth=1.2)
+                axis.plot(*zip(*points, strict=True), label=as_label(name), marker=".", linewidth=1.2)
     for axis, label in zip(axes, ("validation accuracy", "cross-entropy with the label (training)"), strict=True):
         axis.set_title(label)
         axis.set_xlabel("step")
@@ -83,6 +83,7 @@ def write_groups(
     rows: Sequence[Mapping[str, Any]],
     groups: Mapping[str, Sequence[Path]],
     metric: str,
+    loss: str,
     sentences: Sequence[str],
     made: Provenance,
 ) -> Path:
@@ -92,7 +93,8 @@ def write_groups(
         path: the page.
         rows: of the table.
         groups: name → folders of its runs, whose curves are in their metrics.jsonl.
-        metric: the score, as ``val_accuracy``; the other curve is the task's own loss of training.
+        metric: the score, as ``val_accuracy``.
+        loss: the task's own loss of training, as ``ce``.
         sentences: shown below the curves.
         made: who compares.
     """
@@ -102,7 +104,7 @@ def write_groups(
     axes = figure.subplots(1, 2)
     for number, (name, folders) in enumerate(groups.items()):
         metrics = [read_metrics(folder / "metrics.jsonl") for folder in folders]
-        for axis, key in zip(axes, (metric, "ce"), strict=True):
+        for axis, key in zip(axes, (metric, loss), strict=True):
             values: dict[int, list[float]] = defaultdict(list)
             for run in metrics:
                 for row in run:
@@ -111,11 +113,18 @@ def write_groups(
             steps = sorted(step for step, found in values.items() if len(found) == max(map(len, values.values())))
             if steps:
                 color = f"C{number % 10}"
-                axis.plot(steps, [sum(values[s]) / len(values[s]) for s in steps], color=color, label=name, marker=".")
+                axis.plot(
+                    steps,
+                    [sum(values[s]) / len(values[s]) for s in steps],
+                    color=color,
+                    label=as_label(name),
+                    marker=".",
+                )
                 axis.fill_between(
                     steps, [min(values[s]) for s in steps], [max(values[s]) for s in steps], color=color, alpha=0.2
                 )
-    for axis, label in zip(axes, (metric.replace("_", " "), "cross-entropy with the label (training)"), strict=True):
+    titles = (as_label(metric).replace("_", " "), f"{loss}, the task's own loss (training)")
+    for axis, label in zip(axes, titles, strict=True):
         axis.set_title(label)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

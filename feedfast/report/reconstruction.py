@@ -13,7 +13,7 @@ from typing import Any
 
 from feedfast.files import write_text
 from feedfast.provenance import Provenance
-from feedfast.report.run import figure_html, page, provenance_html, table_html
+from feedfast.report.run import as_label, figure_html, page, provenance_html, table_html
 
 NOTE = (
     "A paraphraser (autoencoder of factor transfer) per network, trained on that network's own final maps of the "
@@ -34,11 +34,13 @@ def reconstruction_curves(runs: Sequence[Mapping[str, Any]]) -> Any:
     error, relative = figure.subplots(1, 2)
     for run in runs:
         epochs = range(1, len(run["test_l1"]) + 1)
-        (line,) = error.plot(epochs, run["test_l1"], label=run["name"], marker="o", markersize=3, linewidth=1.2)
+        (line,) = error.plot(
+            epochs, run["test_l1"], label=as_label(run["name"]), marker="o", markersize=3, linewidth=1.2
+        )
         color = line.get_color()
         error.plot(epochs, run["train_l1"], linestyle="--", linewidth=1, color=color, label="_training")
         shares = [value / run["test_mean_abs"] if run["test_mean_abs"] else 0.0 for value in run["test_l1"]]
-        relative.plot(epochs, shares, label=run["name"], marker="o", markersize=3, linewidth=1.2, color=color)
+        relative.plot(epochs, shares, label=as_label(run["name"]), marker="o", markersize=3, linewidth=1.2, color=color)
     for axis, title in ((error, "mean L1 (dashed: training)"), (relative, "mean L1 / mean |map|, validation")):
         axis.set_title(title)
         axis.set_xlabel("epoch")

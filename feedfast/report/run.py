@@ -97,6 +97,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def as_label(text: str) -> str:
+    """Anybody's text as matplotlib is to show it: no formulas, and never hidden."""
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
 def figure_html(figure: Any) -> str:
     """A matplotlib figure as an inline PNG."""
     buffer = io.BytesIO()
@@ -150,7 +155,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Any:
             points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
             marker = "o" if len(points) < 30 else None
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3, linewidth=1.2)
+                axis.plot(*zip(*points, strict=True), label=as_label(name), marker=marker, markersize=3, linewidth=1.2)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -2,9 +2,9 @@
 
     folders of runs ──► groups that differ in nothing but seeds ──► mean, deviation, difference to a baseline
 
-Runs are read from their folders alone; neither data nor teachers are opened, and a cache only for its sizes. A group
-is called after its method, and after those keys of its recipe that tell it from others of that method. Differences are
-taken seed by seed (`feedfast.report.statistics`), so only seeds that both have count.
+Runs are read from their folders alone (`feedfast.stages.groups`); neither data nor teachers are opened, and a cache
+only for its sizes. Differences are taken seed by seed (`feedfast.report.statistics`), so only seeds that both have
+count.
 """
 
 from __future__ import annotations
@@ -28,45 +28,21 @@ from feedfast.cache.log import read_log
 from feedfast.cache.manifest import held_manifest
 from feedfast.cache.places import place_of
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_sealed, write_text
+from feedfast.files import write_text
 from feedfast.methods.base import matching
 from feedfast.provenance import Provenance
-from feedfast.recipe import Recipe, parse_recipe
+from feedfast.recipe import Recipe
 from feedfast.report.compare import print_table, write_groups
 from feedfast.report.statistics import half_interval
-from feedfast.stages.folder import RECIPE, comparable, ensure_dir
-from feedfast.stages.trainee import method_entries, names_of, needs_of
+from feedfast.stages.folder import comparable, ensure_dir
+from feedfast.stages.groups import Run, find_runs, grouped, kind_of, method_of, telling_keys
+from feedfast.stages.trainee import method_entries, needs_of
+from feedfast.tasks import task_named
 
 log = logging.getLogger(__name__)
 
-RESULT = "result.json"
-_DEEPEST = 4  # folders below one that is given in which runs are looked for
-_SEEDS = ("seed", "train.seed")  # what two runs of one kind may differ in
-# What differs as a consequence of something else: named only where nothing else tells two groups apart.
-_CONSEQUENCES = ("cache.path", "train.source")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that has ended.
-
-    Attributes:
-        path: its folder.
-        recipe: its recipe, without the keys that change no result.
-        result: its ``result.json``.
-        metric: the name of its score, as ``val_accuracy``; its value is ``score``, None where nothing was validated.
-    """
-
-    path: Path
-    recipe: Recipe
-    result: Mapping[str, Any]
-    metric: str
-    score: float | None
-
-    @property
-    def seeds(self) -> tuple[int, int]:
-        """Of the views, and of the student's start."""
-        return self.recipe.seed, self.recipe.train_seed
+# What a plain student must have in common with those it is the baseline of.
+_ALIKE = ("student.model", "task.name", "data.train", "data.val")
 
 
 @dataclass(frozen=True)
@@ -76,9 +52,9 @@ class Group:
     Attributes:
         name: method, and what tells it from other groups of that method.
         runs: the folders.
-        seeds: of the students, as many as runs.
+        seeds: of the students, as many as runs. Runs of one seed are one student: their mean counts once.
         steps: that each took.
-        mean: of the score over the runs; None without validation images.
+        mean: of the score over the seeds; None without validation images.
         deviation: its sample standard deviation; None of a single run.
         baseline: name of the group it is compared with; None of one that others are compared with.
         over_baseline: mean difference to it, seed by seed; None without a common seed.
@@ -189,6 +165,7 @@ def run_compare(runs: Sequence[str | Path], out: Path | None = None, baseline: s
             rows,
             {name: [run.path for run in members] for name, members in groups.items()},
             found.metric,
+            task_named(next(iter(groups.values()))[0].recipe.task.name, 1).term,
             [_payback_sentence(cache) for cache in found.caches],
             made.finished(),
         )
@@ -210,142 +187,24 @@ def shown(group: Group, metric: str) -> dict[str, str]:
     }
 
 
-def find_runs(places: Sequence[str | Path]) -> list[Run]:
-    """The finished runs in folders, or below them, by path; each once.
-
-    Raises:
-        RequestError: a folder has none.
-    """
-    found: dict[Path, Run] = {}
-    for place in map(Path, places):
-        folders = [place] if (place / RESULT).is_file() else sorted(_below(place, _DEEPEST))
-        if not folders:
-            raise RequestError(
-                f"{place}: expected a finished run of feedfast train, or a folder of some, found no {RESULT}"
-            )
-        for folder in folders:
-            found.setdefault(folder.resolve(), _read(folder))
-    return list(found.values())
-
-
-def _below(folder: Path, depth: int) -> list[Path]:
-    found: list[Path] = []
-    with contextlib.suppress(OSError):
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                if (entry / RESULT).is_file() and (entry / RECIPE).is_file():
-                    found.append(entry)
-                elif depth > 1:
-                    found += _below(entry, depth - 1)
-    return found
-
-
-def _read(folder: Path) -> Run:
-    trees = []
-    for name in (RECIPE, RESULT):
-        try:
-            trees.append(read_sealed(folder / name))
-        except FileNotFoundError:
-            raise RequestError(f"{folder}: expected a finished run of feedfast train, found no {name}") from None
-        except (OSError, ValueError) as error:
-            raise FeedfastError(f"{folder / name}: cannot be read ({error}); train this run again") from error
-    tree, result = trees
-    metric = next((key for key in result if key.startswith("val_") and key != "val_metrics"), "val_accuracy")
-    score = result.get(metric)
-    if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
-        raise FeedfastError(f"{folder / RESULT}: {metric}: expected a number, found {score!r}; train this run again")
-    return Run(folder, parse_recipe(tree, where=str(folder / RECIPE)), result, metric, score)
-
-
-def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by the name of their group, in the order they were given.
-
-    Raises:
-        RequestError: they are of several tasks.
-    """
-    metrics = sorted({run.metric for run in runs})
-    if len(metrics) > 1:
-        raise RequestError(f"runs: expected those of one task, found scores {', '.join(metrics)}; compare them apart")
-    members: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        members[json.dumps(_kind(run), sort_keys=True)].append(run)
-    return dict(zip(_names(list(members.values())), members.values(), strict=True))
-
-
-def _kind(run: Run) -> dict[str, Any]:
-    """Dotted keys of what a run is, seeds aside; teachers and methods by name, lists as they are."""
-    tree = comparable(run.recipe)
-    listed = "+".join(entry["name"] for entry in tree["teachers"])
-    tree["teachers"] = {entry.pop("name"): entry for entry in tree["teachers"]}
-    several = len(tree["method"]) > 1
-    tree["method"] = {str(n): entry for n, entry in enumerate(tree["method"])} if several else tree["method"][0]
-    flat = {**_flat(tree), "teachers": listed}
-    return {key: value for key, value in flat.items() if key not in _SEEDS}
-
-
-def _flat(tree: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {key: tree}
-    parts = [_flat(value, f"{key}.{name}" if key else name) for name, value in tree.items()]
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """The method's name of each group, and `key=value` for what tells it from the others of that method."""
-    kinds, methods = [_kind(runs[0]) for runs in groups], [_method(runs[0]) for runs in groups]
-    found = []
-    for kind, method in zip(kinds, methods, strict=True):
-        others = [other for other, name in zip(kinds, methods, strict=True) if name == method]
-        said = [f"{key}={_value(kind[key])}" for key in _telling(others) if key in kind]
-        found.append(", ".join([method, *said]))
-    if len(set(found)) == len(found):
-        return found
-    return [f"{name} ({number})" if found.count(name) > 1 else name for number, name in enumerate(found, start=1)]
-
-
-def _telling(kinds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A few keys by which all of these differ; the first is the one that tells most of them apart, and so on."""
-    chosen: list[str] = []
-    keys = sorted({key for kind in kinds for key in kind}, key=lambda key: (key in _CONSEQUENCES, key.count("."), key))
-
-    def apart(by: Sequence[str]) -> int:
-        return len({json.dumps([kind.get(key) for key in by], sort_keys=True) for kind in kinds})
-
-    while apart(chosen) < len(kinds):
-        best = max(keys, key=lambda key: apart([*chosen, key]))  # of equal ones the first
-        if apart([*chosen, best]) == apart(chosen):
-            break
-        chosen.append(best)
-    return sorted(chosen)
-
-
-def _method(run: Run) -> str:
-    return names_of(method_entries(run.recipe.method))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "op" in item for item in value):
-        return "+".join(str(item["op"]) for item in value)
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _baselines(groups: Mapping[str, list[Run]], asked: str | None) -> dict[str, str | None]:
     """Name → the group it is compared with: the one that was asked for, else the plain one most like it.
 
-    Of several plain groups (other views, other data) each student is compared with that of its own settings; without
-    any, with the first group.
+    A plain group must be of the same network, task and images; of several (other views, more epochs) each student is
+    compared with that of its own settings. Without any plain group, all are compared with the first.
 
     Raises:
         RequestError: no group has that name.
     """
     if asked is not None and asked not in groups:
         raise RequestError(f"--baseline: expected one of {'; '.join(groups)}; found {asked!r}")
-    plain = [name for name, runs in groups.items() if _method(runs[0]) == "none"]
-    kinds = {name: _kind(runs[0]) for name, runs in groups.items()}
-    telling = _telling([kinds[name] for name in plain]) if len(plain) > 1 else []
+    plain = [name for name, runs in groups.items() if method_of(runs[0]) == "none"]
+    kinds = {name: kind_of(runs[0]) for name, runs in groups.items()}
+    telling = telling_keys([kinds[name] for name in plain]) if len(plain) > 1 else []
     found: dict[str, str | None] = {}
     for name in groups:
-        fitting = [other for other in plain if all(kinds[other].get(key) == kinds[name].get(key) for key in telling)]
+        keys = (*_ALIKE, *telling)
+        fitting = [other for other in plain if all(kinds[other].get(key) == kinds[name].get(key) for key in keys)]
         other = asked or (fitting[0] if fitting else None if plain else next(iter(groups)))
         found[name] = None if other == name else other
     return found
@@ -354,8 +213,10 @@ def _baselines(groups: Mapping[str, list[Run]], asked: str | None) -> dict[str, 
 def _compared(groups: Mapping[str, list[Run]], asked: str | None) -> Comparison:
     found = []
     for name, other in _baselines(groups, asked).items():
-        against = {run.seeds: run.score for run in groups[other]} if other is not None else {}
+        against = _by_seed(groups[other]) if other is not None else {}
         found.append(_group(name, groups[name], other, against))
+        if len({run.seeds for run in groups[name]}) < len(groups[name]):
+            log.warning("compare: %s: several runs of one seed count as one student, by their mean", name)
     steps = {group.steps for group in found}
     if len(steps) > 1:
         log.warning("compare: groups took %s steps: a longer run is no better method", _listed(steps))
@@ -368,12 +229,19 @@ def _listed(values: set[int]) -> str:
     return ", ".join(f"{value:,}" for value in sorted(values))
 
 
-def _group(
-    name: str, runs: Sequence[Run], baseline: str | None, against: Mapping[tuple[int, int], float | None]
-) -> Group:
-    scores = [run.score for run in runs if run.score is not None]
-    pairs = [(run.score, against.get(run.seeds)) for run in runs]
-    differences = [own - other for own, other in pairs if own is not None and other is not None]
+def _by_seed(runs: Sequence[Run]) -> dict[tuple[int, int], float]:
+    """Seeds → score. A run that lies there twice is no second student: it would make the interval a lie."""
+    scores: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for run in runs:
+        if run.score is not None:
+            scores[run.seeds].append(run.score)
+    return {seeds: statistics.mean(found) for seeds, found in scores.items()}
+
+
+def _group(name: str, runs: Sequence[Run], baseline: str | None, against: Mapping[tuple[int, int], float]) -> Group:
+    own = _by_seed(runs)
+    scores = list(own.values())
+    differences = [score - against[seeds] for seeds, score in own.items() if seeds in against]
     half = half_interval(differences)
     return Group(
         name=name,
@@ -400,13 +268,17 @@ def _median(runs: Sequence[Run], key: str) -> float | None:
 def bytes_per_sample(recipe: Recipe) -> float | None:
     """What a sample of one view takes of the cache for this recipe: codes of the taps it reads, compressed.
 
-    None without a cache, or where it is no longer there.
+    None without a cache, or where it is no longer there or damaged: what the runs reached is known all the same.
     """
-    path, manifest = place_of(recipe.cache.path), None
     # who compares may be elsewhere, without the right to look into a bucket
-    with contextlib.suppress(*(() if isinstance(path, Path) else (FeedfastError,))):
-        if recipe.cache.path and recipe.train.source in ("cache", "record"):
-            manifest = held_manifest(path)
+    with contextlib.suppress(FeedfastError, OSError):
+        return _bytes_per_sample(recipe)
+    return None
+
+
+def _bytes_per_sample(recipe: Recipe) -> float | None:
+    path = place_of(recipe.cache.path)
+    manifest = held_manifest(path) if recipe.cache.path and recipe.train.source in ("cache", "record") else None
     if manifest is None:
         return None
     chosen = [entry.name for entry in recipe.teachers] or list(manifest.teachers)[-1:]
@@ -437,7 +309,7 @@ def _paybacks(runs: Sequence[Run]) -> list[Payback]:
     found = []
     for path, users in readers.items():
         saved = [
-            (statistics.median(live[_trained(run)]) - run.result["step_ms"]) * run.result["steps"] / 1e3
+            (statistics.median(live[_trained(run)]) - run.result["step_ms"]) * (run.result.get("steps") or 0) / 1e3
             for run in users
             if live.get(_trained(run)) and isinstance(run.result.get("step_ms"), int | float)
         ]
@@ -457,10 +329,12 @@ def _paid_seconds(path: str) -> float | None:
         manifest = held_manifest(place_of(path))
     if manifest is None or not manifest.passes or any(job.ended is None for job in manifest.passes):
         return None
-    return sum(
-        (datetime.fromisoformat(job.ended or job.started) - datetime.fromisoformat(job.started)).total_seconds()
-        for job in manifest.passes
-    )
+    with contextlib.suppress(ValueError, TypeError):  # nothing covers these: what is no date costs a number only
+        return sum(
+            (datetime.fromisoformat(job.ended or job.started) - datetime.fromisoformat(job.started)).total_seconds()
+            for job in manifest.passes
+        )
+    return None
 
 
 def _payback_sentence(cache: Payback) -> str:

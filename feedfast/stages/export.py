@@ -41,6 +41,7 @@ FILES: Final = {
     "torch-export": "student.pt2",
     "onnx": "student.onnx",
 }
+ABOUT: Final = "export.json"
 PROGRAMS: Final = ("torch-export", "onnx")
 _IMAGES = 32
 # Of the largest logit: a program may add in another order, and another runtime has other kernels.
@@ -84,6 +85,7 @@ def run_export(
     mean, std = recipe.data.normalization
     program = _Program(Normalize(mean, std), student).eval()
     folder = ensure_dir(run / "export" if out is None else out, "--out")
+    (folder / ABOUT).unlink(missing_ok=True)  # of an older export, whose files are replaced
     files = {}
     for name in wanted:
         path = folder / FILES[name]
@@ -113,7 +115,7 @@ def run_export(
         "images": len(images),
         "files": files,
     }
-    write_json(folder / "export.json", {**document, "provenance": [Provenance.begin().model_dump(mode="json")]})
+    write_json(folder / ABOUT, {**document, "provenance": [Provenance.begin().model_dump(mode="json")]})
     return document
 
 
@@ -203,8 +205,8 @@ def _write_program(name: str, path: Path, program: _Program, images: Tensor) -> 
     """Write a program; what reads it back."""
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     try:
-        # two images, so that a batch of one is not taken for a constant
-        exported = torch.export.export(program, (images[:2],), dynamic_shapes=({0: batch},))
+        # two images, also where there is one, so that a batch of one is not taken for a constant
+        exported = torch.export.export(program, (torch.cat([images[:1], images[-1:]]),), dynamic_shapes=({0: batch},))
         if name == "torch-export":
             torch.export.save(exported, path)
             return torch.export.load(path).module()
@@ -217,6 +219,8 @@ def _write_program(name: str, path: Path, program: _Program, images: Tensor) -> 
             external_data=False,
             verbose=False,
         )
+    except OSError:
+        raise
     except Exception as error:  # whatever a network does that a graph cannot say
         raise RequestError(
             f"--format {name}: no such form of this network can be made: {type(error).__name__}: {str(error)[:300]}; "
@@ -235,7 +239,7 @@ def _differences(name: str, read: Run, program: _Program, images: Tensor) -> flo
     with torch.inference_mode():
         for some in (images[:1], images):
             expected, found = program(some), read(some)
-            if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+            if found.shape != expected.shape or not all(bool(torch.isfinite(one).all()) for one in (found, expected)):
                 raise FeedfastError(
                     f"--format {name}: expected finite logits {list(expected.shape)} of {len(some)} images, found "
                     f"{list(found.shape)}; nothing was exported"

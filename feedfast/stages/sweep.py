@@ -3,8 +3,8 @@
     recipe + {method.name: kd, ofd} x {train.seed: 0, 1, 2} ──► caches, once ──► runs ──► compare
 
 A point of the grid is nothing but `feedfast train RECIPE KEY=VALUE...`, so it can be run by hand or by a scheduler, and
-a sweep has little state of its own: ``sweep.json`` says which points have ended. All points are checked before the
-first one runs. One that fails is named and left out; the same command tries it again, and what is done stays done.
+a sweep has no state of its own: a run's folder says whether it has ended. All points are checked before the first one
+runs. One that fails is named and left out; the same command tries it again, and what is done stays done.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from typing import Any
 import torch
 
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_sealed, write_sealed
-from feedfast.recipe import Recipe, load_recipe
-from feedfast.stages.compare import RESULT, run_compare
-from feedfast.stages.folder import RECIPE, comparable, ensure_dir
+from feedfast.files import read_sealed
+from feedfast.recipe import Recipe, load_recipe, parse_recipe
+from feedfast.stages.compare import run_compare
+from feedfast.stages.folder import RECIPE, RunLock, comparable, ensure_dir
+from feedfast.stages.groups import RESULT, planned_names
 from feedfast.stages.offline import run_cache
 from feedfast.stages.record import usable_cores
 from feedfast.stages.student import run_train
@@ -40,7 +41,6 @@ from feedfast.stages.worker import Worker
 
 log = logging.getLogger(__name__)
 
-STATE = "sweep.json"
 MAX_POINTS = 10_000
 _LONGEST_NAME = 120  # of a folder; file systems take 255 bytes
 _PATIENCE_S = 0.1  # between two looks at running processes
@@ -63,7 +63,8 @@ class Point:
     @property
     def key(self) -> str:
         """16 hex digits over all that decides the result: points of one key are one run."""
-        return hashlib.sha256(json.dumps(comparable(self.recipe), sort_keys=True).encode()).hexdigest()[:16]
+        decides = [comparable(self.recipe), self.recipe.train.max_steps]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_sweep(
@@ -91,29 +92,32 @@ def run_sweep(
         run has ended).
 
     Raises:
-        RequestError: a key, value or combination that is none, before anything runs.
-        FeedfastError: a cache cannot be made.
+        RequestError: a key, value, combination or baseline that is none, before anything runs.
+        BusyError: another sweep is at work in ``out``.
+        FeedfastError: the cache of every run that is left cannot be made; if others can go on, its runs have failed.
     """
     started = time.perf_counter()
     world = Worker.from_env().world
     if world > 1:
         raise RequestError(f"sweep: expected one process, found {world} ranks; its runs can be started one by one")
     points, shared = grid(recipe, settings, overrides, out)
+    _refuse_baseline(points, baseline)
     ensure_dir(out, "--out")
-    ended = _ended(out, points)
-    waiting = [point for point in points if point.name not in ended]
-    log.info("sweep: %d runs in %s, %d of them done%s", len(points), out, len(ended), _shared_words(shared))
-    for cached in _caches(waiting):
-        run_cache(cached, whole=True)
-    failed: dict[str, str] = {}
-    for point, error in _results(waiting, recipe, jobs, out):
-        if error is None:
-            ended[point.name] = point.key
-            write_sealed(out / STATE, ended)
-        else:
-            failed[point.name] = error
-            log.error("sweep: %s failed: %s", point.name, error)
-        _tell(len(ended), len(failed), len(points), len(waiting), started)
+    with RunLock(out, "--out"):
+        ended = {point.name for point in points if _has_ended(point)}
+        waiting = [point for point in points if point.name not in ended]
+        log.info("sweep: %d runs in %s, %d of them done%s", len(points), out, len(ended), _shared_words(shared))
+        failed = _make_caches(waiting)
+        trainable = [point for point in waiting if point.name not in failed]
+        # closed, so that an interrupt leaves no process behind
+        with closing(_results(trainable, recipe, jobs, out)) as results:
+            for point, error in results:
+                if error is None:
+                    ended.add(point.name)
+                else:
+                    failed[point.name] = error
+                    log.error("sweep: %s failed: %s", point.name, error)
+                _tell(len(ended), len(failed), len(points), len(waiting), started)
     folders = [point.recipe.train.out for point in points if point.name in ended]
     return {
         "runs": {point.name: point.recipe.train.out for point in points},
@@ -131,24 +135,35 @@ def sweep_script(recipe: Path, settings: Sequence[str], overrides: Sequence[str]
     Raises:
         RequestError: as `run_sweep`.
     """
+    for key, path in (("recipe", recipe), ("--out", out)):
+        if re.search('[\x00-\x1f\x7f"]', str(path)):  # a second line of a comment would be a command
+            raise RequestError(
+                f"{key}: expected a path without quotes and line breaks for --print, found {str(path)!r}"
+            )
     points, _ = grid(recipe, settings, overrides, out)
-    ended = _ended(out, points)
-    waiting = [point for point in points if point.name not in ended and not _has_result(point)]
+    waiting = [point for point in points if not _has_ended(point)]
     if not waiting:
         return f"# all {len(points)} runs of this sweep have ended; feedfast sweep compares them"
-    commands = "\n".join(f"  {shlex.quote(shlex.join(_words(recipe, point)))}" for point in waiting)
+    ensure_dir(out, "--out")  # Slurm makes no folder for its logs: the task would fail without a word
+    here, logs = (str(path).replace("%", "%%") for path in (Path.cwd(), out.absolute()))
+    gpu = "#SBATCH --gpus-per-node=1\n" if any(point.recipe.train.device != "cpu" for point in waiting) else ""
+    commands = "\n".join(f"  {shlex.quote(shlex.join(_command(recipe, point)))}" for point in waiting)
     return f"""#!/bin/bash
 #SBATCH --job-name=feedfast-sweep
 #SBATCH --array=0-{len(waiting) - 1}
 #SBATCH --ntasks=1
-#SBATCH --requeue
-#SBATCH --output={shlex.quote(str(out))}/slurm-%A-%a.log
-# {len(waiting)} of {len(points)} runs; the cache must be there: feedfast cache {shlex.quote(str(recipe))}
+{gpu}#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+#SBATCH --chdir="{here}"
+#SBATCH --output="{logs}/slurm-%A-%a.log"
+# {len(waiting)} of {len(points)} runs; Slurm's MaxArraySize is 1,001 unless a site has set another
+# the cache must be there: the same feedfast sweep without --print makes it, or feedfast cache with the keys of a run
 # afterwards the same feedfast sweep without --print compares them
 runs=(
 {commands}
 )
-eval "feedfast ${{runs[$SLURM_ARRAY_TASK_ID]}}"
+eval "exec ${{runs[$SLURM_ARRAY_TASK_ID]}}"  # in the shell's place: Slurm's signals reach it
 """
 
 
@@ -228,10 +243,14 @@ def _point(recipe: Path, chosen: Sequence[tuple[str, str]], overrides: Sequence[
     if safe != name or len(safe) > _LONGEST_NAME:
         safe = f"{safe[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     filled = [_filled(text, dict(chosen)) for text in overrides]
-    words = [*filled, *(f"{key}={value}" for key, value in chosen), f"train.out={json.dumps(str(out / safe))}"]
-    if dict(chosen).get("method.name") == "none":
-        words.append("train.source=none")
+    # as it is, not in JSON's pairs of halves of characters, which TOML does not know
+    folder = json.dumps(str(out / safe), ensure_ascii=False)
+    words = [*filled, *(f"{key}={value}" for key, value in chosen), f"train.out={folder}"]
     found = load_recipe(recipe, words)
+    swept = any(key.partition(".")[0] == "method" for key, _ in chosen)
+    if swept and all(entry.name == "none" for entry in found.method):
+        words.append("train.source=none")
+        found = load_recipe(recipe, words)
     if found.chain.generations:
         raise RequestError(
             "chain.generations: expected 0 in a sweep, found a chain; run feedfast chain for each of its settings"
@@ -247,6 +266,7 @@ def _filled(text: str, chosen: Mapping[str, str]) -> str:
     """``cache.path=c-{cache.codec}.zarr`` with the point's value in it."""
     for key, value in chosen.items():
         text = text.replace(f"{{{key}}}", value)
+        text = text.replace("{seed}", value) if key == "train.seed" else text  # as `_axis` takes it
     return text
 
 
@@ -272,35 +292,68 @@ def _refuse_shared_caches(points: Sequence[Point]) -> None:
             )
 
 
-def _caches(points: Sequence[Point]) -> list[Recipe]:
-    """Of the recipes that read a cache one per cache's content."""
-    found: dict[str, Recipe] = {}
+def _caches(points: Sequence[Point]) -> list[tuple[Recipe, list[Point]]]:
+    """A recipe per cache's content, and the points that read it.
+
+    Teachers whose taps a recipe does not name are tapped for its methods: those of all points, in one pass.
+    """
+    found: dict[str, list[Point]] = {}
     for point in points:
         if point.recipe.train.source == "cache":
             tree = comparable(point.recipe)
-            key = json.dumps([tree["seed"], tree["data"], tree["cache"], tree["teachers"]], sort_keys=True)
-            found.setdefault(key, point.recipe)
-    return list(found.values())
+            content = [tree["seed"], tree["data"], tree["task"], tree["cache"], tree["teachers"]]
+            found.setdefault(json.dumps(content, sort_keys=True), []).append(point)
+    caches = []
+    for readers in found.values():
+        methods = {entry.model_dump_json(): entry for point in readers for entry in point.recipe.method}
+        caches.append((readers[0].recipe.model_copy(update={"method": tuple(methods.values())}), readers))
+    return caches
 
 
-def _ended(out: Path, points: Sequence[Point]) -> dict[str, str]:
-    """Name → key of the points that ``sweep.json`` knows to have ended as they are asked for now."""
-    held: Mapping[str, Any] = {}
-    with suppress(OSError, ValueError):  # without it, each run says so itself
-        held = read_sealed(out / STATE)
-    return {point.name: point.key for point in points if held.get(point.name) == point.key and _has_result(point)}
+def _make_caches(points: Sequence[Point]) -> dict[str, str]:
+    """Make what the points read; name → why, of those whose cache cannot be made.
+
+    Raises:
+        FeedfastError: that are all points.
+    """
+    failed: dict[str, str] = {}
+    for recipe, readers in _caches(points):
+        try:
+            # a method that cannot use the cache is no reason against the others: its own run says so
+            run_cache(recipe, check=all(point.recipe.method == recipe.method for point in readers), whole=True)
+        except FeedfastError as error:
+            failed.update({point.name: str(error) for point in readers})
+            log.warning("sweep: the cache of %s cannot be made: %s", ", ".join(point.name for point in readers), error)
+            if len(failed) == len(points):
+                raise
+    return failed
 
 
-def _has_result(point: Point) -> bool:
+def _refuse_baseline(points: Sequence[Point], baseline: str | None) -> None:
+    """Raise before hours of training where no run can be what the others are to be compared with."""
+    known = planned_names([point.recipe for point in points])
+    cut = any(point.recipe.train.max_steps for point in points)  # then names may say how many steps were taken
+    if baseline is not None and baseline not in known and not cut:
+        raise RequestError(f"--baseline: expected one of {'; '.join(known)}; found {baseline!r}")
+
+
+def _has_ended(point: Point) -> bool:
+    """Whether its folder holds the result of this very run, as far as it was to go."""
     folder = Path(point.recipe.train.out)
-    return (folder / RESULT).is_file() and (folder / RECIPE).is_file()
+    with suppress(OSError, ValueError, LookupError, TypeError):  # then the run itself says what is wrong
+        last = read_sealed(folder / RESULT)["provenance"][-1]["recipe"]["train"]["max_steps"]
+        theirs = comparable(parse_recipe(read_sealed(folder / RECIPE)))
+        return bool(last == point.recipe.train.max_steps and theirs == comparable(point.recipe))
+    return False
 
 
-def _words(recipe: Path, point: Point) -> list[str]:
-    return ["train", str(recipe), *point.overrides]
+def _command(recipe: Path, point: Point) -> list[str]:
+    return [sys.executable, "-m", "feedfast", "train", str(recipe), *point.overrides]
 
 
-def _results(points: Sequence[Point], recipe: Path, jobs: int, out: Path) -> Iterator[tuple[Point, str | None]]:
+def _results(
+    points: Sequence[Point], recipe: Path, jobs: int, out: Path
+) -> Generator[tuple[Point, str | None], None, None]:
     """Each point as it ends, and why it failed; None = it did not."""
     if jobs == 1:
         for point in points:
@@ -346,10 +399,16 @@ def _start(point: Point, recipe: Path, out: Path, slot: int, jobs: int) -> subpr
     """A run in a process of its own, whose messages go to ``logs/NAME.log``."""
     path = _log_of(out, point)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "feedfast", *_words(recipe, point)]
     with path.open("wb") as file:
+        # In a session of its own: Ctrl-C in a terminal comes to this process alone, which passes one signal on. Two
+        # would end the step that is under way.
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, env=_environment(slot, jobs)
+            _command(recipe, point),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=_environment(slot, jobs, point.recipe.train.device),
+            start_new_session=True,
         )
 
 
@@ -357,15 +416,17 @@ def _said(code: int, path: Path) -> str | None:
     """Why a process failed: the last line it wrote."""
     if code == 0:
         return None
-    last = path.read_text("utf-8", "replace").strip().rpartition("\n")[2]
+    last = ""
+    with suppress(OSError):
+        last = path.read_text("utf-8", "replace").strip().rpartition("\n")[2]
     return f"exit code {code}: {last.removeprefix('error: ') or 'no message'} ({path})"
 
 
-def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """A share of the cores, and one of the GPUs that this process sees."""
+def _environment(slot: int, jobs: int, device: str) -> dict[str, str]:
+    """A share of the cores, and one of the GPUs that this process sees, unless the recipe names one."""
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
     count = torch.cuda.device_count()
-    if count > 1:
+    if count > 1 and device in ("auto", "cuda"):
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else None
         env["CUDA_VISIBLE_DEVICES"] = (seen or [str(number) for number in range(count)])[slot % count]
     return env

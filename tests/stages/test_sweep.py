@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from scipy import stats
 from small import as_toml, digits_recipe
 
 import feedfast
+from feedfast.cache.manifest import held_manifest
 from feedfast.cli import main
-from feedfast.errors import RequestError
+from feedfast.errors import BusyError, FeedfastError, RequestError
+from feedfast.files import write_sealed
+from feedfast.recipe import parse_recipe
 from feedfast.report.statistics import T_95, half_interval
 from feedfast.stages import sweep
 from feedfast.stages.compare import compare_runs, run_compare
+from feedfast.stages.folder import RunLock, comparable
 from feedfast.stages.sweep import grid, run_sweep, sweep_script
 
 GRID = ("method.name=none,kd", "seed=0:2")
@@ -28,10 +33,12 @@ GRID = ("method.name=none,kd", "seed=0:2")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of kd from two teachers, one epoch."""
+    """A recipe of kd from a teacher that is tapped for its methods, one epoch."""
     folder = tmp_path_factory.mktemp("sweep")
-    recipe = digits_recipe(folder, method={"name": "kd"}, train={"epochs": 1})
-    as_toml(recipe, folder / "recipe.toml")
+    recipe = digits_recipe(folder, teachers=1, method={"name": "kd"}, train={"epochs": 1})
+    file = as_toml(recipe, folder / "recipe.toml")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith("taps =")))
     return folder
 
 
@@ -117,8 +124,12 @@ def test_points_of_equal_settings_share_one_run(world: Path) -> None:
 
 
 def test_a_run_that_fails_is_named_and_tried_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's own mistake, and a cache that cannot be made, cost the runs that they concern."""
     out = world / "failing"
     real = sweep.run_train
+
+    def full(*_: object, **__: object) -> None:
+        raise FeedfastError("no room")
 
     def fails(recipe: Any) -> Any:
         if recipe.train.seed == 1:
@@ -126,13 +137,172 @@ def test_a_run_that_fails_is_named_and_tried_again(world: Path, monkeypatch: pyt
         return real(recipe)
 
     monkeypatch.setattr(sweep, "run_train", fails)
-    found = run_sweep(world / "recipe.toml", ("seed=0:2",), ("method.name=none", "train.source=none"), out=out)
+    monkeypatch.setattr(sweep, "run_cache", full)
+    found = run_sweep(world / "recipe.toml", GRID, out=out)
     assert found["done"] == 1
-    assert found["failed"] == {"train.seed=1": "ValueError: a network's own mistake"}
+    assert found["failed"] == {
+        "method.name=kd,train.seed=0": "no room",
+        "method.name=kd,train.seed=1": "no room",
+        "method.name=none,train.seed=1": "ValueError: a network's own mistake",
+    }
     assert [group["seeds"] for group in found["compare"]["groups"]] == [(0,)]
+    with pytest.raises(FeedfastError, match="no room"):
+        run_sweep(world / "recipe.toml", ("method.name=kd",), out=out)
     monkeypatch.setattr(sweep, "run_train", real)
-    found = run_sweep(world / "recipe.toml", ("seed=0:2",), ("method.name=none", "train.source=none"), out=out)
+    found = run_sweep(world / "recipe.toml", ("method.name=none", "seed=0:2"), out=out)
     assert (found["done"], found["failed"]) == (2, {})
+
+
+def test_one_cache_has_the_taps_of_all_methods_and_names_are_those_of_any_folder(world: Path) -> None:
+    """Teachers without taps are tapped for the methods: of all points, not of the first."""
+    out = world / "\u2713 \U0001f600 it's $x$"
+    found = run_sweep(
+        world / "recipe.toml", ("method.name=kd,fitnet",), ("cache.path=" + str(world / "b.zarr"),), out=out
+    )
+    assert (found["done"], found["failed"]) == (2, {})
+    assert (out / "method.name=fitnet" / "result.json").is_file()
+    assert len(held_manifest(world / "b.zarr").passes) == 1, "the teachers ran once"
+
+
+def test_a_folder_says_whether_its_run_has_ended(world: Path, swept: tuple[Path, dict[str, Any]]) -> None:
+    """Also runs that a scheduler has started; not those of another recipe, cut short, or damaged."""
+    out, _ = swept
+
+    def ended(*overrides: str) -> bool:
+        points, _ = grid(world / "recipe.toml", ("method.name=none", "seed=0:1"), overrides, out)
+        return sweep._has_ended(points[0])
+
+    assert ended()
+    assert ended("train.threads=1")
+    assert not ended("train.lr=0.03")
+    assert not ended("train.max_steps=2")
+    result = out / "method.name=none,train.seed=0" / "result.json"
+    whole = result.read_text()
+    result.write_text(whole.replace("val_accuracy", "val_precision"))
+    assert not ended()
+    result.write_text(whole)
+    with RunLock(out), pytest.raises(BusyError, match="--out: another process"):
+        run_sweep(world / "recipe.toml", GRID, out=out)
+
+
+def test_an_interrupt_ends_the_runs_once_and_waits_for_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, pathlib, signal, sys, time\n"
+        "place = pathlib.Path(sys.argv[1])\n"
+        "def end(number, frame):\n"
+        "    time.sleep(0.3); (place / f'{os.getpid()}.ended').write_text(str(number)); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "(place / f'{os.getpid()}.begun').write_text(str(os.getsid(0)))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(sweep, "_command", lambda recipe, point: [sys.executable, "-c", code, str(tmp_path)])
+    points, _ = grid(world / "recipe.toml", ("seed=0:3",), (), tmp_path)
+
+    def interrupted(_: float) -> None:
+        if len(list(tmp_path.glob("*.begun"))) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(sweep._results(points, world / "recipe.toml", 2, tmp_path))
+    begun = {file.stem: file.read_text() for file in tmp_path.glob("*.begun")}
+    assert {file.stem: file.read_text() for file in tmp_path.glob("*.ended")} == dict.fromkeys(begun, "15")
+    assert str(os.getsid(0)) not in begun.values(), "Ctrl-C in a terminal would come to them, too"
+
+
+def test_a_job_array_passes_words_on_as_they_are(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sweep._command
+    show = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
+    monkeypatch.setattr(sweep, "_command", lambda recipe, point: [*show, *real(recipe, point)[3:]])
+    odd = "data.train=a b'\"$(touch hurt);\\*"
+    out = tmp_path / "100% it's; $HOME"
+    script = sweep_script(world / "recipe.toml", ("train.lr=0.1,0.2",), (odd,), out=out)
+    assert f'#SBATCH --output="{tmp_path}/100%% it\'s; $HOME/slurm-%A-%a.log"' in script.splitlines()
+    assert out.is_dir(), "Slurm makes no folder for logs"
+    env = {**os.environ, "SLURM_ARRAY_TASK_ID": "1"}
+    said = subprocess.run(["bash", "-c", script], env=env, check=True, capture_output=True, cwd=tmp_path).stdout
+    folder = out / "train.lr=0.2"
+    assert json.loads(said) == ["train", str(world / "recipe.toml"), odd, "train.lr=0.2", f'train.out="{folder}"']
+    assert not (tmp_path / "hurt").exists()
+    with pytest.raises(RequestError, match="--out: expected a path without"):
+        sweep_script(world / "recipe.toml", ("train.lr=0.1,0.2",), (), out=tmp_path / "a\nrm b")
+
+
+def _made(folder: Path, score: float | None, *overrides: str, **result: Any) -> Path:
+    """A run that has ended, without its training."""
+    tree = {
+        "data": {"train": "t", "val": "v"},
+        "teachers": [{"name": "a", "model": "zoo/wrn-10-1"}],
+        "train": {"source": "none"},
+    }
+    folder.mkdir(parents=True)
+    write_sealed(folder / "recipe.json", comparable(parse_recipe(tree, overrides)))
+    write_sealed(folder / "result.json", {"val_accuracy": score, "steps": 9, "step_ms": 1.5, **result})
+    return folder
+
+
+def _groups(folder: Path, baseline: str | None = None) -> dict[str, Any]:
+    return {group.name: group for group in compare_runs([folder], baseline).groups}
+
+
+KD = ("method.name=kd", "train.source=cache")
+
+
+def test_a_run_that_lies_there_twice_is_one_student(tmp_path: Path) -> None:
+    for seed, score in ((0, 0.5), (1, 0.6)):
+        _made(tmp_path / f"plain{seed}", score - 0.1 * seed, f"train.seed={seed}")
+        for copy in "ab":
+            _made(tmp_path / f"kd{seed}{copy}", score, *KD, f"train.seed={seed}")
+    kd = _groups(tmp_path)["kd"]
+    assert (kd.mean, kd.over_baseline) == (pytest.approx(0.55), pytest.approx(0.05))
+    assert kd.deviation == pytest.approx(np.std([0.5, 0.6], ddof=1))
+    assert kd.half_interval == pytest.approx(stats.t.ppf(0.975, 1) * 0.1 / 2, rel=1e-3)
+
+
+def test_each_seed_of_the_views_has_its_cache_and_they_are_one_group(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        _made(tmp_path / f"kd{seed}", 0.5, *KD, f"seed={seed}", f"cache.path=c{seed}.zarr")
+    _made(tmp_path / "other", 0.5, *KD, "seed=1", "cache.path=d.zarr")
+    found = _groups(tmp_path)
+    assert sorted(len(group.runs) for group in found.values()) == [1, 3]
+
+
+def test_runs_of_other_lengths_and_networks_are_not_taken_for_one(tmp_path: Path) -> None:
+    """A run that was cut short is no seed of a whole one, and a teacher's training no baseline of students."""
+    _made(tmp_path / "teacher", 0.9, "student.model=zoo/wrn-28-4")
+    _made(tmp_path / "kd0", 0.5, *KD)
+    _made(tmp_path / "kd1", 0.1, *KD, "train.seed=1", steps=2)
+    found = _groups(tmp_path)
+    assert found["kd, steps=9"].seeds == (0,)
+    assert found["kd, steps=2"].seeds == (1,)
+    assert {group.baseline for group in found.values()} == {None}
+    _made(tmp_path / "plain", 0.4)
+    found = _groups(tmp_path)
+    assert found["kd, steps=9"].over_baseline == pytest.approx(0.1)
+    assert found["none, student.model=zoo/wrn-28-4"].baseline is None
+
+
+def test_what_is_lost_or_odd_about_a_cache_costs_its_figures_alone(tmp_path: Path) -> None:
+    cache = tmp_path / "$\\frac<b>,$.zarr"
+    cache.mkdir()
+    (cache / "zarr.json").write_text("{")
+    for name in (json.dumps(str(cache)), "gone.zarr"):
+        run = _made(tmp_path / name[-9:].strip('"'), 0.5, *KD, f"cache.path={name}")
+        (run / "metrics.jsonl").write_text('{"step": 1, "ce": 2.0}\n')
+    out = tmp_path / "out"
+    found = run_compare([tmp_path], out)
+    assert {group["bytes_per_sample"] for group in found["groups"]} == {None}
+    assert {cache["paid_seconds"] for cache in found["caches"]} == {None}
+    page = (out / "compare.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    rows = list(csv.DictReader((out / "compare.csv").read_text().splitlines()))
+    assert {row["name"] for row in rows} == {f"kd, cache.path={cache}", "kd, cache.path=gone.zarr"}
+    _made(tmp_path / "odd", 0.5, steps="many")
+    with pytest.raises(FeedfastError, match="steps: expected a number, found 'many'"):
+        compare_runs([tmp_path])
 
 
 @pytest.mark.slow
