@@ -198,7 +198,7 @@ def read_file(path: str | Path, most_bytes: int) -> bytes:
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
-            raise OSError(errno.EFBIG, f"{size} bytes long, expected at most {most_bytes}", str(path))
+            raise OSError(errno.EFBIG, f"{size} bytes long, expected at most {most_bytes} bytes", str(path))
         return file.read(size)  # no more than it had: what grows meanwhile has no end
 
 

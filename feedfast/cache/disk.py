@@ -176,7 +176,7 @@ class Disk:
         """
         found = self.open(key)
         if found.size > most_bytes:
-            raise OSError(errno.EFBIG, f"{found.size} bytes long, expected at most {most_bytes}")
+            raise OSError(errno.EFBIG, f"{found.size} bytes long, expected at most {most_bytes} bytes")
         data = bytearray(found.size)
         return bytes(data[: found.read([memoryview(data)], 0)])
 

@@ -169,7 +169,7 @@ class Objects:
             result = self._package.get(self._client, self._root + key, options=options)
             size, found_tag = int(result.meta["size"]), Version.of(result.meta)
             if most is not None and size > most:
-                raise OSError(errno.EFBIG, f"{size} bytes long, expected at most {most}")
+                raise OSError(errno.EFBIG, f"{size} bytes long, expected at most {most} bytes")
             expected = min(suffix or size, size) if stop is None else stop - start
             data = memoryview(result.bytes()).cast("B")
             if len(data) != expected:

@@ -81,7 +81,7 @@ def test_who_needs_the_cache_next_makes_all_of_it(world: Path, tmp_path: Path, m
     class Begun(Exception):
         pass
 
-    def begin(*_: object, whole: bool = False) -> None:
+    def begin(*_: object, whole: bool = False, **__: object) -> None:
         raise Begun(whole)
 
     for stage in (chain, sweep):
