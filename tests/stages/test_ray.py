@@ -56,6 +56,7 @@ def cluster() -> Iterator[Any]:
     os.environ |= {
         "PYTHONPATH": os.pathsep.join(paths),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 would let workers starve next to other tests
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on this machine alone
         "FEEDFAST_TEST_POISON": os.path.join(folder, "poison"),
     }
@@ -217,7 +218,8 @@ def test_actors_killed_at_random_moments_write_the_cache_of_one_process(
     recipe = recipe_of(folder, "killed.zarr")
     killer, engine = Killer(3, Path(recipe.cache.path)), logging.getLogger("feedfast.stages.engine_ray")
     engine.addHandler(killer)
-    before, engine.level = engine.level, logging.DEBUG
+    before = engine.level
+    engine.setLevel(logging.DEBUG)  # which also forgets what was asked before
     try:
         found = run_cache_ray(recipe, workers="2")
     finally:
