@@ -289,7 +289,7 @@ def test_on_a_gpu_twice_the_same_and_as_on_the_cpu() -> None:
     student, teacher = make(64, (32, 4, 4), (48, 4, 4))
     results = []
     for device in ("cpu", "cuda", "cuda"):
-        leaf = student.to(device).requires_grad_()
+        leaf = student.detach().to(device).requires_grad_()
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = locality(leaf, teacher.to(device), k=5)
         loss.backward()
