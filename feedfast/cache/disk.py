@@ -56,18 +56,7 @@ class FileObject:
                 os.close(self._fd)
 
     def read(self, targets: Sequence[Any], offset: int) -> int:
-        """Fill buffers, one after another, with the bytes from ``offset`` on.
-
-        Args:
-            targets: writable buffers of bytes that have ``nbytes``, such as uint8 arrays.
-            offset: of the first byte.
-
-        Returns:
-            Bytes read; fewer than the buffers hold only where the object ends.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """See `feedfast.cache.store.Object.read`."""
         # Announcing ranges to the kernel ahead of time (`posix_fadvise`) was tried on a cold page cache and changed
         # nothing: the threads' own reads keep a local disk busy.
         wanted: int = sum(target.nbytes for target in targets)
@@ -119,11 +108,7 @@ class FileLog(FileLock):
         self._path = path
 
     def append(self, line: bytes) -> None:
-        """Add a line, newline included. Durable on return. Not for two threads at once.
-
-        Raises:
-            FeedfastError: it cannot be written; it is not in the log.
-        """
+        """See `feedfast.cache.store.Log.append`."""
         end = os.fstat(self._fd).st_size
         try:
             write_all(self._fd, [line])
@@ -135,10 +120,7 @@ class FileLog(FileLock):
 
 
 class Disk:
-    """The objects, logs and locks of one cache: files below a folder, which need not exist before `make`.
-
-    Keys are relative paths with ``/``, made by this program: a key read from a file must be checked first.
-    """
+    """The objects, logs and locks of one cache: files below a folder. See `feedfast.cache.store.Store`."""
 
     reach = NEAR
 
@@ -161,19 +143,11 @@ class Disk:
     # ---- reading
 
     def open(self, key: str, *, tail_bytes: int = 0, committed_bytes: int | None = None) -> FileObject:
-        """Open an object.
-
-        Raises:
-            OSError: there is none, or it cannot be opened.
-        """
+        """See `feedfast.cache.store.Store.open`."""
         return FileObject(self._prefix + key)
 
     def read(self, key: str, most_bytes: int = MAX_JSON_BYTES) -> bytes:
-        """The whole of an object.
-
-        Raises:
-            OSError: there is none, it cannot be read, or it is longer than ``most_bytes``.
-        """
+        """See `feedfast.cache.store.Store.read`."""
         found = self.open(key)
         if found.size > most_bytes:
             raise OSError(errno.EFBIG, f"{found.size} bytes long, expected at most {most_bytes} bytes")
@@ -181,34 +155,19 @@ class Disk:
         return bytes(data[: found.read([memoryview(data)], 0)])
 
     def lines(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """The lines of a log from a byte on, one after another, newline included; the last may lack it.
-
-        A line of more than `MAX_LINE_BYTES` is cut after one byte more, and ends the iteration: whatever the log's
-        length, a few MiB are held.
-
-        Raises:
-            OSError: there is none, or it cannot be read.
-        """
+        """See `feedfast.cache.store.Store.lines`."""
         return split_lines(self.open(key), start)
 
     def size(self, key: str) -> int:
-        """Bytes of an object, without opening it.
-
-        Raises:
-            OSError: there is none.
-        """
+        """See `feedfast.cache.store.Store.size`."""
         return os.stat(self._prefix + key).st_size
 
     def sizes(self, folder: str) -> Callable[[str], int]:
-        """`size`: looking up a file costs microseconds."""
+        """See `feedfast.cache.store.Store.sizes`: looking up a file costs microseconds."""
         return self.size
 
     def names(self, folder: str = "") -> list[str]:
-        """Names directly in a folder, of objects and of folders, sorted; none if there is no such folder.
-
-        Raises:
-            RequestError: the place is no folder, or cannot be looked into.
-        """
+        """See `feedfast.cache.store.Store.names`."""
         path = self.root / folder
         try:
             return sorted(os.listdir(path))
@@ -225,11 +184,7 @@ class Disk:
     # ---- writing
 
     def make(self) -> None:
-        """Make the place itself, so that objects can be put there.
-
-        Raises:
-            RequestError: it cannot be made.
-        """
+        """See `feedfast.cache.store.Store.make`."""
         refuse_links(self.root, self.root / COMMITS)
         try:
             make_dirs(self.root.absolute() / COMMITS)
@@ -245,17 +200,9 @@ class Disk:
         taken: Callable[[], None] | None = None,
         written: Callable[[], None] | None = None,
     ) -> None:
-        """Write an object whole and durably, in place of any older one.
+        """See `feedfast.cache.store.Store.put`.
 
-        Args:
-            key: its key.
-            parts: its content as buffers of bytes, written one after another.
-            owner: who writes it, for `sweep`.
-            taken: is never called: a part has one writer, and what an earlier one left is written over.
-            written: called when nothing is left but to wait until it is durable: the buffers may be used again.
-
-        Raises:
-            FeedfastError: the disk or quota is full, or it cannot be written; any older object is as it was.
+        ``taken`` is never called: a part has one writer, and what an earlier one left is written over.
         """
         target = self.root / key
         # All temporary files lie in one folder, so that what a killed writer left is found by listing it.
@@ -269,23 +216,14 @@ class Disk:
         replace_file(target, parts, temporary=temporary, written=written)
 
     def sweep(self, dead: Callable[[str], bool]) -> None:
-        """Remove what unfinished `put` calls left behind, of all owners of whom ``dead`` is true."""
+        """See `feedfast.cache.store.Store.sweep`."""
         refuse_links(self.root, self.root / COMMITS)
         for name in self.names(COMMITS):
             if name.startswith(".tmp-") and dead(name.removeprefix(".tmp-").rsplit("-", 2)[0]):
                 (self.root / COMMITS / name).unlink(missing_ok=True)
 
     def open_log(self, key: str, sound_bytes: Callable[[Iterable[bytes]], int]) -> FileLog | None:
-        """Open a log for appending, or make it; None while another process has it open.
-
-        Args:
-            key: its key.
-            sound_bytes: given the lines of the log as `lines` yields them, the length of its sound part; the torn line
-                after that is cut off.
-
-        Raises:
-            FeedfastError: it cannot be opened, or not by this name (a link).
-        """
+        """See `feedfast.cache.store.Store.open_log`."""
         file = self.root / key
         new = not file.exists()
         fd = self._in_place(key, os.O_RDWR | os.O_APPEND)
@@ -309,7 +247,7 @@ class Disk:
     # between processes of one machine; then nothing guards against two machines that are given the same part.
 
     def lock(self, key: str, *, patience_s: float = 0.0) -> FileLock | None:
-        """Take a lock, waiting for it up to ``patience_s`` seconds; None if another holds it for that long."""
+        """See `feedfast.cache.store.Store.lock`."""
         fd = self._in_place(key, os.O_RDWR)
         if _flock(fd, fcntl.LOCK_EX, patience_s=patience_s):
             return FileLock(fd)
@@ -317,11 +255,7 @@ class Disk:
         return None
 
     def join(self, key: str, value: str) -> FileLock | str:
-        """Share a lock with all who mean the same ``value`` by it; the first of them writes it down.
-
-        Returns:
-            The shared lock, or, while others hold it who mean something else, the value they mean.
-        """
+        """See `feedfast.cache.store.Store.join`."""
         fd = self._in_place(key, os.O_RDWR)
         deadline = time.monotonic() + 1.0
         while True:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from buckets import DENIED, SECRET, SLOW_DOWN, Cloud, Fault
 from hypothesis import HealthCheck, settings
-from store_contract import LOGS, Contract, total
+from store_contract import LOGS, Contract, many_agree_and_then_others, total
 
 from feedfast.cache.bucket import Bucket, line_key
 from feedfast.cache.objects import Objects, Patience
@@ -226,22 +226,7 @@ def test_an_owner_that_was_cut_off_learns_that_it_is_one_no_more(cloud: Cloud) -
 
 
 def test_many_who_agree_and_then_others(cloud: Cloud) -> None:
-    store = brisk(cloud.url(), lease_s=2.0)
-    store.make()
-    joined: list[Lock | str] = []
-    threads = [threading.Thread(target=lambda: joined.append(store.join("commits/.lock-split", "8"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    locks = [lock for lock in joined if isinstance(lock, Lock)]
-    assert len(locks) == 4
-    assert store.join("commits/.lock-split", "5") == "8"
-    for lock in locks:
-        lock.close()
-    after = store.join("commits/.lock-split", "5")
-    assert isinstance(after, Lock)
-    after.close()
+    many_agree_and_then_others(brisk(cloud.url(), lease_s=2.0), 4)
 
 
 # ---- places

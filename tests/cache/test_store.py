@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cache_samples import memory_path
 from hypothesis import settings
-from store_contract import Contract, total
+from store_contract import Contract, many_agree_and_then_others, total
 
 from feedfast.cache.disk import Disk
 from feedfast.cache.places import open_store
@@ -63,23 +63,7 @@ def test_a_killed_owner_owns_nothing(tmp_path: Path) -> None:
 
 
 def test_many_who_agree_and_then_others(tmp_path: Path) -> None:
-    store = Disk(tmp_path / "c")
-    store.make()
-    joined: list[Lock | str] = []
-    threads = [threading.Thread(target=lambda: joined.append(store.join("commits/.lock-split", "8"))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    locks = [lock for lock in joined if isinstance(lock, Lock)]
-    assert len(locks) == 8
-    for lock in locks[:-1]:
-        lock.close()
-    assert store.join("commits/.lock-split", "5") == "8"
-    locks[-1].close()
-    after = store.join("commits/.lock-split", "5")
-    assert isinstance(after, Lock)
-    after.close()
+    many_agree_and_then_others(Disk(tmp_path / "c"), 8)
 
 
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:

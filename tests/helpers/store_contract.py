@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,28 @@ DATA = st.lists(st.binary(max_size=9), max_size=4)
 
 def total(lines: Iterable[bytes]) -> int:
     return sum(map(len, lines))
+
+
+def many_agree_and_then_others(store: Store, count: int) -> None:
+    """So many join at once with one value; while any of them is left, another value is told theirs."""
+    store.make()
+    joined: list[Lock | str] = []
+    threads = [
+        threading.Thread(target=lambda: joined.append(store.join("commits/.lock-split", "8"))) for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    locks = [lock for lock in joined if isinstance(lock, Lock)]
+    assert len(locks) == count
+    for lock in locks[:-1]:
+        lock.close()
+    assert store.join("commits/.lock-split", "5") == "8"
+    locks[-1].close()
+    after = store.join("commits/.lock-split", "5")
+    assert isinstance(after, Lock)
+    after.close()
 
 
 class Contract(RuleBasedStateMachine):
