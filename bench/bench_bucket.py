@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from buckets import Cloud, Fault, Proxy, s3_server
 from cache_samples import fill_cache, make_manifest, make_tap, make_teacher
 
-from feedfast.cache.bucket import Bucket
-from feedfast.cache.copying import copy_cache
-from feedfast.cache.places import open_store
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.store import NEAR
-from feedfast.cache.tier import Tier
+from feedfast.storage.bucket import Bucket
+from feedfast.storage.copying import copy_cache
+from feedfast.storage.places import open_store
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.store import NEAR
+from feedfast.storage.tier import Tier
 
 ARRAY = "targets/a/final/codes"
 BATCH = 128

@@ -34,9 +34,6 @@ import torch
 from paired import environment, record
 from torch import Tensor
 
-from feedfast.cache.blocks import compress_block, decompress
-from feedfast.cache.layout import block_rows_for
-from feedfast.cache.schema import CodecName
 from feedfast.cli import configure_logging
 from feedfast.data.loader import Loader
 from feedfast.models.build import build_model
@@ -47,6 +44,9 @@ from feedfast.stages.demo import write_digits
 from feedfast.stages.ensemble import FrozenTeacher, is_signed, load_teachers
 from feedfast.stages.pilot import fit_values, pilot_pixels, tap_row_bytes, thin
 from feedfast.stages.record import encode_rows
+from feedfast.storage.blocks import compress_block, decompress
+from feedfast.storage.layout import block_rows_for
+from feedfast.storage.schema import CodecName
 from feedfast_kernels import Codes, Target, connector_partial_l2, decode, normalized_l1, partial_l2
 from feedfast_kernels.codes import is_quantized
 

@@ -35,7 +35,6 @@ import paired
 from paired import Row, environment, record
 from PIL import Image
 
-from feedfast.cache.schema import CodecName
 from feedfast.cli import configure_logging
 from feedfast.methods import METHODS
 from feedfast.recipe import Recipe, parse_recipe
@@ -44,6 +43,7 @@ from feedfast.stages.compare import bytes_per_sample
 from feedfast.stages.data import open_train
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import run_train
+from feedfast.storage.schema import CodecName
 
 log = logging.getLogger("feedfast.bench")
 

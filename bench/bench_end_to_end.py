@@ -44,8 +44,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.cache.blocks import compress_block, crc32c
-from feedfast.cache.fit import fit_affine
 from feedfast.cli import configure_logging
 from feedfast.data.batch import Batch
 from feedfast.data.loader import Loader
@@ -61,6 +59,8 @@ from feedfast.stages.plan import run_plan
 from feedfast.stages.record import encode_rows
 from feedfast.stages.student import StudentRun
 from feedfast.stages.worker import Worker
+from feedfast.storage.blocks import compress_block, crc32c
+from feedfast.storage.fit import fit_affine
 
 METHODS: dict[str, dict[str, Any]] = {"kd": {}, "pfeed": {"beta": 500.0}, "ofd": {"alpha": 1e-3}}
 RESULTS = Path(__file__).with_name("results_end_to_end.csv")

@@ -45,14 +45,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import Commit, keep_index, log_name
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
-from feedfast.cache.verify import verify_cache
-from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.data.dataset import open_dataset
 from feedfast.data.views import ViewPlan
+from feedfast.storage.layout import ArraySpec, array_specs
+from feedfast.storage.log import Commit, keep_index, log_name
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
+from feedfast.storage.verify import verify_cache
+from feedfast.storage.writer import CacheWriter, open_for_writing
 
 RESULTS = Path(__file__).with_name("results_growth.csv")
 BATCH = 128

@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.cache import names
-from feedfast.cache.disk import FileObject
-from feedfast.cache.layout import array_specs
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
-from feedfast.cache.stream import MAX_BUFFER_BYTES
-from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.data.passes import pass_order, pass_sizes
+from feedfast.storage import names
+from feedfast.storage.disk import FileObject
+from feedfast.storage.layout import array_specs
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
+from feedfast.storage.stream import MAX_BUFFER_BYTES
+from feedfast.storage.writer import CacheWriter, open_for_writing
 from feedfast_kernels import encode
 
 CHANNELS, STRIDES = (256, 512, 1024, 2048, 256, 256), (4, 8, 16, 16, 16, 4)

@@ -32,8 +32,6 @@ import paired
 import plot_students
 from paired import Row, environment, record, relative_error
 
-from feedfast.cache.manifest import read_manifest
-from feedfast.cache.schema import CodecName
 from feedfast.cli import configure_logging
 from feedfast.data.batch import Batch
 from feedfast.methods import METHODS
@@ -46,6 +44,8 @@ from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
+from feedfast.storage.manifest import read_manifest
+from feedfast.storage.schema import CodecName
 
 log = logging.getLogger("feedfast.bench")
 

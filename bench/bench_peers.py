@@ -124,7 +124,7 @@ def serve(args: argparse.Namespace) -> None:
 def import_of(name: str) -> None:
     """Import what a peer needs, so that its memory is counted without."""
     own = {"hdf5": ["h5py"], "webdataset": ["webdataset", "safetensors.numpy"], "zarr": ["zarr"], "lmdb": ["lmdb"]}
-    own |= {"feedfast": ["feedfast.cache.reader"], "zstd": ["feedfast.cache.reader"], "pt": ["torch"]}
+    own |= {"feedfast": ["feedfast.storage.reader"], "zstd": ["feedfast.storage.reader"], "pt": ["torch"]}
     more = ["torch.utils.data"] if issubclass(PEERS[name], ByProcesses) else []
     for module in (*own.get(name.split()[0], []), *more):
         importlib.import_module(module)
@@ -335,7 +335,7 @@ def context() -> dict[str, Any]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),
     )
-    changed = git("status", "--porcelain", "../feedfast/cache", "../bench/peers.py", "../bench/bench_peers.py")
+    changed = git("status", "--porcelain", "../feedfast/storage", "../bench/peers.py", "../bench/bench_peers.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),

@@ -47,12 +47,12 @@ import numpy as np
 import tensorstore as ts
 import zarr
 
-from feedfast.cache.disk import Disk
-from feedfast.cache.layout import ArraySpec, shard_rows_for
-from feedfast.cache.segments import BufferPool
-from feedfast.cache.shards import ArrayView, ShardFiles
-from feedfast.cache.stream import MAX_BUFFER_BYTES, Stream
 from feedfast.data.passes import pass_order, pass_sizes
+from feedfast.storage.disk import Disk
+from feedfast.storage.layout import ArraySpec, shard_rows_for
+from feedfast.storage.segments import BufferPool
+from feedfast.storage.shards import ArrayView, ShardFiles
+from feedfast.storage.stream import MAX_BUFFER_BYTES, Stream
 
 BATCH, GRANULE = 128, 64
 BLOCK_BYTES = 8 << 20  # 8 MiB
@@ -303,7 +303,8 @@ def _append(results: list[dict[str, Any]]) -> None:
     }
     context = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "feedfast/cache") else ""),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "--porcelain", "feedfast/storage") else ""),
         "python": platform.python_version(),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
         "cores": os.cpu_count(),

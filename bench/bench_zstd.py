@@ -17,8 +17,8 @@ import numpy as np
 import zstandard
 from numcodecs import zstd
 
-from feedfast.cache import names
-from feedfast.cache.reader import CacheReader
+from feedfast.storage import names
+from feedfast.storage.reader import CacheReader
 
 LEVEL_1 = zstandard.ZstdCompressionParameters.from_level(1, write_checksum=True)
 LONG_MATCHES = zstandard.ZstdCompressionParameters(

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from feedfast.cache.manifest import read_manifest
-from feedfast.cache.schema import TapInfo
 from feedfast.methods import METHODS
 from feedfast.methods.base import matching
 from feedfast.recipe import Recipe
 from feedfast.report.statistics import half_interval
+from feedfast.storage.manifest import read_manifest
+from feedfast.storage.schema import TapInfo
 
 Row = dict[str, str]
 

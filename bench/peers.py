@@ -157,13 +157,13 @@ class Feedfast(Peer):
 
     @cached_property
     def _reader(self) -> Any:
-        from feedfast.cache.reader import CacheReader
+        from feedfast.storage.reader import CacheReader
 
         return CacheReader(self.folder, threads=WORKERS)
 
     def write(self, rows: Bytes) -> None:
-        from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
-        from feedfast.cache.writer import CacheWriter, open_for_writing
+        from feedfast.storage.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
+        from feedfast.storage.writer import CacheWriter, open_for_writing
 
         setting = self.setting
         height, width, channels = setting.shape
@@ -240,8 +240,8 @@ class Decoder(Feedfast):
 
     @cached_property
     def _frames(self) -> tuple[list[list[Bytes]], int]:
-        from feedfast.cache.blocks import index_length, parse_index
-        from feedfast.cache.layout import NO_CHUNK
+        from feedfast.storage.blocks import index_length, parse_index
+        from feedfast.storage.layout import NO_CHUNK
 
         spec, frames = self._reader.specs["targets/a/map/codes"], []
         for shard in range(spec.num_shards):

@@ -12,16 +12,16 @@ import feedfast
 import feedfast_kernels
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("data", "models", "cache", "tasks", "methods", "stages", "report")
+ROOMS = ("data", "models", "storage", "tasks", "methods", "stages", "report")
 # Who may import whom, besides a room's own modules and COMMON.
 ALLOWED = {
     "data": set(),
     "models": set(),
-    "cache": {"kernels"},
+    "storage": {"kernels"},
     "tasks": set(),
     "methods": {"kernels", "tasks"},
     "report": set(),
-    "stages": {"data", "models", "cache", "tasks", "methods", "report", "kernels", "recipe", "tap_entry"},
+    "stages": {"data", "models", "storage", "tasks", "methods", "report", "kernels", "recipe", "tap_entry"},
     "cli": {"stages", "recipe"},
     "__main__": {"cli"},
     "recipe": {"words", "tap_entry"},

@@ -68,9 +68,9 @@ def pass_sizes(row_bytes: int, block_rows: int, bound_bytes: int) -> tuple[int, 
     """Granule and window with which later passes read each block once within a memory bound.
 
     A window must not exceed a quarter of the bound: a stream holds the window it hands out and the next one, and
-    batches that lie in two of them (`feedfast.cache.stream.MAX_BUFFER_BYTES`). Where 16 granules of 64 rows fit, it is
-    those. Otherwise the granule is the largest power of two of which 16 fit, because small granules mix better than
-    large ones, but no smaller than a block; the window is then as many granules as fit. Where not even one
+    batches that lie in two of them (`feedfast.storage.stream.MAX_BUFFER_BYTES`). Where 16 granules of 64 rows fit,
+    it is those. Otherwise the granule is the largest power of two of which 16 fit, because small granules mix better
+    than large ones, but no smaller than a block; the window is then as many granules as fit. Where not even one
     block fits, the window is 1: blocks are still read once, and the stream exceeds its bound.
 
     All of it follows from bytes, so a live run and a cached run of one recipe derive the same.

@@ -16,10 +16,6 @@ from typing import Any
 import torch
 
 from feedfast import recipe as recipes
-from feedfast.cache.manifest import read_manifest
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import CodecName, DatasetInfo, TapInfo, TeacherInfo, differences
-from feedfast.cache.store import Place
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
@@ -29,6 +25,10 @@ from feedfast.stages.codecs import codecs_of
 from feedfast.stages.ensemble import FrozenTeacher, teacher_from_recipe
 from feedfast.stages.identity import decoder_info, plan_info, refuse_differences
 from feedfast.stages.probe import Probe, refuse_other_probe
+from feedfast.storage.manifest import read_manifest
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import CodecName, DatasetInfo, TapInfo, TeacherInfo, differences
+from feedfast.storage.store import Place
 
 
 def refuse_other_recipe(

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from feedfast import recipe as recipes
-from feedfast.cache.schema import CodecName
 from feedfast.methods.base import LOGITS, numbered_taps
 from feedfast.methods.ft import FACTOR, TAP
+from feedfast.storage.schema import CodecName
 from feedfast.tap_entry import TapEntry
 
 

@@ -23,10 +23,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from feedfast.cache import names
-from feedfast.cache.log import read_log
-from feedfast.cache.manifest import held_manifest
-from feedfast.cache.places import place_of
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import write_text
 from feedfast.methods.base import matching
@@ -37,6 +33,10 @@ from feedfast.report.statistics import half_interval
 from feedfast.stages.folder import comparable, ensure_dir
 from feedfast.stages.groups import Run, find_runs, grouped, kind_of, method_of, telling_keys
 from feedfast.stages.trainee import method_entries, needs_of
+from feedfast.storage import names
+from feedfast.storage.log import read_log
+from feedfast.storage.manifest import held_manifest
+from feedfast.storage.places import place_of
 from feedfast.tasks import task_named
 
 log = logging.getLogger(__name__)

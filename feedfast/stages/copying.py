@@ -7,9 +7,9 @@ import threading
 import time
 from typing import Any
 
-from feedfast.cache.copying import copy_cache
-from feedfast.cache.places import open_store
 from feedfast.stages.progress import Meter, format_bytes
+from feedfast.storage.copying import copy_cache
+from feedfast.storage.places import open_store
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def run_copy(source: str, target: str) -> dict[str, Any]:
         ``bytes_copied``, ``seconds``, ``digest`` (of both).
 
     Raises:
-        RequestError, CacheMismatchError, CacheDamageError, FeedfastError: see `feedfast.cache.copying.copy_cache`.
+        RequestError, CacheMismatchError, CacheDamageError, FeedfastError: see `feedfast.storage.copying.copy_cache`.
     """
     came, went = open_store(source), open_store(target)
     began, guard, shown = time.perf_counter(), threading.Lock(), 0

@@ -24,8 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedfast import recipe as recipes
-from feedfast.cache.schema import MAX_CELLS, SampleInfo, TeacherInfo
-from feedfast.cache.transform import Transform
 from feedfast.data.positions import ALGORITHM, positions_per_map
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
@@ -37,6 +35,8 @@ from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap, refuse_l
 from feedfast.stages.accuracy import Accuracies
 from feedfast.stages.inputs import teacher_input
 from feedfast.stages.trainee import gray_images, method_entries, needs_of
+from feedfast.storage.schema import MAX_CELLS, SampleInfo, TeacherInfo
+from feedfast.storage.transform import Transform
 from feedfast.tap_entry import TapEntry
 from feedfast.tasks import Outputs, Task, task_named
 

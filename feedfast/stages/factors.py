@@ -20,14 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from feedfast.cache import names
-from feedfast.cache.create import open_for_writing, record_pass
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import FactorInfo, TapInfo
-from feedfast.cache.store import Place
-from feedfast.cache.transform import Transform
-from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.ft import FACTOR, FT, TAP, Paraphraser, train_paraphraser
 from feedfast.provenance import Provenance
@@ -39,6 +31,14 @@ from feedfast.stages.record import encode_rows
 from feedfast.stages.tiers import tier_of
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.worker import pick_device
+from feedfast.storage import names
+from feedfast.storage.create import open_for_writing, record_pass
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import FactorInfo, TapInfo
+from feedfast.storage.store import Place
+from feedfast.storage.transform import Transform
+from feedfast.storage.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from feedfast.cache.schema import (
+from feedfast.data.dataset import Dataset
+from feedfast.data.views import ViewPlan
+from feedfast.errors import CacheMismatchError
+from feedfast.provenance import library_versions
+from feedfast.stages.data import PYTHON, Selection
+from feedfast.storage.schema import (
     DatasetInfo,
     DecoderInfo,
     Manifest,
@@ -18,11 +23,6 @@ from feedfast.cache.schema import (
     describe_differences,
     differences,
 )
-from feedfast.data.dataset import Dataset
-from feedfast.data.views import ViewPlan
-from feedfast.errors import CacheMismatchError
-from feedfast.provenance import library_versions
-from feedfast.stages.data import PYTHON, Selection
 
 PACKAGES = (
     "feedfast",

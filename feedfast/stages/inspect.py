@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.cache import names
-from feedfast.cache.reader import CacheReader
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
 from feedfast.files import write_text
@@ -34,6 +32,8 @@ from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.proof import plan_of, source_of, stored_values
 from feedfast.stages.sheet import contact_sheet
+from feedfast.storage import names
+from feedfast.storage.reader import CacheReader
 
 log = logging.getLogger(__name__)
 

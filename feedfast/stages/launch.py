@@ -25,14 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feedfast.cache import names
-from feedfast.cache.create import refuse_foreign
-from feedfast.cache.layout import block_rows_for, shard_rows_for, unit_rows
-from feedfast.cache.manifest import held_manifest
-from feedfast.cache.places import place_of
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest
-from feedfast.cache.store import Place
 from feedfast.errors import CacheDamageError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_tap
@@ -44,6 +36,14 @@ from feedfast.stages.prepare import Preparation
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import pick_device
+from feedfast.storage import names
+from feedfast.storage.create import refuse_foreign
+from feedfast.storage.layout import block_rows_for, shard_rows_for, unit_rows
+from feedfast.storage.manifest import held_manifest
+from feedfast.storage.places import place_of
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import Manifest
+from feedfast.storage.store import Place
 
 log = logging.getLogger(__name__)
 

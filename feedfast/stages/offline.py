@@ -23,16 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.cache import names
-from feedfast.cache.create import record_pass, refuse_foreign
-from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import cache_digest, keep_index, read_log
-from feedfast.cache.manifest import held_manifest
-from feedfast.cache.pending import Pending
-from feedfast.cache.places import open_store, place_of
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest
-from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError, RequestError
@@ -52,6 +42,16 @@ from feedfast.stages.record import Recorder, needs_every_core
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.usable import coming_taps, refuse_unusable
 from feedfast.stages.worker import AUTO, Share, Worker, pick_device
+from feedfast.storage import names
+from feedfast.storage.create import record_pass, refuse_foreign
+from feedfast.storage.layout import ArraySpec, array_specs
+from feedfast.storage.log import cache_digest, keep_index, read_log
+from feedfast.storage.manifest import held_manifest
+from feedfast.storage.pending import Pending
+from feedfast.storage.places import open_store, place_of
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import Manifest
+from feedfast.storage.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,6 @@ from typing import Any, TypeVar
 import torch
 
 from feedfast import __version__
-from feedfast.cache.create import record_pass, refuse_foreign
-from feedfast.cache.layout import unit_rows
-from feedfast.cache.pending import Unit
-from feedfast.cache.writer import CacheWriter
 from feedfast.errors import FeedfastError, PartTakenError, RequestError
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
@@ -37,6 +33,10 @@ from feedfast.stages.interrupt import Hold
 from feedfast.stages.offline import OfflineRun, refuse_incomplete
 from feedfast.stages.progress import Meter, format_bytes
 from feedfast.stages.worker import Worker
+from feedfast.storage.create import record_pass, refuse_foreign
+from feedfast.storage.layout import unit_rows
+from feedfast.storage.pending import Unit
+from feedfast.storage.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 

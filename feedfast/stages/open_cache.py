@@ -17,9 +17,6 @@ from typing import Any
 
 import torch
 
-from feedfast.cache import names
-from feedfast.cache.places import place_of
-from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import Dataset, ImageSource, open_dataset
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.models.normalize import Normalize
@@ -31,6 +28,9 @@ from feedfast.stages.resident import Residency, resident
 from feedfast.stages.source import Cached, manifest_taps
 from feedfast.stages.tiers import make_tier
 from feedfast.stages.worker import pick_device, ranks_here
+from feedfast.storage import names
+from feedfast.storage.places import place_of
+from feedfast.storage.reader import CacheReader
 
 Wanted = Mapping[str, str | Sequence[str]]
 

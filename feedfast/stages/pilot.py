@@ -23,12 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.blocks import AskedCompression, choose_compression
-from feedfast.cache.fit import fit_affine, measure
-from feedfast.cache.layout import ArraySpec, block_rows_for
-from feedfast.cache.schema import CodecName, Compression, TapInfo
-from feedfast.cache.stream import MAX_BUFFER_BYTES
-from feedfast.cache.transform import Transform
 from feedfast.data.batch import moved
 from feedfast.data.loader import Loader
 from feedfast.data.passes import pass_sizes, readable_sizes
@@ -37,6 +31,12 @@ from feedfast.errors import FeedfastError
 from feedfast.stages.codecs import Codecs
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher, is_signed
 from feedfast.stages.record import encode_rows
+from feedfast.storage.blocks import AskedCompression, choose_compression
+from feedfast.storage.fit import fit_affine, measure
+from feedfast.storage.layout import ArraySpec, block_rows_for
+from feedfast.storage.schema import CodecName, Compression, TapInfo
+from feedfast.storage.stream import MAX_BUFFER_BYTES
+from feedfast.storage.transform import Transform
 from feedfast_kernels.codes import CODECS
 
 PILOT_VIEWS = 3

@@ -24,13 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.create import refuse_foreign
-from feedfast.cache.layout import block_rows_for
-from feedfast.cache.log import read_log
-from feedfast.cache.manifest import held_manifest
-from feedfast.cache.places import place_of
-from feedfast.cache.schema import MAX_VIEWS, CodecName, Compression, Manifest
-from feedfast.cache.store import Place
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -60,6 +53,13 @@ from feedfast.stages.sampling import sampling_of
 from feedfast.stages.trainee import Entry, build_student, memory_format, method_entries, names_of
 from feedfast.stages.usable import coming_taps, refuse_unusable, served
 from feedfast.stages.worker import pick_device
+from feedfast.storage.create import refuse_foreign
+from feedfast.storage.layout import block_rows_for
+from feedfast.storage.log import read_log
+from feedfast.storage.manifest import held_manifest
+from feedfast.storage.places import place_of
+from feedfast.storage.schema import MAX_VIEWS, CodecName, Compression, Manifest
+from feedfast.storage.store import Place
 from feedfast_kernels import Sampled, Target
 
 log = logging.getLogger(__name__)

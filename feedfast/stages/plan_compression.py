@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from feedfast.cache.schema import Compression
+from feedfast.storage.schema import Compression
 
 STEP_RATIO: Final = 1.03
 

@@ -18,10 +18,10 @@ from typing import Final
 
 import numpy as np
 
-from feedfast.cache.blocks import decompress
-from feedfast.cache.create import PLAN_PROBE
-from feedfast.cache.schema import Compression
 from feedfast.files import write_all
+from feedfast.storage.blocks import decompress
+from feedfast.storage.create import PLAN_PROBE
+from feedfast.storage.schema import Compression
 
 FILE_BYTES: Final = 64 << 20  # 64 MiB, at most a tenth of what is free
 PIECE_BYTES: Final = 4 << 20  # 4 MiB, about a shard's worth of blocks in one read

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from feedfast.cache.places import place_of
-from feedfast.cache.schema import Compression
 from feedfast.errors import FeedfastError
 from feedfast.files import make_dirs, read_sealed, write_sealed
 from feedfast.recipe import Recipe
 from feedfast.stages.folder import comparable
 from feedfast.stages.progress import format_bytes
+from feedfast.storage.places import place_of
+from feedfast.storage.schema import Compression
 
 log = logging.getLogger(__name__)
 

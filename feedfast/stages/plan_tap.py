@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feedfast.cache.blocks import AskedCompression, choose_compression, compress_block
-from feedfast.cache.fit import fit_affine, measure
-from feedfast.cache.layout import block_rows_for
-from feedfast.cache.schema import CodecName, Compression
 from feedfast.stages.ensemble import LOGITS, FrozenTeacher
 from feedfast.stages.pilot import CHANNEL_VALUES, TAP_VALUES, tap_row_bytes
 from feedfast.stages.plan_compression import TapCost
 from feedfast.stages.plan_rates import decode_ms
 from feedfast.stages.record import encode_rows
+from feedfast.storage.blocks import AskedCompression, choose_compression, compress_block
+from feedfast.storage.fit import fit_affine, measure
+from feedfast.storage.layout import block_rows_for
+from feedfast.storage.schema import CodecName, Compression
 from feedfast_kernels import Codes, Target
 from feedfast_kernels.codes import CODECS
 

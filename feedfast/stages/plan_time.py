@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from feedfast.cache.schema import Compression
 from feedfast.data.views import ViewPlan
 from feedfast.recipe import Recipe
 from feedfast.stages.accuracy import Accuracies
@@ -16,6 +15,7 @@ from feedfast.stages.plan_compression import TapCost
 from feedfast.stages.plan_rates import DiskRate
 from feedfast.stages.plan_tap import MeasuredTap
 from feedfast.stages.record import needs_every_core, usable_cores
+from feedfast.storage.schema import Compression
 
 
 @dataclass

@@ -21,17 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from feedfast.cache import names
-from feedfast.cache.blocks import AskedCompression, choose_compression
-from feedfast.cache.create import open_for_writing
-from feedfast.cache.layout import ArraySpec, array_specs
-from feedfast.cache.log import check_length, object_key, read_log
-from feedfast.cache.manifest import held_manifest
-from feedfast.cache.places import open_store, place_of
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Compression, Manifest, TapInfo, TeacherInfo
-from feedfast.cache.store import COMMITS, Place
-from feedfast.cache.writer import CacheWriter
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import boxes_of
@@ -49,6 +38,17 @@ from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, 
 from feedfast.stages.plan_record import planned_compression
 from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.proof import content_of
+from feedfast.storage import names
+from feedfast.storage.blocks import AskedCompression, choose_compression
+from feedfast.storage.create import open_for_writing
+from feedfast.storage.layout import ArraySpec, array_specs
+from feedfast.storage.log import check_length, object_key, read_log
+from feedfast.storage.manifest import held_manifest
+from feedfast.storage.places import open_store, place_of
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import Compression, Manifest, TapInfo, TeacherInfo
+from feedfast.storage.store import COMMITS, Place
+from feedfast.storage.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 

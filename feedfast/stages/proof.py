@@ -19,13 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feedfast.cache import names
-from feedfast.cache.blocks import row_sums
-from feedfast.cache.layout import array_specs
-from feedfast.cache.log import Problem, problem
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import CodecName
-from feedfast.cache.transform import Transform, transform_of
 from feedfast.data.augment import crop_of, operations_of
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
@@ -40,6 +33,13 @@ from feedfast.stages.probe import refuse_other_probe
 from feedfast.stages.progress import Meter
 from feedfast.stages.record import committed_sums, encode_rows, other_pixels
 from feedfast.stages.sampling import sampling_of_manifest
+from feedfast.storage import names
+from feedfast.storage.blocks import row_sums
+from feedfast.storage.layout import array_specs
+from feedfast.storage.log import Problem, problem
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import CodecName
+from feedfast.storage.transform import Transform, transform_of
 from feedfast_kernels import Codes, decode
 from feedfast_kernels.codes import is_quantized
 

@@ -18,16 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feedfast.cache import names
-from feedfast.cache.blocks import row_sums
-from feedfast.cache.pending import Pending
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.transform import Transform, transform_of
-from feedfast.cache.writer import CacheWriter
 from feedfast.errors import CacheMismatchError, FeedfastError
 from feedfast.stages.identity import changed_versions
 from feedfast.stages.sampling import sampling_of_manifest
 from feedfast.stages.together import SharedWriter
+from feedfast.storage import names
+from feedfast.storage.blocks import row_sums
+from feedfast.storage.pending import Pending
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.transform import Transform, transform_of
+from feedfast.storage.writer import CacheWriter
 from feedfast_kernels import encode
 from feedfast_kernels.codes import CODECS
 

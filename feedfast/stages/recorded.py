@@ -31,14 +31,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feedfast.cache import names
-from feedfast.cache.create import record_pass, refuse_foreign
-from feedfast.cache.layout import unit_rows
-from feedfast.cache.manifest import held_manifest
-from feedfast.cache.places import place_of
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest
-from feedfast.cache.writer import CacheWriter
 from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
@@ -59,6 +51,14 @@ from feedfast.stages.together import SharedWriter, Together
 from feedfast.stages.trainee import Entry, needs_of
 from feedfast.stages.usable import coming_taps, require_usable
 from feedfast.stages.worker import Worker
+from feedfast.storage import names
+from feedfast.storage.create import record_pass, refuse_foreign
+from feedfast.storage.layout import unit_rows
+from feedfast.storage.manifest import held_manifest
+from feedfast.storage.places import place_of
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import Manifest
+from feedfast.storage.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feedfast.cache.layout import ArraySpec
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.segments import BufferPool, shaped, take_rows
 from feedfast.errors import RequestError
 from feedfast.stages.memory import available_bytes
 from feedfast.stages.progress import format_bytes
+from feedfast.storage.layout import ArraySpec
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.segments import BufferPool, shaped, take_rows
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feedfast.cache.schema import Manifest
 from feedfast.data.positions import ALGORITHM, sample_positions
 from feedfast.errors import CacheMismatchError
 from feedfast.methods import TapInfo
+from feedfast.storage.schema import Manifest
 from feedfast_kernels import Sampled, Target, gather_positions
 
 Places = Mapping[tuple[str, str], Tensor]

@@ -23,10 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feedfast.cache import names
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest
-from feedfast.cache.transform import floored
 from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
@@ -50,6 +46,10 @@ from feedfast.stages.sampling import sampling_of, sampling_of_manifest
 from feedfast.stages.schedule import total_steps
 from feedfast.stages.tiers import tier_of
 from feedfast.stages.worker import ranks_here
+from feedfast.storage import names
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import Manifest
+from feedfast.storage.transform import floored
 from feedfast_kernels import Codes, Sampled, Target
 from feedfast_kernels.codes import CODECS
 

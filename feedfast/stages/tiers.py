@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from feedfast.cache.tier import Tier
 from feedfast.recipe import Recipe
+from feedfast.storage.tier import Tier
 
 
 def tier_of(recipe: Recipe) -> Tier | None:

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from feedfast.cache.layout import ArraySpec
-from feedfast.cache.pending import Pending
-from feedfast.cache.writer import CacheWriter
 from feedfast.errors import RequestError
 from feedfast.stages.worker import Worker
+from feedfast.storage.layout import ArraySpec
+from feedfast.storage.pending import Pending
+from feedfast.storage.writer import CacheWriter
 
 Bytes = NDArray[np.uint8]
 

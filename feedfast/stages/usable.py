@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from feedfast.cache.schema import Manifest
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS, TapInfo, refuse_dense, tasks_of
 from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
@@ -36,6 +35,7 @@ from feedfast.stages.trainee import (
     student_needs_of,
     tap_student,
 )
+from feedfast.storage.schema import Manifest
 from feedfast.tasks import task_named
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """`feedfast verify`: is this cache whole, and does it still say what its teachers would say?
 
-Log and lengths always; every byte, pixels and maps on request (`feedfast.cache.verify`, `feedfast.stages.proof`).
+Log and lengths always; every byte, pixels and maps on request (`feedfast.storage.verify`, `feedfast.stages.proof`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from feedfast import recipe as recipes
-from feedfast.cache import names
-from feedfast.cache.log import Problem, problem
-from feedfast.cache.places import place_of
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.verify import verify_cache
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.data import Selection
 from feedfast.stages.ensemble import FrozenTeacher, teacher_from_manifest
 from feedfast.stages.identity import dataset_info, refuse_differences
 from feedfast.stages.proof import check_views, plan_of, recompute_teachers, replay_pixels, source_of
+from feedfast.storage import names
+from feedfast.storage.log import Problem, problem
+from feedfast.storage.places import place_of
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.verify import verify_cache
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ vectors), as student maps are; stored bytes are [B, H, W, C], the order fast stu
 on CUDA Triton kernels do both directions in one pass (gpu/codes.py), with the bits of the CPU. float64 stays with
 PyTorch's operators. Neither direction has a gradient.
 
-What it does not do: choose offset and step (see feedfast.cache.fit), or touch float maps, which need no code.
+What it does not do: choose offset and step (see feedfast.storage.fit), or touch float maps, which need no code.
 """
 
 from __future__ import annotations

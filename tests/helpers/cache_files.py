@@ -12,9 +12,9 @@ import numpy as np
 import zarr
 from code_samples import packed
 
-from feedfast.cache.layout import ArraySpec, array_specs, group_metadata
-from feedfast.cache.log import Commit
-from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
+from feedfast.storage.layout import ArraySpec, array_specs, group_metadata
+from feedfast.storage.log import Commit
+from feedfast.storage.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
 
 Values = dict[str, np.ndarray[Any, Any]]
 

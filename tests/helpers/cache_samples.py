@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from feedfast.cache.layout import ArraySpec, array_specs, unit_rows
-from feedfast.cache.log import cache_digest
-from feedfast.cache.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
-from feedfast.cache.writer import CacheWriter, open_for_writing
+from feedfast.storage.layout import ArraySpec, array_specs, unit_rows
+from feedfast.storage.log import cache_digest
+from feedfast.storage.schema import DatasetInfo, DecoderInfo, Manifest, PlanInfo, TapInfo, TeacherInfo
+from feedfast.storage.writer import CacheWriter, open_for_writing
 
 FINAL = "targets/a/final/codes"
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from cache_samples import fill_cache, make_manifest, make_tap, make_teacher, object_path, objects
 
-from feedfast.cache.log import cache_digest, read_log
+from feedfast.storage.log import cache_digest, read_log
 
 MANIFEST = make_manifest(make_teacher("a", make_tap("final"), make_tap("zip", compression="zstd")), rows=70)
 

@@ -14,8 +14,8 @@ from cache_samples import in_memory
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from feedfast.cache.disk import Disk
-from feedfast.cache.store import COMMITS, Lock, Log, Store
+from feedfast.storage.disk import Disk
+from feedfast.storage.store import COMMITS, Lock, Log, Store
 
 KEYS = ("zarr.json", "a/zarr.json", "a/c/0/0", "a/c/0/1", "b/c/1")
 LOGS = (f"{COMMITS}/part-0-of-2.jsonl", f"{COMMITS}/part-1-of-2.jsonl")

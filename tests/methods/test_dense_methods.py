@@ -11,7 +11,6 @@ from map_scene import array, batch_norm, convolved, pooled, smaller
 from scipy.special import rel_entr, softmax
 from torch import Tensor, nn
 
-from feedfast.cache.schema import TapInfo as StoredTap
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS, Method, StudentOutput, TapInfo, refuse_dense, refuse_other_logits
 from feedfast.methods.base import LOGITS, matching
@@ -20,6 +19,7 @@ from feedfast.methods.ofd import OFD
 from feedfast.methods.parts import Connector, logit_rows
 from feedfast.recipe import MethodEntry
 from feedfast.stages.trainee import method_entries
+from feedfast.storage.schema import TapInfo as StoredTap
 from feedfast_kernels import Codes, Target, encode
 
 Shapes = dict[str, tuple[int, ...]]

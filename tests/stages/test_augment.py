@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from small import digits_recipe
 
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import PlanInfo
 from feedfast.data.augment import PRESETS, plan_with
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.report.run import read_metrics
@@ -23,6 +21,8 @@ from feedfast.stages.proof import check_views, plan_of
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import PlanInfo
 
 STRONG: list[dict[str, Any]] = [
     {"op": "pad-crop", "pad": 2},

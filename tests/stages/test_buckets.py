@@ -11,10 +11,10 @@ from buckets import DENIED, KEY_ID, SECRET, SLOW_DOWN, Cloud, Fault
 from commands import feedfast, in_a_process
 from small import as_toml, digits_recipe
 
-from feedfast.cache.bucket import Bucket
-from feedfast.cache.objects import Patience
 from feedfast.errors import RequestError
 from feedfast.stages.open_cache import open_cache
+from feedfast.storage.bucket import Bucket
+from feedfast.storage.objects import Patience
 from feedfast_kernels import as_float
 
 pytest.importorskip("obstore")
@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     brisk = Patience(tries=4, first_s=0.01, longest_s=0.05, connect_s=2.0, answer_s=2.0)
-    monkeypatch.setattr("feedfast.cache.objects.PATIENCE", brisk)
+    monkeypatch.setattr("feedfast.storage.objects.PATIENCE", brisk)
 
 
 @pytest.mark.slow

@@ -15,11 +15,11 @@ import pytest
 import torch
 from small import as_toml, digits_recipe
 
-from feedfast.cache.manifest import read_manifest
 from feedfast.errors import RequestError
 from feedfast.models.build import build_model, weights_sha256
 from feedfast.recipe import Recipe
 from feedfast.stages.chain import chain_recipes, run_chain
+from feedfast.storage.manifest import read_manifest
 
 
 def recipe_for(folder: Path, *, generations: int = 3, teachers: int = 0, **sections: Any) -> Recipe:

@@ -12,9 +12,6 @@ import torch
 from code_samples import integers
 from small import digits_recipe
 
-from feedfast.cache import names, schema
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.codecs import codecs_of
@@ -24,6 +21,9 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
 from feedfast.stages.plan_record import predicted_cache
 from feedfast.stages.student import run_train
+from feedfast.storage import names, schema
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
 from feedfast.tap_entry import CodecName
 from feedfast_kernels.codes import CODECS
 

@@ -19,7 +19,6 @@ from scenes import dense_recipe, small_detector, small_segmenter, write_scenes
 from small import as_toml
 
 import feedfast as package
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
@@ -30,6 +29,7 @@ from feedfast.stages.predictions import predictions_html
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
+from feedfast.storage.reader import CacheReader
 from feedfast.tasks import task_named
 
 TASKS = ("segment", "detect")

@@ -19,14 +19,14 @@ from commands import feedfast
 from small import as_toml, digits_recipe
 
 import feedfast as package
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
 from feedfast.methods.ft import FT
 from feedfast.recipe import Recipe
 from feedfast.stages.factors import run_factors
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun
 from feedfast.stages.worker import Worker
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
 
 OPTIONS = {"name": "ft", "paraphraser_epochs": 2, "paraphraser_lr": 0.02}
 
@@ -115,7 +115,7 @@ def test_killed_it_goes_on_to_the_same_digest(world: Path, tmp_path: Path) -> No
     recipe = as_toml(recipe_for(world, cache={"path": str(path)}), tmp_path / "recipe.toml")
     code = (
         "import itertools, os, signal, sys\n"
-        "from feedfast.cache.writer import CacheWriter\n"
+        "from feedfast.storage.writer import CacheWriter\n"
         "from feedfast.recipe import load_recipe\n"
         "from feedfast.stages.factors import run_factors\n"
         "real, calls = CacheWriter.append, itertools.count(1)\n"

@@ -24,11 +24,11 @@ from commands import Outcome, feedfast
 from small import as_toml, digits_recipe, write_teacher
 
 import feedfast as ff
-from feedfast.cache.blocks import crc32c
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
+from feedfast.storage.blocks import crc32c
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
 
 FINAL, OFD3, LOGITS = "targets/a/final/codes", "targets/a/ofd3/codes", "targets/a/logits/codes"
 LOG = "commits/part-0-of-1.jsonl"

@@ -23,8 +23,6 @@ from torch import Tensor
 from worlds import World
 
 import feedfast as ff
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import BusyError, CacheMismatchError, RequestError
 from feedfast.report.run import read_metrics
 from feedfast.stages.agree import refuse_other_recipe
@@ -32,6 +30,8 @@ from feedfast.stages.data import Selection
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.folder import RunLock
 from feedfast.stages.proof import plan_of, replay_pixels
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
 
 LOG = "commits/part-0-of-1.jsonl"
 

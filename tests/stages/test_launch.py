@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import as_toml, digits_recipe
 
-from feedfast.cache.log import cache_digest
 from feedfast.data.loader import Loader
 from feedfast.stages.launch import _lead_s, even_parts
+from feedfast.storage.log import cache_digest
 
 VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_", "JOB_COMPLETION")
 

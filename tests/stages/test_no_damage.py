@@ -13,8 +13,8 @@ import torch
 from hostile import CACHE, copy_world, make_whole, run
 
 import feedfast as package
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheDamageError, FeedfastError
+from feedfast.storage.reader import CacheReader
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ import pytest
 import torch
 from small import as_toml, digits_recipe, write_teacher
 
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
@@ -28,6 +26,8 @@ from feedfast.stages.proof import plan_of, stored_values
 from feedfast.stages.student import run_train
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
 
 KILLS = 10
 

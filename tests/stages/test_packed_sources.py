@@ -10,12 +10,12 @@ import torch
 from packed_samples import hf_dataset, write_folder, write_shards
 from small import as_toml, write_teacher
 
-from feedfast.cache.log import cache_digest
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.stages.offline import run_cache
 from feedfast.stages.open_cache import open_cache
 from feedfast.stages.student import run_train
 from feedfast.stages.verify import run_verify
+from feedfast.storage.log import cache_digest
 
 
 def recipe(folder: Path, name: str, source: Any) -> Recipe:

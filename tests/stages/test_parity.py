@@ -11,13 +11,13 @@ import pytest
 import torch
 from small import digits_recipe
 
-from feedfast.cache.reader import CacheReader
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
+from feedfast.storage.reader import CacheReader
 
 METHODS: dict[str, dict[str, Any]] = {
     "kd": {"name": "kd"},

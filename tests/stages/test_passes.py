@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from small import digits_recipe
 
-from feedfast.cache.reader import CacheReader
 from feedfast.recipe import Recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
+from feedfast.storage.reader import CacheReader
 
 
 @pytest.fixture

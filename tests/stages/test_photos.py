@@ -21,8 +21,6 @@ from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
-from feedfast.cache.layout import array_specs
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
 from feedfast.report.run import read_metrics
@@ -31,6 +29,8 @@ from feedfast.stages.pilot import PILOT_VIEWS, pilot_batches
 from feedfast.stages.proof import stored_values
 from feedfast.stages.student import run_train
 from feedfast.stages.verify import run_verify
+from feedfast.storage.layout import array_specs
+from feedfast.storage.reader import CacheReader
 
 pytestmark = pytest.mark.slow  # the shared cache of photographs takes twelve seconds
 

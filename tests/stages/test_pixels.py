@@ -13,7 +13,6 @@ from commands import feedfast
 from small import as_toml, digits_recipe, write_teacher
 from torch import Tensor
 
-from feedfast.cache.reader import CacheReader
 from feedfast.data.dataset import open_dataset
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -21,6 +20,7 @@ from feedfast.errors import CacheMismatchError
 from feedfast.recipe import Recipe
 from feedfast.stages.ensemble import FrozenTeacher
 from feedfast.stages.offline import run_cache
+from feedfast.storage.reader import CacheReader
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import torch
 from commands import feedfast
 from small import KNOWN, as_toml, digits_recipe, write_teacher
 
-from feedfast.cache.blocks import compress_block
 from feedfast.errors import CacheDamageError
 from feedfast.methods import METHODS, PFEED, StudentOutput, Targets
 from feedfast.recipe import load_recipe
@@ -24,6 +23,7 @@ from feedfast.stages.data import open_train, pixel_loader, view_plan
 from feedfast.stages.ensemble import load_teachers
 from feedfast.stages.plan_screen import plan_screen
 from feedfast.stages.student import run_train
+from feedfast.storage.blocks import compress_block
 from feedfast_kernels import Codes
 
 

@@ -12,10 +12,10 @@ import pytest
 from commands import feedfast
 from small import as_toml, digits_recipe
 
-from feedfast.cache.manifest import read_manifest
-from feedfast.cache.schema import MAX_PASSES, differences
 from feedfast.provenance import Provenance, _commit, began_with, library_versions
 from feedfast.stages.folder import processes_of
+from feedfast.storage.manifest import read_manifest
+from feedfast.storage.schema import MAX_PASSES, differences
 
 ODD = "<b>odd"  # a word of a command that no page may take for markup
 

@@ -14,7 +14,6 @@ import torch
 from ranks import run_ranks
 from small import as_toml, digits_recipe
 
-from feedfast.cache.reader import CacheReader
 from feedfast.data.loader import Loader
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe
@@ -22,6 +21,7 @@ from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker
+from feedfast.storage.reader import CacheReader
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 BATCH, STEPS = 32, 12

@@ -29,8 +29,6 @@ from commands import feedfast
 from ray_members import Scribe
 from small import KNOWN, as_toml, digits_recipe
 
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.data import open_train, view_plan
@@ -38,6 +36,8 @@ from feedfast.stages.engine_ray import DEATHS, Crew, Needs, Size, session
 from feedfast.stages.offline import run_cache
 from feedfast.stages.offline_ray import run_cache_ray
 from feedfast.stages.verify import run_verify
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 pytestmark = [

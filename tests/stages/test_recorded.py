@@ -18,10 +18,6 @@ import torch
 from scenes import dense_recipe
 from small import as_toml, digits_recipe
 
-from feedfast.cache import names
-from feedfast.cache.log import cache_digest
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.writer import CacheWriter
 from feedfast.data import loader
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
@@ -31,6 +27,10 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
+from feedfast.storage import names
+from feedfast.storage.log import cache_digest
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.writer import CacheWriter
 
 METHODS: dict[str, dict[str, Any]] = {
     "kd": {"name": "kd"},

@@ -20,11 +20,6 @@ from hypothesis import strategies as st
 from ranks import end_ranks, run_ranks, start_ranks
 from small import as_toml, digits_recipe
 
-from feedfast.cache import names
-from feedfast.cache.layout import array_specs
-from feedfast.cache.log import cache_digest, read_log
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.writer import CacheWriter, open_for_writing
 from feedfast.recipe import Recipe, load_recipe
 from feedfast.report.run import read_metrics
 from feedfast.stages.offline import run_cache
@@ -33,6 +28,11 @@ from feedfast.stages.student import run_train
 from feedfast.stages.together import SharedWriter, Together
 from feedfast.stages.verify import run_verify
 from feedfast.stages.worker import Worker
+from feedfast.storage import names
+from feedfast.storage.layout import array_specs
+from feedfast.storage.log import cache_digest, read_log
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.writer import CacheWriter, open_for_writing
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 memory = memory_path

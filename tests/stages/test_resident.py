@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from small import digits_recipe
 
 import feedfast
-from feedfast.cache import shards
-from feedfast.cache.reader import CacheReader
 from feedfast.data.passes import pass_order
 from feedfast.errors import CacheDamageError, RequestError
 from feedfast.recipe import Recipe
@@ -30,6 +28,8 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.resident import Resident, chosen, resident
 from feedfast.stages.student import StudentRun, run_train
 from feedfast.stages.worker import Worker, ranks_here
+from feedfast.storage import shards
+from feedfast.storage.reader import CacheReader
 
 ROWS, GIB = 300, 1 << 30
 Cache = tuple[Path, Values]

@@ -12,10 +12,6 @@ import torch
 from small import digits_recipe
 
 import feedfast
-from feedfast.cache import names
-from feedfast.cache.create import open_for_writing
-from feedfast.cache.reader import CacheReader
-from feedfast.cache.schema import Manifest
 from feedfast.data.positions import ALGORITHM, sample_positions
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.recipe import Recipe
@@ -29,6 +25,10 @@ from feedfast.stages.offline import run_cache
 from feedfast.stages.plan import run_plan
 from feedfast.stages.student import run_train
 from feedfast.stages.verify import run_verify
+from feedfast.storage import names
+from feedfast.storage.create import open_for_writing
+from feedfast.storage.reader import CacheReader
+from feedfast.storage.schema import Manifest
 from feedfast_kernels import Codes, Sampled, decode, gather_positions, partial_l2
 
 TAPS = ["final", "ofd1+margin@0.25:{}", "ofd2+margin@0.3:{}", "ofd3+margin:{}"]  # 16x16, 8x8 and 4x4 maps
@@ -231,7 +231,7 @@ def test_a_manifest_says_it_only_where_it_is_so(world: Path, tmp_path: Path) -> 
     digests = {manifest.digest_for(array)}
     for change in ({"positions": 65}, {"share": 0.26}, {"algorithm": "other/1"}):
         other = _with(manifest, change)
-        assert [key for key, _, _ in feedfast.cache.schema.differences(other, manifest)] == [
+        assert [key for key, _, _ in feedfast.storage.schema.differences(other, manifest)] == [
             f"teachers.a.taps.ofd1.sample.{key}" for key in change
         ]
         digests.add(other.digest_for(array))

@@ -16,14 +16,14 @@ import torch
 from commands import feedfast, in_a_process
 from small import as_toml, digits_recipe
 
-from feedfast.cache.log import cache_digest
-from feedfast.cache.manifest import read_manifest
-from feedfast.cache.writer import CacheWriter
 from feedfast.recipe import load_recipe
 from feedfast.stages import chain, sweep
 from feedfast.stages.interrupt import HoldShards, interruptible
 from feedfast.stages.offline import run_cache
 from feedfast.stages.progress import Meter
+from feedfast.storage.log import cache_digest
+from feedfast.storage.manifest import read_manifest
+from feedfast.storage.writer import CacheWriter
 
 UNIT = 64  # rows
 

@@ -17,7 +17,6 @@ from scipy import stats
 from small import as_toml, digits_recipe
 
 import feedfast
-from feedfast.cache.manifest import held_manifest
 from feedfast.cli import main
 from feedfast.errors import BusyError, FeedfastError, RequestError
 from feedfast.files import write_sealed
@@ -27,6 +26,7 @@ from feedfast.stages import sweep
 from feedfast.stages.compare import compare_runs, run_compare
 from feedfast.stages.folder import RunLock, comparable
 from feedfast.stages.sweep import grid, run_sweep, sweep_script
+from feedfast.storage.manifest import held_manifest
 
 GRID = ("method.name=none,kd", "seed=0:2")
 

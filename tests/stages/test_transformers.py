@@ -17,7 +17,6 @@ import zarr
 from small import digits_recipe
 from torch import Tensor
 
-from feedfast.cache.reader import CacheReader
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import OFD, StudentOutput, TapInfo
 from feedfast.models.build import build_model
@@ -34,6 +33,7 @@ from feedfast.stages.proof import stored_values
 from feedfast.stages.student import run_train
 from feedfast.stages.trainee import build_methods, method_entries, names_of
 from feedfast.stages.verify import run_verify
+from feedfast.storage.reader import CacheReader
 
 pytest.importorskip("timm")
 
