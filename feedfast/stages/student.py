@@ -26,7 +26,7 @@ from torch import nn
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
-from feedfast.errors import RequestError
+from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
@@ -36,6 +36,7 @@ from feedfast.models.own import own_input
 from feedfast.models.taps import Tapped, refuse_lone_norms
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
+from feedfast.report.page import Html, Section
 from feedfast.report.run import EventLog, write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
@@ -59,13 +60,17 @@ from feedfast.stages.recorded import Recorded, open_recorded, refuse_unrecordabl
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
 from feedfast.stages.source import Cached, Source, open_source
+from feedfast.stages.summary import asked_of, cost_of
 from feedfast.stages.trainee import (
     build_student,
     build_trainee,
     gray_images,
+    memory_format,
     names_of,
     needs_of,
     optimizer_of,
+    student_needs_of,
+    tap_student,
 )
 from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
@@ -332,19 +337,34 @@ class StudentRun:
             return {}
         return evaluate(student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast)
 
-    def _pictures(self) -> str:
-        """HTML of what a dense student says of validation images, and of its maps."""
-        if self.val is None or self.task.name == "classify":
-            return ""
-        trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
-        tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
+    def _pictures(self) -> list[Section]:
+        """What a dense student says of validation images, maps of it and its teachers, and views of the images."""
+        said = Html("")
+        if self.val is not None and self.task.name != "classify":
+            said = predictions_html(self.trainer.student, self.normalize, self.val, self.task, self.data.classes)
+        maps = Html("")
         # rows that nobody has recorded yet would be run for the picture alone
-        maps = not isinstance(self.source, Recorded) or self.source.is_complete(0)
-        said = predictions_html(self.trainer.student, self.normalize, self.val, self.task, self.data.classes)
-        if not maps:
-            return said
-        rows = self.recipe.train.batch // self.me.world
-        return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data, rows)
+        if not isinstance(self.source, Recorded) or self.source.is_complete(0):
+            trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
+            tapped = cast("Tapped", getattr(trainee.tapped, "_orig_mod", trainee.tapped))  # of torch.compile
+            rows = self.recipe.train.batch // self.me.world
+            before = self._before(tapped)
+            maps = maps_html(tapped, before, self.normalize, self.source, self.data, rows)
+        stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
+        sheet = Html("") if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
+        return [Section("Predictions", said), Section("Maps", maps), Section("Views of the training images", sheet)]
+
+    def _before(self, tapped: Tapped) -> Tapped | None:
+        """The student as it started: its start is a function of the recipe, so it is built again and not kept."""
+        if not any(len(shape) == 3 for shape in tapped.shapes.values()):
+            return None
+        try:
+            student = self._student().to(device=self.device, memory_format=memory_format(self.recipe.train))  # type: ignore[call-overload]
+            example = gray_images(self.normalize, self.recipe.data.size, self.device)
+            return tap_student(student, student_needs_of(self.entries), example, self.task, self.recipe.student.model)
+        except FeedfastError as error:  # its weights' file may be gone by now, and the run has ended well
+            log.warning("report: maps before training are not shown: %s", error)
+            return None
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:
         epoch = math.ceil(step / self.loop.steps_per_epoch)
@@ -400,7 +420,14 @@ class StudentRun:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
             made = processes_of(self.out)
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
-            stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
-            sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, self._pictures() + sheet)
+            ran = made[-1].machine if made else None
+            write_report(
+                self.out,
+                result,
+                self.recipe.model_dump(mode="json"),
+                made,
+                asked=asked_of(self.recipe),
+                cost=cost_of(self.recipe, step, self.device, [ran.cpu, *ran.gpus] if ran else []),
+                pictures=self._pictures(),
+            )
         return result
