@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from feedfast.report.page import Html, details, escaped, joined, listing, table
 from feedfast.report.style import COLORS
 
-__all__ = ["Chart", "Series", "Span", "chart", "charts", "keys", "spans", "thinned", "ticks"]
+__all__ = ["Chart", "Series", "Span", "as_number", "chart", "charts", "keys", "spans", "thinned", "ticks"]
 
 WIDTH, HEIGHT = 400, 230
 MOST_POINTS = 4000
@@ -28,6 +28,7 @@ _DASHES = ("", "7 3", "2 3", "8 3 2 3")
 # Drawn from a point on: a stroke of no length with round or square ends is a dot or a square.
 _MARKERS = ("h0", "h0", "m0-4.5l4.5 8h-9z", "m0-5l4.5 5-4.5 5-4.5-5z", "m-4-4l8 8m0-8l-8 8")
 _CAPS = ("round", "square")
+_HUGE = 1e300
 _LOG_FROM = 50.0  # times the lowest value: from there a linear axis would show the lower terms as zero
 
 
@@ -113,7 +114,7 @@ def chart(shown: Chart, key: bool = True) -> Html:
     if len(curves) > 12:
         said += f" And {len(curves) - 12} more; all are in the data below."
     svg = _svg(drawn, values, shown.x, log, f"<title>{escaped(title)}</title><desc>{escaped(said)}</desc>")
-    left_out = f"{missing} values that are not finite are left out." if missing else ""
+    left_out = f"{missing:,} points that are not finite are left out." if missing else ""
     return Html(
         f'<figure class="chart"><figcaption><strong>{escaped(title)}</strong> {escaped(left_out)}</figcaption>{svg}'
         f"{keys([(s.name, s.style) for s in curves]) if key and len(curves) > 1 else ''}{_data(shown, curves, drawn)}"
@@ -141,6 +142,7 @@ def spans(title: str, rows: Sequence[Span], unit: str) -> Html:
         rows: the dots; those behind the first `SPANS` are folded.
         unit: of the values.
     """
+    rows = [row for row in rows if _drawable(row.middle, row.half or 0.0)]
     if not rows:
         return Html("")
     ends = [row.middle + sign * (row.half or 0.0) for row in rows for sign in (-1, 1)]
@@ -198,22 +200,36 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [
-        round(number * step, 12 - math.floor(math.log10(step))) for number in range(first, int(high / step + 1e-9) + 1)
+        round(number * step, 12 - math.floor(math.log10(step)))
+        for number in range(first, math.floor(high / step + 1e-9) + 1)
     ]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    """Powers of ten between two, which are given as logarithms; with their 2 and 5 where they are few."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
     every = max(1, len(decades) // 6)
-    found = [10.0**power for power in decades if power % every == 0 and low <= 10.0**power <= high]
-    return found if len(found) > 2 else [
-        times * 10.0**power for power in decades for times in (1, 2, 5) if low <= times * 10.0**power <= high
-    ]  # fmt: skip
+    times = (1, 2, 5) if sum(low <= power <= high for power in decades) < 3 else (1,)
+    logs = [(power, one) for power in decades if power % every == 0 for one in times]
+    return [float(f"{one}e{power}") for power, one in logs if low <= power + math.log10(one) <= high]
+
+
+def as_number(value: float) -> float:
+    """A number of anybody's file as a figure can take it: integers may be larger than any float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def _drawable(*values: float) -> bool:
+    """Finite, and so that differences are, too."""
+    return all(abs(value) < _HUGE for value in values)
 
 
 def _finite(series: Series) -> Series:
-    points = [(x, y) for x, y in series.points if math.isfinite(x) and math.isfinite(y)]
-    band = [one for one in series.band if all(map(math.isfinite, one))]
+    points = [point for point in series.points if _drawable(*point)]
+    band = [one for one in series.band if _drawable(*one)]
     return Series(series.name, points, band, series.style)
 
 
@@ -266,20 +282,20 @@ def _svg(series: Sequence[Series], values: Sequence[float], x_name: str, log: bo
         x_low, x_high = x_low - 1, x_high + 1
     low, high = min(values), max(values)
     if log:
-        low, high = low / 1.15, high * 1.15
+        low, high = math.log10(low) - 0.06, math.log10(high) + 0.06
         marks = _log_ticks(low, high)
     else:
         room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         low, high = low - room, high + room
         marks = ticks(low, high)
-    left = 14 + 6.6 * max(len(_number(mark)) for mark in marks)
+    left = 14 + 6.6 * max((len(_number(mark)) for mark in marks), default=1)
     top, right, bottom = 8.0, WIDTH - 10.0, HEIGHT - 38.0
 
     def at_x(value: float) -> float:
         return left + (value - x_low) / (x_high - x_low) * (right - left)
 
     def at_y(value: float) -> float:
-        share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+        share = ((math.log10(value) if log else value) - low) / (high - low)
         return bottom - share * (bottom - top)
 
     parts = []

@@ -18,7 +18,7 @@ from rich.text import Text
 from feedfast.errors import printable
 from feedfast.files import write_text
 from feedfast.provenance import Provenance
-from feedfast.report.chart import Chart, Series, Span, charts, keys, spans
+from feedfast.report.chart import Chart, Series, Span, as_number, charts, keys, spans
 from feedfast.report.page import (
     Html,
     Section,
@@ -150,11 +150,11 @@ def curves_html(groups: Mapping[str, Sequence[Path]], metric: str, loss: str) ->
             for run in metrics:
                 for row in run:
                     if key in row:
-                        values[row["step"]].append(row[key])
+                        values[row["step"]].append(as_number(row[key]))
             most = max(map(len, values.values()), default=0)
             steps = sorted(step for step, here in values.items() if len(here) == most)
-            band = [(step, min(values[step]), max(values[step])) for step in steps] if most > 1 else []
-            points = [(step, sum(values[step]) / most) for step in steps]
+            band = [(as_number(step), min(values[step]), max(values[step])) for step in steps] if most > 1 else []
+            points = [(as_number(step), sum(values[step]) / most) for step in steps]
             series.append(Series(name, points, band, styles[name]))
     drawn = charts(
         [

@@ -33,6 +33,7 @@ _POLICY = (
 )
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?%| ?[A-Za-z]{1,3}(/s)?)?( ± .+)?")
 _BLANK = ("", "–")
+_SLASH = re.compile(r"(?<=\w)/(?=\w)")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
 
 
@@ -63,7 +64,7 @@ def escaped(value: Any) -> Html:
 def _breakable(value: Any) -> Html:
     """As `escaped`; a long path may be broken behind its slashes, and then not in the middle of a name."""
     text = escaped(value)
-    return text if isinstance(value, Html) or len(text) < 24 else Html(text.replace("/", "/<wbr>"))
+    return text if isinstance(value, Html) or len(text) < 24 else Html(_SLASH.sub("/<wbr>", text))
 
 
 def shown(value: Any) -> str:
@@ -103,8 +104,8 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str) -> Html:
     sortable = ' class="sortable"' if len(rows) > 2 else ""
     name = escaped(caption)
     return Html(
-        f'<div class="scroll" role="group" tabindex="0" aria-label="{name}"><table{sortable}><caption>{name}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll" role="group" tabindex="0" aria-label="{name}"><table{sortable}>'
+        f"<caption><span>{name}</span></caption><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

@@ -226,7 +226,7 @@ def map_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
 
 def _mean(values: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Mean over channels [h, w], and where there is one."""
-    stored: NDArray[np.bool_] = ~np.ma.getmaskarray(values).any(axis=0)
+    stored: NDArray[np.bool_] = np.asarray(~np.ma.getmaskarray(values).any(axis=0))
     return np.ma.getdata(values).astype(np.float64).mean(0), stored
 
 

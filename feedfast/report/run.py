@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from feedfast.files import open_in_place, open_regular, parse_json, wrap_write_errors, write_text
 from feedfast.provenance import Provenance
-from feedfast.report.chart import Chart, Series, charts
+from feedfast.report.chart import Chart, Series, as_number, charts
 from feedfast.report.page import Section, details, facts, joined, made_by, page, shown, table, tiles
 from feedfast.report.reproduce import reproduce_html
 
@@ -108,7 +109,11 @@ def run_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Cha
 
 def _chart(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], *, log: bool = True) -> Chart:
     series = [
-        Series(name, [(row["step"], row[name]) for row in rows if _is_number(row.get(name))], style=number)
+        Series(
+            name,
+            [(as_number(row["step"]), as_number(row[name])) for row in rows if _is_number(row.get(name))],
+            style=number,
+        )
         for number, name in enumerate(names)
     ]
     return Chart(title if len(series) != 1 or series[0].name in NO_LOSS else f"{title}: {names[0]}", series, log=log)
@@ -153,7 +158,7 @@ def write_report(
         Section("What happened", charts(happened)),
         Section("What it cost", joined([facts({**_times(result), **(cost or {})}), charts(spent)])),
         *pictures,
-        Section("How to do it again", reproduce_html(processes, recipe, "train")),
+        Section("How this was made", reproduce_html(processes, recipe, "train")),
     ]
     title = f"{result.get('model')}, {result.get('method')} from {result.get('source')}"
     path = out / "report.html"
@@ -199,8 +204,8 @@ def _times(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_time(seconds: Any) -> str | None:
-    """Seconds as people say them; None of what is no number."""
-    if not _is_number(seconds):
+    """Seconds as people say them; None of what is no finite number."""
+    if not _is_number(seconds) or not math.isfinite(as_number(seconds)):
         return None
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

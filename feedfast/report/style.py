@@ -49,15 +49,16 @@ section:first-child h2{border-top:0;margin-top:1rem}
 .frame{display:grid;grid-template-columns:12rem minmax(0,1fr);gap:3rem}
 nav{position:sticky;top:0;align-self:start;max-height:100vh;overflow-y:auto;padding:1rem 0}
 nav ul{flex-direction:column}}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:.7rem;margin:1rem 0;max-width:72rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr));gap:.7rem;margin:1rem 0;max-width:72rem}
 .tiles div{background:var(--panel);border-radius:.4rem;padding:.6rem .8rem}
 .tiles dt{font-size:.9rem;line-height:1.35}
-.tiles dd{margin:.1rem 0 0;font-size:1.35rem;line-height:1.3;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+.tiles dd{margin:.1rem 0 0;font-size:1.25rem;line-height:1.3;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .facts{display:grid;grid-template-columns:minmax(7rem,max-content) minmax(0,1fr);gap:.25rem 1.5rem;margin:1rem 0}
 .facts dd{margin:0;overflow-wrap:anywhere;unicode-bidi:isolate}
 .scroll{overflow-x:auto;margin:1rem 0;max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.2rem 0 .4rem}
+caption span{position:sticky;left:0;display:inline-block;max-width:min(46rem,calc(100vw - 2rem))}
 td,th{border-bottom:1px solid var(--line);padding:.35rem .8rem;text-align:left;vertical-align:top;
 font-weight:normal;unicode-bidi:isolate}
 thead th{font-weight:600;vertical-align:bottom}

@@ -352,7 +352,11 @@ class StudentRun:
             maps = maps_html(tapped, before, self.normalize, self.source, self.data, rows)
         stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
         sheet = Html("") if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-        return [Section("Predictions", said), Section("Maps", maps), Section("Views of the training images", sheet)]
+        return [
+            Section("Validation images", said),
+            Section("Maps of teachers and student", maps),
+            Section("Views of the training images", sheet),
+        ]
 
     def _before(self, tapped: Tapped) -> Tapped | None:
         """The student as it started: its start is a function of the recipe, so it is built again and not kept."""
