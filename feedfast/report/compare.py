@@ -38,6 +38,8 @@ from feedfast.report.run import read_metrics
 
 log = logging.getLogger(__name__)
 
+MOST_RUNS = 40
+"""Runs that are listed at once; more are folded."""
 COLORED = 8
 """Groups whose curves have a color of their own; those of further ones are thin gray lines."""
 
@@ -153,7 +155,9 @@ def curves_html(groups: Mapping[str, Sequence[Path]], metric: str, loss: str) ->
                         values[row["step"]].append(as_number(row[key]))
             most = max(map(len, values.values()), default=0)
             steps = sorted(step for step, here in values.items() if len(here) == most)
-            band = [(as_number(step), min(values[step]), max(values[step])) for step in steps] if most > 1 else []
+            # of gray curves, which are many, bands would lie over all others
+            banded = most > 1 and styles[name] is not None
+            band = [(as_number(step), min(values[step]), max(values[step])) for step in steps] if banded else []
             points = [(as_number(step), sum(values[step]) / most) for step in steps]
             series.append(Series(name, points, band, styles[name]))
     drawn = charts(
@@ -180,7 +184,8 @@ def _runs(groups: Mapping[str, Sequence[Path]], here: Path) -> Html:
     parents = {folder.parent for folder in folders}
     above = Path(os.path.commonpath(parents)) if parents else here
     rows = [{"run": _link(folder, above, here), "group": name} for name, some in groups.items() for folder in some]
-    return table(rows, f"Folders below {above}, with their reports")
+    shown_ = table(rows, f"Folders below {above}, with their reports")
+    return shown_ if len(rows) <= MOST_RUNS else details(f"All {len(rows):,} runs", shown_)
 
 
 def _link(folder: Path, above: Path, here: Path) -> Html:

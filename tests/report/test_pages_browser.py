@@ -110,8 +110,8 @@ def test_a_page_is_sound(
 
 def test_the_checks_can_fail(visit: Callable[..., Any], axe: str, pages: dict[str, Path]) -> None:
     """A page with one fault of each kind: each is found."""
-    bad = "<h5 style='color:#888;background:#999'>x</h5><img src='data:,'><p style='width:900px'>y</p><a href='#'></a>"
-    bad += "<img src='https://example.invalid/x.png' alt='x'>"
+    bad = "<h5 style='color:#888;background:#999'>hard to read</h5><p style='width:900px'>wide</p>"
+    bad += "<img src='data:,'><a href='#'></a><img src='https://example.invalid/x.png' alt='x'>"
     spoiled = pages["demo"].with_name("bad.html")
     spoiled.write_text(pages["demo"].read_text().replace("<h2 ", f"{bad}<h2 ", 1).replace(' lang="en"', ""))
     page = visit(spoiled, 400)
