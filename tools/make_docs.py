@@ -162,7 +162,8 @@ def augmentations_page() -> str:
         "Distributions are torchvision's; so are pixels, up to rounding (a byte may differ by 1 or 2, nearest "
         "neighbors on an edge between two), but for these: hue turns in YIQ instead of HSV (photographs differ by 6 "
         "of 255 on average at 18 degrees, 9 at 36), equalize is OpenCV's (3 of 255 on average), and a sharpened "
-        "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding, so a cache "
+        "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding "
+        "(`bench/bench_backends.py` lists by how much, operation by operation), so a cache "
         "names the backend its pixels are from.",
         "Boxes and masks follow crop and flip, exactly: boxes as one affine function, masks pixel by pixel, of each "
         "the source pixel that its center lies in, 255 outside the image. `scale-crop` is for masks, `expand-crop` for "
