@@ -53,7 +53,7 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
         results.append(run_train(link))
     return {
         "generations": results,
-        "val_accuracy": results[-1]["val_accuracy"],
+        "val_accuracy": results[-1].get("val_accuracy"),
         "final_loss": results[-1]["final_loss"],
         "method": names_of(method_entries(recipe.method)),
         "cache": recipe.cache.path,
