@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from feedfast.data.batch import Batch
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
@@ -110,6 +111,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         raise RequestError(
             "plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing"
         )
+    require_dali()
     entries = method_entries(recipe.method)
     path = place_of(recipe.cache.path)
     refuse_foreign(path)
