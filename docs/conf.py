@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 project = "feedfast"
 author = "the authors of feedfast"
-copyright = "the authors of feedfast, Apache-2.0"  # noqa: A001
+copyright = "the authors of feedfast, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["recipes"]
 
