@@ -376,6 +376,14 @@ def main() -> None:
         except FeedfastError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            if not name or name.startswith("feedfast"):
+                raise
+            # of an installation without dependencies: DALI, which an extra chooses, and other extras say it themselves
+            helps = "pip install 'feedfast[cuda13]' or 'feedfast[cuda12]' brings what feedfast needs (docs/install.md)"
+            print(f"error: package {name}: expected to be installed, found none; {helps}", file=sys.stderr)
+            sys.exit(2)
         except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
             print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
             sys.exit(1)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, write_json
@@ -84,6 +85,7 @@ def run_export(
     """
     wanted = list(dict.fromkeys(formats))
     _refuse_formats(wanted)
+    require_dali()
     recipe, weights = _opened(run, branch, given=student is not None)
     if recipe.task.name == "detect" and set(PROGRAMS) & set(wanted):
         raise RequestError(

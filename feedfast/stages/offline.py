@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError, RequestError
@@ -91,6 +92,7 @@ def run_cache(
         FeedfastError: a teacher's map is not finite, or the disk is full.
     """
     refuse_incomplete(recipe)
+    require_dali()
     part = (0, 1) if whole and recipe.cache.part == AUTO else None
     job = OfflineRun(recipe, Worker.from_env(), train, check=check, part=part, networks=teachers, student=student)
     return job.run()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.data.batch import Batch
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
@@ -119,6 +120,7 @@ def run_plan(
         raise RequestError(
             "plan: expected [[teachers]], cache.path and cache.views, found at least one of them missing"
         )
+    require_dali()
     entries = method_entries(recipe.method)
     path = place_of(recipe.cache.path)
     refuse_foreign(path)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -110,6 +111,7 @@ def run_train(
         CacheMismatchError, CacheDamageError: the cache is not the recipe's, or is incomplete or damaged.
         FeedfastError: the loss is no longer finite.
     """
+    require_dali()
     me = Worker.from_env()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)

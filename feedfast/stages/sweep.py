@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from feedfast.data.dali import require_dali
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, write_text
 from feedfast.recipe import Recipe, load_recipe, parse_recipe
@@ -103,6 +104,7 @@ def run_sweep(
         raise RequestError(f"sweep: expected one process, found {world} ranks; its runs can be started one by one")
     points, shared = grid(recipe, settings, overrides, out)
     _refuse_baseline(points, baseline)
+    require_dali()
     ensure_dir(out, "--out")
     with RunLock(out, "--out"):
         ended = {point.name for point in points if _has_ended(point)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from feedfast import recipe as recipes
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import ImageSource
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
 from feedfast.models.given import is_given
@@ -60,6 +61,8 @@ def run_verify(
     if isinstance(place, Path) and not place.is_dir():
         found_there = "a file" if place.exists() else "nothing"
         raise RequestError(f"cache: expected a folder, found {found_there} at {cache}")
+    if replay or teachers_percent:
+        require_dali()
     problems: list[Problem] = []
     try:
         problems += verify_cache(cache, full=full)
