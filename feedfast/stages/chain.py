@@ -15,6 +15,7 @@ from typing import Any
 
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
+from feedfast.report.loggers import pick_loggers
 from feedfast.stages.data import Selection
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache
@@ -37,6 +38,7 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
         RequestError: the recipe is no chain. Otherwise as `run_cache` and `run_train`.
     """
     links = chain_recipes(recipe)
+    pick_loggers(recipe.train.loggers)  # refused before the first generation, not by it
     world = Worker.from_env().world
     if world > 1:
         raise RequestError(f"chain: expected one process, found {world} ranks; run its stages with torchrun one by one")
