@@ -56,7 +56,7 @@ def overrides(ctx: typer.Context, incomplete: str) -> list[str]:
     before = [word for name in ("overrides", "settings") for word in ctx.params.get(name) or ()]
     while before[-1:] == ["="]:  # bash: the words are KEY, "=" and VALUE; an "=" that ends them is already left out
         before.pop()
-    if before and "=" not in before[-1]:
+    if before and before[-1] in _keys(None):
         return _starting(values_of(before[-1]), incomplete)
     key, equals, value = incomplete.partition("=")
     if equals:

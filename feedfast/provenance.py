@@ -27,7 +27,18 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 PACKAGES: Final = (
-    *("feedfast", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "zarr", "numpy", "numcodecs", "pillow"),
+    *(
+        "feedfast",
+        "torch",
+        "torchvision",
+        "triton",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "zarr",
+        "numpy",
+        "numcodecs",
+        "pillow",
+    ),
     *("pydantic", "safetensors", "timm", "obstore", "pyarrow", "ray"),
 )
 ENVIRONMENT: Final = re.compile(
