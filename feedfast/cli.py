@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +23,7 @@ from feedfast import api, completion
 from feedfast.errors import FeedfastError, PeerFailedError, RequestError, printable
 from feedfast.recipe import load_recipe
 from feedfast.stages.interrupt import interruptible
+from feedfast.stages.progress import first_rank
 
 if TYPE_CHECKING:
     from feedfast.documents import Document
@@ -97,18 +97,21 @@ def configure_logging(level: int = 0) -> None:
     logger = logging.getLogger("feedfast")
     for handler in [handler for handler in logger.handlers if getattr(handler, "of_the_command_line", False)]:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.of_the_command_line = True  # type: ignore[attr-defined]
     handler.setFormatter(_Printable("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
-    least = logging.INFO if _rank() == "0" else logging.WARNING
+    least = logging.INFO if first_rank() else logging.WARNING
     logger.setLevel(min(max(least - 10 * level, logging.DEBUG), logging.ERROR))
 
 
-def _rank() -> str:
-    """This process among its peers, before anything knows better: for who speaks."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+class _ToStderr(logging.StreamHandler[Any]):
+    """To whatever is stderr at the moment: above a live line of progress, which stands in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Printable(logging.Formatter):
@@ -432,6 +435,6 @@ def main() -> None:
                 raise
             again = "continues" if CONTINUING & set(sys.argv[1:]) else "starts again"
             with contextlib.suppress(OSError):  # the terminal may be what is gone
-                if _rank() == "0":
+                if first_rank():
                     print(f"interrupted by {ending.name}; the same command {again}", file=sys.stderr)
             sys.exit(ending.exit_code)
