@@ -114,6 +114,7 @@ def test_public_names() -> None:
         "RequestError",
         "__version__",
         "compare_runs",
+        "distiller",
         "load_recipe",
         "open_cache",
         "run_cache",
