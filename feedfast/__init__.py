@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     # type checkers cannot run `__getattr__`; the aliases say that these are exported
+    from feedfast.api import cache as cache
+    from feedfast.api import fit as fit
+    from feedfast.api import train as train
     from feedfast.errors import CacheDamageError as CacheDamageError
     from feedfast.errors import CacheMismatchError as CacheMismatchError
     from feedfast.errors import FeedfastError as FeedfastError
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from feedfast.stages.student import run_train as run_train
 
 _HOMES = {
+    **dict.fromkeys(("cache", "fit", "train"), "feedfast.api"),
     "CacheDamageError": "feedfast.errors",
     "CacheMismatchError": "feedfast.errors",
     "FeedfastError": "feedfast.errors",

@@ -383,6 +383,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             bad value.
     """
     path = Path(path).expanduser()
+    return parse_recipe(read_recipe(path), overrides, where=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, not yet looked at.
+
+    Raises:
+        RequestError: the file is missing or not TOML.
+    """
     try:
         text = read_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except FileNotFoundError:
@@ -396,10 +405,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise RequestError(f"recipe {path}: expected a TOML file, which is UTF-8: {error}") from None
     try:
-        tree = read_toml(text)
+        return read_toml(text)
     except ValueError as error:
         raise RequestError(f"recipe {path}: not valid TOML: {error}") from None
-    return parse_recipe(tree, overrides, where=str(path))
 
 
 def packaged_recipes() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from feedfast.errors import RequestError
 
-__all__ = ["MAX_DEPTH", "override", "read_toml", "refuse_odd_values"]
+__all__ = ["MAX_DEPTH", "override", "put", "read_toml", "refuse_odd_values"]
 
 MAX_DEPTH: Final = 8
 _MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
@@ -71,6 +71,22 @@ def override(tree: dict[str, Any], text: str) -> None:
         value = raw
     except ValueError as error:
         raise RequestError(f"override {key!r}: {error}") from None
+    put(tree, key, value, text)
+
+
+def put(tree: dict[str, Any], key: str, value: Any, text: str = "") -> None:
+    """Put a value into a recipe's tree, below a dotted key with numbers of list entries.
+
+    Args:
+        tree: is changed.
+        key: as ``train.epochs`` or ``teachers.0.weights``.
+        value: as read from TOML, or an object that stands for a name.
+        text: what was asked for, for messages; "" = the key.
+
+    Raises:
+        RequestError: the key leads nowhere.
+    """
+    text = text or key
     node: Any = tree
     *parents, leaf = key.split(".")
     if len(parents) >= MAX_DEPTH:

@@ -168,7 +168,7 @@ def test_what_is_not_heard_is_said(recipe: Recipe, cache: OpenedCache) -> None:
     batch = next(iter(cache.epochs(BATCH, taps=distiller.taps)))
     with torch.no_grad():
         student(batch.images)
-    with pytest.raises(FeedfastError, match="^student: expected one forward pass with gradient"):
+    with pytest.raises(FeedfastError, match=r"^student: expected one forward pass with gradient"):
         distiller(None, batch)
     output = student(batch.images)
     assert set(distiller(None, batch)) == {"loss", "ce", "kd.kd", "ofd.feature"}
