@@ -22,6 +22,7 @@ ALLOWED = {
     "methods": {"kernels", "tasks"},
     "report": set(),
     "stages": {"data", "models", "storage", "tasks", "methods", "report", "kernels", "recipe", "tap_entry"},
+    "integrations": {"stages", "data", "models", "recipe"},
     "cli": {"stages", "recipe", "api"},
     "api": {"stages", "recipe", "arguments", "documents"},
     "arguments": {"recipe", "words"},

@@ -68,6 +68,7 @@ class Distiller(nn.Module):
         taps: teacher → names of the targets that batches must carry; for ``cache.epochs(taps=...)``.
         student: the bare network that was given.
         methods: the methods, each with its adapters.
+        task: what the student learns: classification, segmentation or detection, with its loss.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class Distiller(nn.Module):
         task_weight: float,
     ) -> None:
         super().__init__()
-        self.methods = methods
+        self.methods, self.task = methods, task
         self.taps = {teacher: tuple(some) for teacher, some in taps.items()}
-        self._listener, self._task, self._entries, self._task_weight = listener, task, tuple(entries), task_weight
+        self._listener, self._entries, self._task_weight = listener, tuple(entries), task_weight
         kinds = self._methods
         varying = [
             method.name
@@ -138,7 +139,7 @@ class Distiller(nn.Module):
         if any(method.remembers for method in self._methods):
             student.ids = torch.from_numpy(batch.ids.astype(np.int64)).to(batch.images.device)
         return losses_of(
-            self._task,
+            self.task,
             self._entries,
             self._methods,
             student,
