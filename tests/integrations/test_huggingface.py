@@ -20,7 +20,8 @@ integration = pytest.importorskip("feedfast.integrations.huggingface")
 
 def arguments(folder: Path, **options: Any) -> Any:
     given = {
-        "num_train_epochs": 2, "per_device_train_batch_size": BATCH, "learning_rate": LR, "lr_scheduler_type": "constant",
+        "num_train_epochs": 2, "per_device_train_batch_size": BATCH, "learning_rate": LR,
+        "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0, "use_cpu": True, "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
         "save_strategy": "no", "seed": 42, "optim": "sgd", "optim_args": "momentum=0.9", **options,
     }  # fmt: skip
