@@ -19,9 +19,9 @@ from typing import Any, Final, TypeAlias
 
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe, read_recipe
-from feedfast.words import override, put
+from feedfast.words import override, put, toml_value
 
-__all__ = ["Asked", "Overrides", "RecipeLike", "asked"]
+__all__ = ["Asked", "Overrides", "RecipeLike", "asked", "override_texts"]
 
 RecipeLike: TypeAlias = str | os.PathLike[str] | Recipe | Mapping[str, Any]
 """A TOML file, a `Recipe`, or its tables as nested mappings."""
@@ -70,12 +70,13 @@ class Asked:
                 raise RequestError(f"{key}: {command} starts anew from names: expected those, found a Python object")
 
 
-def asked(recipe: RecipeLike | None, overrides: Overrides = (), **tables: Any) -> Asked:
+def asked(recipe: RecipeLike | None, overrides: Overrides = (), *, part: str | None = None, **tables: Any) -> Asked:
     """One recipe with its live objects.
 
     Args:
         recipe: the file, object or mapping that the others change; None = nothing but the tables.
         overrides: dotted keys, applied last.
+        part: ``cache.part``, if it is given.
         tables: table → its keys as a mapping, or what `_SHORT` says: ``cache="runs/c.zarr"``, ``method="kd"``,
             ``student=network``; None = as the recipe has it. ``teachers`` is a list as in a recipe, or a mapping of
             name → network, name of a network, or table.
@@ -84,6 +85,9 @@ def asked(recipe: RecipeLike | None, overrides: Overrides = (), **tables: Any) -
         RequestError: a key is unknown, ill-typed or missing, or an object stands where none can.
     """
     tree, where = _tree(recipe)
+    unknown = sorted(tables.keys() - Recipe.model_fields.keys())
+    if unknown:
+        raise RequestError(f"{unknown[0]}: expected a table of the recipe, {', '.join(Recipe.model_fields)}")
     for table, given in tables.items():
         if given is not None:
             tree[table] = _teachers(tree, given) if table == "teachers" else _table(tree, table, given)
@@ -93,6 +97,8 @@ def asked(recipe: RecipeLike | None, overrides: Overrides = (), **tables: Any) -
     else:
         for text in [overrides] if isinstance(overrides, str) else overrides:
             override(tree, text)
+    if part:
+        put(tree, "cache.part", part)
     images = {part: _taken_images(tree, part) for part in ("train", "val")}
     student = _taken_network(tree.get("student"))
     teachers: dict[str, Any] = {}
@@ -103,6 +109,23 @@ def asked(recipe: RecipeLike | None, overrides: Overrides = (), **tables: Any) -
                 raise RequestError(f"{where}: teachers.{number}.name: required, found nothing")
             teachers[entry["name"]] = network
     return Asked(parse_recipe(tree, where=where), **images, teachers=teachers, student=student)
+
+
+def override_texts(overrides: Mapping[str, Any] | Sequence[str], *, several: bool = False) -> list[str]:
+    """Overrides as the command line takes them.
+
+    Args:
+        overrides: dotted key → value, or ``key=value`` already.
+        several: of each key several values, as `feedfast sweep --set` takes them.
+    """
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    return [
+        f"{key}={','.join(map(toml_value, value)) if several else toml_value(value)}"
+        for key, value in overrides.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -138,11 +161,13 @@ def _copied(value: Any) -> Any:
 
 def _table(tree: Mapping[str, Any], name: str, given: Any) -> Any:
     """A table with what was given for it."""
-    held = tree.get(name, {})
-    if name in _WHOLE or not isinstance(held, Mapping):
-        return given
-    if name == "method" and isinstance(given, list | tuple):
+    if name in _WHOLE or (name == "method" and isinstance(given, list | tuple)):
         return _copied(given)
+    held = tree.get(name, {})
+    if name == "method" and isinstance(held, list | tuple):  # [[method]]: only of a single one can a key be changed
+        held = held[0] if len(held) == 1 else {}
+    if not isinstance(held, Mapping):
+        return given
     changes = _copied(given) if isinstance(given, Mapping) else {_SHORT[name]: given}
     if name == "method" and changes.get("name", held.get("name")) != held.get("name"):
         return changes  # another method: the options of this one are none of its own
@@ -179,7 +204,9 @@ def _taken_images(tree: Mapping[str, Any], part: str) -> Any:
     if not isinstance(data, dict):
         return None
     given = data.get(part)
-    if given is None or isinstance(given, str | os.PathLike | list | tuple) or not hasattr(given, "__getitem__"):
+    if given is None or isinstance(given, str | os.PathLike) or not hasattr(given, "__getitem__"):
+        return None
+    if isinstance(given, list | tuple) and all(isinstance(entry, str | os.PathLike) for entry in given):
         return None
     data[part] = PYTHON
     return given
@@ -191,8 +218,10 @@ def _taken_network(entry: Any) -> Any:
         return None
     given = entry.get("model")
     network = given.network if isinstance(given, _Named) else given
-    if not _is_network(network):
+    if network is None or not _is_network(network):
         return None
+    from feedfast.models.given import word_of  # torch is there, or there were no network
+
     entry["model"] = given.name if isinstance(given, _Named) else word_of(network)
     return network
 
@@ -200,9 +229,3 @@ def _taken_network(entry: Any) -> Any:
 def _is_network(value: Any) -> bool:
     torch = sys.modules.get("torch")  # without it nobody can have made one
     return torch is not None and isinstance(value, torch.nn.Module)
-
-
-def word_of(network: Any) -> str:
-    """What recipe, cache and run call a network that was passed: its class, which nothing imports."""
-    kind = type(network)
-    return f"{PYTHON}/{kind.__module__}.{kind.__qualname__}"[:512]

@@ -1,28 +1,30 @@
-"""The command line: argv → recipe → a stage.
+"""The command line: argv → a function of `feedfast.api` → its document.
 
 Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
 the check failed, 2 the request was wrong; 130 after Ctrl-C, 143 after SIGTERM, 128 and its number after another signal:
 what is under way is finished first, and the same command continues. A scheduler tries again after 1 and not after 2. A
 user's mistake gets one message that names the key or path, what was expected and what was found; a traceback here is
-always a bug of ours. Stages are imported inside the commands, so that `feedfast --help` is instant.
+always a bug of ours. Functions import their stages as they are called, so that `feedfast --help` is instant.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from feedfast import api
 from feedfast.errors import FeedfastError, PeerFailedError, RequestError, printable
-from feedfast.recipe import Recipe, load_recipe
+from feedfast.recipe import load_recipe
 from feedfast.stages.interrupt import interruptible
+
+if TYPE_CHECKING:
+    from feedfast.documents import Document
 
 app = typer.Typer(
     add_completion=False,
@@ -93,19 +95,13 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print(document: Mapping[str, Any]) -> None:
-    print(json.dumps(document), flush=True)
+def _print(document: Document) -> None:
+    print(document.to_json(), flush=True)
 
 
-def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
-    return load_recipe(recipe, overrides or ())
-
-
-def _read_optional(recipe: Path | None, overrides: list[str] | None) -> Recipe | None:
-    """The recipe of ``--recipe``, with its overrides."""
+def _refuse_lone(overrides: list[str] | None, recipe: Path | None) -> None:
     if recipe is None and overrides:
         raise RequestError(f"{overrides[0]}: expected --recipe, whose key it overrides, found none")
-    return None if recipe is None else _read(recipe, overrides)
 
 
 @app.command()
@@ -116,19 +112,15 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="start afresh instead of resuming")] = False,
 ) -> None:
     """Run the whole pipeline on handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
-    from feedfast.stages.demo import run_demo
-
-    _print(run_demo(out, overwrite=overwrite))
+    _print(api.demo(out, overwrite=overwrite))
 
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
     """Bytes, time, free disk, break-even and use of a cache, before it is made; exit code 1 if it cannot fit."""
-    from feedfast.stages.plan import run_plan
-
-    document = run_plan(_read(recipe, overrides), check=not no_check)
+    document = api.plan(recipe, overrides or (), check=not no_check)
     _print(document)
-    raise typer.Exit(0 if document["fits"] else 1)
+    raise typer.Exit(0 if document.fits else 1)
 
 
 @app.command()
@@ -172,20 +164,14 @@ def cache(
         if engine is not None:
             raise RequestError("--print: expected no --engine, which starts its own workers, found --engine ray")
         _print_lines(recipe, asked, launcher, tasks, check=not no_check)
-    elif engine is not None:
-        from feedfast.stages.offline_ray import run_cache_ray
-
-        _print(run_cache_ray(_read(recipe, asked), workers=workers or "", check=not no_check))
     else:
-        from feedfast.stages.offline import run_cache
-
-        _print(run_cache(_read(recipe, asked), check=not no_check))
+        _print(api.cache(recipe, asked, engine=engine, workers=workers, check=not no_check))
 
 
 def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> None:
     from feedfast.stages.launch import run_print
 
-    recipe = _read(path, asked)
+    recipe = load_recipe(path, asked)
     if recipe.cache.part != "auto":
         raise RequestError(
             f"cache.part: expected auto with --print, whose lines divide the job, found {recipe.cache.part}"
@@ -197,9 +183,7 @@ def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None,
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a student from the cache, with live teachers, or plainly (for teachers too); resumes by itself."""
-    from feedfast.stages.student import run_train
-
-    _print(run_train(_read(recipe, overrides)))
+    _print(api.train(recipe, overrides or ()))
 
 
 @app.command()
@@ -223,16 +207,16 @@ def sweep(
 
     Example: feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3
     """
-    from feedfast.stages.sweep import run_sweep, sweep_script
-
     if script is not None:
+        from feedfast.stages.sweep import sweep_script
+
         if script != "slurm":
             raise RequestError(f"--print: expected slurm, found {script!r}")
         print(sweep_script(recipe, settings or (), overrides or (), out=out))
         return
-    document = run_sweep(recipe, settings or (), overrides or (), out=out, jobs=jobs, baseline=baseline)
+    document = api.sweep(recipe, overrides or (), set=settings or (), out=out, jobs=jobs, baseline=baseline)
     _print(document)
-    raise typer.Exit(1 if document["failed"] else 0)
+    raise typer.Exit(1 if document.failed else 0)
 
 
 @app.command()
@@ -249,9 +233,7 @@ def compare(
 
     Example: feedfast compare runs/* --out runs/compared
     """
-    from feedfast.stages.compare import run_compare
-
-    _print(run_compare(runs, out, baseline))
+    _print(api.compare(runs, baseline=baseline, out=out))
 
 
 @app.command()
@@ -268,25 +250,19 @@ def export(
 
     Example: feedfast export runs/student --format onnx
     """
-    from feedfast.stages.export import FILES, run_export
-
-    _print(run_export(run, out, formats or tuple(FILES), branch=branch))
+    _print(api.export(run, formats=formats or (), branch=branch, out=out))
 
 
 @app.command()
 def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train generations of students, each taught by the one before, over one cache (sfeed, ban); resumes by itself."""
-    from feedfast.stages.chain import run_chain
-
-    _print(run_chain(_read(recipe, overrides)))
+    _print(api.chain(recipe, overrides or ()))
 
 
 @app.command()
 def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a paraphraser per teacher over the cache's final maps and add its factors as the tap `factor` (ft)."""
-    from feedfast.stages.factors import run_factors
-
-    _print(run_factors(_read(recipe, overrides)))
+    _print(api.factors(recipe, overrides or ()))
 
 
 @app.command()
@@ -301,13 +277,10 @@ def verify(
     recipe: Annotated[Path | None, typer.Option(help="where to find data and weights when they have moved")] = None,
 ) -> None:
     """Check a cache: log and lengths always; checksums, pixels and maps on request."""
-    from feedfast.stages.verify import run_verify
-
-    document = run_verify(
-        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read_optional(recipe, overrides)
-    )
+    _refuse_lone(overrides, recipe)
+    document = api.verify(cache, overrides or (), full=full, replay=replay, teachers=teachers, recipe=recipe)
     _print(document)
-    raise typer.Exit(0 if document["ok"] else 1)
+    raise typer.Exit(0 if document.ok else 1)
 
 
 @app.command()
@@ -319,9 +292,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a cache holds: manifest, sizes, ratios, measured errors, pictures of maps."""
-    from feedfast.stages.inspect import run_inspect
-
-    _print(run_inspect(cache, out))
+    _print(api.inspect(cache, out=out))
 
 
 @app.command()
@@ -330,9 +301,7 @@ def copy(
     target: Annotated[str, typer.Argument(help="where to: a folder, or s3://…, gs://… or az://…")],
 ) -> None:
     """Copy a cache to or from a bucket, or between folders; verified on the way, continues by itself."""
-    from feedfast.stages.copying import run_copy
-
-    _print(run_copy(*(os.path.expanduser(place) for place in (source, target))))
+    _print(api.copy(source, target))
 
 
 @app.command()
@@ -344,17 +313,13 @@ def taps(
     classes: Annotated[int, typer.Option(min=1, help="outputs of the classifier")] = 100,
 ) -> None:
     """List the tappable places of a model: path, shape, bytes, activation, hazards, and which method wants which."""
-    from feedfast.stages.inspect import run_taps
-
-    _print(run_taps(model, size, classes))
+    _print(api.taps(model, size=size, classes=classes))
 
 
 @app.command()
 def doctor() -> None:
     """What this machine is, the versions that run on it, and whether bf16 pays on its processor."""
-    from feedfast.stages.doctor import run_doctor
-
-    _print(run_doctor())
+    _print(api.doctor())
 
 
 @app.command()
@@ -366,12 +331,11 @@ def methods(
     ] = None,
 ) -> None:
     """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
-    from feedfast.stages.catalog import run_methods
-
     if name is not None and "=" in name:  # no method: the first override of all methods' recipe
         overrides = [name, *(overrides or ())]
         name = None
-    _print(run_methods(name, _read_optional(recipe, overrides)))
+    _refuse_lone(overrides, recipe)
+    _print(api.list_methods(name, overrides or (), recipe=recipe))
 
 
 @app.command()
@@ -382,9 +346,7 @@ def recipes(
     ] = None,
 ) -> None:
     """List the packaged recipes, one per setting of the papers; show or copy one of them."""
-    from feedfast.stages.catalog import run_recipes
-
-    _print(run_recipes(name, out))
+    _print(api.list_recipes(name, out=out))
 
 
 @analyze.command()
@@ -400,9 +362,7 @@ def reconstruction(
     ),
 ) -> None:
     """FEED's analysis: how well a paraphraser of each network's own final maps rebuilds them. A report, no verdict."""
-    from feedfast.stages.analyze import Setting, run_reconstruction
-
-    _print(run_reconstruction(runs, out, Setting(rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr)))
+    _print(api.analyze_reconstruction(runs, rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr, out=out))
 
 
 def main() -> None:
@@ -416,6 +376,14 @@ def main() -> None:
         except FeedfastError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            name = (error.name or "").partition(".")[0]
+            if not name or name.startswith("feedfast"):
+                raise
+            # of an installation without dependencies: DALI, which an extra chooses, and other extras say it themselves
+            helps = "pip install 'feedfast[cuda13]' or 'feedfast[cuda12]' brings what feedfast needs (docs/install.md)"
+            print(f"error: package {name}: expected to be installed, found none; {helps}", file=sys.stderr)
+            sys.exit(2)
         except OSError as error:  # a disk that fills up or vanishes under a file no stage looks after
             print(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), file=sys.stderr)
             sys.exit(1)

@@ -24,7 +24,16 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PACKAGES: Final = ("feedfast", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "zarr", "numpy")
+PACKAGES: Final = (
+    "feedfast",
+    "torch",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numcodecs",
+    "numpy",
+)
 MAX_COMMAND: Final = 8192
 _GIT_PATIENCE_S: Final = 5.0
 

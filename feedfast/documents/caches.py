@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from feedfast.documents.base import Document
 
@@ -127,3 +128,197 @@ class CacheDocument(Document):
     data: ImageFacts
     predicted: CachePrediction | None
     prediction_error: CachePrediction | None
+
+
+@dataclass(frozen=True)
+class FactorTap:
+    """Factors as they were stored.
+
+    Attributes:
+        shape: (channel, height, width) of one sample.
+        codec: the stored form of its values.
+        weights_sha256: of the encoder that made them.
+        relative_rms_error: norm of the error over norm of the values, on pilot rows.
+        worst_channel_rms_error: the same of the channel with the largest.
+        cosine: between exact and stored values.
+        saturated_fraction: share of the pilot's values that lie beyond the outermost code.
+        mask_flip_rate: None: factors are no maps before an activation.
+    """
+
+    shape: tuple[int, ...]
+    codec: str
+    weights_sha256: str
+    relative_rms_error: float | None = None
+    worst_channel_rms_error: float | None = None
+    cosine: float | None = None
+    saturated_fraction: float | None = None
+    mask_flip_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class FactorsDocument(Document):
+    """What `feedfast factors` added to a cache.
+
+    Attributes:
+        taps: teacher/factor → how it is stored.
+        rows_written: by this job.
+        digest: of the whole cache.
+        path: of the cache.
+    """
+
+    taps: Mapping[str, FactorTap]
+    rows_written: int
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a cache.
+
+    Attributes:
+        array: name of the array; "" = the cache as a whole.
+        shard: key of the shard within it.
+        kind: what is wrong: "missing", "length", "checksum", "pixels", "teacher", …
+        detail: a sentence with what was expected and found.
+        path: of the object, where one was read.
+        block: number of the block within it, where that is known.
+    """
+
+    array: str
+    shard: str
+    kind: str
+    detail: str
+    path: str | None = None
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class VerifyDocument(Document):
+    """What `feedfast verify` found; the command's exit code is 0 where ``ok``, else 1.
+
+    Attributes:
+        ok: whether there is no problem.
+        problems: all that were found.
+        objects: committed ones.
+        bytes: of them all.
+        replayed: blocks of pixels that were decoded again and compared.
+        cosine: array → the smallest of a stored batch with the teacher's exact maps.
+    """
+
+    ok: bool
+    problems: tuple[Problem, ...]
+    objects: int
+    bytes: int
+    replayed: int
+    cosine: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class DrawnPositions:
+    """Which positions of a map are stored.
+
+    Attributes:
+        share: as it was asked for.
+        positions: how many those are.
+        algorithm: that draws them, with its version.
+    """
+
+    share: float
+    positions: int
+    algorithm: str
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One sharded array of a cache.
+
+    Attributes:
+        dtype: of what is stored.
+        row_shape: of a stored row.
+        codec: of a tap's values; None of pixels.
+        transform: what happened to a map before it was encoded; None of pixels.
+        sample: which positions are stored; None = all.
+        compression: of its blocks: "zstd" or "none".
+        rows: that are there, over all views.
+        bytes: that they take.
+        bytes_per_sample: per row; None without any.
+        ratio: uncompressed over stored bytes; None without any.
+        relative_rms_error: as of `CachedTap`.
+        worst_channel_rms_error: as of `CachedTap`.
+        cosine: as of `CachedTap`.
+        saturated_fraction: on pilot rows.
+        mask_flip_rate: as of `CachedTap`.
+    """
+
+    dtype: str
+    row_shape: tuple[int, ...]
+    codec: str | None
+    transform: str | None
+    sample: DrawnPositions | None
+    compression: str
+    rows: int
+    bytes: int
+    bytes_per_sample: float | None
+    ratio: float | None
+    relative_rms_error: float | None = None
+    worst_channel_rms_error: float | None = None
+    cosine: float | None = None
+    saturated_fraction: float | None = None
+    mask_flip_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class InspectDocument(Document):
+    """What a cache holds: `feedfast inspect`.
+
+    Attributes:
+        path: of the cache.
+        rows: of one view.
+        views: how many.
+        bytes: of all committed objects.
+        digest: sha256 over all committed shards in canonical order.
+        complete: whether every row of every view is there.
+        targets: array → what it holds.
+        teachers: name → what it knows of labeled pilot rows.
+        data: the images.
+        manifest: what the cache was made from (docs/cache-format.md).
+        report: the page, where a folder for it was given.
+    """
+
+    path: str
+    rows: int
+    views: int
+    bytes: int
+    digest: str
+    complete: bool
+    targets: Mapping[str, StoredArray]
+    teachers: Mapping[str, TeacherScore]
+    data: ImageFacts
+    manifest: Mapping[str, Any]
+    report: str | None = None
+
+
+@dataclass(frozen=True)
+class CopyDocument(Document):
+    """What `feedfast copy` did.
+
+    Attributes:
+        source: from where.
+        target: to where.
+        objects: of the cache.
+        bytes: of them all.
+        objects_copied: by this job; the others were there.
+        bytes_copied: by this job.
+        seconds: of this job.
+        digest: of both caches.
+    """
+
+    source: str
+    target: str
+    objects: int
+    bytes: int
+    objects_copied: int
+    bytes_copied: int
+    seconds: float
+    digest: str

@@ -23,6 +23,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -31,6 +32,7 @@ from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
+from feedfast.models.given import AsFound, bare
 from feedfast.models.normalize import Normalize
 from feedfast.models.own import own_input
 from feedfast.models.taps import Tapped, refuse_lone_norms
@@ -40,6 +42,7 @@ from feedfast.report.run import EventLog, write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
+from feedfast.stages.ensemble import Networks
 from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import (
     BRANCH,
@@ -77,13 +80,22 @@ Found = dict[str, float | None]
 """Metric → value, of the validation images."""
 
 
-def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSource | None = None) -> dict[str, Any]:
+def run_train(
+    recipe: Recipe,
+    *,
+    train: ImageSource | None = None,
+    val: ImageSource | None = None,
+    teachers: Networks | None = None,
+    student: nn.Module | None = None,
+) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
         val: the same for ``data.val = "python"``.
+        teachers: networks of the recipe's teachers that need not be built; they are copied.
+        student: the network itself, which is trained where it is: it stays on the training device.
 
     Returns:
         The JSON of `feedfast train`: ``val_accuracy`` (of dense tasks ``val_miou`` or ``val_ap50``, and ``val_metrics``
@@ -99,12 +111,13 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         CacheMismatchError, CacheDamageError: the cache is not the recipe's, or is incomplete or damaged.
         FeedfastError: the loss is no longer finite.
     """
+    require_dali()
     me = Worker.from_env()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     picked = partial(pick_device, recipe.train.device, me.local)
     with me.process_group(picked, memory=recipe.train.source == "record"):
-        return StudentRun(recipe, me, train, val).run()
+        return StudentRun(recipe, me, train, val, teachers, student).run()
 
 
 def _save_network(network: nn.Module, path: Path) -> None:
@@ -116,9 +129,16 @@ class StudentRun:
     """One run of the student stage, opened and built."""
 
     def __init__(
-        self, recipe: Recipe, me: Worker, images: ImageSource | None = None, val_images: ImageSource | None = None
+        self,
+        recipe: Recipe,
+        me: Worker,
+        images: ImageSource | None = None,
+        val_images: ImageSource | None = None,
+        networks: Networks | None = None,
+        given: nn.Module | None = None,
     ) -> None:
-        self.recipe, self.me = recipe, me
+        self.recipe, self.me, self._networks, self._given = recipe, me, networks, given
+        self._as_found = None if given is None else AsFound(bare(given))
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         train = recipe.train
         self.device = pick_device(train.device, me.local)
@@ -134,7 +154,7 @@ class StudentRun:
         # The first rank holds it for all; they end together.
         self._lock = RunLock(self.out) if me.first else None
         with contextlib.ExitStack() as undo:
-            undo.callback(self._unlock)
+            undo.callback(self._give_back)
             self.resumed = check_run_dir(self.out, recipe)
             self.data = open_train(recipe, images)
             if len(self.data) < train.batch:
@@ -169,11 +189,14 @@ class StudentRun:
 
     def _open_source(self, plan: ViewPlan) -> Source:
         if self.recipe.train.source == "record":
-            return open_recorded(self.recipe, self.data, plan, self.device, self.entries, self.me)
-        return open_source(self.recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            return open_recorded(
+                self.recipe, self.data, plan, self.device, self.entries, self.me, self._networks, self._given
+            )
+        label = names_of(self.entries)
+        return open_source(self.recipe, self.data, plan, self.device, self.needs, label, self._networks)
 
     def _student(self) -> nn.Module:
-        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
+        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed, self._given)
 
     def _warn_of_other_input(self) -> None:
         asked, ours = self.recipe.student, self.recipe.data.normalization
@@ -301,15 +324,17 @@ class StudentRun:
                 torch.distributed.broadcast(value, 0)
 
     def close(self) -> None:
-        """Stop what is read ahead, and give the folder back."""
+        """Stop what is read ahead, and give the folder back, and a student that was passed."""
         self.source.close()
         if self.val is not None:
             self.val.close()
-        self._unlock()
+        self._give_back()
 
-    def _unlock(self) -> None:
+    def _give_back(self) -> None:
         if self._lock is not None:
             self._lock.close()
+        if self._as_found is not None:
+            self._as_found.restore()
 
     def evaluate(self) -> Found:
         """The task's metric of the bare student on ``data.val``, the same on every rank; empty without it."""

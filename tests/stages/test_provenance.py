@@ -36,7 +36,7 @@ def complete(entry: dict[str, Any], command: list[str]) -> None:
     assert shlex.split(entry["command"])[1:] == command
     assert entry["started"] < entry["ended"]
     assert entry["versions"] == library_versions()
-    assert set(entry["versions"]) >= {"feedfast", "python", "torch", "triton", "nvidia-dali-cuda130", "zarr"}
+    assert set(entry["versions"]) >= {"feedfast", "python", "torch", "triton", "nvidia-dali-cuda130", "numcodecs"}
     assert entry["machine"]["cores"] >= 1
     assert len(entry["machine"]["host"]) == 12
 
