@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from feedfast.data.dali import load_dali
 from feedfast.data.geometry import Geometry
 from feedfast.data.operations import PixelOperation
 from feedfast.data.steps import CODES
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work
 
-__all__ = ["FLAGS", "MIXED_FLAGS", "Stored", "build_pipeline", "dali_version"]
+__all__ = ["FLAGS", "MIXED_FLAGS", "Stored", "build_pipeline"]
 
 Node = Any  # a DALI DataNode; DALI's stubs know no operators on it
 
@@ -86,7 +87,7 @@ def build_pipeline(
         prefetch: batches DALI works ahead.
         device_id: of the GPU; None for the CPU.
     """
-    dali, fn, types = _dali()
+    dali, fn, types = load_dali()
     gpu = device_id is not None
     slots = _slots(plan.pixel_operations)
     # Per-sample parameters, only those that are used: DALI warns about the others.
@@ -186,7 +187,7 @@ def _image(
     gpu: bool,
 ) -> Node:
     """One image of each sample, before mixing."""
-    _, fn, types = _dali()
+    _, fn, types = load_dali()
     geometry = work.geometry
     given = {name.removeprefix(prefix): node for name, node in inputs.items() if name.startswith(prefix)}
     extent = geometry.box[0, 2:].tolist() if _same_extent(geometry) else given.get("box_extent")
@@ -252,7 +253,7 @@ def run_mixing(x: Node, partner: Node, inputs: Mapping[str, Node], gpu: bool) ->
             ``mix_extent`` int32 [2].
         gpu: whether images are on the GPU.
     """
-    _, fn, _ = _dali()
+    _, fn, _ = load_dali()
     if inputs["mixed"] == 0:
         y = x
     else:
@@ -281,7 +282,7 @@ def _choose(x: Node, codes: tuple[int, ...], own: Mapping[str, Node], static: Ma
 
 def _apply(x: Node, name: str, own: Mapping[str, Node], static: Mapping[str, Any], gpu: bool) -> Node:
     """One operator on the samples that have it."""
-    dali, fn, types = _dali()
+    dali, fn, types = load_dali()
     clamp = dali.math.clamp
     value = own["value"]
     if name == "identity":
@@ -341,23 +342,10 @@ def _apply(x: Node, name: str, own: Mapping[str, Node], static: Mapping[str, Any
 
 def _inverted(x: Node, where: Node) -> Node:
     """Bytes inverted where ``where`` (uint8 of 0 and 1) says."""
-    _, _, types = _dali()
+    _, _, types = load_dali()
     return x ^ (where * types.Constant(255, dtype=types.UINT8))
 
 
 def _here(value: Node, gpu: bool) -> Node:
     """A number per sample where the images are: arithmetic takes operands of one device."""
     return value.gpu() if gpu else value
-
-
-def dali_version() -> str:
-    """Of the DALI that runs the graph."""
-    return str(_dali()[0].__version__)
-
-
-def _dali() -> tuple[Any, Any, Any]:
-    """DALI, its operators and its types; untyped, because its stubs are partial and wrong for per-sample arguments."""
-    from nvidia import dali
-    from nvidia.dali import fn, types
-
-    return dali, fn, types

@@ -9,7 +9,7 @@ orientation, equals PIL bit for bit (16-bit PNG: within 1, and gray is scaled wh
 exact; resizing is PIL's triangle filter with antialiasing to within 1 of 255, but for the outermost row and column of a
 *downscaled* box, where DALI repeats the edge pixel.
 
-`graph.py` says what DALI does; only these two import it, when a pipeline is first built.
+`graph.py` says what DALI does; `dali.py` imports it, when a loader is first made.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from feedfast.data.batch import Batch, moved
 from feedfast.data.content import content_hash, refuse_changed
+from feedfast.data.dali import dali_version, require_dali, torch_plugin
 from feedfast.data.dataset import Dataset
 from feedfast.data.geometry import evaluation_geometry
-from feedfast.data.graph import FLAGS, MIXED_FLAGS, Stored, build_pipeline, dali_version
+from feedfast.data.graph import FLAGS, MIXED_FLAGS, Stored, build_pipeline
 from feedfast.data.images import Unreadable
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work, annotations_of, refuse_unfit, truth_of, view_work
@@ -59,8 +60,8 @@ class Loader:
             is read. None compares nothing.
 
     Raises:
-        RequestError: a number is out of range, the device does not exist, or the samples' annotations cannot follow the
-            plan (`refuse_unfit`).
+        RequestError: a number is out of range, the device does not exist, DALI is not installed, or the samples'
+            annotations cannot follow the plan (`refuse_unfit`).
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Loader:
             if value < 1:
                 raise RequestError(f"loader, {name}: expected at least 1, found {value}")
         refuse_unfit(plan, dataset.annotations)
+        require_dali()
         self.dataset = dataset
         self.plan = plan
         self.batch_size = batch_size
@@ -278,14 +280,11 @@ def _owned(output: Any, device: torch.device, copier: Any) -> torch.Tensor:
     tensor = output.as_tensor()
     if device.type == "cpu":
         return torch.from_numpy(np.array(tensor))
-    from nvidia.dali.plugin import pytorch
-
-    plugin: Any = pytorch
     cuda: Any = torch.cuda  # parts of it carry no types
     consumer = cuda.current_stream(device)
     with cuda.stream(copier):
         images = torch.empty(tensor.shape(), dtype=torch.uint8, device=device)
-        plugin.feed_ndarray(tensor, images, cuda_stream=copier)
+        torch_plugin().feed_ndarray(tensor, images, cuda_stream=copier)
     copier.synchronize()
     images.record_stream(consumer)
     return images

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError, RequestError
@@ -95,6 +96,7 @@ def run_reconstruction(paths: Sequence[Path], out: Path, setting: Setting) -> di
         FeedfastError: a paraphraser diverged.
     """
     setting.check()
+    require_dali()
     job = Provenance.begin()
     runs = _open_runs(paths)
     ensure_dir(out, "out")

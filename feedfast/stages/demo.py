@@ -1,10 +1,10 @@
 """`feedfast demo`: the whole product on real images in a few minutes, with nothing to download and no GPU.
 
-scikit-learn carries 1,797 scanned handwritten digits (8x8 pixels, gray; the test part of the UCI set). They are
-enlarged to 16x16 and stored as .npz. Three teachers of different seeds learn from all 1,437 training images; then
-the student is given only the first 30 per class and four views of them, plainly or with what the cached ensemble says
-about them. Every step is an ordinary stage with an ordinary recipe, kept with the results, so the demo is also an
-example of how to do it.
+The package carries 1,797 scanned handwritten digits (`feedfast/digits`: 8x8 pixels, gray; the test part of the UCI
+set). They are enlarged to 16x16 and stored as .npz. Three teachers of different seeds learn from all 1,437 training
+images; then the student is given only the first 30 per class and four views of them, plainly or with what the cached
+ensemble says about them. Every step is an ordinary stage with an ordinary recipe, kept with the results, so the demo is
+also an example of how to do it.
 
 Not a benchmark: a data set this small separates methods poorly, and the step times are those of a tiny network.
 """
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import logging
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from feedfast.data.dali import require_dali
 from feedfast.files import write_json
 from feedfast.provenance import Provenance
 from feedfast.recipe import parse_recipe
@@ -51,6 +54,7 @@ def run_demo(out: Path, *, overwrite: bool = False) -> dict[str, Any]:
         The JSON of `feedfast demo`: ``students`` (one row per method), ``cache`` (the stage's JSON), ``verified``,
         ``break_even_epochs`` by method, ``seconds``, ``report``.
     """
+    require_dali()
     started, job = time.perf_counter(), Provenance.begin()
     out.mkdir(parents=True, exist_ok=True)
     train, val = write_digits(out)
@@ -149,16 +153,19 @@ def _student(
     return row
 
 
-def write_digits(out: Path) -> tuple[Path, Path]:
-    """scikit-learn's digits as 16x16 uint8 .npz files: every fifth image is validation. Returns (train, val)."""
-    from sklearn.datasets import load_digits
+def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """The digits that the package carries: images uint8 [1797, 8, 8] of 0 to 16, labels int32 [1797]."""
+    with (files("feedfast") / "digits" / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as held:
+        return held["images"], held["labels"].astype(np.int32)
 
-    digits = load_digits()
-    small = (digits.images * (255 / 16)).round().astype(np.uint8)
+
+def write_digits(out: Path) -> tuple[Path, Path]:
+    """The digits as 16x16 uint8 .npz files: every fifth image is validation. Returns (train, val)."""
+    scanned, labels = load_digits()
+    small = (scanned * (255 / 16)).round().astype(np.uint8)
     images = np.stack(
         [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in small]
     )
-    labels = digits.target.astype(np.int32)
     held_out = np.arange(len(labels)) % 5 == 4
     paths = out / "digits-train.npz", out / "digits-val.npz"
     for path, mask in zip(paths, (~held_out, held_out), strict=True):

@@ -29,8 +29,9 @@ PACKAGES = (
     "torch",
     "torchvision",
     "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
     "nvidia-nvimgcodec-cu13",
-    "zarr",
+    "nvidia-nvimgcodec-cu12",
     "numcodecs",
     "numpy",
 )
@@ -75,13 +76,15 @@ def decoder_info(description: Mapping[str, Any]) -> DecoderInfo:
 def changed_versions(manifest: Manifest, decoder: Mapping[str, Any]) -> dict[str, tuple[object, object]]:
     """Library → its version when the cache was made and its version here, where they differ.
 
+    Of what decides numbers today: caches of older versions also name libraries that decide none.
+
     Args:
         manifest: the cache's.
         decoder: what this job's loader says of itself.
     """
     there = {**manifest.versions, **manifest.decoder.versions}
     here = {**decisive_versions(), **decoder_info(decoder).versions}
-    both = {key: (there.get(key), here.get(key)) for key in sorted(there.keys() | here.keys())}
+    both = {key: (there.get(key), here.get(key)) for key in sorted(here)}
     return {key: (old, new) for key, (old, new) in both.items() if old != new}
 
 

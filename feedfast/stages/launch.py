@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from feedfast.data.dali import require_dali
 from feedfast.errors import CacheDamageError, RequestError
 from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_tap
@@ -120,6 +121,7 @@ def run_print(
             raise RequestError(f"{key}: required, found nothing")
     if not recipe.teachers:
         raise RequestError("teachers: expected at least one [[teachers]], found none")
+    require_dali()
     path = place_of(recipe.cache.path)
     path = Path(os.path.abspath(path)) if isinstance(path, Path) else path
     device = pick_device(recipe.train.device) if torch.cuda.is_available() else torch.device("cpu")

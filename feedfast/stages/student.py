@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
@@ -31,16 +33,20 @@ from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
+from feedfast.models.given import AsFound, bare
 from feedfast.models.normalize import Normalize
 from feedfast.models.own import own_input
 from feedfast.models.taps import Tapped, refuse_lone_norms
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
+from feedfast.report.events import EventLog
+from feedfast.report.loggers import About, pick_loggers
 from feedfast.report.page import Html, Section
-from feedfast.report.run import EventLog, write_report
+from feedfast.report.run import write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
+from feedfast.stages.ensemble import Networks
 from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import (
     BRANCH,
@@ -82,13 +88,22 @@ Found = dict[str, float | None]
 """Metric → value, of the validation images."""
 
 
-def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSource | None = None) -> dict[str, Any]:
+def run_train(
+    recipe: Recipe,
+    *,
+    train: ImageSource | None = None,
+    val: ImageSource | None = None,
+    teachers: Networks | None = None,
+    student: nn.Module | None = None,
+) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
         val: the same for ``data.val = "python"``.
+        teachers: networks of the recipe's teachers that need not be built; they are copied.
+        student: the network itself, which is trained where it is: it stays on the training device.
 
     Returns:
         The JSON of `feedfast train`: ``val_accuracy`` (of dense tasks ``val_miou`` or ``val_ap50``, and ``val_metrics``
@@ -104,12 +119,13 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         CacheMismatchError, CacheDamageError: the cache is not the recipe's, or is incomplete or damaged.
         FeedfastError: the loss is no longer finite.
     """
+    require_dali()
     me = Worker.from_env()
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     picked = partial(pick_device, recipe.train.device, me.local)
     with me.process_group(picked, memory=recipe.train.source == "record"):
-        return StudentRun(recipe, me, train, val).run()
+        return StudentRun(recipe, me, train, val, teachers, student).run()
 
 
 def _save_network(network: nn.Module, path: Path) -> None:
@@ -121,15 +137,23 @@ class StudentRun:
     """One run of the student stage, opened and built."""
 
     def __init__(
-        self, recipe: Recipe, me: Worker, images: ImageSource | None = None, val_images: ImageSource | None = None
+        self,
+        recipe: Recipe,
+        me: Worker,
+        images: ImageSource | None = None,
+        val_images: ImageSource | None = None,
+        networks: Networks | None = None,
+        given: nn.Module | None = None,
     ) -> None:
-        self.recipe, self.me = recipe, me
+        self.recipe, self.me, self._networks, self._given = recipe, me, networks, given
+        self._as_found = None if given is None else AsFound(bare(given))
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         train = recipe.train
         self.device = pick_device(train.device, me.local)
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
+        self.loggers = pick_loggers(train.loggers)
         self.entries = trainable_entries(recipe)
         if train.source == "record":
             refuse_unrecordable(recipe)
@@ -139,7 +163,7 @@ class StudentRun:
         # The first rank holds it for all; they end together.
         self._lock = RunLock(self.out) if me.first else None
         with contextlib.ExitStack() as undo:
-            undo.callback(self._unlock)
+            undo.callback(self._give_back)
             self.resumed = check_run_dir(self.out, recipe)
             self.data = open_train(recipe, images)
             if len(self.data) < train.batch:
@@ -167,6 +191,8 @@ class StudentRun:
             side = recipe.data.val_size or recipe.data.size
             self.task: Task = task_named(recipe.task.name, self._num_classes(), side)
             student = student or self._student()
+            kept = given is not None and me.first and not self.resumed  # the start of an object is known by no seed
+            self._start = {name: value.cpu().clone() for name, value in student.state_dict().items()} if kept else None
             self.trainer = self._trainer(student, total_steps(train, len(self.data)))
             self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
             self.loop.run = run
@@ -174,11 +200,14 @@ class StudentRun:
 
     def _open_source(self, plan: ViewPlan) -> Source:
         if self.recipe.train.source == "record":
-            return open_recorded(self.recipe, self.data, plan, self.device, self.entries, self.me)
-        return open_source(self.recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            return open_recorded(
+                self.recipe, self.data, plan, self.device, self.entries, self.me, self._networks, self._given
+            )
+        label = names_of(self.entries)
+        return open_source(self.recipe, self.data, plan, self.device, self.needs, label, self._networks)
 
     def _student(self) -> nn.Module:
-        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
+        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed, self._given)
 
     def _warn_of_other_input(self) -> None:
         asked, ours = self.recipe.student, self.recipe.data.normalization
@@ -269,7 +298,28 @@ class StudentRun:
         trains = self.me.first and step < stop
         if trains:
             record_process(self.out, self.provenance)
-        events = EventLog(self.out, step) if self.me.first else None
+        events = self._events(step, trains) if self.me.first else None
+        with events or contextlib.nullcontext():
+            step, found, branches = self._train(step, stop, events)
+            if trains:
+                record_process(self.out, self.provenance.finished())
+            result = self._finish(step, found, branches, events)
+            if events is not None:
+                events.result(result)
+        return result
+
+    def _events(self, step: int, trains: bool) -> EventLog:
+        tree = self.provenance.model_dump(mode="json")
+        recipe = tree.pop("recipe")  # without logins
+        about = About(self.out, step, recipe["train"]["out"], recipe, tree, tuple(recipe["train"]["tags"]))
+        ended = not trains and (self.out / "result.json").is_file()  # then they have been told all
+        return EventLog(about, () if ended else self.loggers)
+
+    def _train(
+        self, step: int, stop: int, events: EventLog | None
+    ) -> tuple[int, Found, list[tuple[nn.Module, float | None]]]:
+        """From ``step`` to ``stop``: the step reached, what was measured there, and the branches."""
+        train, loop = self.recipe.train, self.loop
         try:
             with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
                 found: Found = {}
@@ -283,12 +333,7 @@ class StudentRun:
         except KeyboardInterrupt:
             loop.rescue()
             raise
-        finally:
-            if events is not None:
-                events.close()
-        if trains:
-            record_process(self.out, self.provenance.finished())
-        return self._finish(step, found, branches, events)
+        return step, found, branches
 
     def _prepare(self) -> None:
         """Let the methods learn from targets what they must know before the first step, and tell all ranks."""
@@ -306,15 +351,17 @@ class StudentRun:
                 torch.distributed.broadcast(value, 0)
 
     def close(self) -> None:
-        """Stop what is read ahead, and give the folder back."""
+        """Stop what is read ahead, and give the folder back, and a student that was passed."""
         self.source.close()
         if self.val is not None:
             self.val.close()
-        self._unlock()
+        self._give_back()
 
-    def _unlock(self) -> None:
+    def _give_back(self) -> None:
         if self._lock is not None:
             self._lock.close()
+        if self._as_found is not None:
+            self._as_found.restore()
 
     def evaluate(self) -> Found:
         """The task's metric of the bare student on ``data.val``, the same on every rank; empty without it."""
@@ -359,11 +406,16 @@ class StudentRun:
         ]
 
     def _before(self, tapped: Tapped) -> Tapped | None:
-        """The student as it started: its start is a function of the recipe, so it is built again and not kept."""
+        """The student as it started: built again, as the recipe says how; of an object its weights were kept."""
         if not any(len(shape) == 3 for shape in tapped.shapes.values()):
             return None
+        if self._given is not None and self._start is None:
+            return None
         try:
-            student = self._student().to(device=self.device, memory_format=memory_format(self.recipe.train))  # type: ignore[call-overload]
+            student = self._student() if self._start is None else deepcopy(self.trainer.student)
+            if self._start is not None:
+                student.load_state_dict(self._start)
+            student = student.to(device=self.device, memory_format=memory_format(self.recipe.train))  # type: ignore[call-overload]
             example = gray_images(self.normalize, self.recipe.data.size, self.device)
             return tap_student(student, student_needs_of(self.entries), example, self.task, self.recipe.student.model)
         except FeedfastError as error:  # its weights' file may be gone by now, and the run has ended well
@@ -428,7 +480,7 @@ class StudentRun:
             write_report(
                 self.out,
                 result,
-                self.recipe.model_dump(mode="json"),
+                self.provenance.recipe or {},
                 made,
                 asked=asked_of(self.recipe),
                 cost=cost_of(self.recipe, step, self.device, [ran.cpu, *ran.gpus] if ran else []),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from feedfast.provenance import redacted
 from feedfast.recipe import MethodEntry, Recipe, Teacher
 from feedfast.stages.compare import bytes_per_sample
 from feedfast.stages.progress import format_bytes
@@ -38,7 +39,7 @@ def asked_of(recipe: Recipe) -> dict[str, Any]:
     plan += [f"weight decay {train.weight_decay:g}"] * (train.weight_decay > 0)
     plan += [f"warm-up {train.warmup_epochs:g} epochs"] * (train.warmup_epochs > 0)
     start = "" if student.weights is None else f", from {student.weights or 'its published weights'}"
-    return {
+    said: dict[str, Any] = {
         "Task": recipe.task.name,
         "Student": f"{student.model}{start}" + (f", {student.branches} branches" if student.branches > 1 else ""),
         "Method": [_method(entry) for entry in recipe.method],
@@ -51,6 +52,11 @@ def asked_of(recipe: Recipe) -> dict[str, Any]:
         + (f", {data.fraction:.1%} of each class" if data.fraction < 1 else ""),
         "Training": ", ".join([*plan, train.precision]),
         "Seeds": f"views {recipe.seed}, student {recipe.train_seed}",
+    }
+    # addresses may carry logins
+    return {
+        name: [redacted(line) for line in words] if isinstance(words, list) else words and redacted(words)
+        for name, words in said.items()
     }
 
 

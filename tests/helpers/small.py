@@ -1,4 +1,4 @@
-"""Small, real worlds for the tests of whole stages: scikit-learn's digits, and a network trained on them for a moment.
+"""Small, real worlds for the tests of whole stages: the demo's digits, and a network trained on them for a moment.
 
 Everything here is seconds on one core; the stages themselves are the product's own.
 """
@@ -12,7 +12,7 @@ import torch
 
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, parse_recipe
-from feedfast.stages.demo import write_digits
+from feedfast.stages.demo import load_digits, write_digits
 
 KNOWN = ("data.mean=[0, 0, 0]", "data.std=[1, 1, 1]", "data.augment=none", "data.flip=0")
 """Overrides that show digits to a teacher of `write_teacher` as it has seen them."""
@@ -25,12 +25,11 @@ def write_teacher(
 
     After one epoch it still guesses; with ``epochs`` around 20 it knows most digits, if they are shown as `KNOWN` says.
     """
-    from sklearn.datasets import load_digits
-
     network = build_model(model, num_classes=classes, weights=None, seed=seed)
-    digits = torch.tensor(load_digits().images[:256] / 16, dtype=torch.float32)
+    scanned, answers = load_digits()
+    digits = torch.tensor(scanned[:256] / 16, dtype=torch.float32)
     images = torch.nn.functional.interpolate(digits[:, None], size=16).expand(-1, 3, -1, -1)
-    labels = torch.tensor(load_digits().target[:256])
+    labels = torch.tensor(answers[:256], dtype=torch.int64)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     for start in [*range(0, 256, 64)] * epochs:
         loss = torch.nn.functional.cross_entropy(network(images[start : start + 64]), labels[start : start + 64])
