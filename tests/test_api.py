@@ -18,6 +18,7 @@ from small import as_toml, digits_recipe
 from feedfast import api, cli, fit
 from feedfast import cache as make_cache
 from feedfast.documents import TrainDocument, document_of
+from feedfast.stages import demo as stages_demo
 
 # Commands whose function has another name: `feedfast.methods` is a package, and `train` is `fit`, too.
 NAMES = {"methods": "list_methods", "recipes": "list_recipes", "analyze reconstruction": "analyze_reconstruction"}
@@ -82,7 +83,7 @@ CASES: dict[str, Callable[[Made], list[Any]]] = {
     "export": lambda m: ["export", m / "pfeed", "--format", "state_dict"],
     "doctor": lambda _: ["doctor"],
     "plan": lambda m: ["plan", m.recipe],
-    "sweep": lambda m: ["sweep", m.recipe, "--set", "method.name=none,kd", "--out", m / "sweep"],
+    "sweep": lambda m: ["sweep", m.recipe, "--set", "train.lr=0.01,0.02", "--out", m / "sweep"],
     "chain": lambda m: ["chain", m.recipe, "method={name='ban'}", "chain.generations=2", f"train.out={m / 'chain'}"],
     "analyze reconstruction": lambda m: [
         *("analyze", "reconstruction", m / "none", m / "pfeed", "--epochs", 1, "--limit", 8, "--out", m / "analyzed")
@@ -123,6 +124,10 @@ def test_what_a_command_prints_is_what_its_function_returns(
 
             return call
 
+    if case == "demo":  # of its nine trainings three, the first ones short
+        for name, value in (("TEACHERS", ("a",)), ("METHODS", {"kd": {}}), ("LIVE_STEPS", 2)):
+            monkeypatch.setattr(stages_demo, name, value)
+        monkeypatch.setitem(stages_demo.TEACHER_TRAINING, "epochs", 1)
     monkeypatch.setattr(cli, "api", Watched())
     outcome = feedfast(*CASES[case](made))
     assert outcome.code == 0, outcome.err

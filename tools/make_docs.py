@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -21,6 +22,7 @@ import feedfast
 import feedfast_kernels
 from feedfast.cli import app
 from feedfast.data.augment import OPERATIONS, PRESETS
+from feedfast.documents import Document, caches, lists, plans, runs
 from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import LOGITS, expected_words
 from feedfast.recipe import Cache, Chain, Data, MethodEntry, Recipe, Student, Task, Teacher, Train, packaged_recipes
@@ -352,6 +354,9 @@ def reference_page() -> str:
             "feedfast", [name for name, thing in public.items() if inspect.isclass(thing) and name not in errors]
         ),
         directives("", [name for name in OBJECTS if name not in given]),
+        "## Documents",
+        "What the functions return: `feedfast.documents`. `to_json` gives what the command prints.",
+        directives("", documents_of()),
         "## Errors",
         directives("feedfast", sorted(errors)),
         "## Losses and codes",
@@ -359,6 +364,16 @@ def reference_page() -> str:
         directives("feedfast_kernels", list(losses)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def documents_of() -> list[str]:
+    """The dataclasses of `feedfast.documents`, each document before what is nested in it."""
+    found = []
+    for room in (caches, plans, runs, lists):
+        kinds = [kind for kind in vars(room).values() if is_dataclass(kind) and kind.__module__ == room.__name__]
+        kinds.sort(key=lambda kind: not issubclass(kind, Document))
+        found += [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
+    return found
 
 
 def directives(module: str, names: Sequence[str]) -> str:
