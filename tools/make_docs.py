@@ -232,7 +232,7 @@ def recipes_page() -> str:
         "Each file begins with what it is and the commands that run it. At each value it says where the value is from: "
         "the paper, the authors' code, or chosen here because neither says it; and where a detail of theirs cannot be "
         "expressed. A recipe of several teachers names the runs they come from. The "
-        "examples in [recipes](recipes) are those of [results.md](results.md).",
+        "examples in [docs/recipes](./recipes) are those of [results.md](results.md).",
     ]
     for family, heading in FAMILIES.items():
         rows = [(f"`{name}`", title) for name, title in titles.items() if name.partition("-")[0] == family]
@@ -366,6 +366,14 @@ def reference_page() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+NESTED = (
+    "feedfast.stages.compare.Group",
+    "feedfast.stages.compare.Payback",
+    "feedfast.stages.analyze.Setting",
+    "feedfast.models.doctor.TapPlace",
+)  # in documents, and declared by who makes them
+
+
 def documents_of() -> list[str]:
     """The dataclasses of `feedfast.documents`, each document before what is nested in it."""
     found = []
@@ -373,7 +381,7 @@ def documents_of() -> list[str]:
         kinds = [kind for kind in vars(room).values() if is_dataclass(kind) and kind.__module__ == room.__name__]
         kinds.sort(key=lambda kind: not issubclass(kind, Document))
         found += [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
-    return found
+    return [*found, *NESTED]
 
 
 def directives(module: str, names: Sequence[str]) -> str:
