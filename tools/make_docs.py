@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -21,6 +22,7 @@ import feedfast
 import feedfast_kernels
 from feedfast.cli import app
 from feedfast.data.augment import OPERATIONS, PRESETS
+from feedfast.documents import Document, caches, lists, plans, runs
 from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import LOGITS, Method, expected_words
 from feedfast.recipe import Cache, Chain, Data, MethodEntry, Recipe, Student, Task, Teacher, Train, packaged_recipes
@@ -239,7 +241,7 @@ def recipes_page() -> str:
         "Each file begins with what it is and the commands that run it. At each value it says where the value is from: "
         "the paper, the authors' code, or chosen here because neither says it; and where a detail of theirs cannot be "
         "expressed. A recipe of several teachers names the runs they come from. The "
-        "examples in [recipes](recipes) are those of [results.md](results.md).",
+        "examples in [docs/recipes](./recipes) are those of [results.md](results.md).",
     ]
     for family, heading in FAMILIES.items():
         rows = [(f"`{name}`", title) for name, title in titles.items() if name.partition("-")[0] == family]
@@ -361,6 +363,9 @@ def reference_page() -> str:
             "feedfast", [name for name, thing in public.items() if inspect.isclass(thing) and name not in errors]
         ),
         directives("", [name for name in OBJECTS if name not in given]),
+        "## Documents",
+        "What the functions return: `feedfast.documents`. `to_json` gives what the command prints.",
+        directives("", documents_of()),
         "## Errors",
         directives("feedfast", sorted(errors)),
         "## Losses and codes",
@@ -368,6 +373,24 @@ def reference_page() -> str:
         directives("feedfast_kernels", list(losses)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+NESTED = (
+    "feedfast.stages.compare.Group",
+    "feedfast.stages.compare.Payback",
+    "feedfast.stages.analyze.Setting",
+    "feedfast.models.doctor.TapPlace",
+)  # in documents, and declared by who makes them
+
+
+def documents_of() -> list[str]:
+    """The dataclasses of `feedfast.documents`, each document before what is nested in it."""
+    found = []
+    for room in (caches, plans, runs, lists):
+        kinds = [kind for kind in vars(room).values() if is_dataclass(kind) and kind.__module__ == room.__name__]
+        kinds.sort(key=lambda kind: not issubclass(kind, Document))
+        found += [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
+    return [*found, *NESTED]
 
 
 def directives(module: str, names: Sequence[str]) -> str:
