@@ -160,7 +160,7 @@ def _of_gpus(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "broken",
                 f"GPU: NVIDIA's driver {facts.driver} is here, and torch (CUDA {facts.torch_cuda}) sees no GPU; look "
-                "at CUDA_VISIBLE_DEVICES, at the container's --gpus, and whether nvidia-smi names a CUDA that is as new",
+                "at CUDA_VISIBLE_DEVICES, at the container's --gpus, and whether nvidia-smi names as new a CUDA",
             )
     for number, gpu in enumerate(facts.gpus):
         if gpu.problem is not None:
