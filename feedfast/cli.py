@@ -1,43 +1,68 @@
-"""The command line: argv → recipe → a stage.
+"""The command line: argv → a function of `feedfast.api` → its document.
 
 Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
 the check failed, 2 the request was wrong; 130 after Ctrl-C, 143 after SIGTERM, 128 and its number after another signal:
 what is under way is finished first, and the same command continues. A scheduler tries again after 1 and not after 2. A
 user's mistake gets one message that names the key or path, what was expected and what was found; a traceback here is
-always a bug of ours. Stages are imported inside the commands, so that `feedfast --help` is instant.
+always a bug of ours. Functions import their stages as they are called, so that `feedfast --help` is instant.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from feedfast import api, completion
 from feedfast.errors import FeedfastError, PeerFailedError, RequestError, printable
-from feedfast.recipe import Recipe, load_recipe
+from feedfast.recipe import load_recipe
 from feedfast.stages.interrupt import interruptible
+from feedfast.stages.progress import first_rank
+
+if TYPE_CHECKING:
+    from feedfast.documents import Document
+
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help; the first character keeps the lines as they are."""
+    return "\b\n" + ("Example:" if len(lines) == 1 else "Examples:") + "".join(f"\n  {line}" for line in lines)
+
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil from an ensemble of teachers: run them once, then train students from what they said.",
+    epilog=_examples(
+        "feedfast demo",
+        "feedfast recipes ofd-c-cifar100 --out recipe.toml",
+        "feedfast cache recipe.toml",
+        "feedfast train recipe.toml train.epochs=5 -v",
+    ),
 )
 
-analyze = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into trained networks.")
+analyze = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look into trained networks.",
+    epilog=_examples("feedfast analyze reconstruction runs/a runs/b"),
+)
 app.add_typer(analyze, name="analyze")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recipe")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="override any dotted key of the recipe",
+        autocompletion=completion.overrides,
+    ),
 ]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="go on where the recipe's own method or student could not use the cache")
@@ -72,18 +97,21 @@ def configure_logging(level: int = 0) -> None:
     logger = logging.getLogger("feedfast")
     for handler in [handler for handler in logger.handlers if getattr(handler, "of_the_command_line", False)]:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.of_the_command_line = True  # type: ignore[attr-defined]
     handler.setFormatter(_Printable("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
-    least = logging.INFO if _rank() == "0" else logging.WARNING
+    least = logging.INFO if first_rank() else logging.WARNING
     logger.setLevel(min(max(least - 10 * level, logging.DEBUG), logging.ERROR))
 
 
-def _rank() -> str:
-    """This process among its peers, before anything knows better: for who speaks."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+class _ToStderr(logging.StreamHandler[Any]):
+    """To whatever is stderr at the moment: above a live line of progress, which stands in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Printable(logging.Formatter):
@@ -93,22 +121,16 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print(document: Mapping[str, Any]) -> None:
-    print(json.dumps(document), flush=True)
+def _print(document: Document) -> None:
+    print(document.to_json(), flush=True)
 
 
-def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
-    return load_recipe(recipe, overrides or ())
-
-
-def _read_optional(recipe: Path | None, overrides: list[str] | None) -> Recipe | None:
-    """The recipe of ``--recipe``, with its overrides."""
+def _refuse_lone(overrides: list[str] | None, recipe: Path | None) -> None:
     if recipe is None and overrides:
         raise RequestError(f"{overrides[0]}: expected --recipe, whose key it overrides, found none")
-    return None if recipe is None else _read(recipe, overrides)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast demo --out runs/demo"))
 def demo(
     out: Annotated[Path, typer.Option(callback=_home, help="folder for the cache, the runs and report.html")] = Path(
         "runs/demo"
@@ -116,22 +138,20 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="start afresh instead of resuming")] = False,
 ) -> None:
     """Run the whole pipeline on handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
-    from feedfast.stages.demo import run_demo
-
-    _print(run_demo(out, overwrite=overwrite))
+    _print(api.demo(out, overwrite=overwrite))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast plan recipe.toml cache.views=8"))
 def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
     """Bytes, time, free disk, break-even and use of a cache, before it is made; exit code 1 if it cannot fit."""
-    from feedfast.stages.plan import run_plan
-
-    document = run_plan(_read(recipe, overrides), check=not no_check)
+    document = api.plan(recipe, overrides or (), check=not no_check)
     _print(document)
-    raise typer.Exit(0 if document["fits"] else 1)
+    raise typer.Exit(0 if document.fits else 1)
 
 
-@app.command()
+@app.command(
+    epilog=_examples("feedfast cache recipe.toml cache.codec=u4", "feedfast cache recipe.toml --print slurm --tasks 16")
+)
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -154,6 +174,7 @@ def cache(
             "--print",
             metavar="slurm|kubernetes|torchrun",
             help="write nothing; print the lines to paste that start a job sized to what is missing",
+            autocompletion=completion.one_of("slurm", "kubernetes", "torchrun"),
         ),
     ] = None,
     tasks: Annotated[
@@ -172,20 +193,14 @@ def cache(
         if engine is not None:
             raise RequestError("--print: expected no --engine, which starts its own workers, found --engine ray")
         _print_lines(recipe, asked, launcher, tasks, check=not no_check)
-    elif engine is not None:
-        from feedfast.stages.offline_ray import run_cache_ray
-
-        _print(run_cache_ray(_read(recipe, asked), workers=workers or "", check=not no_check))
     else:
-        from feedfast.stages.offline import run_cache
-
-        _print(run_cache(_read(recipe, asked), check=not no_check))
+        _print(api.cache(recipe, asked, engine=engine, workers=workers, check=not no_check))
 
 
 def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> None:
     from feedfast.stages.launch import run_print
 
-    recipe = _read(path, asked)
+    recipe = load_recipe(path, asked)
     if recipe.cache.part != "auto":
         raise RequestError(
             f"cache.part: expected auto with --print, whose lines divide the job, found {recipe.cache.part}"
@@ -194,21 +209,24 @@ def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None,
     print(run_print(recipe, launcher, command, tasks=tasks, check=check), flush=True)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast train recipe.toml method.name=ofd train.out=runs/ofd"))
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a student from the cache, with live teachers, or plainly (for teachers too); resumes by itself."""
-    from feedfast.stages.student import run_train
-
-    _print(run_train(_read(recipe, overrides)))
+    _print(api.train(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3 --jobs 2"))
 def sweep(
     recipe: RecipeFile,
     overrides: Overrides = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=V1,V2,...", help="values of a key, or FIRST:STOP; several make a grid"),
+        typer.Option(
+            "--set",
+            metavar="KEY=V1,V2,...",
+            help="values of a key, or FIRST:STOP; several make a grid",
+            autocompletion=completion.overrides,
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time; they share cores and GPUs")] = 1,
     out: Annotated[Path, typer.Option(callback=_home, help="folder of the runs and of compare.html")] = Path(
@@ -219,23 +237,20 @@ def sweep(
         str | None, typer.Option("--print", metavar="slurm", help="print a job array of what is missing, run nothing")
     ] = None,
 ) -> None:
-    """Train every combination of --set over one cache, then compare; resumes by itself, exit code 1 if a run failed.
-
-    Example: feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3
-    """
-    from feedfast.stages.sweep import run_sweep, sweep_script
-
+    """Train every combination of --set over one cache, then compare; resumes by itself, exit code 1 if a run failed."""
     if script is not None:
+        from feedfast.stages.sweep import sweep_script
+
         if script != "slurm":
             raise RequestError(f"--print: expected slurm, found {script!r}")
         print(sweep_script(recipe, settings or (), overrides or (), out=out))
         return
-    document = run_sweep(recipe, settings or (), overrides or (), out=out, jobs=jobs, baseline=baseline)
+    document = api.sweep(recipe, overrides or (), set=settings or (), out=out, jobs=jobs, baseline=baseline)
     _print(document)
-    raise typer.Exit(1 if document["failed"] else 0)
+    raise typer.Exit(1 if document.failed else 0)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast compare runs/sweep --out runs/compared"))
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or of folders of runs")],
     baseline: Annotated[
@@ -245,51 +260,41 @@ def compare(
         Path | None, typer.Option(callback=_home, help="folder for compare.html and compare.csv; none = only the table")
     ] = None,
 ) -> None:
-    """Compare finished runs: mean and deviation over seeds, difference to a baseline with its interval, cost, curves.
-
-    Example: feedfast compare runs/* --out runs/compared
-    """
-    from feedfast.stages.compare import run_compare
-
-    _print(run_compare(runs, out, baseline))
+    """Compare finished runs: mean and deviation over seeds, difference to a baseline with interval, cost, curves."""
+    _print(api.compare(runs, baseline=baseline, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast export runs/student --format onnx"))
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a finished run: train.out")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="state_dict, safetensors, torch-export or onnx; may be repeated; default: all"),
+        typer.Option(
+            "--format",
+            help="state_dict, safetensors, torch-export or onnx; may be repeated; default: all",
+            autocompletion=completion.one_of("state_dict", "safetensors", "torch-export", "onnx"),
+        ),
     ] = None,
     branch: Annotated[bool, typer.Option("--branch", help="of a student of branches the best one alone")] = False,
     out: Annotated[Path | None, typer.Option(callback=_home, help="default: export in the run's folder")] = None,
 ) -> None:
-    """Write a trained student as weights and programs for others, each checked on real images.
-
-    Example: feedfast export runs/student --format onnx
-    """
-    from feedfast.stages.export import FILES, run_export
-
-    _print(run_export(run, out, formats or tuple(FILES), branch=branch))
+    """Write a trained student as weights and programs for others, each checked on real images."""
+    _print(api.export(run, formats=formats or (), branch=branch, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast chain recipe.toml chain.generations=3 method.name=sfeed"))
 def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train generations of students, each taught by the one before, over one cache (sfeed, ban); resumes by itself."""
-    from feedfast.stages.chain import run_chain
-
-    _print(run_chain(_read(recipe, overrides)))
+    _print(api.chain(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast factors recipe.toml method.name=ft"))
 def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a paraphraser per teacher over the cache's final maps and add its factors as the tap `factor` (ft)."""
-    from feedfast.stages.factors import run_factors
-
-    _print(run_factors(_read(recipe, overrides)))
+    _print(api.factors(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast verify runs/cache.zarr --full --replay 8"))
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     overrides: Overrides = None,
@@ -301,16 +306,13 @@ def verify(
     recipe: Annotated[Path | None, typer.Option(help="where to find data and weights when they have moved")] = None,
 ) -> None:
     """Check a cache: log and lengths always; checksums, pixels and maps on request."""
-    from feedfast.stages.verify import run_verify
-
-    document = run_verify(
-        cache, full=full, replay=replay, teachers_percent=teachers, recipe=_read_optional(recipe, overrides)
-    )
+    _refuse_lone(overrides, recipe)
+    document = api.verify(cache, overrides or (), full=full, replay=replay, teachers=teachers, recipe=recipe)
     _print(document)
-    raise typer.Exit(0 if document["ok"] else 1)
+    raise typer.Exit(0 if document.ok else 1)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast inspect runs/cache.zarr --out runs/inspected"))
 def inspect(
     cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     out: Annotated[
@@ -319,75 +321,71 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a cache holds: manifest, sizes, ratios, measured errors, pictures of maps."""
-    from feedfast.stages.inspect import run_inspect
-
-    _print(run_inspect(cache, out))
+    _print(api.inspect(cache, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast copy runs/cache.zarr s3://bucket/cache.zarr"))
 def copy(
     source: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     target: Annotated[str, typer.Argument(help="where to: a folder, or s3://…, gs://… or az://…")],
 ) -> None:
     """Copy a cache to or from a bucket, or between folders; verified on the way, continues by itself."""
-    from feedfast.stages.copying import run_copy
-
-    _print(run_copy(*(os.path.expanduser(place) for place in (source, target))))
+    _print(api.copy(source, target))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast taps torchvision/resnet18 --size 64 --classes 10"))
 def taps(
-    model: Annotated[str, typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory")],
+    model: Annotated[
+        str,
+        typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory", autocompletion=completion.models),
+    ],
     size: Annotated[
         int | None, typer.Option(min=4, max=2048, help="pixels, side of the input; default: the model's own, else 32")
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="outputs of the classifier")] = 100,
 ) -> None:
     """List the tappable places of a model: path, shape, bytes, activation, hazards, and which method wants which."""
-    from feedfast.stages.inspect import run_taps
-
-    _print(run_taps(model, size, classes))
+    _print(api.taps(model, size=size, classes=classes))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast doctor", "feedfast doctor --recipe recipe.toml"))
 def doctor() -> None:
     """What this machine is, the versions that run on it, and whether bf16 pays on its processor."""
-    from feedfast.stages.doctor import run_doctor
-
-    _print(run_doctor())
+    _print(api.doctor())
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast methods ofd"))
 def methods(
-    name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="one method, with its options", autocompletion=completion.methods)
+    ] = None,
     overrides: Overrides = None,
     recipe: Annotated[
         Path | None, typer.Option(help="also bytes per sample that a cache of its teachers would store for a method")
     ] = None,
 ) -> None:
     """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
-    from feedfast.stages.catalog import run_methods
-
     if name is not None and "=" in name:  # no method: the first override of all methods' recipe
         overrides = [name, *(overrides or ())]
         name = None
-    _print(run_methods(name, _read_optional(recipe, overrides)))
+    _refuse_lone(overrides, recipe)
+    _print(api.list_methods(name, overrides or (), recipe=recipe))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast recipes ofd-c-cifar100 --out recipe.toml"))
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="one recipe, shown on stderr")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="one recipe, shown on stderr", autocompletion=completion.recipe_names)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(callback=_home, help="a new file it is copied to, instead of being shown")
     ] = None,
 ) -> None:
     """List the packaged recipes, one per setting of the papers; show or copy one of them."""
-    from feedfast.stages.catalog import run_recipes
-
-    _print(run_recipes(name, out))
+    _print(api.list_recipes(name, out=out))
 
 
-@analyze.command()
+@analyze.command(epilog=_examples("feedfast analyze reconstruction runs/a runs/b --epochs 3"))
 def reconstruction(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of `feedfast train`: train.out")],
     rate: Annotated[float, typer.Option(help="channels of the factors per channel of the map")] = 0.5,
@@ -400,9 +398,14 @@ def reconstruction(
     ),
 ) -> None:
     """FEED's analysis: how well a paraphraser of each network's own final maps rebuilds them. A report, no verdict."""
-    from feedfast.stages.analyze import Setting, run_reconstruction
+    _print(api.analyze_reconstruction(runs, rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr, out=out))
 
-    _print(run_reconstruction(runs, out, Setting(rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr)))
+
+def _speaking_first(words: Sequence[str]) -> list[str]:
+    """``train recipe.toml -v`` as ``-v train recipe.toml``: people write either."""
+    end = words.index("--") if "--" in words else len(words)
+    said = [word for word in words[:end] if re.fullmatch("-[vq]+|--verbose|--quiet", word)]
+    return [*said, *(word for word in words[:end] if word not in said), *words[end:]]
 
 
 def main() -> None:
@@ -410,7 +413,7 @@ def main() -> None:
     sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would
     with interruptible() as ending:
         try:
-            app()
+            app(_speaking_first(sys.argv[1:]), prog_name="feedfast")
         except PeerFailedError:  # another rank has said why, or has been ended as this one
             sys.exit(1 if ending.number is None else ending.exit_code)
         except FeedfastError as error:
@@ -432,6 +435,6 @@ def main() -> None:
                 raise
             again = "continues" if CONTINUING & set(sys.argv[1:]) else "starts again"
             with contextlib.suppress(OSError):  # the terminal may be what is gone
-                if _rank() == "0":
+                if first_rank():
                     print(f"interrupted by {ending.name}; the same command {again}", file=sys.stderr)
             sys.exit(ending.exit_code)

@@ -70,6 +70,11 @@ def _home(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_home)]
 Sources = Annotated[tuple[PathText, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Arrays = Annotated[tuple[str, ...], Field(max_length=3)]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+Loggers = Annotated[
+    tuple[LoggerName, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+Tag = Annotated[str, Field(min_length=1, max_length=128)]
 
 _PACKAGED = files("feedfast") / "recipes"
 
@@ -327,6 +332,14 @@ class Train(_Section):
     checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
     log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
+    loggers: Loggers | None = Field(
+        None,
+        description="who is told these rows, too: tensorboard, wandb, mlflow (docs/logging.md); [] = nobody; "
+        "none = tensorboard, where it is installed",
+    )
+    tags: tuple[Tag, ...] = Field(
+        (), max_length=64, description="words, or key=value, that wandb and mlflow keep with the run"
+    )
 
 
 class Chain(_Section):
@@ -383,6 +396,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             bad value.
     """
     path = Path(path).expanduser()
+    return parse_recipe(read_recipe(path), overrides, where=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, not yet looked at.
+
+    Raises:
+        RequestError: the file is missing or not TOML.
+    """
     try:
         text = read_file(path, MAX_RECIPE_BYTES).decode("utf-8")
     except FileNotFoundError:
@@ -396,10 +418,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise RequestError(f"recipe {path}: expected a TOML file, which is UTF-8: {error}") from None
     try:
-        tree = read_toml(text)
+        return read_toml(text)
     except ValueError as error:
         raise RequestError(f"recipe {path}: not valid TOML: {error}") from None
-    return parse_recipe(tree, overrides, where=str(path))
 
 
 def packaged_recipes() -> dict[str, str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import tomllib
+from collections.abc import Mapping
 from typing import Any, Final
 
 from feedfast.errors import RequestError
 
-__all__ = ["MAX_DEPTH", "override", "read_toml", "refuse_odd_values"]
+__all__ = ["MAX_DEPTH", "override", "put", "read_toml", "refuse_odd_values", "toml_table", "toml_value"]
 
 MAX_DEPTH: Final = 8
 _MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
 _MAX_NUMBER: Final = 1e18  # two of them multiplied are a float32 still
+_PLAIN: Final = re.compile(r"(?!(?:true|false|inf|nan)\Z)[A-Za-z_./~][\w./~@+-]*")
 _MANY_PARTS: Final = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 
@@ -30,6 +34,35 @@ def read_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it on one line, tables included; text of plain letters as it is, as an override takes it.
+
+    Raises:
+        RequestError: it is none that a recipe can hold.
+    """
+    if isinstance(value, str) and _PLAIN.fullmatch(value):
+        return value
+    return _toml(value)
+
+
+def toml_table(tree: Mapping[str, Any]) -> str:
+    """A tree as a TOML file, a line per key of its own."""
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in tree.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, str | os.PathLike):
+        # as it is, not in JSON's pairs of halves of characters, which TOML does not know
+        return json.dumps(os.fspath(value), ensure_ascii=False).replace("\x7f", "\\u007F")
+    raise RequestError(f"expected text, a number, a list or a table, found {type(value).__name__}")
 
 
 def refuse_odd_values(node: Any, where: str, key: str) -> None:
@@ -71,6 +104,22 @@ def override(tree: dict[str, Any], text: str) -> None:
         value = raw
     except ValueError as error:
         raise RequestError(f"override {key!r}: {error}") from None
+    put(tree, key, value, text)
+
+
+def put(tree: dict[str, Any], key: str, value: Any, text: str = "") -> None:
+    """Put a value into a recipe's tree, below a dotted key with numbers of list entries.
+
+    Args:
+        tree: is changed.
+        key: as ``train.epochs`` or ``teachers.0.weights``.
+        value: as read from TOML, or an object that stands for a name.
+        text: what was asked for, for messages; "" = the key.
+
+    Raises:
+        RequestError: the key leads nowhere.
+    """
+    text = text or key
     node: Any = tree
     *parents, leaf = key.split(".")
     if len(parents) >= MAX_DEPTH:

@@ -1,7 +1,7 @@
-"""Write docs/recipe.md, methods.md and recipes.md from what they describe: `python tools/make_docs.py`.
+"""Write the pages of PAGES in docs/ from what they describe: `python tools/make_docs.py`.
 
-The tables hold what pydantic knows (keys, types, ranges, defaults) and each field's own description, so that nothing
-about a key is said twice. tests/cli/test_docs.py compares the files with what this makes.
+The tables hold what pydantic and typer know (keys, types, ranges, defaults) and each one's own description, so that
+nothing about a key or an option is said twice. tests/cli/test_docs.py compares the files with what this makes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+import typer
 from pydantic import BaseModel
+from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
+import feedfast
+import feedfast_kernels
+from feedfast.cli import app
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
-from feedfast.methods.base import LOGITS, expected_words
+from feedfast.methods.base import LOGITS, Method, expected_words
 from feedfast.recipe import Cache, Chain, Data, MethodEntry, Recipe, Student, Task, Teacher, Train, packaged_recipes
 from feedfast.tap_entry import TapEntry
 
@@ -57,6 +63,8 @@ def pages() -> dict[str, str]:
         "methods.md": methods_page(),
         "recipes.md": recipes_page(),
         "augmentations.md": augmentations_page(),
+        "commands.md": commands_page(),
+        "reference.md": reference_page(),
     }
 
 
@@ -124,8 +132,13 @@ def methods_page() -> str:
         "Sums are multiplied with H * W / P: the loss is unbiased, but for batch norms of adapters, whose statistics "
         "are those of the positions. `at` and `cwd` normalize by what they see and come out about 1 / P too small.",
     ]
+    rows = [
+        (f"[`{name}`](#{name})", ", ".join(f"`{need}`" for need in method.needs) or "nothing", about_method(method))
+        for name, method in METHODS.items()
+    ]
+    parts += [table(("method", "reads", "what it does"), rows)]
     for name, method in METHODS.items():
-        doc = inspect.cleandoc(method.__doc__ or "").split("\n")[0]
+        doc = about_method(method)
         needs = ", ".join(f"`{need}`" for need in method.needs) or "no teacher"
         tasks = ", ".join(f"`{task}`" for task in tasks_of(method))
         about = f"Paper: {method.paper}.  \nNeeds: {needs}.  \nServes: {tasks}."
@@ -138,6 +151,10 @@ def methods_page() -> str:
         ]
         parts.append(table(("option", "expected", "default", "meaning"), rows) if rows else "No options.")
     return "\n\n".join(parts) + "\n"
+
+
+def about_method(method: type[Method]) -> str:
+    return inspect.cleandoc(method.__doc__ or "").split("\n")[0]
 
 
 def augmentations_page() -> str:
@@ -162,7 +179,8 @@ def augmentations_page() -> str:
         "Distributions are torchvision's; so are pixels, up to rounding (a byte may differ by 1 or 2, nearest "
         "neighbors on an edge between two), but for these: hue turns in YIQ instead of HSV (photographs differ by 6 "
         "of 255 on average at 18 degrees, 9 at 36), equalize is OpenCV's (3 of 255 on average), and a sharpened "
-        "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding, so a cache "
+        "image's outermost pixels are sharpened too. A GPU decodes and resamples with other rounding "
+        "(`bench/bench_backends.py` lists by how much, operation by operation), so a cache "
         "names the backend its pixels are from.",
         "Boxes and masks follow crop and flip, exactly: boxes as one affine function, masks pixel by pixel, of each "
         "the source pixel that its center lies in, 255 outside the image. `scale-crop` is for masks, `expand-crop` for "
@@ -227,6 +245,147 @@ def recipes_page() -> str:
         rows = [(f"`{name}`", title) for name, title in titles.items() if name.partition("-")[0] == family]
         parts += [f"## {heading}", table(("recipe", "what it is"), rows)]
     return "\n\n".join(parts) + "\n"
+
+
+EVERY_COMMAND = """\
+* **Resuming.** Every run can be killed and continued with the same command, to the same bytes and weights. `cache`,
+  `train`, `chain`, `factors`, `sweep`, `copy` and `demo` continue what they find; the others start again.
+* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before the command:
+  `feedfast -q cache ...`). The last line of stdout is one JSON document.
+* **Exit codes.** 0: done. 1: the job or the check failed. 2: the request was wrong (a bad recipe, a missing path).
+  130: ended by Ctrl-C, 143: by SIGTERM, likewise 128 + the number of SIGHUP and SIGUSR1; the step or shard under way is
+  finished first.
+* **Overrides.** `key=value` sets any dotted key of the recipe: `train.epochs=5`, `method.name=kd`,
+  `teachers.0.weights=runs/a/student.pt`.
+* **Records.** Runs, caches and pages say how they were made: command, recipe, git commit, versions, machine, times."""
+
+
+def commands_page() -> str:
+    parts = [
+        "# Commands",
+        f"Made by `{COMMAND}` from `feedfast/cli.py`. `feedfast --help` lists the commands, "
+        "`feedfast COMMAND --help` says what is written here.",
+        EVERY_COMMAND,
+    ]
+    for name, command in all_commands(app):
+        callback = command.callback
+        about, examples = about_and_examples(f"{inspect.getdoc(callback)}\n\n{command.epilog or ''}")
+        shown, rows = ["feedfast", *name.split()], []
+        for key, parameter in inspect.signature(callback, eval_str=True).parameters.items():
+            rows.append(parameter_row(key, parameter))
+            if not rows[-1][0].startswith("`-"):
+                shown.append(rows[-1][0].strip("`"))
+        parts += [f"## feedfast {name}", about, f"```text\n{' '.join([*shown, '[OPTIONS]'])}\n```"]
+        parts += [table(("argument or option", "value", "default", "meaning"), rows)] if rows else ["No options."]
+        parts += ["```sh\n" + "\n".join(examples) + "\n```"] if examples else []
+    return "\n\n".join(parts) + "\n"
+
+
+def all_commands(group: typer.Typer, before: str = "") -> Iterator[tuple[str, CommandInfo]]:
+    """Name as it is typed, and what typer was told, of every command, those of sub-groups too, as --help lists them."""
+    for command in group.registered_commands:
+        assert command.callback is not None
+        if not command.hidden:
+            yield before + (command.name or command.callback.__name__.replace("_", "-")), command
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None
+        yield from all_commands(inner.typer_instance, f"{before}{inner.name} ")
+
+
+def about_and_examples(text: str) -> tuple[str, list[str]]:
+    """A docstring without its examples, one line per paragraph; and the commands after "Example:"."""
+    about, examples = [], []
+    for paragraph in text.replace("\b", "").split("\n\n"):
+        first, *_ = paragraph.strip().split(":", 1)
+        if first in ("Example", "Examples"):
+            lines = paragraph.strip().partition(":")[2].strip().splitlines()
+            examples += [line.strip() for line in lines if line.strip()]
+        elif paragraph.strip():
+            about.append(" ".join(paragraph.split()))
+    return "\n\n".join(about), examples
+
+
+def parameter_row(key: str, parameter: inspect.Parameter) -> tuple[str, str, str, str]:
+    """Of an argument or option: what is typed, the kind of value, the default and the help."""
+    kind, info = get_args(parameter.annotation)[:2]
+    assert isinstance(info, (ArgumentInfo, OptionInfo))
+    kinds = [entry for entry in get_args(kind) if entry is not type(None)] if type(None) in get_args(kind) else [kind]
+    several = get_origin(kinds[0]) is list
+    kind = get_args(kinds[0])[0] if several else kinds[0]
+    required = parameter.default is inspect.Parameter.empty
+    if isinstance(info, ArgumentInfo):
+        metavar = info.metavar or key.upper()
+        shown, value = f"`{metavar if required or '[' in metavar else f'[{metavar}]'}`", ""
+    else:
+        # in an Annotated, typer keeps the first name where a default would stand
+        names = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
+        dashed = key.replace("_", "-")
+        switch = kind is bool or info.count
+        names = names or ([f"--{dashed}", f"--no-{dashed}"] if kind is bool else [f"--{dashed}"])
+        shown = ", ".join(f"`{name}`" for name in names)
+        value = "" if switch else f"`{info.metavar}`" if info.metavar else value_words(kind, info)
+    value += ", may be repeated" if several and value else ""
+    default = parameter.default
+    given = default is not None and bool(value)
+    written = "required" if required else f"`{default}`" if given else ""
+    return shown, value, written, (info.help or "").replace("<", "&lt;")
+
+
+def value_words(kind: Any, info: OptionInfo) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(kind))
+    words = {int: "whole number", float: "number", Path: "path", str: "text"}[kind]
+    limits = (("≥", info.min), ("≤", info.max))
+    return ", ".join([words, *(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)])
+
+
+OBJECTS = (
+    "feedfast.stages.open_cache.OpenedCache",
+    "feedfast.data.batch.Batch",
+)  # what open_cache and its streams return
+
+
+def reference_page() -> str:
+    public = {name: getattr(feedfast, name) for name in feedfast.__all__ if not name.startswith("_")}
+    losses = {name: getattr(feedfast_kernels, name) for name in feedfast_kernels.__all__}
+    errors = {name for name, thing in public.items() if inspect.isclass(thing) and issubclass(thing, Exception)}
+    given = {f"{thing.__module__}.{thing.__qualname__}" for thing in public.values() if inspect.isclass(thing)}
+    parts = [
+        "# Python",
+        f"Made by `{COMMAND}` from `feedfast.__all__` and `feedfast_kernels.__all__`. Methods and their options: "
+        "[methods.md](methods.md). Keys of a recipe: [recipe.md](recipe.md).",
+        "## Functions",
+        directives("feedfast", [name for name, thing in public.items() if inspect.isroutine(thing)]),
+        "## Objects",
+        directives(
+            "feedfast", [name for name, thing in public.items() if inspect.isclass(thing) and name not in errors]
+        ),
+        directives("", [name for name in OBJECTS if name not in given]),
+        "## Errors",
+        directives("feedfast", sorted(errors)),
+        "## Losses and codes",
+        "`feedfast_kernels` needs torch alone, and Triton on an NVIDIA GPU; [more about it](../kernels/README.md).",
+        directives("feedfast_kernels", list(losses)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def directives(module: str, names: Sequence[str]) -> str:
+    """Blocks that Sphinx fills with signature and docstring."""
+    lines = []
+    for name in names:
+        path = f"{module}.{name}".lstrip(".")
+        home, _, last = path.rpartition(".")
+        thing = getattr(import_module(home), last)
+        if not inspect.isclass(thing) and not callable(thing):
+            lines += [f".. autodata:: {path}", ""]
+        elif not inspect.isclass(thing):
+            lines += [f".. autofunction:: {path}", ""]
+        elif issubclass(thing, BaseModel):
+            lines += [f".. autoclass:: {path}()", ""]  # its keys are documented in recipe.md
+        else:
+            lines += [f".. autoclass:: {path}", "   :members:", ""]
+    return "```{eval-rst}\n" + "\n".join(lines).rstrip() + "\n```" if lines else ""
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:

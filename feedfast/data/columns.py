@@ -19,14 +19,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from feedfast.data.listing import Label, Listed, Wanted
+from feedfast.data.listing import IMAGE, LABEL, Label, Listed, Wanted
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import MAX_JSON_BYTES, parse_json, write_all
 
 __all__ = ["unpack_parquet", "unpacked_bytes", "walk_arrow"]
 
-IMAGE: Final = "image"
-LABEL: Final = "label"
 _ROWS: Final = 64  # of Parquet at a time
 _BUFFER_BYTES: Final = 1 << 20
 _METADATA: Final = b"huggingface"

@@ -55,7 +55,8 @@ _HASHING_THREADS = 4
 _HASHED_SAMPLES = 256  # samples whose bytes go into the fingerprint, evenly spaced
 _EXPECTED = {
     "classify": "CIFAR's files (binary, Python or .tar.gz), a folder of images or of class folders, an .npz, MNIST's "
-    "files, shards of WebDataset (.tar), Arrow or Parquet files, or in Python an object whose items are (image, label)",
+    "files, shards of WebDataset (.tar), Arrow or Parquet files, or in Python an object whose items are "
+    "(image, label) or mappings with both",
     "segment": SEGMENT_EXPECTED,
     "detect": DETECT_EXPECTED,
 }
@@ -270,7 +271,7 @@ def open_dataset(
             ``labels``, ``classes``). MNIST's files: one of its files of images (``train-images-idx3-ubyte.gz``),
             gzipped or not, whose labels lie next to it, or their folder. Shards of WebDataset, Arrow or Parquet files,
             or their folder; braces in a path stand for several files, see ``shards.py``. Or an object with ``__len__``
-            and ``__getitem__`` that gives (image, label), see ``objects.py``.
+            and ``__getitem__`` that gives (image, label) or a mapping with both, see ``objects.py``.
         limit: 0 for all samples, n for the first n of each class (of the whole, where there are no labels). Ids stay
             those of the complete dataset.
         fraction: of the samples of each class that ``limit`` leaves, above 0 to 1: the nearest whole number of them, at
@@ -308,7 +309,7 @@ def open_dataset(
         raise RequestError("classes: expected none for task 'classify', whose data name their own")
     paths = _paths(source, _EXPECTED[task])
     if paths is None and task == "classify":
-        return _open_object(source, limit, fraction, progress)
+        return _open_object(source, limit, fraction, arrays, progress)
     if not paths:
         found = "an empty list" if paths is not None else f"an object of type {type(source).__name__}"
         raise RequestError(f"dataset: expected {_EXPECTED[task]}, found {found}")
@@ -379,6 +380,12 @@ def _is_unpacked(paths: Sequence[Path], split: Literal["train", "val"]) -> bool:
     return len(paths) == 1 and is_cifar_archive(first) and (first.suffix.lower() != ".tar" or holds_cifar(first))
 
 
+def _two(arrays: Sequence[str]) -> Wanted:
+    if len(arrays) > 2:
+        raise RequestError(f"arrays: expected names for images and labels, found {len(arrays)}: {list(arrays)}")
+    return Wanted(*arrays)
+
+
 def _open_packed(
     kind: Kind,
     files: Sequence[Path],
@@ -389,9 +396,7 @@ def _open_packed(
     full: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Dataset:
-    if len(arrays) > 2:
-        raise RequestError(f"arrays: expected names for images and labels, found {len(arrays)}: {list(arrays)}")
-    wanted = Wanted(*arrays)
+    wanted = _two(arrays)
     packed = open_packed(files, kind, source, wanted, full=full, progress=None if full else progress)
     index = packed.index
     ids = chosen(source, index.arrays["label"], limit, fraction)
@@ -426,8 +431,14 @@ def _paths(source: Any, expected: str) -> list[Path] | None:
     raise RequestError(f"dataset: expected {expected}, found {type(source).__name__}")
 
 
-def _open_object(source: Any, limit: int, fraction: float, progress: Callable[[int, int], None] | None) -> Dataset:
-    store, labels, sizes, classes = open_object(source, progress)
+def _open_object(
+    source: Any,
+    limit: int,
+    fraction: float,
+    arrays: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> Dataset:
+    store, labels, sizes, classes = open_object(source, progress, _two(arrays))
     name = f"a {type(source).__name__} object"
     for kind in classes:
         refuse_odd_text(kind, f"{name}: classes with names")

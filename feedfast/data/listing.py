@@ -22,6 +22,8 @@ __all__ = ["MAX_CLASSES", "Label", "Listed", "Wanted", "numbered"]
 
 MAX_CLASSES: Final = 1 << 20  # each gets a name
 Label = int | str | None
+IMAGE: Final = "image"  # what columns of images and labels are called, where nobody says it
+LABEL: Final = "label"
 
 _WHOLE: Final = re.compile("-?[0-9]{1,9}")
 
@@ -32,6 +34,9 @@ class Wanted:
 
     image: str = ""
     label: str = ""
+
+
+BY_DEFAULT: Final = Wanted()
 
 
 @dataclass

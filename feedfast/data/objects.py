@@ -1,11 +1,12 @@
-"""Images from a Python object with ``__len__`` and ``__getitem__`` giving (image, label), as torch's Datasets have.
+"""Images from a Python object with ``__len__`` and ``__getitem__``: torch's Datasets, and those of Hugging Face.
 
 The object is asked for its samples when it is opened, once each, for sizes, labels and a checksum of the pixels, and
 again whenever a sample is used: it may hold more than memory. Whatever it returns must be the same each time. feedfast
 draws crops and flips itself, from a plan that teachers and student share; a random transform inside the object would
 give them different pixels. So some samples are asked for twice at once, and each later answer compared with the first.
 
-An image is a PIL image, an array [H, W, 3], [H, W] or [H, W, 1], or a tensor [3, H, W], [1, H, W] or [H, W], of uint8.
+An item is (image, label), or a mapping with both. An image is a PIL image, an array [H, W, 3], [H, W] or [H, W, 1], or
+a tensor [3, H, W], [1, H, W] or [H, W], of uint8.
 An object is asked by one thread at a time.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from feedfast.data.listing import BY_DEFAULT, IMAGE, LABEL, Wanted
 from feedfast.errors import RequestError
 
 __all__ = ["ObjectStore", "Samples", "open_object"]
@@ -50,6 +52,7 @@ class ObjectStore:
     samples: Samples
     name_of_kind: str
     sums: NDArray[np.uint32]  # crc32 of each record's RGB pixels when it was opened
+    wanted: Wanted
     layout: Literal["HWC"] = "HWC"
 
     def rgb(self, records: NDArray[np.int64]) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
@@ -60,7 +63,7 @@ class ObjectStore:
         """
         images = []
         for record in records.tolist():
-            image, _ = _asked(self.samples, record, self.name(record))
+            image, _ = _asked(self.samples, record, self.name(record), self.wanted)
             if zlib.crc32(image.data) != self.sums[record]:
                 raise _changing(self.name(record))
             images.append(image)
@@ -76,17 +79,19 @@ class ObjectStore:
 
 
 def open_object(
-    samples: Samples, progress: Callable[[int, int], None] | None = None
+    samples: Samples, progress: Callable[[int, int], None] | None = None, wanted: Wanted = BY_DEFAULT
 ) -> tuple[ObjectStore, NDArray[np.int32], NDArray[np.int32], tuple[str, ...]]:
     """Ask an object for all its samples.
 
     Args:
         samples: the object.
         progress: called with (samples asked for, total).
+        wanted: what image and label are called in items that are mappings; "" = ``image``, and ``label`` if there is
+            one.
 
     Returns:
         The store, labels int32 [n] (-1 where the label is None), sizes int32 [n, 2], and the class names: its
-        ``classes`` if it has as many names as labels need, else the numbers.
+        ``classes``, or those of the label's feature, if that are as many names as labels need, else the numbers.
 
     Raises:
         RequestError: no samples, a sample that is not (image, label) of the kinds above, or one that changes when it is
@@ -99,18 +104,27 @@ def open_object(
     labels, sizes = np.empty(count, np.int32), np.empty((count, 2), np.int32)
     sums = np.empty(count, np.uint32)
     for record in range(count):
-        image, labels[record] = _asked(samples, record, f"{kind}[{record}]")
+        image, labels[record] = _asked(samples, record, f"{kind}[{record}]", wanted)
         sizes[record] = image.shape[:2]
         sums[record] = zlib.crc32(image.data)
         if progress is not None and (record % 256 == 255 or record + 1 == count):
             progress(record + 1, count)
-    store = ObjectStore(samples, kind, sums)
+    store = ObjectStore(samples, kind, sums, wanted)
     store.rgb(np.unique(np.linspace(0, count - 1, num=min(count, _TWICE)).astype(np.int64)))
     needed = int(labels.max()) + 1
-    names: Any = getattr(samples, "classes", None)
+    names = _class_names(samples, wanted)
     if not isinstance(names, (list, tuple)) or len(names) < needed:
         names = range(needed)
     return store, labels, sizes, tuple(str(name) for name in names)
+
+
+def _class_names(samples: Any, wanted: Wanted) -> Any:
+    """As torchvision's data sets say them, or Hugging Face's."""
+    names = getattr(samples, "classes", None)
+    features = getattr(samples, "features", None)
+    if names is None and isinstance(features, Mapping):
+        names = getattr(features.get(wanted.label or LABEL), "names", None)
+    return names
 
 
 def _changing(name: str) -> RequestError:
@@ -120,15 +134,26 @@ def _changing(name: str) -> RequestError:
     )
 
 
-def _asked(samples: Samples, record: int, name: str) -> tuple[NDArray[np.uint8], int]:
+def _asked(samples: Samples, record: int, name: str, wanted: Wanted) -> tuple[NDArray[np.uint8], int]:
     """RGB [H, W, 3] and label of a sample."""
     try:
         with _ASKING:
             sample = samples[record]
     except Exception as error:
         raise RequestError(f"{name}: cannot be had: {type(error).__name__}: {error}") from error
+    if isinstance(sample, Mapping):
+        image, label = wanted.image or IMAGE, wanted.label or LABEL
+        lacking = [key for key in (image, *((label,) if wanted.label else ())) if key not in sample]
+        if lacking:
+            raise RequestError(
+                f"{name}: expected a key {lacking[0]!r}, found {[str(key) for key in sample][:20]}; "
+                "data.arrays = [images, labels] says which are which"
+            )
+        return _rgb(sample[image], name), _label(sample.get(label), name)
     if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        raise RequestError(f"{name}: expected (image, label), found {_described(sample)}")
+        raise RequestError(f"{name}: expected (image, label), or a mapping with both, found {_described(sample)}")
+    if wanted.image:
+        raise RequestError(f"{name}: expected a mapping with the key {wanted.image!r} of data.arrays, found a pair")
     return _rgb(sample[0], name), _label(sample[1], name)
 
 

@@ -21,7 +21,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from feedfast.errors import RequestError
+from feedfast.models.given import bare, is_given, missing
 from feedfast.models.weights import load_backbone, load_state, load_weights, weights_sha256
 from feedfast.models.zoo import ZOO_NAMES, build_zoo
 
@@ -98,6 +99,8 @@ def build_model(
             model, weights = _torchvision(rest, num_classes, weights, new_head)
         elif slash and family == "timm":
             model = _timm(rest, num_classes, weights, new_head)
+        elif is_given(name):
+            raise missing(name)
         elif ":" in name:
             model = _factory(name, num_classes)
         else:
@@ -110,6 +113,36 @@ def build_model(
     if backbone is not None:
         _backbone(model, backbone, name, key, prefix)
     return model
+
+
+def refuse_misnamed(network: nn.Module, name: str, classes: Sequence[int | None], where: str) -> None:
+    """Raise unless a network that was passed has the weights, by name and shape, of the one that a recipe names.
+
+    Args:
+        network: that was passed.
+        name: of the model, which is built for comparison, without weights.
+        classes: that it may tell apart; None = the network's own default.
+        where: the recipe's table; begins the message.
+
+    Raises:
+        RequestError: it has others; the first one is named. Or ``name`` cannot be built.
+    """
+    found = {key: list(value.shape) for key, value in bare(network).state_dict().items()}
+    differing = []
+    for count in classes:
+        # a factory's code is somebody else's, and may read the values it makes
+        with torch.device("meta") if ":" not in name else contextlib.nullcontext():
+            named = build_model(name, num_classes=count, weights=None, seed=0)
+        expected = {key: list(value.shape) for key, value in named.state_dict().items()}
+        other = next((key for key in [*expected, *found] if expected.get(key) != found.get(key)), None)
+        if other is None:
+            return
+        differing.append(f"{other} {expected.get(other, 'not there')}, found {found.get(other, 'none')}")
+    raise RequestError(
+        f"{where}.model: expected the network passed to be {name}, as the recipe names it: {differing[0]} in "
+        f'{type(bare(network)).__name__}; leave the name out of the recipe, or pass {{"model": network}}, which takes '
+        "its place"
+    )
 
 
 def published_weights(name: str, weights: str) -> bool:

@@ -42,22 +42,27 @@ class OwnInput:
     source: str
 
 
-def own_input(name: str, weights: str | Path | None, model: nn.Module | None = None) -> OwnInput | None:
+def own_input(
+    name: str, weights: str | Path | None, model: nn.Module | None = None, *, given: bool = False
+) -> OwnInput | None:
     """The input that a network's own weights were made for; None where nobody says.
 
     Args:
         name: as `build_model` takes it.
         weights: likewise; "" = the published ones.
         model: the network, if there is one: a factory may return one of timm's.
+        given: whether it was passed as an object: its name and a file say nothing of its weights, and what it carries
+            itself is believed, its size too.
     """
     family, _, rest = name.partition("/")
+    weights = None if given else weights
     if family == "torchvision":
         return _torchvision(rest, weights)
     config: Any = getattr(model, "pretrained_cfg", None)
     if config is None and family == "timm" and model is None:
         config = _timm_config(rest)
     published = family == "timm" and weights is not None and str(weights) == ""
-    return _of_timm(config, model, published=published) if config else None
+    return _of_timm(config, model, published=published or given) if config else None
 
 
 def _torchvision(rest: str, weights: str | Path | None) -> OwnInput | None:

@@ -22,7 +22,7 @@ from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import published_weights
 from feedfast.stages.codecs import codecs_of
-from feedfast.stages.ensemble import FrozenTeacher, teacher_from_recipe
+from feedfast.stages.ensemble import FrozenTeacher, Networks, teacher_from_recipe
 from feedfast.stages.identity import decoder_info, plan_info, refuse_differences
 from feedfast.stages.probe import Probe, refuse_other_probe
 from feedfast.storage.manifest import read_manifest
@@ -32,7 +32,12 @@ from feedfast.storage.store import Place
 
 
 def refuse_other_recipe(
-    reader: CacheReader, dataset: DatasetInfo, plan: ViewPlan, recipe: recipes.Recipe, needs: Sequence[str]
+    reader: CacheReader,
+    dataset: DatasetInfo,
+    plan: ViewPlan,
+    recipe: recipes.Recipe,
+    needs: Sequence[str],
+    networks: Networks | None = None,
 ) -> None:
     """Raise unless ``reader``'s cache was made from these images, this plan, these teachers and these taps.
 
@@ -42,14 +47,15 @@ def refuse_other_recipe(
         plan: their views.
         recipe: what is to be trained; its teachers, codecs and batch.
         needs: selectors of the taps that its methods read.
+        networks: of teachers that need not be built.
 
     Raises:
         RequestError: a teacher cannot be built, or its weights are not where the recipe says.
         CacheMismatchError: with the differing keys in two columns, or the tap that differs.
     """
-    found = reader.manifest
+    found, networks = reader.manifest, networks or {}
     for spec in recipe.teachers:
-        published, held = published_weights(spec.model, spec.weights), found.teachers.get(spec.name)
+        published, held = _is_published(spec, networks), found.teachers.get(spec.name)
         if held is not None and held.published not in (None, published):
             expected, there = (("a file", "its library")[value] for value in (published, held.published))
             raise CacheMismatchError(
@@ -63,7 +69,7 @@ def refuse_other_recipe(
             "run `feedfast cache` with this recipe to add them"
         )
     built = {
-        spec.name: _teacher(spec, recipe, needs, found.teachers[spec.name])
+        spec.name: _teacher(spec, recipe, needs, found.teachers[spec.name], networks)
         for spec in recipe.teachers
         if recipe.train.check_teachers
     }
@@ -73,7 +79,7 @@ def refuse_other_recipe(
         "num_rows": dataset.count,
         "batch_rows": recipe.cache.batch,
         "teachers": {
-            spec.name: _asked(spec, built.get(spec.name), found.teachers[spec.name], recipe.data.size)
+            spec.name: _asked(spec, built.get(spec.name), found.teachers[spec.name], recipe.data.size, networks)
             for spec in recipe.teachers
         },
     }
@@ -173,11 +179,18 @@ def _refuse_other(path: Place, teacher: str, known: TapInfo, asked: dict[str, An
             )
 
 
-def _asked(spec: recipes.Teacher, built: FrozenTeacher | None, stored: TeacherInfo, size: int) -> TeacherInfo:
+def _is_published(spec: recipes.Teacher, networks: Networks) -> bool:
+    """Whether its name is its identity: of a network that was passed, its weights are."""
+    return spec.name not in networks and published_weights(spec.model, spec.weights)
+
+
+def _asked(
+    spec: recipes.Teacher, built: FrozenTeacher | None, stored: TeacherInfo, size: int, networks: Networks
+) -> TeacherInfo:
     """The manifest's entry of a teacher, with what the recipe says of it; ``size`` is the views'."""
     if built is not None:
         own = built.described(size)
-        if published_weights(spec.model, spec.weights):  # built without them
+        if _is_published(spec, networks):  # built without them
             del own["weights_sha256"]
     else:
         own = {"model": spec.model, "bn": spec.bn, "precision": spec.precision}
@@ -186,7 +199,9 @@ def _asked(spec: recipes.Teacher, built: FrozenTeacher | None, stored: TeacherIn
     return stored.model_copy(update=own)
 
 
-def _teacher(spec: recipes.Teacher, recipe: recipes.Recipe, needs: Sequence[str], stored: TeacherInfo) -> FrozenTeacher:
+def _teacher(
+    spec: recipes.Teacher, recipe: recipes.Recipe, needs: Sequence[str], stored: TeacherInfo, networks: Networks
+) -> FrozenTeacher:
     """The recipe's teacher on the CPU; of published weights the network without them.
 
     Raises:
@@ -201,7 +216,8 @@ def _teacher(spec: recipes.Teacher, recipe: recipes.Recipe, needs: Sequence[str]
             seed=recipe.seed,
             device=torch.device("cpu"),
             task=recipe.task.name,
-            without_weights=published_weights(spec.model, spec.weights),
+            without_weights=_is_published(spec, networks),
+            network=networks.get(spec.name),
         )
     except RequestError as error:
         raise RequestError(f"{error}; train.check_teachers=false trains from what the cache says alone") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from feedfast import recipe as recipes
 from feedfast.data.positions import positions_per_map
@@ -21,12 +22,13 @@ from feedfast.files import write_text
 from feedfast.methods import METHODS, Method, method_named, tasks_of
 from feedfast.methods.base import LOGITS, expected_words, matching, tap_groups
 from feedfast.models.build import build_model
+from feedfast.models.given import copied
 from feedfast.models.taps import Tap, Tapped
 from feedfast.recipe import Recipe, packaged_recipe, packaged_recipes
 from feedfast.report.compare import print_table
 from feedfast.stages.codecs import codecs_of
 from feedfast.stages.data import open_train
-from feedfast.stages.ensemble import outputs_of, tap_requests
+from feedfast.stages.ensemble import Networks, outputs_of, tap_requests
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.inputs import teacher_input
 from feedfast.stages.pilot import tap_row_bytes
@@ -38,12 +40,15 @@ Shapes = dict[str, tuple[int, ...]]
 """Tap → shape of one sample."""
 
 
-def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
+def run_methods(
+    name: str | None = None, recipe: Recipe | None = None, *, networks: Networks | None = None
+) -> dict[str, Any]:
     """Describe the methods, or one of them, from their classes.
 
     Args:
         name: one method; None = all.
         recipe: also say what they would have a cache of its teachers store, before compression.
+        networks: of teachers that need not be built.
 
     Returns:
         The JSON of `feedfast methods`: ``methods`` (name → paper, needs, tasks, options' names); of one: ``name``,
@@ -58,7 +63,7 @@ def run_methods(name: str | None = None, recipe: Recipe | None = None) -> dict[s
     if recipe is not None and not recipe.teachers:
         raise RequestError("--recipe: expected a recipe with [[teachers]], found none")
     kinds = METHODS if name is None else {name: method_named(name)}
-    costs = {} if recipe is None else _costs(recipe, list(kinds.values()))
+    costs = {} if recipe is None else _costs(recipe, list(kinds.values()), networks or {})
     if name is None:
         document: dict[str, Any] = {
             key: {
@@ -122,14 +127,16 @@ def _shown_bytes(count: int | None) -> str:
     return "-" if count is None else format_bytes(count)
 
 
-def _costs(recipe: Recipe, kinds: Sequence[type[Method]]) -> dict[str, dict[str, Any]]:
+def _costs(recipe: Recipe, kinds: Sequence[type[Method]], networks: Networks) -> dict[str, dict[str, Any]]:
     """Method → ``bytes_per_sample``, ``targets``, and ``refused`` where a teacher has no such maps."""
     classes, codecs = _classes(recipe), codecs_of(recipe.teachers, recipe.cache.codec)
     groups = tuple(dict.fromkeys(group for kind in kinds for group in tap_groups(kind.needs)))
     shapes: dict[str, Shapes] = {}
     missing: dict[str, dict[str, str]] = {}
     for spec in recipe.teachers:
-        shapes[spec.name], missing[spec.name] = _teacher_shapes(spec, recipe.data, classes, groups)
+        shapes[spec.name], missing[spec.name] = _teacher_shapes(
+            spec, recipe.data, classes, groups, networks.get(spec.name)
+        )
     costs: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         refused = [
@@ -175,18 +182,21 @@ def _classes(recipe: Recipe) -> int:
 
 
 def _teacher_shapes(
-    spec: recipes.Teacher, data: recipes.Data, classes: int, groups: Sequence[str]
+    spec: recipes.Teacher, data: recipes.Data, classes: int, groups: Sequence[str], network: nn.Module | None
 ) -> tuple[Shapes, dict[str, str]]:
     """Shapes of a teacher's taps and logits, and by group why it has none of it.
 
     A group's taps are those the recipe names by hand, if there are any of such names.
     """
     where = f"teachers[{spec.name}]"
-    try:
-        model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=None, seed=0).eval()
-    except RequestError as error:
-        raise RequestError(f"{where}: {error}") from error
-    size = teacher_input(spec, data, model).size
+    if network is not None:
+        model = copied(network, where).eval()
+    else:
+        try:
+            model = build_model(spec.model, num_classes=outputs_of(spec, classes), weights=None, seed=0).eval()
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from error
+    size = teacher_input(spec, data, model, given=network is not None).size
     example = torch.zeros(2, 3, size, size)
     by_hand = tap_requests(model, [entry for entry in spec.taps if entry.by_hand], example, where)
     taps: dict[str, Tap] = {request.tap.name: request.tap for request in by_hand}

@@ -14,6 +14,7 @@ is in; they are reproducible only because offline batches are cut at fixed rows 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from feedfast.data.positions import ALGORITHM, positions_per_map
 from feedfast.errors import CacheMismatchError, FeedfastError, RequestError
 from feedfast.methods import RunningMargin, TapInfo, margin_from_bn, method_named
 from feedfast.methods.base import numbered_taps, tap_groups
-from feedfast.models.build import build_model, weights_sha256
+from feedfast.models.build import build_model, refuse_misnamed, weights_sha256
+from feedfast.models.given import copied, is_given
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tap, Tapped, bn_parameters, parse_tap, refuse_lone_norms
@@ -40,10 +42,14 @@ from feedfast.storage.transform import Transform
 from feedfast.tap_entry import TapEntry
 from feedfast.tasks import Outputs, Task, task_named
 
+log = logging.getLogger(__name__)
+
 Triple = tuple[float, float, float]
 LOGITS = "logits"
 BOX_LOGITS = "cls_logits"  # of a detector, as torchvision calls them
 PROBE_ROWS = 8
+Networks = Mapping[str, nn.Module]
+"""Teacher → the network, of those that a caller passed as objects."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,7 @@ def teacher_from_recipe(
     task: recipes.TaskName = "classify",
     batch: int = 0,
     without_weights: bool = False,
+    network: nn.Module | None = None,
 ) -> FrozenTeacher:
     """A teacher as a recipe describes it.
 
@@ -313,25 +320,34 @@ def teacher_from_recipe(
             the entry's taps: they are large.
         batch: images it will be run on together; 0 = unknown.
         without_weights: leave it as it was born: for its taps and shapes alone.
+        network: in the place of a built one, with its weights; it is copied.
 
     Raises:
         RequestError: it cannot be built, has no such taps, or is no network for the task.
     """
     where = f"teachers[{spec.name}]"
     weights = None if without_weights else spec.weights
-    try:
-        model = build_model(
-            spec.model,
-            num_classes=outputs_of(spec, classes),
-            weights=weights,
-            seed=seed,
-            key=spec.key,
-            prefix=spec.prefix,
-        )
-    except RequestError as error:
-        hint = "" if spec.classes or classes else f"; the images have no labels, so {where}.classes must say it"
-        raise RequestError(f"{where}: {error}{hint}") from error
-    own = teacher_input(spec, data, model)
+    if network is not None:
+        if not is_given(spec.model):
+            refuse_misnamed(network, spec.model, (spec.classes or classes or None, None), where)
+        if spec.weights:
+            log.info("%s: the network that was passed is used; %s is not read", where, spec.weights)
+        model = copied(network, where)
+    else:
+        try:
+            model = build_model(
+                spec.model,
+                num_classes=outputs_of(spec, classes),
+                weights=weights,
+                seed=seed,
+                key=spec.key,
+                prefix=spec.prefix,
+            )
+        except RequestError as error:
+            unsaid = not (spec.classes or classes or is_given(spec.model))
+            hint = f"; the images have no labels, so {where}.classes must say it" if unsaid else ""
+            raise RequestError(f"{where}: {error}{hint}") from error
+    own = teacher_input(spec, data, model, given=network is not None)
     specs = (
         [entry for entry in spec.taps if entry.tap != LOGITS] if spec.taps else list(dict.fromkeys(tap_groups(needs)))
     )
@@ -354,7 +370,11 @@ def teacher_from_recipe(
 
 
 def teacher_from_manifest(
-    info: TeacherInfo, size: int, spec: recipes.Teacher | None, device: torch.device
+    info: TeacherInfo,
+    size: int,
+    spec: recipes.Teacher | None,
+    device: torch.device,
+    network: nn.Module | None = None,
 ) -> FrozenTeacher:
     """A teacher of a cache, with exactly the taps that are stored.
 
@@ -363,6 +383,7 @@ def teacher_from_manifest(
         size: side of the cache's pixels.
         spec: the recipe's entry, which says where its weights are; None = the model's own published ones.
         device: where it runs.
+        network: in the place of a built one, with its weights; it is copied.
 
     Raises:
         RequestError: it cannot be built, or has no such taps.
@@ -370,13 +391,17 @@ def teacher_from_manifest(
     """
     where = f"teachers[{info.name}]"
     try:
-        model = build_model(
-            info.model,
-            num_classes=info.num_classes or None,
-            weights=spec.weights if spec else "",
-            seed=0,
-            key=spec.key if spec else "",
-            prefix=spec.prefix if spec else "",
+        model = (
+            copied(network, where)
+            if network is not None
+            else build_model(
+                spec.model if spec and is_given(info.model) else info.model,
+                num_classes=info.num_classes or None,
+                weights=spec.weights if spec else "",
+                seed=0,
+                key=spec.key if spec else "",
+                prefix=spec.prefix if spec else "",
+            )
         )
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
@@ -404,8 +429,10 @@ def teacher_from_manifest(
     return teacher
 
 
-def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) -> dict[str, FrozenTeacher]:
-    """Every teacher of the recipe, by name, in the recipe's order."""
+def load_teachers(
+    recipe: recipes.Recipe, classes: int, device: torch.device, networks: Networks | None = None
+) -> dict[str, FrozenTeacher]:
+    """Every teacher of the recipe, by name, in the recipe's order; ``networks`` are those that need not be built."""
     needs: Sequence[str] = [need for entry in recipe.method for need in method_named(entry.name).needs]
     if recipe.task.name != "classify":  # whose maps are large: what these options read, and no more
         needs = needs_of(method_entries(recipe.method))
@@ -416,7 +443,11 @@ def load_teachers(recipe: recipes.Recipe, classes: int, device: torch.device) ->
         "task": recipe.task.name,
         "batch": recipe.cache.batch,
     }
-    return {spec.name: teacher_from_recipe(spec, recipe.data, needs, **given) for spec in recipe.teachers}
+    known = networks or {}
+    return {
+        spec.name: teacher_from_recipe(spec, recipe.data, needs, **given, network=known.get(spec.name))
+        for spec in recipe.teachers
+    }
 
 
 def accuracies(teachers: Mapping[str, FrozenTeacher], classes: int) -> Accuracies:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from feedfast.data.dali import require_dali
-from feedfast.data.dataset import Dataset
+from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, write_json
 from feedfast.models.build import build_model, weights_sha256
+from feedfast.models.given import copied
 from feedfast.models.normalize import Normalize
 from feedfast.models.taps import logits_of
 from feedfast.models.weights import load_weights
@@ -52,7 +54,14 @@ Run = Callable[[Tensor], Tensor]  # pixels → logits
 
 
 def run_export(
-    run: Path, out: Path | None = None, formats: Sequence[str] = tuple(FILES), *, branch: bool = False
+    run: Path,
+    out: Path | None = None,
+    formats: Sequence[str] = tuple(FILES),
+    *,
+    branch: bool = False,
+    student: nn.Module | None = None,
+    train: ImageSource | None = None,
+    val: ImageSource | None = None,
 ) -> dict[str, Any]:
     """Write a run's student in other forms.
 
@@ -61,6 +70,8 @@ def run_export(
         out: where the files go; None = ``export`` in the run's folder.
         formats: of `FILES`.
         branch: of a student of branches the best one alone, instead of all.
+        student: the network, of a run whose student was passed as an object; it is copied.
+        train: the object that the images came from; ``val`` likewise.
 
     Returns:
         The JSON of `feedfast export`, also written as ``export.json``: ``model``, ``parameters``, ``sha256`` of the
@@ -75,17 +86,18 @@ def run_export(
     wanted = list(dict.fromkeys(formats))
     _refuse_formats(wanted)
     require_dali()
-    recipe, weights = _opened(run, branch)
+    recipe, weights = _opened(run, branch, given=student is not None)
     if recipe.task.name == "detect" and set(PROGRAMS) & set(wanted):
         raise RequestError(
             "--format: a detector's boxes come from code, not from a graph; expected state_dict or safetensors, found "
             f"{', '.join(sorted(set(PROGRAMS) & set(wanted)))}"
         )
-    train = open_train(recipe)
-    images = _images(recipe, train)
-    student = _network(recipe, weights, len(train.classes), branch=branch)
+    data = open_train(recipe, train)
+    images = _images(recipe, data, val)
+    network = partial(_network, recipe, classes=len(data.classes), branch=branch, given=student)
+    trained = network(weights)
     mean, std = recipe.data.normalization
-    program = _Program(Normalize(mean, std), student).eval()
+    program = _Program(Normalize(mean, std), trained).eval()
     folder = ensure_dir(run / "export" if out is None else out, "--out")
     (folder / ABOUT).unlink(missing_ok=True)  # of an older export, whose files are replaced
     files = {}
@@ -96,8 +108,8 @@ def run_export(
             if name in PROGRAMS:
                 found = _differences(name, _write_program(name, path, program, images), program, images)
             else:
-                _write_weights(name, path, student, recipe.student.model)
-                found = _refuse_other_weights(path, _network(recipe, path, len(train.classes), branch=branch), student)
+                _write_weights(name, path, trained, recipe.student.model)
+                found = _refuse_other_weights(path, network(path), trained)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -108,10 +120,10 @@ def run_export(
         "run": str(run),
         "model": recipe.student.model,
         "branches": 1 if branch else recipe.student.branches,
-        "parameters": sum(weight.numel() for weight in student.parameters()),
-        "sha256": weights_sha256(student),
+        "parameters": sum(weight.numel() for weight in trained.parameters()),
+        "sha256": weights_sha256(trained),
         "task": recipe.task.name,
-        "classes": list(train.classes),
+        "classes": list(data.classes),
         "input": {"dtype": "uint8", "shape": ["batch", height, width, 3], "order": "RGB"},
         "normalization": {"of": "pixels / 255", "mean": list(mean), "std": list(std), "layout": "NCHW"},
         "images": len(images),
@@ -148,7 +160,7 @@ def _refuse_formats(formats: Sequence[str]) -> None:
                 ) from error
 
 
-def _opened(run: Path, branch: bool) -> tuple[Recipe, Path]:
+def _opened(run: Path, branch: bool, *, given: bool) -> tuple[Recipe, Path]:
     """The run's recipe and the weights that are exported."""
     weights = run / (BRANCH if branch else "student.pt")
     missing = [name for name in (RECIPE, "student.pt") if not (run / name).is_file()]
@@ -158,22 +170,26 @@ def _opened(run: Path, branch: bool) -> tuple[Recipe, Path]:
         recipe = parse_recipe(read_sealed(run / RECIPE), where=str(run / RECIPE))
     except (OSError, ValueError) as error:
         raise RequestError(f"run {run}: {RECIPE} cannot be read: {error}") from error
-    if ":" in recipe.student.model:
+    if ":" in recipe.student.model and not given:
         raise RequestError(f"run {run}: student.model: {recipe.student.model!r} would import code that a folder names")
     if not weights.is_file():
         raise RequestError(f"run {run}: --branch: expected a student of branches, found no {BRANCH}")
     return recipe, weights
 
 
-def _images(recipe: Recipe, train: Dataset) -> Tensor:
+def _images(recipe: Recipe, train: Dataset, val: ImageSource | None) -> Tensor:
     """Real pixels, uint8 [B, H, W, 3]: of the validation images, else of those that were trained on."""
-    data = open_val(recipe, train) or train
+    data = open_val(recipe, train, val) or train
     with pixel_loader(data, view_plan(recipe.data, recipe.seed), _IMAGES, torch.device("cpu"), 1) as loader:
         return next(iter(loader.evaluation())).images[:_IMAGES].clone()
 
 
-def _network(recipe: Recipe, weights: Path, classes: int, *, branch: bool) -> nn.Module:
-    """The bare student with its trained weights, in evaluation mode."""
+def _network(recipe: Recipe, weights: Path, classes: int, *, branch: bool, given: nn.Module | None) -> nn.Module:
+    """The bare student with its trained weights, in evaluation mode; of a ``given`` one a copy."""
+    if given is not None:
+        own = copied(given, "student")
+        load_weights(own, weights, name=recipe.student.model)
+        return own.eval()
     asked = recipe.student.model_copy(
         update={"weights": None, "backbone": None, "branches": 1 if branch else recipe.student.branches}
     )

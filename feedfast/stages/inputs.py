@@ -34,16 +34,19 @@ class TeacherInput:
     size: int
 
 
-def teacher_input(spec: recipes.Teacher, data: recipes.Data, model: nn.Module | None = None) -> TeacherInput:
+def teacher_input(
+    spec: recipes.Teacher, data: recipes.Data, model: nn.Module | None = None, *, given: bool = False
+) -> TeacherInput:
     """What a recipe's teacher is shown.
 
     Args:
         spec: the recipe's entry.
         data: its data section.
         model: the network, if there is one; without it only names and files are asked.
+        given: whether it was passed as an object, of which no file says anything.
     """
     mean, std = data.normalization
-    own = _saved_by_run(spec) or own_input(spec.model, spec.weights, model)
+    own = (None if given else _saved_by_run(spec)) or own_input(spec.model, spec.weights, model, given=given)
     size = data.size
     if own is not None and own.size and own.binding:
         size = own.size
@@ -54,6 +57,8 @@ def teacher_input(spec: recipes.Teacher, data: recipes.Data, model: nn.Module | 
     )
     if model is not None and own is not None and (found.mean, found.std) != (mean, std) and spec.mean is None:
         log.info("teachers[%s]: normalized by mean %s, std %s, as %s says", spec.name, own.mean, own.std, own.source)
+    elif given and spec.mean is None and own is None:
+        log.info("teachers[%s]: normalized by the data's mean %s, std %s: it names none", spec.name, mean, std)
     if model is not None and found.size != data.size:
         log.info("teachers[%s]: images are resized from %d to its %d px", spec.name, data.size, found.size)
     return found

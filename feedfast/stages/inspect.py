@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
@@ -23,6 +24,7 @@ from feedfast.methods import METHODS
 from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import build_model
 from feedfast.models.doctor import describe_taps
+from feedfast.models.given import copied, word_of
 from feedfast.models.own import built_size, own_input
 from feedfast.provenance import Provenance
 from feedfast.report.compare import print_table
@@ -184,11 +186,11 @@ def _views(reader: CacheReader) -> str:
         return ""
 
 
-def run_taps(model: str, size: int | None, classes: int) -> dict[str, Any]:
+def run_taps(model: str | nn.Module, size: int | None, classes: int) -> dict[str, Any]:
     """Describe the tappable places of a model with random weights.
 
     Args:
-        model: as in a recipe.
+        model: as in a recipe, or the network itself; it is copied.
         size: pixels, side of the input; None = the model's own, else 32.
         classes: outputs of the classifier.
 
@@ -197,9 +199,13 @@ def run_taps(model: str, size: int | None, classes: int) -> dict[str, Any]:
         `feedfast.models.doctor.TapPlace`), ``methods`` (method → what to write as ``teachers.N.taps`` for it, [] where
         this network has none of the places it needs).
     """
-    network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
+    given = isinstance(model, nn.Module)
+    if isinstance(model, nn.Module):
+        network, model = copied(model, "model").eval(), word_of(model)
+    else:
+        network = build_model(model, num_classes=classes, weights=None, seed=0).eval()
     if size is None:
-        own = own_input(model, None, network)
+        own = own_input(model, None, network, given=given)
         default = DENSE_SIZE if model.startswith(("zoo/deeplabv3plus-", "zoo/ssd300-")) else TAPS_SIZE
         size = (own.size if own is not None else built_size(network)) or default
     rows = [asdict(row) for row in describe_taps(network, torch.zeros(2, 3, size, size))]

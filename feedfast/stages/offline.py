@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
@@ -33,7 +34,7 @@ from feedfast.stages.accuracy import near_chance, tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.data import facts_of, open_train, view_plan
-from feedfast.stages.ensemble import LOGITS, accuracies
+from feedfast.stages.ensemble import LOGITS, Networks, accuracies
 from feedfast.stages.identity import refuse_differences
 from feedfast.stages.interrupt import HoldShards
 from feedfast.stages.plan_record import predicted_cache, prediction_error
@@ -58,13 +59,21 @@ log = logging.getLogger(__name__)
 
 
 def run_cache(
-    recipe: Recipe, *, train: ImageSource | None = None, check: bool = True, whole: bool = False
+    recipe: Recipe,
+    *,
+    train: ImageSource | None = None,
+    teachers: Networks | None = None,
+    student: nn.Module | None = None,
+    check: bool = True,
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Write (or finish, or extend) the recipe's cache.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
+        teachers: networks of the recipe's teachers that need not be built; they are copied.
+        student: the network that is to be trained, if it is one that cannot be built.
         check: refuse before the first row what the recipe's own student could not use; False = say it and go on.
         whole: where ``cache.part`` is "auto", all of it, for who needs it next; False = a job array's task takes its
             part.
@@ -85,7 +94,8 @@ def run_cache(
     refuse_incomplete(recipe)
     require_dali()
     part = (0, 1) if whole and recipe.cache.part == AUTO else None
-    return OfflineRun(recipe, Worker.from_env(), train, check=check, part=part).run()
+    job = OfflineRun(recipe, Worker.from_env(), train, check=check, part=part, networks=teachers, student=student)
+    return job.run()
 
 
 def refuse_incomplete(recipe: Recipe) -> None:
@@ -113,9 +123,11 @@ class OfflineRun:
         *,
         check: bool = True,
         part: tuple[int, int] | None = None,
+        networks: Networks | None = None,
+        student: nn.Module | None = None,
     ) -> None:
         """``part``: which log this process writes; None = that of ``me``. The others as of `run_cache`."""
-        self.recipe, self.path, self.check = recipe, place_of(recipe.cache.path), check
+        self.recipe, self.path, self.check, self.student = recipe, place_of(recipe.cache.path), check, student
         self.entries = method_entries(recipe.method)
         share = me.share(recipe.cache.part) if part is None else Share(*part, "")
         self.part, self.said, self.first = share.part, share.said, me.first
@@ -128,7 +140,7 @@ class OfflineRun:
         say_slow_bf16(recipe, self.device, student=False)
         self.data: Dataset = open_train(recipe, train)
         self.plan: ViewPlan = view_plan(recipe.data, recipe.seed)
-        self.preparation = Preparation(recipe, self.data, self.plan, self.device, self.part)
+        self.preparation = Preparation(recipe, self.data, self.plan, self.device, self.part, networks)
         self.teachers, self.loader = self.preparation.teachers, self.preparation.loader
         self.accuracy = accuracies(self.teachers, len(self.data.classes))
         self.resumed = 0  # rows of this part that an earlier run has written
@@ -188,7 +200,8 @@ class OfflineRun:
     def prepare(self) -> Manifest:
         """Refuse what could not be used; else the manifest, with all small arrays written: only rows are missing."""
         coming = coming_taps(self.teachers, held_manifest(self.path), self.entries)
-        refuse_unusable(self.recipe, self.entries, coming, len(self.data.classes), check=self.check)
+        classes = len(self.data.classes)
+        refuse_unusable(self.recipe, self.entries, coming, classes, check=self.check, given=self.student)
         return self.preparation.prepare()
 
     def recorder(self, writer: CacheWriter) -> Recorder:

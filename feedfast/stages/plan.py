@@ -22,15 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedfast.data.batch import Batch
 from feedfast.data.dali import require_dali
-from feedfast.data.dataset import Dataset
+from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import TapInfo
 from feedfast.methods.ft import FACTOR
+from feedfast.models.given import copied
 from feedfast.models.normalize import Normalize
 from feedfast.models.taps import Tapped, logits_of
 from feedfast.recipe import Recipe
@@ -39,7 +40,7 @@ from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.codecs import Codecs, codecs_of
 from feedfast.stages.data import facts_of, open_train, pixel_loader, view_plan
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers, method_taps
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Networks, accuracies, load_teachers, method_taps
 from feedfast.stages.pilot import mixing_plan, row_bytes, tap_row_bytes
 from feedfast.stages.plan_compression import Reading, cached_ms, cheapest_kinds
 from feedfast.stages.plan_rates import DiskRate, disk_rate
@@ -73,11 +74,19 @@ SPARE = 1.02  # what may be wrong with the estimate of the bytes
 TIMED = 5  # batches, after one that warms up
 
 
-def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
+def run_plan(
+    recipe: Recipe,
+    *,
+    train: ImageSource | None = None,
+    teachers: Networks | None = None,
+    student: nn.Module | None = None,
+    check: bool = True,
+) -> dict[str, Any]:
     """Estimate the recipe's cache.
 
     Args:
         recipe: what is to be cached.
+        train: as of `run_cache`; ``teachers`` and ``student`` likewise.
         check: refuse what the recipe's own student could not use, as `run_cache` does; False = say it and go on.
 
     Returns:
@@ -116,22 +125,23 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
     path = place_of(recipe.cache.path)
     refuse_foreign(path)
     device = pick_device(recipe.train.device)
-    data = open_train(recipe)
+    data = open_train(recipe, train)
     count, views = len(data), recipe.cache.views
     classes = len(data.classes)
     log.info("plan: %s images, %d views, %d teachers on %s", f"{count:,}", views, len(recipe.teachers), device)
-    teachers = load_teachers(recipe, classes, device)
+    ensemble = load_teachers(recipe, classes, device, teachers)
     held, codecs = held_manifest(path), codecs_of(recipe.teachers, recipe.cache.codec)
-    _warn_of_other_taps(path, teachers, codecs, held)
-    taps = coming_taps(teachers, held, entries)
-    unusable, ratio = refuse_unusable(recipe, entries, taps, classes, check=check), say_slow_bf16(recipe, device)
+    _warn_of_other_taps(path, ensemble, codecs, held)
+    taps = coming_taps(ensemble, held, entries)
+    unusable = refuse_unusable(recipe, entries, taps, classes, check=check, given=student)
+    ratio = say_slow_bf16(recipe, device)
     mixed = mixing_plan(
         view_plan(recipe.data, recipe.seed),
-        row_bytes(teachers.values(), codecs, recipe.cache.images, recipe.data.size),
+        row_bytes(ensemble.values(), codecs, recipe.cache.images, recipe.data.size),
     )
     granule = mixed.granule
     pilot = pilot_of(recipe, mixed, count)
-    measured = _measure(recipe, data, teachers, codecs, entries, granule, pilot, device, usable=not unusable)
+    measured = _measure(recipe, data, ensemble, codecs, entries, granule, pilot, device, student, usable=not unusable)
     standing, free = _room(path)
     disk = disk_rate(standing, int(free)) if isinstance(standing, Path) else None
     rows = count * views
@@ -141,7 +151,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         size = sum(cost.stored_bytes(kinds[name]) for name, cost in measured.costs.items())
         batches = rows / measured.batch
         kinds = cheapest_kinds(measured.costs, reading, batches, free / SPARE - size * batches)
-    stored = _stored(codecs, teachers, taps, entries)
+    stored = _stored(codecs, ensemble, taps, entries)
     targets = {
         name: _target(info, codec, _ratio(measured, kinds, name), count, views, granule)
         for name, (info, codec) in stored.items()
@@ -187,7 +197,7 @@ def run_plan(recipe: Recipe, *, check: bool = True) -> dict[str, Any]:
         "break_even_epochs": seconds * 1e3 / epoch_ms,
         "break_even_runs": seconds * 1e3 / epoch_ms / epochs,
         "first_student": first_student(measured, count, pilot.rows, pass_ms, setup, views, epochs),
-        "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in teachers.items()},
+        "teachers": {name: _teacher(teacher, measured, targets, views) for name, teacher in ensemble.items()},
         "serves": [name for name, reason in methods.items() if not reason],
         "serves_not": {name: reason for name, reason in methods.items() if reason and name != "none"},
         "method": names_of(entries),
@@ -347,6 +357,7 @@ def _measure(
     granule: int,
     pilot: Pilot,
     device: torch.device,
+    given: nn.Module | None,
     *,
     usable: bool,
 ) -> Measured:
@@ -380,13 +391,13 @@ def _measure(
                 meter.advance(1, f"teacher {name}")
             found.teacher_ms[name] = float(np.median(times[1:]))
         try:
-            found.student_ms = _student_ms(recipe, first, len(data.classes) or 1000, device, meter)
+            found.student_ms = _student_ms(recipe, first, len(data.classes) or 1000, device, meter, given)
         except RequestError:
             if usable:
                 raise
     if usable:
         found.step_ms = step_ms(
-            recipe, data, entries, method_taps(teachers), replace(batches[0], targets=targets), device
+            recipe, data, entries, method_taps(teachers), replace(batches[0], targets=targets), device, given
         )
     return found
 
@@ -410,9 +421,15 @@ def _batches(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[list[
     return batches, made / max(seconds, 1e-6), opening
 
 
-def _student_ms(recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter) -> float:
-    """Forward and backward of the plain student on one batch."""
-    student = build_student(recipe.student.model_copy(update={"weights": None}), classes, recipe.train_seed)
+def _student_ms(
+    recipe: Recipe, images: Tensor, classes: int, device: torch.device, meter: Meter, given: nn.Module | None
+) -> float:
+    """Forward and backward of the plain student, of one that was passed a copy, on one batch."""
+    asked, own = (
+        recipe.student.model_copy(update={"weights": None}),
+        None if given is None else copied(given, "student"),
+    )
+    student = build_student(asked, classes, recipe.train_seed, own)
     student = student.to(device=device, memory_format=memory_format(recipe.train))  # type: ignore[call-overload]
     normalize = Normalize(*recipe.data.normalization).to(device)
     Tapped(student, (), normalize(images[:2]))  # refuses a network that cannot run at this size

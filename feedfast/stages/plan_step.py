@@ -13,12 +13,14 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import nn
 
 from feedfast.data.batch import Batch
 from feedfast.data.dataset import Dataset
 from feedfast.errors import FeedfastError
 from feedfast.methods import TapInfo
 from feedfast.methods.base import matching
+from feedfast.models.given import copied
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.stages.trainee import Entry, build_student, build_trainee, names_of, needs_of, optimizer_of
@@ -36,6 +38,7 @@ def step_ms(
     taps: Mapping[str, Mapping[str, TapInfo]],
     batch: Batch,
     device: torch.device,
+    given: nn.Module | None = None,
 ) -> float | None:
     """Median milliseconds of a step; None where the recipe cannot be trained, or reads what nobody computes here.
 
@@ -46,6 +49,7 @@ def step_ms(
         taps: teacher → tap → shape and margin, of the teachers' own taps.
         batch: on the device, with the targets of these taps.
         device: where it is trained.
+        given: the student, if it was passed as an object; it is copied.
     """
     needs = needs_of(entries)
     if not data.classes or any(not matching((need,), infos) for infos in taps.values() for need in needs):
@@ -55,7 +59,11 @@ def step_ms(
     targets = {name: {tap: batch.targets[name][tap] for tap in some} for name, some in infos.items()}
     classes, train = len(data.classes), recipe.train
     try:
-        student = build_student(recipe.student.model_copy(update={"weights": None}), classes, recipe.train_seed)
+        asked, own = (
+            recipe.student.model_copy(update={"weights": None}),
+            None if given is None else copied(given, "student"),
+        )
+        student = build_student(asked, classes, recipe.train_seed, own)
         task = task_named(recipe.task.name, classes, recipe.data.val_size or recipe.data.size)
         normalize = Normalize(*recipe.data.normalization).to(device)
         trainee = build_trainee(recipe, student, entries, infos, data, normalize, task, device).train()

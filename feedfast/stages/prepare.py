@@ -31,7 +31,7 @@ from feedfast.stages.accuracy import tell_accuracy
 from feedfast.stages.agree import refuse_other_tap
 from feedfast.stages.codecs import codecs_of
 from feedfast.stages.data import Selection, pixel_loader
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, accuracies, load_teachers
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Networks, accuracies, load_teachers
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.identity import dataset_info, decisive_versions, decoder_info, plan_info, refuse_differences
 from feedfast.stages.pilot import Fitted, mixing_plan, pilot_pixels, row_bytes, run_pilot
@@ -58,6 +58,7 @@ class Preparation:
 
     Attributes:
         teachers: the recipe's, by name.
+        given: names of those that were passed as objects.
         codecs: of their taps.
         loader: of the pixels they see, in batches of ``cache.batch`` rows; after `prepare` every sample's bytes are
             compared with those the cache was made of.
@@ -66,14 +67,21 @@ class Preparation:
     """
 
     def __init__(
-        self, recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, part: tuple[int, int]
+        self,
+        recipe: Recipe,
+        data: Dataset,
+        plan: ViewPlan,
+        device: torch.device,
+        part: tuple[int, int],
+        networks: Networks | None = None,
     ) -> None:
-        """Build the teachers; nothing is written. ``part``: which part of the cache this job writes."""
+        """Build the teachers, but those of ``networks``; nothing is written. ``part``: of the cache, this job's."""
         self.recipe, self.data, self.plan, self.part = recipe, data, plan, part
         self.path: Place = place_of(recipe.cache.path)
         self.device = device
         self.codecs = codecs_of(recipe.teachers, recipe.cache.codec)
-        self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(data.classes), device)
+        self.teachers: dict[str, FrozenTeacher] = load_teachers(recipe, len(data.classes), device, networks)
+        self.given = frozenset(networks or ())
         self.loader = pixel_loader(data, plan, recipe.cache.batch, device, recipe.data.threads)
         self.probes: dict[str, dict[str, tuple[float, float]]] = {}
         self.pilot_accuracy = accuracies(self.teachers, len(data.classes))
@@ -145,7 +153,7 @@ class Preparation:
                 taps=taps,
                 probe=self.probes.get(name, {}),
                 **dict(zip(("top1", "top1_rows"), self.pilot_accuracy.of(name), strict=True)),
-                published=published_weights(teacher.source, weights[name]),
+                published=name not in self.given and published_weights(teacher.source, weights[name]),
             )
         return Manifest(
             dataset=dataset_info(Selection.of(recipe), self.data),

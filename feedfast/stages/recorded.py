@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from feedfast.data.batch import Batch, moved
 from feedfast.data.dataset import Dataset
@@ -40,7 +41,7 @@ from feedfast.methods import Targets
 from feedfast.methods.base import matching
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
-from feedfast.stages.ensemble import FrozenTeacher
+from feedfast.stages.ensemble import FrozenTeacher, Networks
 from feedfast.stages.held import Held, Part, joined
 from feedfast.stages.loop import rank_rows
 from feedfast.stages.prepare import Preparation
@@ -449,7 +450,14 @@ def _say_if_read_twice(batch: int, size: int, me: Worker) -> None:
 
 
 def open_recorded(
-    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, entries: Sequence[Entry], me: Worker
+    recipe: Recipe,
+    data: Dataset,
+    plan: ViewPlan,
+    device: torch.device,
+    entries: Sequence[Entry],
+    me: Worker,
+    networks: Networks | None = None,
+    student: nn.Module | None = None,
 ) -> Recorded:
     """The source of a student that records as it trains; the cache is made, or agreed with.
 
@@ -460,25 +468,24 @@ def open_recorded(
         device: where teachers run and batches are put.
         entries: the recipe's methods.
         me: this rank.
+        networks: of teachers that need not be built; ``student`` likewise.
 
     Raises:
         RequestError, CacheMismatchError: see `feedfast.stages.offline.run_cache`.
     """
     path, needs = place_of(recipe.cache.path), needs_of(entries)
     refuse_foreign(path)
-    preparation = Preparation(recipe, data, plan, device, (me.rank, me.world))
+    preparation = Preparation(recipe, data, plan, device, (me.rank, me.world), networks)
     try:
         own = {name: teacher.shapes for name, teacher in preparation.teachers.items()}
         coming = coming_taps(preparation.teachers, held_manifest(path), entries)
         # What the cache has beyond the recipe's taps is not recorded, so no method may read it.
-        require_usable(
-            recipe, entries, {n: {t: i for t, i in coming[n].items() if t in own[n]} for n in own}, len(data.classes)
-        )
+        taps = {n: {t: i for t, i in coming[n].items() if t in own[n]} for n in own}
+        require_usable(recipe, entries, taps, len(data.classes), student)
         manifest = preparation.prepare()
-        reader = CacheReader(path, threads=recipe.cache.threads)
+        reader, held = CacheReader(path, threads=recipe.cache.threads), manifest_taps(manifest)
         check_views(reader, data, plan, recipe.cache.views)
-        found = manifest_taps(manifest)
-        taps = {name: {t: found[name][t] for t in own[name] if t in matching(needs, own[name])} for name in own}
+        taps = {name: {t: held[name][t] for t in own[name] if t in matching(needs, own[name])} for name in own}
         provenance = Provenance.begin(recipe.model_dump(mode="json"))
         source = Recorded(reader, preparation, manifest, device, taps if needs else {}, provenance, Together(me))
         # Of views that are read from the start nothing else compares the pixels; of the others the recorder does.

@@ -36,7 +36,7 @@ from feedfast.recipe import Recipe
 from feedfast.stages.agree import refuse_other_outputs, refuse_other_recipe
 from feedfast.stages.codecs import codecs_of
 from feedfast.stages.data import Selection, pixel_loader
-from feedfast.stages.ensemble import LOGITS, FrozenTeacher, load_teachers, method_taps
+from feedfast.stages.ensemble import LOGITS, FrozenTeacher, Networks, load_teachers, method_taps
 from feedfast.stages.identity import dataset_info
 from feedfast.stages.pilot import mixing_plan, pilot_pixels, readable_plan, row_bytes
 from feedfast.stages.probe import Probe
@@ -313,7 +313,13 @@ def teachers_identity(teachers: Mapping[str, FrozenTeacher], probes: Mapping[str
 
 
 def open_source(
-    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
+    recipe: Recipe,
+    data: Dataset,
+    plan: ViewPlan,
+    device: torch.device,
+    needs: Sequence[str],
+    method: str,
+    networks: Networks | None = None,
 ) -> Source:
     """The source that ``train.source`` names, unless it is ``record`` (`feedfast.stages.recorded.open_recorded`).
 
@@ -324,6 +330,7 @@ def open_source(
         device: where batches are put.
         needs: selectors of the taps that the methods read: ``final``, ``ofd*``, ``logits``.
         method: what the methods are called, for messages.
+        networks: of teachers that need not be built.
 
     Raises:
         RequestError, CacheMismatchError, CacheDamageError: see `run_train`.
@@ -332,7 +339,7 @@ def open_source(
     if kind == "none":
         return Plain(data, plan, device, views=views, threads=threads)
     if kind == "live":
-        teachers = load_teachers(recipe, len(data.classes), device)
+        teachers = load_teachers(recipe, len(data.classes), device, networks)
         pilot: list[Tensor] = []
         # Cut as the caching pass cuts them: both sources then have the same margins and probes.
         with pixel_loader(data, plan, recipe.cache.batch, device, threads) as cutter:
@@ -348,17 +355,23 @@ def open_source(
         plan = mixing_plan(plan, row_bytes(teachers.values(), codecs, recipe.cache.images, plan.size))
         taps = taps if needs else {}
         return Live(data, plan, device, teachers, taps, views=views, threads=threads, probes=probes)
-    return _open_cached(recipe, data, plan, device, needs, method)
+    return _open_cached(recipe, data, plan, device, needs, method, networks)
 
 
 def _open_cached(
-    recipe: Recipe, data: Dataset, plan: ViewPlan, device: torch.device, needs: Sequence[str], method: str
+    recipe: Recipe,
+    data: Dataset,
+    plan: ViewPlan,
+    device: torch.device,
+    needs: Sequence[str],
+    method: str,
+    networks: Networks | None,
 ) -> Source:
     if not recipe.cache.path:
         raise RequestError("cache.path: required with train.source='cache', found nothing")
     reader = CacheReader(recipe.cache.path, threads=recipe.cache.threads, tier=tier_of(recipe))
     dataset = dataset_info(Selection.of(recipe), data)
-    refuse_other_recipe(reader, dataset, plan, recipe, needs)
+    refuse_other_recipe(reader, dataset, plan, recipe, needs, networks)
     views = recipe.cache.views or reader.manifest.views
     if views > reader.manifest.views:
         raise CacheMismatchError(

@@ -32,15 +32,19 @@ from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
 from feedfast.models.build import build_model
+from feedfast.models.given import AsFound, bare
 from feedfast.models.normalize import Normalize
 from feedfast.models.own import own_input
 from feedfast.models.taps import Tapped, refuse_lone_norms
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
-from feedfast.report.run import EventLog, write_report
+from feedfast.report.events import EventLog
+from feedfast.report.loggers import About, pick_loggers
+from feedfast.report.run import write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
+from feedfast.stages.ensemble import Networks
 from feedfast.stages.evaluate import BATCH, evaluate
 from feedfast.stages.folder import (
     BRANCH,
@@ -78,13 +82,22 @@ Found = dict[str, float | None]
 """Metric → value, of the validation images."""
 
 
-def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSource | None = None) -> dict[str, Any]:
+def run_train(
+    recipe: Recipe,
+    *,
+    train: ImageSource | None = None,
+    val: ImageSource | None = None,
+    teachers: Networks | None = None,
+    student: nn.Module | None = None,
+) -> dict[str, Any]:
     """Train (or resume) the recipe's student.
 
     Args:
         recipe: what to do.
         train: the object that the images come from, with ``data.train = "python"``: its items are (image, label).
         val: the same for ``data.val = "python"``.
+        teachers: networks of the recipe's teachers that need not be built; they are copied.
+        student: the network itself, which is trained where it is: it stays on the training device.
 
     Returns:
         The JSON of `feedfast train`: ``val_accuracy`` (of dense tasks ``val_miou`` or ``val_ap50``, and ``val_metrics``
@@ -106,7 +119,7 @@ def run_train(recipe: Recipe, *, train: ImageSource | None = None, val: ImageSou
         torch.set_num_threads(recipe.train.threads)
     picked = partial(pick_device, recipe.train.device, me.local)
     with me.process_group(picked, memory=recipe.train.source == "record"):
-        return StudentRun(recipe, me, train, val).run()
+        return StudentRun(recipe, me, train, val, teachers, student).run()
 
 
 def _save_network(network: nn.Module, path: Path) -> None:
@@ -118,15 +131,23 @@ class StudentRun:
     """One run of the student stage, opened and built."""
 
     def __init__(
-        self, recipe: Recipe, me: Worker, images: ImageSource | None = None, val_images: ImageSource | None = None
+        self,
+        recipe: Recipe,
+        me: Worker,
+        images: ImageSource | None = None,
+        val_images: ImageSource | None = None,
+        networks: Networks | None = None,
+        given: nn.Module | None = None,
     ) -> None:
-        self.recipe, self.me = recipe, me
+        self.recipe, self.me, self._networks, self._given = recipe, me, networks, given
+        self._as_found = None if given is None else AsFound(bare(given))
         self.provenance = Provenance.begin(recipe.model_dump(mode="json"))
         train = recipe.train
         self.device = pick_device(train.device, me.local)
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
+        self.loggers = pick_loggers(train.loggers)
         self.entries = trainable_entries(recipe)
         if train.source == "record":
             refuse_unrecordable(recipe)
@@ -136,7 +157,7 @@ class StudentRun:
         # The first rank holds it for all; they end together.
         self._lock = RunLock(self.out) if me.first else None
         with contextlib.ExitStack() as undo:
-            undo.callback(self._unlock)
+            undo.callback(self._give_back)
             self.resumed = check_run_dir(self.out, recipe)
             self.data = open_train(recipe, images)
             if len(self.data) < train.batch:
@@ -171,11 +192,14 @@ class StudentRun:
 
     def _open_source(self, plan: ViewPlan) -> Source:
         if self.recipe.train.source == "record":
-            return open_recorded(self.recipe, self.data, plan, self.device, self.entries, self.me)
-        return open_source(self.recipe, self.data, plan, self.device, self.needs, names_of(self.entries))
+            return open_recorded(
+                self.recipe, self.data, plan, self.device, self.entries, self.me, self._networks, self._given
+            )
+        label = names_of(self.entries)
+        return open_source(self.recipe, self.data, plan, self.device, self.needs, label, self._networks)
 
     def _student(self) -> nn.Module:
-        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed)
+        return build_student(self.recipe.student, self._num_classes(), self.recipe.train_seed, self._given)
 
     def _warn_of_other_input(self) -> None:
         asked, ours = self.recipe.student, self.recipe.data.normalization
@@ -266,7 +290,28 @@ class StudentRun:
         trains = self.me.first and step < stop
         if trains:
             record_process(self.out, self.provenance)
-        events = EventLog(self.out, step) if self.me.first else None
+        events = self._events(step, trains) if self.me.first else None
+        with events or contextlib.nullcontext():
+            step, found, branches = self._train(step, stop, events)
+            if trains:
+                record_process(self.out, self.provenance.finished())
+            result = self._finish(step, found, branches, events)
+            if events is not None:
+                events.result(result)
+        return result
+
+    def _events(self, step: int, trains: bool) -> EventLog:
+        tree = self.provenance.model_dump(mode="json")
+        recipe = tree.pop("recipe")  # without logins
+        about = About(self.out, step, recipe["train"]["out"], recipe, tree, tuple(recipe["train"]["tags"]))
+        ended = not trains and (self.out / "result.json").is_file()  # then they have been told all
+        return EventLog(about, () if ended else self.loggers)
+
+    def _train(
+        self, step: int, stop: int, events: EventLog | None
+    ) -> tuple[int, Found, list[tuple[nn.Module, float | None]]]:
+        """From ``step`` to ``stop``: the step reached, what was measured there, and the branches."""
+        train, loop = self.recipe.train, self.loop
         try:
             with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
                 found: Found = {}
@@ -280,12 +325,7 @@ class StudentRun:
         except KeyboardInterrupt:
             loop.rescue()
             raise
-        finally:
-            if events is not None:
-                events.close()
-        if trains:
-            record_process(self.out, self.provenance.finished())
-        return self._finish(step, found, branches, events)
+        return step, found, branches
 
     def _prepare(self) -> None:
         """Let the methods learn from targets what they must know before the first step, and tell all ranks."""
@@ -303,15 +343,17 @@ class StudentRun:
                 torch.distributed.broadcast(value, 0)
 
     def close(self) -> None:
-        """Stop what is read ahead, and give the folder back."""
+        """Stop what is read ahead, and give the folder back, and a student that was passed."""
         self.source.close()
         if self.val is not None:
             self.val.close()
-        self._unlock()
+        self._give_back()
 
-    def _unlock(self) -> None:
+    def _give_back(self) -> None:
         if self._lock is not None:
             self._lock.close()
+        if self._as_found is not None:
+            self._as_found.restore()
 
     def evaluate(self) -> Found:
         """The task's metric of the bare student on ``data.val``, the same on every rank; empty without it."""
@@ -404,5 +446,5 @@ class StudentRun:
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
             stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
             sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, self._pictures() + sheet)
+            write_report(self.out, result, self.provenance.recipe or {}, made, self._pictures() + sheet)
         return result

@@ -29,8 +29,9 @@ import torch
 
 from feedfast.data.dali import require_dali
 from feedfast.errors import FeedfastError, RequestError
-from feedfast.files import read_sealed
+from feedfast.files import read_sealed, write_text
 from feedfast.recipe import Recipe, load_recipe, parse_recipe
+from feedfast.report.loggers import pick_loggers
 from feedfast.stages.compare import run_compare
 from feedfast.stages.folder import RECIPE, RunLock, comparable, ensure_dir
 from feedfast.stages.groups import RESULT, planned_names
@@ -39,6 +40,7 @@ from feedfast.stages.record import usable_cores
 from feedfast.stages.student import run_train
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.worker import Worker
+from feedfast.words import toml_table
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +131,13 @@ def run_sweep(
         "seconds": time.perf_counter() - started,
         "compare": run_compare(folders, out, baseline) if folders else None,
     }
+
+
+def recipe_file(recipe: Recipe, out: Path) -> Path:
+    """A recipe as a file in the folder of its sweep, from which runs start; what it leaves unsaid is left out."""
+    path = ensure_dir(out, "out") / "recipe.toml"
+    write_text(path, toml_table(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)))
+    return path
 
 
 def sweep_script(recipe: Path, settings: Sequence[str], overrides: Sequence[str] = (), *, out: Path) -> str:
@@ -252,6 +261,10 @@ def _point(recipe: Path, chosen: Sequence[tuple[str, str]], overrides: Sequence[
     swept = any(key.partition(".")[0] == "method" for key, _ in chosen)
     if swept and all(entry.name == "none" for entry in found.method):
         words.append("train.source=none")
+        found = load_recipe(recipe, words)
+    if set(pick_loggers(found.train.loggers)) - {"tensorboard"}:  # where a run is found again by what was swept
+        tags = [*found.train.tags, f"sweep={out}"[:128], *(f"{key}={value}"[:128] for key, value in chosen)]
+        words.append(f"train.tags={json.dumps(tags, ensure_ascii=False)}")
         found = load_recipe(recipe, words)
     if found.chain.generations:
         raise RequestError(

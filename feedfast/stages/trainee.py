@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from feedfast import recipe as recipes
 from feedfast.data.dataset import Dataset
+from feedfast.errors import RequestError
 from feedfast.methods import Method, StudentOutput, Targets, method_named, parse_options, refuse_other_logits
 from feedfast.methods.base import GivenTargets, Shapes, Teachers, apart, tap_groups
 from feedfast.models.branched import Branched
-from feedfast.models.build import build_model, load_weights
+from feedfast.models.build import build_model, load_weights, refuse_misnamed
+from feedfast.models.given import bare, is_given
 from feedfast.models.normalize import Normalize
 from feedfast.models.presets import preset_taps
 from feedfast.models.taps import Tapped
@@ -136,13 +138,18 @@ def losses_of(
     progress: float,
     *,
     task_weight: float = 1.0,
+    own: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached."""
+    """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached.
+
+    ``own`` stands for the task's loss where somebody else has computed it; no method fuses that one.
+    """
     task_weight *= math.prod(method.task_weight(progress) for method in methods)
     fusing = next((n for n, method in enumerate(methods) if method.fuses and isinstance(task, method.fuses)), None)
     terms: dict[str, Tensor] = {}
-    if fusing is None:
-        own = task.loss(student.output, annotations)
+    if fusing is None or own is not None:
+        fusing = None
+        own = task.loss(student.output, annotations) if own is None else own
         total = task_weight * own
     else:
         method, entry = methods[fusing], entries[fusing]
@@ -163,12 +170,27 @@ def _labeled(entry: Entry, terms: Mapping[str, Tensor], entries: int) -> dict[st
     return {f"{prefix}{name}": term.detach() for name, term in terms.items()}
 
 
-def build_student(asked: recipes.Student, classes: int, seed: int) -> nn.Module:
+def build_student(asked: recipes.Student, classes: int, seed: int, given: nn.Module | None = None) -> nn.Module:
     """The bare network of a recipe; of several branches each starts from a seed of its own.
 
+    Args:
+        asked: what the recipe says of it.
+        classes: that it tells apart.
+        seed: of its start.
+        given: the network itself, where it was passed as an object: it starts as it is.
+
     Raises:
-        RequestError: it cannot be built, or its weights do not fit.
+        RequestError: it cannot be built, or its weights do not fit; or an object is not what the recipe says.
     """
+    if given is not None:
+        if asked.branches > 1:
+            raise RequestError(f"student.branches: expected 1 of a network that is passed, found {asked.branches}")
+        if asked.weights is not None or asked.backbone is not None:
+            key = "backbone" if asked.weights is None else "weights"
+            raise RequestError(f"student.{key}: expected none with a network that is passed, which brings its own")
+        if not is_given(asked.model):
+            refuse_misnamed(given, asked.model, (classes,), "student")
+        return bare(given)
     if asked.branches == 1:
         return build_model(
             asked.model,

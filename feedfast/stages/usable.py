@@ -14,11 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS, TapInfo, refuse_dense, tasks_of
 from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
 from feedfast.methods.ft import FACTOR, FT, TAP, factor_channels
+from feedfast.models.given import copied
 from feedfast.models.normalize import Normalize
 from feedfast.recipe import Recipe
 from feedfast.stages.data import view_plan
@@ -77,8 +80,16 @@ def _refuse_task(recipe: Recipe, entries: Sequence[Entry]) -> None:
 
 
 def _refuse_mixed(recipe: Recipe, entries: Sequence[Entry]) -> None:
-    """Raise if a method needs one class per image and the views have two."""
-    mixing = [operation.op for operation in view_plan(recipe.data, recipe.seed).mixing_operations]
+    refuse_mixed(view_plan(recipe.data, recipe.seed), entries)
+
+
+def refuse_mixed(plan: ViewPlan, entries: Sequence[Entry]) -> None:
+    """Raise if a method needs one class per image and the views have two.
+
+    Raises:
+        RequestError: with the operations that mix.
+    """
+    mixing = [operation.op for operation in plan.mixing_operations]
     for entry in entries:
         if entry.kind.one_label and mixing:
             raise RequestError(
@@ -120,7 +131,15 @@ def _reads_factors(entries: Sequence[Entry]) -> bool:
     return FACTOR in needs_of(entries)
 
 
-def refuse_unusable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int, *, check: bool) -> str:
+def refuse_unusable(
+    recipe: Recipe,
+    entries: Sequence[Entry],
+    taps: Teachers,
+    classes: int,
+    *,
+    check: bool,
+    given: nn.Module | None = None,
+) -> str:
     """Raise unless the recipe's student can learn by its methods from these targets; methods that need none can.
 
     Args:
@@ -129,6 +148,7 @@ def refuse_unusable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cl
         taps: teacher → tap → shape and margin, as `coming_taps` has them.
         classes: of the images; 0 = they have no labels.
         check: False = only say it.
+        given: the student, if it is an object; it is copied.
 
     Returns:
         Why it cannot, "" if it can.
@@ -137,7 +157,7 @@ def refuse_unusable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cl
         RequestError: with the sentence that training would end with.
     """
     try:
-        require_usable(recipe, entries, taps, classes)
+        require_usable(recipe, entries, taps, classes, given)
     except RequestError as error:
         if check:
             raise RequestError(
@@ -179,7 +199,9 @@ def refuse_unusable_generations(recipe: Recipe, classes: int) -> None:
     require_usable(recipe, entries, coming_taps({name: teacher}, None, entries), classes)
 
 
-def require_usable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int) -> None:
+def require_usable(
+    recipe: Recipe, entries: Sequence[Entry], taps: Teachers, classes: int, given: nn.Module | None = None
+) -> None:
     """Raise unless the recipe's student can learn by its methods from these targets; arguments as `refuse_unusable`.
 
     Raises:
@@ -199,7 +221,7 @@ def require_usable(recipe: Recipe, entries: Sequence[Entry], taps: Teachers, cla
     is_file = asked.weights and (Path(asked.weights).suffix or Path(asked.weights).exists())
     classes = classes or next((infos[LOGITS].shape[0] for infos in taps.values() if LOGITS in infos), 0)
     bare = asked.model_copy(update={"backbone": None} | ({} if is_file else {"weights": None}))
-    student = build_student(bare, classes, recipe.train_seed)
+    student = build_student(bare, classes, recipe.train_seed, None if given is None else copied(given, "student"))
     example = gray_images(Normalize(*recipe.data.normalization), recipe.data.size, torch.device("cpu"))
     where = f"student {asked.model}"
     tapped = tap_student(student, student_needs_of(entries), example, task_named(recipe.task.name, classes), where)

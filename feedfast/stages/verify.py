@@ -14,12 +14,14 @@ import torch
 
 from feedfast import recipe as recipes
 from feedfast.data.dali import require_dali
+from feedfast.data.dataset import ImageSource
 from feedfast.errors import CacheDamageError, CacheMismatchError, RequestError
+from feedfast.models.given import is_given
 from feedfast.recipe import Recipe
 from feedfast.stages.data import Selection
-from feedfast.stages.ensemble import FrozenTeacher, teacher_from_manifest
+from feedfast.stages.ensemble import FrozenTeacher, Networks, teacher_from_manifest
 from feedfast.stages.identity import dataset_info, refuse_differences
-from feedfast.stages.proof import check_views, plan_of, recompute_teachers, replay_pixels, source_of
+from feedfast.stages.proof import check_views, plan_of, recompute_teachers, replay_pixels, selection_of, source_of
 from feedfast.storage import names
 from feedfast.storage.log import Problem, problem
 from feedfast.storage.places import place_of
@@ -36,6 +38,8 @@ def run_verify(
     replay: int = 0,
     teachers_percent: float = 0.0,
     recipe: Recipe | None = None,
+    train: ImageSource | None = None,
+    networks: Networks | None = None,
 ) -> dict[str, Any]:
     """Check a cache.
 
@@ -46,6 +50,8 @@ def run_verify(
         teachers_percent: share of the rows whose maps are recomputed; needs ``recipe``, which knows the weights' files,
             unless the teachers are pretrained ones.
         recipe: where data and weights are; the manifest's own paths without it.
+        train: the object that the images come from.
+        networks: of teachers that need not be built.
 
     Returns:
         The JSON of `feedfast verify`: ``ok``, ``problems`` (array, shard, kind, detail), ``objects``, ``bytes``,
@@ -69,8 +75,11 @@ def run_verify(
     replayed = 0
     cosine: dict[str, float] = {}
     if (replay or teachers_percent) and not problems:
-        chosen = source_of(reader) if recipe is None else Selection.of(recipe)
-        data = chosen.open()
+        if recipe is not None:
+            chosen = Selection.of(recipe)
+        else:
+            chosen = source_of(reader) if train is None else selection_of(reader)
+        data = chosen.open(given=train)
         plan = plan_of(reader)
         expected = {"dataset": dataset_info(chosen, data), "num_rows": len(data)}
         try:
@@ -84,7 +93,7 @@ def run_verify(
         except CacheMismatchError as error:
             problems.append(problem("", "", "pixels", str(error)))
         if teachers_percent and not problems:
-            loaded = _teachers(reader, () if recipe is None else recipe.teachers)
+            loaded = _teachers(reader, () if recipe is None else recipe.teachers, networks or {})
             made = [
                 f"{t.name}/{tap.name}"
                 for t in reader.manifest.teachers.values()
@@ -114,23 +123,29 @@ def _tell(problems: list[Problem]) -> None:
         log.error("%s: %s %s: %s", entry["kind"], entry["array"], entry["shard"], entry["detail"])
 
 
-def _teachers(reader: CacheReader, specs: Sequence[recipes.Teacher]) -> dict[str, FrozenTeacher]:
+def _teachers(reader: CacheReader, specs: Sequence[recipes.Teacher], networks: Networks) -> dict[str, FrozenTeacher]:
     """The cache's teachers; ``specs`` say where weights are, and whose code may be imported."""
+    unknown = sorted(networks.keys() - reader.manifest.teachers.keys())
+    if unknown:
+        held = sorted(reader.manifest.teachers)
+        raise RequestError(f"teachers: expected networks of {', '.join(held)}, found one of {unknown[0]!r}")
     given = {spec.name: spec for spec in specs}
     trusted = {spec.model for spec in specs}
     out = {}
     for name, info in reader.manifest.teachers.items():
-        if ":" in info.model and info.model not in trusted:
+        if ":" in info.model and info.model not in trusted and name not in networks:
             raise RequestError(
                 f"teachers[{name}].model: {info.model!r} would import code that a cache names; "
                 "give --recipe with this model in it"
             )
         try:
-            out[name] = teacher_from_manifest(info, reader.manifest.plan.size, given.get(name), torch.device("cpu"))
+            out[name] = teacher_from_manifest(
+                *(info, reader.manifest.plan.size, given.get(name), torch.device("cpu"), networks.get(name))
+            )
         except CacheMismatchError:
             raise
         except RequestError as error:
-            if name in given:
+            if name in given or is_given(info.model):
                 raise
             raise RequestError(f"{error}; if its weights are in a file, give --recipe, which names it") from error
     return out
