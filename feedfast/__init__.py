@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from feedfast.recipe import Recipe as Recipe
     from feedfast.recipe import load_recipe as load_recipe
     from feedfast.stages.compare import compare_runs as compare_runs
+    from feedfast.stages.distill import distiller as distiller
     from feedfast.stages.offline import run_cache as run_cache
     from feedfast.stages.open_cache import open_cache as open_cache
     from feedfast.stages.student import run_train as run_train
@@ -70,6 +71,7 @@ _HOMES = {
     "Recipe": "feedfast.recipe",
     "RequestError": "feedfast.errors",
     "compare_runs": "feedfast.stages.compare",
+    "distiller": "feedfast.stages.distill",
     "load_recipe": "feedfast.recipe",
     "open_cache": "feedfast.stages.open_cache",
     "run_cache": "feedfast.stages.offline",

@@ -161,11 +161,13 @@ def _copied(value: Any) -> Any:
 
 def _table(tree: Mapping[str, Any], name: str, given: Any) -> Any:
     """A table with what was given for it."""
-    held = tree.get(name, {})
-    if name in _WHOLE or not isinstance(held, Mapping):
-        return given
-    if name == "method" and isinstance(given, list | tuple):
+    if name in _WHOLE or (name == "method" and isinstance(given, list | tuple)):
         return _copied(given)
+    held = tree.get(name, {})
+    if name == "method" and isinstance(held, list | tuple):  # [[method]]: only of a single one can a key be changed
+        held = held[0] if len(held) == 1 else {}
+    if not isinstance(held, Mapping):
+        return given
     changes = _copied(given) if isinstance(given, Mapping) else {_SHORT[name]: given}
     if name == "method" and changes.get("name", held.get("name")) != held.get("name"):
         return changes  # another method: the options of this one are none of its own

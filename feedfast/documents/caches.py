@@ -181,13 +181,15 @@ class Problem:
         shard: key of the shard within it.
         kind: what is wrong: "missing", "length", "checksum", "pixels", "teacher", …
         detail: a sentence with what was expected and found.
-        block: number of the block within the shard, where it is known.
+        path: of the object, where one was read.
+        block: number of the block within it, where that is known.
     """
 
     array: str
     shard: str
     kind: str
     detail: str
+    path: str | None = None
     block: str | None = None
 
 

@@ -332,12 +332,22 @@ class Tapped(nn.Module):
         Raises:
             FeedfastError: the network behaved differently from the example's pass, so a map cannot be trusted.
         """
-        recorder = self._recorder
-        recorder.start(self._copies_training if self.model.training else self._copies)
+        self.begin()
         try:
-            logits = logits_of(self.model(x))
-        finally:
-            counts, maps, originals, versions = recorder.stop()
+            output = self.model(x)
+        except BaseException:
+            self._recorder.stop()
+            raise
+        return self.end(output)
+
+    def begin(self) -> None:
+        """Before a pass of the network that somebody else calls: keep its maps; see `feedfast.models.listen`."""
+        self._recorder.start(self._copies_training if self.model.training else self._copies)
+
+    def end(self, output: Any) -> tuple[Any, dict[str, Tensor]]:
+        """After that pass: what `forward` returns, of what the network has returned; raises as `forward` does."""
+        recorder = self._recorder
+        counts, maps, originals, versions = recorder.stop()
         for slot, tap in enumerate(self.taps):
             if counts[slot] != self._expected[slot]:
                 raise FeedfastError(
@@ -351,7 +361,7 @@ class Tapped(nn.Module):
                     f"tap {tap.name} ({tap.path}:{tap.position}): its map was overwritten after it was captured, which "
                     f"did not happen on the example; make the operation that follows it out of place"
                 )
-        return logits, self._arranged(maps)
+        return logits_of(output), self._arranged(maps)
 
     def remove(self) -> None:
         """Take the hooks off the network; this `Tapped` cannot run afterwards. Activations stay out of place."""

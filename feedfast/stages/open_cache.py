@@ -34,6 +34,9 @@ from feedfast.storage.reader import CacheReader
 
 Wanted = Mapping[str, str | Sequence[str]]
 
+NormalizeWith = bool | tuple[Sequence[float], Sequence[float]]
+"""True = with the first teacher's mean and std; mean and std per channel in 0..1 units; False = uint8 pixels."""
+
 
 class OpenedCache:
     """An open cache with its images. Made by `open_cache`; pickles, so that other processes can stream it too.
@@ -90,7 +93,7 @@ class OpenedCache:
         pass_index: int = 0,
         start_batch: int = 0,
         drop_last: bool = True,
-        normalize: bool = True,
+        normalize: NormalizeWith = True,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> Stream:
@@ -106,7 +109,8 @@ class OpenedCache:
             start_batch: first batch to hand out; nothing before it is read.
             drop_last: leave out rows that fill no whole batch of every rank. Without it they are dealt out in turn, and
                 some ranks may see one batch less than others.
-            normalize: images as networks take them (with the first teacher's mean and std), or uint8 pixels.
+            normalize: True = float images [B, 3, H, W] as networks take them, with the first teacher's mean and std; a
+                pair (mean, std) in 0..1 units = with these; False = uint8 pixels [B, H, W, 3].
             rank: this process among ``world_size``, each of which gets rows of its own. By default those of torch's
                 process group, else those of torchrun's or srun's variables, else 0 of 1.
             world_size: see ``rank``.
@@ -121,13 +125,13 @@ class OpenedCache:
             raise RequestError(f"pass_index: expected at least 0, found {pass_index}")
         place = Place(rank, world_size)
         stream = Stream(
-            self._source(device, taps),
+            self.source(device, taps),
             view=view,
             pass_index=pass_index,
             batch_size=batch_size,
             start_batch=start_batch,
             drop_last=drop_last,
-            normalize=self._normalize(device) if normalize else None,
+            normalize=self._normalize(normalize, device),
             place=place,
         )
         stream.check()
@@ -141,7 +145,7 @@ class OpenedCache:
         taps: Wanted | None = None,
         epoch: int = 0,
         drop_last: bool = True,
-        normalize: bool = True,
+        normalize: NormalizeWith = True,
         rank: int | None = None,
         world_size: int | None = None,
         residency: Residency = "disk",
@@ -165,7 +169,7 @@ class OpenedCache:
         """
         if epoch < 0:
             raise RequestError(f"epoch: expected at least 0, found {epoch}")
-        source = self._source(device, taps)
+        source = self.source(device, taps)
         self.reader.require(source.arrays, range(self.views))
         source.resident = resident(
             *(residency, self.reader, source.arrays, source.device),
@@ -178,7 +182,7 @@ class OpenedCache:
             batch_size=batch_size,
             epoch=epoch,
             drop_last=drop_last,
-            normalize=self._normalize(device) if normalize else None,
+            normalize=self._normalize(normalize, device),
             place=Place(rank, world_size),
         )
 
@@ -188,7 +192,7 @@ class OpenedCache:
         batch_size: int = 256,
         *,
         device: str | torch.device = "cpu",
-        normalize: bool = True,
+        normalize: NormalizeWith = True,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> Evaluation:
@@ -213,11 +217,21 @@ class OpenedCache:
             self.plan,
             pick_device(str(device), key="device"),
             batch_size=batch_size,
-            normalize=self._normalize(device) if normalize else None,
+            normalize=self._normalize(normalize, device),
             place=Place(rank, world_size),
         )
 
-    def _source(self, device: str | torch.device, taps: Wanted | None) -> Cached:
+    def source(self, device: str | torch.device = "cpu", taps: Wanted | None = None) -> Cached:
+        """What all streams read: batches and targets of given rows of a view, as `feedfast train` asks for them.
+
+        Args:
+            device: where tensors are put.
+            taps: teacher → targets wanted; all of them without it, none with {}.
+
+        Raises:
+            RequestError: ``taps`` is no mapping.
+            CacheMismatchError: no such teacher or tap.
+        """
         where = pick_device(str(device), key="device")
         have = manifest_taps(self.manifest)
         names: Wanted = self.taps if taps is None else taps
@@ -235,9 +249,16 @@ class OpenedCache:
         infos = {teacher: {tap: have[teacher][tap] for tap in some} for teacher, some in wanted.items()}
         return Cached(self.reader, self.data, self.plan, where, infos, views=self.views)
 
-    def _normalize(self, device: str | torch.device) -> Normalize:
+    def _normalize(self, given: NormalizeWith, device: str | torch.device) -> Normalize | None:
+        if given is False:
+            return None
         first = next(iter(self.manifest.teachers.values()))
-        return Normalize(first.mean, first.std).to(pick_device(str(device), key="device"))
+        mean, std = (first.mean, first.std) if given is True else given
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise RequestError(
+                f"normalize: expected True, False, or (mean, std) of 3 channels each with std > 0, found {given!r}"
+            )
+        return Normalize(mean, std).to(pick_device(str(device), key="device"))
 
 
 def open_cache(

@@ -138,13 +138,18 @@ def losses_of(
     progress: float,
     *,
     task_weight: float = 1.0,
+    own: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached."""
+    """``loss`` with gradient; the task's loss and the methods' terms, unweighted and detached.
+
+    ``own`` stands for the task's loss where somebody else has computed it; no method fuses that one.
+    """
     task_weight *= math.prod(method.task_weight(progress) for method in methods)
     fusing = next((n for n, method in enumerate(methods) if method.fuses and isinstance(task, method.fuses)), None)
     terms: dict[str, Tensor] = {}
-    if fusing is None:
-        own = task.loss(student.output, annotations)
+    if fusing is None or own is not None:
+        fusing = None
+        own = task.loss(student.output, annotations) if own is None else own
         total = task_weight * own
     else:
         method, entry = methods[fusing], entries[fusing]

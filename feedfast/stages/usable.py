@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from feedfast.data.views import ViewPlan
 from feedfast.errors import RequestError
 from feedfast.methods import METHODS, TapInfo, refuse_dense, tasks_of
 from feedfast.methods.base import LOGITS, Teachers, matching, tap_groups
@@ -79,8 +80,16 @@ def _refuse_task(recipe: Recipe, entries: Sequence[Entry]) -> None:
 
 
 def _refuse_mixed(recipe: Recipe, entries: Sequence[Entry]) -> None:
-    """Raise if a method needs one class per image and the views have two."""
-    mixing = [operation.op for operation in view_plan(recipe.data, recipe.seed).mixing_operations]
+    refuse_mixed(view_plan(recipe.data, recipe.seed), entries)
+
+
+def refuse_mixed(plan: ViewPlan, entries: Sequence[Entry]) -> None:
+    """Raise if a method needs one class per image and the views have two.
+
+    Raises:
+        RequestError: with the operations that mix.
+    """
+    mixing = [operation.op for operation in plan.mixing_operations]
     for entry in entries:
         if entry.kind.one_label and mixing:
             raise RequestError(
