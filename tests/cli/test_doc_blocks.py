@@ -316,7 +316,7 @@ def test_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (code,), (recipe,) = blocks(page, "python"), blocks(page, "toml")
     _, *scripts = blocks(page, "sh")  # the first one installs
     for written, here in (("[:600]", "[:150]"), ("epochs = 12", "epochs = 1")):
-        assert (code + recipe).count(written) == 1
+        assert (code + recipe).count(written) == 1 + (written in code)
         code, recipe = code.replace(written, here), recipe.replace(written, here)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
