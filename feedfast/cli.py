@@ -11,35 +11,58 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from feedfast import api
+from feedfast import api, completion
 from feedfast.errors import FeedfastError, PeerFailedError, RequestError, printable
 from feedfast.recipe import load_recipe
 from feedfast.stages.interrupt import interruptible
+from feedfast.stages.progress import first_rank
 
 if TYPE_CHECKING:
     from feedfast.documents import Document
 
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help; the first character keeps the lines as they are."""
+    return "\b\n" + ("Example:" if len(lines) == 1 else "Examples:") + "".join(f"\n  {line}" for line in lines)
+
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil from an ensemble of teachers: run them once, then train students from what they said.",
+    epilog=_examples(
+        "feedfast demo",
+        "feedfast recipes ofd-c-cifar100 --out recipe.toml",
+        "feedfast cache recipe.toml",
+        "feedfast train recipe.toml train.epochs=5 -v",
+    ),
 )
 
-analyze = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into trained networks.")
+analyze = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look into trained networks.",
+    epilog=_examples("feedfast analyze reconstruction runs/a runs/b"),
+)
 app.add_typer(analyze, name="analyze")
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="a TOML recipe")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override any dotted key of the recipe")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="override any dotted key of the recipe",
+        autocompletion=completion.overrides,
+    ),
 ]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="go on where the recipe's own method or student could not use the cache")
@@ -74,18 +97,21 @@ def configure_logging(level: int = 0) -> None:
     logger = logging.getLogger("feedfast")
     for handler in [handler for handler in logger.handlers if getattr(handler, "of_the_command_line", False)]:
         logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.of_the_command_line = True  # type: ignore[attr-defined]
     handler.setFormatter(_Printable("%(message)s" if sys.stderr.isatty() else "%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
-    least = logging.INFO if _rank() == "0" else logging.WARNING
+    least = logging.INFO if first_rank() else logging.WARNING
     logger.setLevel(min(max(least - 10 * level, logging.DEBUG), logging.ERROR))
 
 
-def _rank() -> str:
-    """This process among its peers, before anything knows better: for who speaks."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+class _ToStderr(logging.StreamHandler[Any]):
+    """To whatever is stderr at the moment: above a live line of progress, which stands in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Printable(logging.Formatter):
@@ -104,7 +130,7 @@ def _refuse_lone(overrides: list[str] | None, recipe: Path | None) -> None:
         raise RequestError(f"{overrides[0]}: expected --recipe, whose key it overrides, found none")
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast demo --out runs/demo"))
 def demo(
     out: Annotated[Path, typer.Option(callback=_home, help="folder for the cache, the runs and report.html")] = Path(
         "runs/demo"
@@ -115,7 +141,7 @@ def demo(
     _print(api.demo(out, overwrite=overwrite))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast plan recipe.toml cache.views=8"))
 def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
     """Bytes, time, free disk, break-even and use of a cache, before it is made; exit code 1 if it cannot fit."""
     document = api.plan(recipe, overrides or (), check=not no_check)
@@ -123,7 +149,9 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = Fa
     raise typer.Exit(0 if document.fits else 1)
 
 
-@app.command()
+@app.command(
+    epilog=_examples("feedfast cache recipe.toml cache.codec=u4", "feedfast cache recipe.toml --print slurm --tasks 16")
+)
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -146,6 +174,7 @@ def cache(
             "--print",
             metavar="slurm|kubernetes|torchrun",
             help="write nothing; print the lines to paste that start a job sized to what is missing",
+            autocompletion=completion.one_of("slurm", "kubernetes", "torchrun"),
         ),
     ] = None,
     tasks: Annotated[
@@ -180,19 +209,24 @@ def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None,
     print(run_print(recipe, launcher, command, tasks=tasks, check=check), flush=True)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast train recipe.toml method.name=ofd train.out=runs/ofd"))
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a student from the cache, with live teachers, or plainly (for teachers too); resumes by itself."""
     _print(api.train(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3 --jobs 2"))
 def sweep(
     recipe: RecipeFile,
     overrides: Overrides = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=V1,V2,...", help="values of a key, or FIRST:STOP; several make a grid"),
+        typer.Option(
+            "--set",
+            metavar="KEY=V1,V2,...",
+            help="values of a key, or FIRST:STOP; several make a grid",
+            autocompletion=completion.overrides,
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="runs at a time; they share cores and GPUs")] = 1,
     out: Annotated[Path, typer.Option(callback=_home, help="folder of the runs and of compare.html")] = Path(
@@ -203,10 +237,7 @@ def sweep(
         str | None, typer.Option("--print", metavar="slurm", help="print a job array of what is missing, run nothing")
     ] = None,
 ) -> None:
-    """Train every combination of --set over one cache, then compare; resumes by itself, exit code 1 if a run failed.
-
-    Example: feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3
-    """
+    """Train every combination of --set over one cache, then compare; resumes by itself, exit code 1 if a run failed."""
     if script is not None:
         from feedfast.stages.sweep import sweep_script
 
@@ -219,7 +250,7 @@ def sweep(
     raise typer.Exit(1 if document.failed else 0)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast compare runs/sweep --out runs/compared"))
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or of folders of runs")],
     baseline: Annotated[
@@ -229,43 +260,41 @@ def compare(
         Path | None, typer.Option(callback=_home, help="folder for compare.html and compare.csv; none = only the table")
     ] = None,
 ) -> None:
-    """Compare finished runs: mean and deviation over seeds, difference to a baseline with its interval, cost, curves.
-
-    Example: feedfast compare runs/* --out runs/compared
-    """
+    """Compare finished runs: mean and deviation over seeds, difference to a baseline with interval, cost, curves."""
     _print(api.compare(runs, baseline=baseline, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast export runs/student --format onnx"))
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a finished run: train.out")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="state_dict, safetensors, torch-export or onnx; may be repeated; default: all"),
+        typer.Option(
+            "--format",
+            help="state_dict, safetensors, torch-export or onnx; may be repeated; default: all",
+            autocompletion=completion.one_of("state_dict", "safetensors", "torch-export", "onnx"),
+        ),
     ] = None,
     branch: Annotated[bool, typer.Option("--branch", help="of a student of branches the best one alone")] = False,
     out: Annotated[Path | None, typer.Option(callback=_home, help="default: export in the run's folder")] = None,
 ) -> None:
-    """Write a trained student as weights and programs for others, each checked on real images.
-
-    Example: feedfast export runs/student --format onnx
-    """
+    """Write a trained student as weights and programs for others, each checked on real images."""
     _print(api.export(run, formats=formats or (), branch=branch, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast chain recipe.toml chain.generations=3 method.name=sfeed"))
 def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train generations of students, each taught by the one before, over one cache (sfeed, ban); resumes by itself."""
     _print(api.chain(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast factors recipe.toml method.name=ft"))
 def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a paraphraser per teacher over the cache's final maps and add its factors as the tap `factor` (ft)."""
     _print(api.factors(recipe, overrides or ()))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast verify runs/cache.zarr --full --replay 8"))
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     overrides: Overrides = None,
@@ -283,7 +312,7 @@ def verify(
     raise typer.Exit(0 if document.ok else 1)
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast inspect runs/cache.zarr --out runs/inspected"))
 def inspect(
     cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     out: Annotated[
@@ -295,7 +324,7 @@ def inspect(
     _print(api.inspect(cache, out=out))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast copy runs/cache.zarr s3://bucket/cache.zarr"))
 def copy(
     source: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     target: Annotated[str, typer.Argument(help="where to: a folder, or s3://…, gs://… or az://…")],
@@ -304,9 +333,12 @@ def copy(
     _print(api.copy(source, target))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast taps torchvision/resnet18 --size 64 --classes 10"))
 def taps(
-    model: Annotated[str, typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory")],
+    model: Annotated[
+        str,
+        typer.Argument(help="zoo/…, torchvision/…, timm/… or package.module:factory", autocompletion=completion.models),
+    ],
     size: Annotated[
         int | None, typer.Option(min=4, max=2048, help="pixels, side of the input; default: the model's own, else 32")
     ] = None,
@@ -316,15 +348,17 @@ def taps(
     _print(api.taps(model, size=size, classes=classes))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast doctor", "feedfast doctor --recipe recipe.toml"))
 def doctor() -> None:
     """What this machine is, the versions that run on it, and whether bf16 pays on its processor."""
     _print(api.doctor())
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast methods ofd"))
 def methods(
-    name: Annotated[str | None, typer.Argument(help="one method, with its options")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="one method, with its options", autocompletion=completion.methods)
+    ] = None,
     overrides: Overrides = None,
     recipe: Annotated[
         Path | None, typer.Option(help="also bytes per sample that a cache of its teachers would store for a method")
@@ -338,9 +372,11 @@ def methods(
     _print(api.list_methods(name, overrides or (), recipe=recipe))
 
 
-@app.command()
+@app.command(epilog=_examples("feedfast recipes ofd-c-cifar100 --out recipe.toml"))
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="one recipe, shown on stderr")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="one recipe, shown on stderr", autocompletion=completion.recipe_names)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(callback=_home, help="a new file it is copied to, instead of being shown")
     ] = None,
@@ -349,7 +385,7 @@ def recipes(
     _print(api.list_recipes(name, out=out))
 
 
-@analyze.command()
+@analyze.command(epilog=_examples("feedfast analyze reconstruction runs/a runs/b --epochs 3"))
 def reconstruction(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of `feedfast train`: train.out")],
     rate: Annotated[float, typer.Option(help="channels of the factors per channel of the map")] = 0.5,
@@ -365,12 +401,19 @@ def reconstruction(
     _print(api.analyze_reconstruction(runs, rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr, out=out))
 
 
+def _speaking_first(words: Sequence[str]) -> list[str]:
+    """``train recipe.toml -v`` as ``-v train recipe.toml``: people write either."""
+    end = words.index("--") if "--" in words else len(words)
+    said = [word for word in words[:end] if re.fullmatch("-[vq]+|--verbose|--quiet", word)]
+    return [*said, *(word for word in words[:end] if word not in said), *words[end:]]
+
+
 def main() -> None:
     """Entry point of the ``feedfast`` command."""
     sys.path.insert(0, "")  # package.module:factory is looked up from the current directory, as `python -m` would
     with interruptible() as ending:
         try:
-            app()
+            app(_speaking_first(sys.argv[1:]), prog_name="feedfast")
         except PeerFailedError:  # another rank has said why, or has been ended as this one
             sys.exit(1 if ending.number is None else ending.exit_code)
         except FeedfastError as error:
@@ -392,6 +435,6 @@ def main() -> None:
                 raise
             again = "continues" if CONTINUING & set(sys.argv[1:]) else "starts again"
             with contextlib.suppress(OSError):  # the terminal may be what is gone
-                if _rank() == "0":
+                if first_rank():
                     print(f"interrupted by {ending.name}; the same command {again}", file=sys.stderr)
             sys.exit(ending.exit_code)

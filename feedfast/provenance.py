@@ -3,7 +3,8 @@
 For people who ask a year later how this was made. Nothing compares it and no digest covers it: two runs of one recipe
 differ in it by nature. Any room may import this module, as with `feedfast.errors`: caches, runs and pages hold the
 same words. Machines are told apart by a hash of their name: caches are handed on, and names of machines are nobody
-else's business.
+else's business. Of the environment only variables that change what is computed are kept (`ENVIRONMENT`), and logins
+that stand in URLs, arguments or values are replaced by ``***`` (`redacted`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -25,14 +27,40 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 PACKAGES: Final = (
-    "feedfast",
-    "torch",
-    "torchvision",
-    "triton",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-    "numcodecs",
-    "numpy",
+    *(
+        "feedfast",
+        "torch",
+        "torchvision",
+        "triton",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "zarr",
+        "numpy",
+        "numcodecs",
+        "pillow",
+    ),
+    *("pydantic", "safetensors", "timm", "obstore", "pyarrow", "ray"),
+)
+ENVIRONMENT: Final = re.compile(
+    "(?:CUDA|CUBLAS|CUDNN|DALI|GOMP|KMP|MKL|NCCL|NVIDIA|OMP|OPENBLAS|PYTORCH|TORCH|TORCHINDUCTOR|TRITON|SLURM_JOB"
+    "|SLURM_ARRAY)_[A-Z0-9_]+|PYTHONHASHSEED|LD_PRELOAD|MALLOC_[A-Z0-9_]+|RANK|LOCAL_RANK|WORLD_SIZE"
+    "|JOB_COMPLETION_INDEX|JOB_COMPLETIONS"
+)
+_SECRET: Final = re.compile(
+    "key|token|secret|passw|passphrase|credential|auth(?!or)|cookie|signature|(?<![a-z])(?:pw|pwd|sas|sig)(?![a-z])",
+    re.IGNORECASE,
+)
+_SHORTEST_SECRET: Final = 12  # characters; shorter values are settings, and words of other texts
+_NAMES = "(?:api[_-]?key|access[_-]?key(?:[_-]id)?|secret|token|password|passwd|credentials?|signature|sig)"
+_LOGINS: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(://)[^\s/@:'\"]*:[^\s/@'\"]*(?=@)",  # scheme://user:password@
+        r"(https?://)[^\s/@'\"]+(?=@)",
+        # as an option, in a query or in a variable: --api-key x, ?sig=x, AWS_SECRET_ACCESS_KEY=x
+        rf"(--(?:[\w-]*-)?{_NAMES}(?:=|\s+)['\"]?)[^\s&'\"]+",
+        rf"((?<![a-z0-9])(?:[\w-]*[_-])?{_NAMES}=['\"]?)[^\s&'\"]+",
+    )
 )
 MAX_COMMAND: Final = 8192
 _GIT_PATIENCE_S: Final = 5.0
@@ -53,6 +81,8 @@ class Machine(_Part):
         cpu: the processor's name.
         cores: as many as this process may use.
         gpus: names of its CUDA devices.
+        driver: version of their driver; None without one.
+        memory_bytes: main memory; 0 = not known.
     """
 
     host: Short
@@ -60,6 +90,8 @@ class Machine(_Part):
     cpu: Short
     cores: int = Field(ge=0, le=1 << 20)
     gpus: tuple[Short, ...] = Field((), max_length=64)
+    driver: Short | None = None
+    memory_bytes: int = Field(0, ge=0, le=1 << 60)
 
 
 class Provenance(_Part):
@@ -70,7 +102,9 @@ class Provenance(_Part):
         recipe: as it was run, overrides included; None where there is none.
         commit: of the git repository that the working folder lies in; None outside of one.
         dirty: whether tracked files differ from the commit; None where that is not known.
+        diff_sha256: 16 hex digits over `git diff HEAD`, where they differ: the same digits, the same changes.
         versions: package → version; None = not there.
+        environment: variables of `ENVIRONMENT` that are set, without secrets.
         machine: what ran it.
         started: UTC, ISO 8601.
         ended: likewise; None while it is at work, or where it was killed.
@@ -80,7 +114,9 @@ class Provenance(_Part):
     recipe: dict[str, Any] | None = None
     commit: Short | None = None
     dirty: bool | None = None
+    diff_sha256: Short | None = None
     versions: dict[Short, Short | None] = Field({}, max_length=64)
+    environment: dict[Short, Short] = Field({}, max_length=64)
     machine: Machine
     started: Short
     ended: Short | None = None
@@ -92,13 +128,15 @@ class Provenance(_Part):
         Args:
             recipe: as JSON values.
         """
-        commit, dirty = _commit(os.getcwd())
+        commit, dirty, diff = _commit(os.getcwd())
         return cls(
             command=_command(),
-            recipe=None if recipe is None else dict(recipe),
+            recipe=None if recipe is None else _redacted_tree(dict(recipe)),
             commit=commit,
             dirty=dirty,
+            diff_sha256=diff,
             versions=library_versions(),
+            environment=_environment(os.environ),
             machine=_machine(),
             started=_now(),
         )
@@ -157,17 +195,45 @@ def _command() -> str:
     program, *arguments = sys.argv or [""]
     path = Path(program)
     name = "feedfast" if path.name == "__main__.py" and path.parent.name == "feedfast" else path.name
-    return shlex.join([name, *arguments])[:MAX_COMMAND]
+    return redacted(shlex.join([name, *arguments]))[:MAX_COMMAND]
+
+
+def redacted(text: str) -> str:
+    """Text without logins: of URLs, of ``token=...`` and the like, and whatever a secret variable holds."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith(("/", "~", ".")):  # a path
+            text = text.replace(value, "***")
+    for pattern in _LOGINS:
+        text = pattern.sub(r"\1***", text)
+    return text
+
+
+def _redacted_tree(node: Any) -> Any:
+    if isinstance(node, str):
+        return redacted(node)
+    if isinstance(node, dict):
+        return {name: _redacted_tree(value) for name, value in node.items()}
+    return [_redacted_tree(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that change what is computed, by name."""
+    kept = [name for name in sorted(variables) if ENVIRONMENT.fullmatch(name) and not _SECRET.search(name)]
+    return {name[:256]: redacted(variables[name])[:256] for name in kept[:64]}
 
 
 @functools.cache
-def _commit(folder: str) -> tuple[str | None, bool | None]:
-    """Commit and dirt of the repository around a folder, when this process first asked: its code is of that time."""
+def _commit(folder: str) -> tuple[str | None, bool | None, str | None]:
+    """Commit, dirt and hash of the repository around a folder, when this process first asked: its code is of then."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return None, None
+        return None, None, None
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return commit.strip(), None if changed is None else bool(changed.strip())
+    if changed is None or not changed.strip():
+        return commit.strip(), None if changed is None else False, None
+    # no program that the repository's settings name is run
+    diff = _git(folder, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+    return commit.strip(), True, None if diff is None else hashlib.sha256(diff.encode()).hexdigest()[:16]
 
 
 def _git(folder: str, *arguments: str) -> str | None:
@@ -189,7 +255,23 @@ def _machine() -> Machine:
         cpu=_processor()[:256],
         cores=cores,
         gpus=_gpus(),
+        driver=_driver(),
+        memory_bytes=_memory_bytes(),
     )
+
+
+def _driver() -> str | None:
+    """Of NVIDIA's kernel module, as it says itself."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text(errors="replace"))
+        return found[0] if found else None
+    return None
+
+
+def _memory_bytes() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _processor() -> str:

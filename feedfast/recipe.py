@@ -70,6 +70,11 @@ def _home(text: str) -> str:
 PathText = Annotated[str, AfterValidator(_home)]
 Sources = Annotated[tuple[PathText, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Arrays = Annotated[tuple[str, ...], Field(max_length=3)]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+Loggers = Annotated[
+    tuple[LoggerName, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+Tag = Annotated[str, Field(min_length=1, max_length=128)]
 
 _PACKAGED = files("feedfast") / "recipes"
 
@@ -327,6 +332,14 @@ class Train(_Section):
     checkpoint_minutes: float = Field(10.0, ge=0, description="also at the end of every epoch; 0 = only there")
     eval_every: int = Field(1, ge=0, description="epochs between evaluations; 0 = only after the last")
     log_every: int = Field(20, ge=1, description="steps between rows of metrics.jsonl")
+    loggers: Loggers | None = Field(
+        None,
+        description="who is told these rows, too: tensorboard, wandb, mlflow (docs/logging.md); [] = nobody; "
+        "none = tensorboard, where it is installed",
+    )
+    tags: tuple[Tag, ...] = Field(
+        (), max_length=64, description="words, or key=value, that wandb and mlflow keep with the run"
+    )
 
 
 class Chain(_Section):

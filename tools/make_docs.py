@@ -22,7 +22,7 @@ import feedfast_kernels
 from feedfast.cli import app
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
-from feedfast.methods.base import LOGITS, expected_words
+from feedfast.methods.base import LOGITS, Method, expected_words
 from feedfast.recipe import Cache, Chain, Data, MethodEntry, Recipe, Student, Task, Teacher, Train, packaged_recipes
 from feedfast.tap_entry import TapEntry
 
@@ -132,8 +132,13 @@ def methods_page() -> str:
         "Sums are multiplied with H * W / P: the loss is unbiased, but for batch norms of adapters, whose statistics "
         "are those of the positions. `at` and `cwd` normalize by what they see and come out about 1 / P too small.",
     ]
+    rows = [
+        (f"[`{name}`](#{name})", ", ".join(f"`{need}`" for need in method.needs) or "nothing", about_method(method))
+        for name, method in METHODS.items()
+    ]
+    parts += [table(("method", "reads", "what it does"), rows)]
     for name, method in METHODS.items():
-        doc = inspect.cleandoc(method.__doc__ or "").split("\n")[0]
+        doc = about_method(method)
         needs = ", ".join(f"`{need}`" for need in method.needs) or "no teacher"
         tasks = ", ".join(f"`{task}`" for task in tasks_of(method))
         about = f"Paper: {method.paper}.  \nNeeds: {needs}.  \nServes: {tasks}."
@@ -146,6 +151,10 @@ def methods_page() -> str:
         ]
         parts.append(table(("option", "expected", "default", "meaning"), rows) if rows else "No options.")
     return "\n\n".join(parts) + "\n"
+
+
+def about_method(method: type[Method]) -> str:
+    return inspect.cleandoc(method.__doc__ or "").split("\n")[0]
 
 
 def augmentations_page() -> str:

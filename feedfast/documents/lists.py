@@ -155,6 +155,8 @@ class Machine:
         cpu: the processor's name.
         cores: as many as this process may use.
         gpus: names of its CUDA devices.
+        driver: version of their driver; None without one.
+        memory_bytes: main memory; 0 = not known.
     """
 
     host: str
@@ -162,6 +164,8 @@ class Machine:
     cpu: str
     cores: int
     gpus: tuple[str, ...]
+    driver: str | None
+    memory_bytes: int
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,19 @@
-"""What a run leaves for people: metrics.jsonl, TensorBoard events and one self-contained report.html.
+"""What a run leaves for people: one self-contained report.html, drawn from its metrics.jsonl.
 
-``metrics.jsonl`` is the source: one JSON object per row, always with ``step``. On resume, rows from after the
-checkpoint are dropped, so the file reads like that of an uninterrupted run. The report is drawn from that file
-alone and can be drawn again at any time.
+The report is drawn from that file alone (`feedfast.report.events` writes it) and can be drawn again at any time.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from feedfast.files import open_in_place, open_regular, parse_json, wrap_write_errors, write_text
+from feedfast.files import open_regular, parse_json, write_text
 from feedfast.provenance import Provenance
 
 STYLE = """\
@@ -37,47 +33,6 @@ figcaption{font-size:.85em;color:#555}
 
 _MAX_ROW_BYTES = 1 << 20
 NO_LOSS = ("step", "epoch", "lr", "images_per_second", "data_wait_fraction")  # of the numbers in a row
-
-
-class EventLog:
-    """Appends rows to metrics.jsonl and the same scalars to TensorBoard."""
-
-    def __init__(self, out: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = out / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._rows = kept
-        with wrap_write_errors(self.path):
-            self._file = os.fdopen(open_in_place(self.path, os.O_WRONLY | os.O_APPEND), "w")
-        with wrap_write_errors(out / "tensorboard"):
-            self._board: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One row.
-
-        Raises:
-            FeedfastError: the disk is full.
-        """
-        row = {"step": step, **values}
-        self._rows.append(row)
-        with wrap_write_errors(self.path):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        with wrap_write_errors(self.path.parent / "tensorboard"):
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def last(self, name: str) -> float | None:
-        """The newest value of ``name``."""
-        return next((row[name] for row in reversed(self._rows) if name in row), None)
-
-    def close(self) -> None:
-        """Close both. A full disk was reported by the row that failed: every row is flushed when it is written."""
-        for file in (self._file, self._board):
-            with contextlib.suppress(OSError):
-                file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 from feedfast.data.dali import require_dali
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
+from feedfast.report.loggers import pick_loggers
 from feedfast.stages.data import Selection
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.offline import run_cache
@@ -39,6 +40,7 @@ def run_chain(recipe: Recipe) -> dict[str, Any]:
     """
     links = chain_recipes(recipe)
     require_dali()
+    pick_loggers(recipe.train.loggers)  # refused before the first generation, not by it
     world = Worker.from_env().world
     if world > 1:
         raise RequestError(f"chain: expected one process, found {world} ranks; run its stages with torchrun one by one")

@@ -24,6 +24,7 @@ from feedfast.errors import BusyError, FeedfastError, RequestError
 from feedfast.files import read_sealed, refuse_links, remove_temporary, write_json, write_sealed
 from feedfast.provenance import Provenance, began_with
 from feedfast.recipe import Recipe, parse_recipe
+from feedfast.report.loggers import STATES
 from feedfast.stages.checkpoint import CHECKPOINT
 from feedfast.stages.probe import same_outputs
 
@@ -35,7 +36,8 @@ BRANCH = "branch.pt"
 MAX_PROCESSES = 256
 MAX_PROVENANCE_BYTES = 64 << 20  # 64 MiB
 TENSORBOARD = "tensorboard"
-RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html", PROVENANCE)
+WANDB = "wandb"
+RESULTS = (CHECKPOINT, "student.pt", BRANCH, "metrics.jsonl", "result.json", "report.html", PROVENANCE, *STATES)
 
 
 class RunLock:
@@ -106,7 +108,8 @@ def check_run_dir(out: Path, recipe: Recipe, key: str = "train.out") -> bool:
         RequestError: it holds another run or somebody's results.
         FeedfastError: its ``recipe.json`` is damaged.
     """
-    refuse_links(out, out / TENSORBOARD)
+    for name in (TENSORBOARD, WANDB):
+        refuse_links(out, out / name)
     held = out / RECIPE
     if recipe.overwrite:
         return False
@@ -241,6 +244,8 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
             "eval_every",
             "device",
             "residency",
+            "loggers",
+            "tags",
         ),
         "data": ("threads", "check"),
         "cache": ("threads", "part", "compression", "local", "local_gb"),

@@ -25,7 +25,7 @@ from feedfast.data.views import ViewPlan
 from feedfast.errors import FeedfastError
 from feedfast.methods import Targets
 from feedfast.recipe import Train
-from feedfast.report.run import EventLog
+from feedfast.report.events import EventLog
 from feedfast.stages.checkpoint import CHECKPOINT, save_checkpoint
 from feedfast.stages.interrupt import Hold
 from feedfast.stages.progress import Meter

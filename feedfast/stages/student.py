@@ -38,7 +38,9 @@ from feedfast.models.own import own_input
 from feedfast.models.taps import Tapped, refuse_lone_norms
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
-from feedfast.report.run import EventLog, write_report
+from feedfast.report.events import EventLog
+from feedfast.report.loggers import About, pick_loggers
+from feedfast.report.run import write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
 from feedfast.stages.data import open_train, open_val, pixel_loader, view_plan
@@ -145,6 +147,7 @@ class StudentRun:
         self.out = Path(train.out)
         if train.batch % me.world:
             raise RequestError(f"train.batch: expected a multiple of the {me.world} ranks, found {train.batch}")
+        self.loggers = pick_loggers(train.loggers)
         self.entries = trainable_entries(recipe)
         if train.source == "record":
             refuse_unrecordable(recipe)
@@ -287,7 +290,28 @@ class StudentRun:
         trains = self.me.first and step < stop
         if trains:
             record_process(self.out, self.provenance)
-        events = EventLog(self.out, step) if self.me.first else None
+        events = self._events(step, trains) if self.me.first else None
+        with events or contextlib.nullcontext():
+            step, found, branches = self._train(step, stop, events)
+            if trains:
+                record_process(self.out, self.provenance.finished())
+            result = self._finish(step, found, branches, events)
+            if events is not None:
+                events.result(result)
+        return result
+
+    def _events(self, step: int, trains: bool) -> EventLog:
+        tree = self.provenance.model_dump(mode="json")
+        recipe = tree.pop("recipe")  # without logins
+        about = About(self.out, step, recipe["train"]["out"], recipe, tree, tuple(recipe["train"]["tags"]))
+        ended = not trains and (self.out / "result.json").is_file()  # then they have been told all
+        return EventLog(about, () if ended else self.loggers)
+
+    def _train(
+        self, step: int, stop: int, events: EventLog | None
+    ) -> tuple[int, Found, list[tuple[nn.Module, float | None]]]:
+        """From ``step`` to ``stop``: the step reached, what was measured there, and the branches."""
+        train, loop = self.recipe.train, self.loop
         try:
             with loop.hold, Meter("train", (stop - step) * train.batch) as meter:
                 found: Found = {}
@@ -301,12 +325,7 @@ class StudentRun:
         except KeyboardInterrupt:
             loop.rescue()
             raise
-        finally:
-            if events is not None:
-                events.close()
-        if trains:
-            record_process(self.out, self.provenance.finished())
-        return self._finish(step, found, branches, events)
+        return step, found, branches
 
     def _prepare(self) -> None:
         """Let the methods learn from targets what they must know before the first step, and tell all ranks."""
@@ -427,5 +446,5 @@ class StudentRun:
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
             stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
             sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.recipe.model_dump(mode="json"), made, self._pictures() + sheet)
+            write_report(self.out, result, self.provenance.recipe or {}, made, self._pictures() + sheet)
         return result

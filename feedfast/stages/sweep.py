@@ -31,6 +31,7 @@ from feedfast.data.dali import require_dali
 from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, write_text
 from feedfast.recipe import Recipe, load_recipe, parse_recipe
+from feedfast.report.loggers import pick_loggers
 from feedfast.stages.compare import run_compare
 from feedfast.stages.folder import RECIPE, RunLock, comparable, ensure_dir
 from feedfast.stages.groups import RESULT, planned_names
@@ -260,6 +261,10 @@ def _point(recipe: Path, chosen: Sequence[tuple[str, str]], overrides: Sequence[
     swept = any(key.partition(".")[0] == "method" for key, _ in chosen)
     if swept and all(entry.name == "none" for entry in found.method):
         words.append("train.source=none")
+        found = load_recipe(recipe, words)
+    if set(pick_loggers(found.train.loggers)) - {"tensorboard"}:  # where a run is found again by what was swept
+        tags = [*found.train.tags, f"sweep={out}"[:128], *(f"{key}={value}"[:128] for key, value in chosen)]
+        words.append(f"train.tags={json.dumps(tags, ensure_ascii=False)}")
         found = load_recipe(recipe, words)
     if found.chain.generations:
         raise RequestError(

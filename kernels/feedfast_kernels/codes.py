@@ -314,6 +314,15 @@ def decode(codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Returns:
         Logical [B, C, H, W] with channels-last strides, likewise [B, C, N], or [B, C].
+
+    Example:
+        >>> import torch
+        >>> offset, step = torch.tensor([0.0]), torch.tensor([0.5])
+        >>> stored, clipped = encode(torch.tensor([[0.0], [1.2], [500.0]]), offset, step, codec="u8")
+        >>> stored.flatten().tolist(), clipped.item()
+        ([0, 2, 254], 1)
+        >>> decode(Codes(stored, offset, step, "u8")).flatten().tolist()
+        [0.0, 1.0, 127.0]
     """
     if codes.data.ndim == 3:
         return decode(Codes(codes.data.unsqueeze(2), codes.offset, codes.step, codes.codec), dtype).squeeze(3)

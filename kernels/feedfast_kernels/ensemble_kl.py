@@ -97,6 +97,12 @@ def ensemble_kl(
     Raises:
         ValueError: if shapes differ, no teacher is given, tau is not positive, labels are not int64, or a word is
             unknown.
+
+    Example:
+        >>> import torch
+        >>> same = torch.tensor([[1.0, 2.0]])
+        >>> ensemble_kl(same, [same, same], tau=4.0).item()
+        0.0
     """
     _check(student_logits, teacher_logits, tau, average, direction, labels)
     if not runs_triton(student_logits):

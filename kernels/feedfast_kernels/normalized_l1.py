@@ -56,6 +56,12 @@ def normalized_l1(
 
     Raises:
         ValueError: if the counts or shapes differ, or the reduction is unknown.
+
+    Example:
+        >>> import torch
+        >>> student, target = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 0.0]])  # (0.6, 0.8) and (1, 0)
+        >>> round(normalized_l1([student], [target], reduction="sum").item(), 6)
+        1.2
     """
     return _loss(student_maps, targets, reduction, weight, denominator, eps, backend=backend_of(student_maps))
 

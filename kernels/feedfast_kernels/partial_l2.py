@@ -55,6 +55,14 @@ def partial_l2(
 
     Raises:
         ValueError: if shapes differ, and as `gather_positions`.
+
+    Example:
+        The second value is forgiven: the target is negative, and the student is below it.
+
+        >>> import torch
+        >>> student, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -1.0]])
+        >>> partial_l2(student, target).item()
+        4.0
     """
     backend = backend_of([student_NCHW])
     return _loss(student_NCHW, target, margin_C, weight, denominator, positions, backend=backend)

@@ -88,6 +88,11 @@ def gather_positions(x_NCHW: Tensor, positions: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes do not fit together; on the CPU also a position outside the map. On a GPU, which reading
             them back would stall, one of those reads (and writes) what is not the sample's.
+
+    Example:
+        >>> import torch
+        >>> gather_positions(torch.arange(4.0).reshape(1, 1, 2, 2), torch.tensor([[3, 0]])).tolist()
+        [[[3.0, 0.0]]]
     """
     check_positions("gather_positions", x_NCHW, positions)
     gathered = _Gather.apply(x_NCHW, positions)

@@ -9,7 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 
+import feedfast
+import feedfast_kernels
+from feedfast.cli import app
 from feedfast.methods import METHODS
 from feedfast.recipe import Recipe, packaged_recipes, parse_recipe
 
@@ -31,9 +35,13 @@ def make_docs() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["recipe.md", "methods.md", "recipes.md", "augmentations.md"])
+GENERATED = ["recipe.md", "methods.md", "recipes.md", "augmentations.md", "commands.md", "reference.md"]
+
+
+@pytest.mark.parametrize("name", GENERATED)
 def test_generated_pages_are_those_of_today(name: str) -> None:
     tool = make_docs()
+    assert [*tool.pages()] == GENERATED
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == tool.pages()[name], (
         f"docs/{name} differs from the classes it is made from; run: {tool.COMMAND}"
     )
@@ -89,16 +97,70 @@ def test_every_packaged_recipe_is_listed_once() -> None:
     assert {name: page.count(f"| `{name}` |") for name in packaged_recipes()} == dict.fromkeys(packaged_recipes(), 1)
 
 
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and the site call the headings of a page: small letters, spaces as hyphens, no punctuation."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found: dict[str, int] = {}
+    names = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        name = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        names.add(f"{name}-{found[name]}" if name in found else name)
+        found[name] = found.get(name, 0) + 1
+    return names
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")]
-    dead = [
-        f"{page.relative_to(ROOT)} -> {target}"
-        for page in pages
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-        if "://" not in target and not (page.parent / target).exists()
-    ]
-    assert len(pages) >= 8
+    dead = []
+    for page in DOCUMENTS:
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img src=\"([^\"]+)\"", text)
+        for link in links:
+            target, _, anchor = link.partition("#")
+            if "://" in link:
+                continue
+            path = page.parent / target if target else page
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                dead.append(f"{page.relative_to(ROOT)} -> {link}")
+    assert len(DOCUMENTS) >= 20
     assert dead == []
+
+
+def test_every_page_is_in_a_table_of_contents_of_the_site() -> None:
+    listed = {
+        line.strip()
+        for page in (ROOT / "docs").glob("*.md")
+        for block in re.findall(r"^```{toctree}\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if line.strip() and not line.startswith(":")
+    }
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.glob("**/*.md")}
+    assert pages - listed == {"index"}, "add the page to a toctree in docs/index.md"
+    assert listed <= pages
+
+
+def test_every_public_name_is_in_the_python_reference() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", text, re.MULTILINE))
+    wanted = {f"feedfast.{name}" for name in feedfast.__all__ if not name.startswith("_")}
+    wanted |= {f"feedfast_kernels.{name}" for name in feedfast_kernels.__all__}
+    assert wanted <= shown
+
+
+def test_every_command_is_in_the_reference_of_commands() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for full, inner in {f"{name} {sub}": one for sub, one in getattr(command, "commands", {}).items()}.items() or [
+            (name, command)
+        ]:
+            section = text.split(f"\n## feedfast {full}\n")[1].split("\n## ")[0]
+            options = {word for option in inner.params for word in option.opts if word.startswith("--")} - {"--help"}
+            assert {word for word in options if f"`{word}`" not in section} == set(), full
 
 
 def test_paths_in_documents_exist() -> None:

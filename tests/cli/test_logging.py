@@ -44,6 +44,17 @@ def test_quiet_and_verbose(recipe: Path) -> None:
     }
 
 
+def test_people_write_it_behind_the_command_too() -> None:
+    for words, level in {("-v",): logging.DEBUG, ("--quiet",): logging.WARNING, ("-qq",): logging.ERROR}.items():
+        outcome = feedfast("taps", *words[:1], "zoo/wrn-10-1", "--size", "16", *words[1:])
+        assert outcome.code == 0, outcome.err
+        assert logging.getLogger("feedfast").level == level
+        assert feedfast("taps", "zoo/wrn-10-1", "--size", "16", *words).code == 0
+        assert logging.getLogger("feedfast").level == level
+    assert "No such option" in feedfast("taps", "zoo/wrn-10-1", "-x").err
+    assert "-v" in feedfast("taps", "--", "-v").error, "behind -- it is a name"
+
+
 def _level(*arguments: str) -> int:
     assert feedfast(*arguments, "taps", "zoo/wrn-10-1", "--size", "16").code == 0
     return logging.getLogger("feedfast").level

@@ -12,7 +12,7 @@ import pytest
 from commands import feedfast
 from small import as_toml, digits_recipe
 
-from feedfast.provenance import Provenance, _commit, began_with, library_versions
+from feedfast.provenance import Provenance, _commit, began_with, library_versions, redacted
 from feedfast.stages.folder import processes_of
 from feedfast.storage.manifest import read_manifest
 from feedfast.storage.schema import MAX_PASSES, differences
@@ -102,7 +102,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 def test_the_commit_of_the_working_folder(tmp_path: Path) -> None:
     """Dirty by what is tracked alone: runs and caches lie in working folders too. Nothing outside of git."""
-    assert _commit(str(tmp_path)) == (None, None)
+    assert _commit(str(tmp_path)) == (None, None, None)
     git(tmp_path, "init", "-q")
     below = tmp_path / "below"
     below.mkdir()
@@ -111,10 +111,76 @@ def test_the_commit_of_the_working_folder(tmp_path: Path) -> None:
     git(tmp_path, "commit", "-qm", "one")
     (tmp_path / "untracked").touch()
     head = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert _commit(str(below)) == (head, False)
-    (below / "a").write_text("2")
+    assert _commit(str(below)) == (head, False, None)
+    seen = []
+    for text in ("2", "3", "2"):  # the same changes have the same hash
+        (below / "a").write_text(text)
+        _commit.cache_clear()
+        seen.append(_commit(str(below)))
+        assert seen[-1][:2] == (head, True)
+    assert seen[0] == seen[2] != seen[1]
+    assert len(seen[0][2] or "") == 16
+
+
+def test_nothing_of_a_repository_is_run(tmp_path: Path) -> None:
+    """A folder of a stranger may be one, with a program of his named in its settings."""
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / ".gitattributes").write_text("*.txt diff=theirs\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    for key in ("core.fsmonitor", "diff.external", "diff.theirs.command", "diff.theirs.textconv"):
+        git(tmp_path, "config", key, f"touch {tmp_path}/run-by-{key}; false")
+    (tmp_path / "a.txt").write_text("2")
     _commit.cache_clear()
-    assert _commit(str(below)) == (head, True)
+    assert _commit(str(tmp_path))[1] is True
+    assert not list(tmp_path.glob("run-by-*"))
+
+
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCY"
+LOGINS = {
+    "a variable's value": f"train x={SECRET}",
+    "a variable as an argument": "env AWS_SECRET_ACCESS_KEY=abcdef feedfast",
+    "a URL with a password": "cache.path=s3://AKIAIOSFODNN7:abcdef@bucket/p",
+    "a URL with a token": "data.train=https://ghp_abcdef@github.com/x",
+    "a signed URL": "data.train=https://host/x?sv=1&sig=abcdef&se=2",
+    "an option": "train.py --api-key abcdef --wandb-token=abcdef",
+    "in quotes": "'password=\"abcdef\"'",
+}
+
+
+@pytest.mark.parametrize("case", LOGINS)
+def test_no_login_is_kept(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In command, recipe or environment; the rest of the text stays."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("NCCL_AUTH_TOKEN", "abcdef")
+    monkeypatch.setenv("CUDA_PATH_NOTE", f"{SECRET} https://a:abcdef@b")
+    monkeypatch.setattr("sys.argv", ["feedfast", LOGINS[case]])
+    text = Provenance.begin({"data": {"train": [LOGINS[case]]}}).model_dump_json()
+    assert SECRET not in text
+    assert "abcdef" not in text
+    assert "***" in text
+    kept = ("github.com/x", "bucket/p", "sv=1", "se=2", "train x=", "feedfast")
+    assert all(part in redacted(LOGINS[case]) for part in kept if part in LOGINS[case])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["teachers.0.key=state_dict_ema", "s3://bucket/a@b", "data.size=32 design=1", "a:b@c", "student.model=my.tokens:f"],
+)
+def test_what_is_no_login_stays(text: str) -> None:
+    assert redacted(text) == text
+
+
+def test_the_environment_that_decides_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "NCCL_DEBUG": "WARN"}
+    for name, value in {**kept, "HOME": "/home/somebody", "HOSTNAME": "their-machine", "NCCL_API_KEY": "x"}.items():
+        monkeypatch.setenv(name, value)
+    found = Provenance.begin()
+    assert {name: found.environment.get(name) for name in kept} == kept
+    assert not {"HOME", "HOSTNAME", "NCCL_API_KEY", "PATH"} & found.environment.keys()
+    assert found.machine.memory_bytes > 1 << 28
+    assert "their-machine" not in found.model_dump_json()
 
 
 def test_the_first_and_the_newest_are_kept() -> None:

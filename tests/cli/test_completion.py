@@ -1,0 +1,120 @@
+"""Completion, asked as shells ask: by environment variables, of a process that imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from feedfast import completion
+from feedfast.data.augment import PRESETS
+from feedfast.methods import METHODS
+from feedfast.models.build import build_model
+from feedfast.recipe import Recipe, packaged_recipes, parse_recipe
+
+ASK = (
+    "import sys, json\n"
+    "sys.argv = ['feedfast']\n"
+    "from feedfast.cli import main\n"
+    "try:\n    main()\nexcept SystemExit:\n    pass\n"
+    "print(json.dumps([n for n in ('torch', 'numpy', 'zarr') if n in sys.modules]), file=sys.stderr)"
+)
+
+
+def asked(**variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stderr.splitlines()[-1]) == [], "a key press waits for no torch"
+    return done.stdout
+
+
+def bash(*words: str) -> list[str]:
+    """The last word is what is being typed."""
+    variables = {
+        "_FEEDFAST_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    return asked(**variables).split()
+
+
+def test_bash() -> None:
+    """It breaks words at "=", so there values come without their key."""
+    assert bash("feedfast", "tr") == ["train"]
+    assert bash("feedfast", "train", "r.toml", "method.na") == [
+        "method.name=", *(f"method.name={name}" for name in METHODS)
+    ]  # fmt: skip
+    assert bash("feedfast", "train", "r.toml", "method.name", "=") == list(METHODS)
+    assert bash("feedfast", "train", "r.toml", "method.name", "=", "o") == ["ofd"]
+    assert bash("feedfast", "train", "r.toml", "method.name", "=", "cwd", "method.m") == ["method.map="]
+    assert bash("feedfast", "sweep", "r.toml", "--set", "train.opt") == [
+        f"train.optimizer{end}" for end in ("=", "=sgd", "=adamw")
+    ]
+    assert bash("feedfast", "taps", "zoo/wrn-16") == ["zoo/wrn-16-1", "zoo/wrn-16-2", "zoo/wrn-16-4"]
+    assert bash("feedfast", "recipes", "ofd-a") == ["ofd-a-cifar100"]
+    assert bash("feedfast", "methods", "rk") == ["rkd"]
+    assert bash("feedfast", "export", "runs/x", "--format", "o") == ["onnx"]
+    assert bash("feedfast", "train", "") == [], "a recipe is a file: the shell completes names of files"
+
+
+def test_zsh_and_fish_see_whole_words() -> None:
+    words = "feedfast train r.toml train.source="
+    expected = [f"train.source={value}" for value in ("cache", "live", "record", "none")]
+    zsh = asked(_FEEDFAST_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=words)
+    assert [part for part in zsh.replace('"', " ").split() if "=" in part] == expected
+    fish = {"_FEEDFAST_COMPLETE": "complete_fish", "_TYPER_COMPLETE_ARGS": words}
+    assert asked(**fish, _TYPER_COMPLETE_FISH_ACTION="get-args").split() == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_a_script(shell: str) -> None:
+    script = asked(_FEEDFAST_COMPLETE=f"source_{shell}")
+    assert f"_FEEDFAST_COMPLETE=complete_{shell}" in script
+
+
+def test_the_script_works_in_bash(tmp_path: Path) -> None:
+    """bash itself calls it and fills COMPREPLY."""
+    (tmp_path / "feedfast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m feedfast "$@"\n')
+    (tmp_path / "feedfast").chmod(0o755)
+    (tmp_path / "script").write_text(asked(_FEEDFAST_COMPLETE="source_bash"))
+    code = (
+        f"source {tmp_path}/script; complete -p feedfast >&2; COMP_WORDS=(feedfast train r.toml train.lo)\n"
+        'COMP_CWORD=3; _feedfast_completion feedfast; echo "${COMPREPLY[@]}"'
+    )
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", code], env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["train.log_every=", "train.loggers="]
+    assert "_feedfast_completion feedfast" in done.stderr
+
+
+def test_what_is_offered_is_what_there_is() -> None:
+    assert {name: tuple(kind.Options.model_fields) for name, kind in METHODS.items()} == completion.METHOD_OPTIONS
+    assert set(completion.AUGMENTATIONS) > set(PRESETS)
+    assert completion.recipe_names("") == list(packaged_recipes())
+    assert completion.models("zoo/")
+    build_model(completion.models("zoo/")[0], seed=0)
+
+
+def test_every_key_of_the_recipe_is_offered_and_every_value_is_one() -> None:
+    keys = list(completion._keys(None))
+    assert len(keys) == len(set(keys)) > 90
+    sections = {key.partition(".")[0] for key in keys}
+    assert sections == set(Recipe.model_fields)
+    tree = {"data": {"train": "x"}, "teachers": [{"name": "a", "model": "zoo/wrn-16-1"}]}
+    tried = 0
+    for key in keys:
+        for value in completion.values_of(key):
+            if value not in ("torchvision/", "timm/"):
+                parse_recipe(tree, [f"{key}={value}"])
+                tried += 1
+    assert tried > 120
