@@ -105,7 +105,7 @@ def test_everything_is_said_by_our_loggers() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             prints = called in ("print", "pprint", "sys.stdout.write", "sys.stderr.write", "warnings.warn")
-            if (prints or called.startswith("logging.") and called[8:] in LEVELS) and path.name != "cli.py":
+            if (prints or (called.startswith("logging.") and called[8:] in LEVELS)) and path.name != "cli.py":
                 wrong.append(f"{path}:{node.lineno}: {called}")
     assert wrong == []
 
