@@ -296,7 +296,7 @@ def _quantize_tiled(
 
 
 def _above(codes: Tensor, top: int) -> int:
-    """How many codes are above the largest, counted as bytes: NumPy is ten times as fast, but torch comes without it."""
+    """How many codes are above the largest, counted as bytes: by NumPy, ten times as fast, where torch has it."""
     try:
         import numpy as np
     except ImportError:
