@@ -52,7 +52,8 @@ USED = set().union(*(held for extra, held in OFFERED.items() if extra not in ("d
 
 
 FOR_USERS = {"zarr"}  # how people open a cache; 0.3 MB
-OF_TORCH = {"triton"}  # comes with the wheels that have CUDA; where it does not, kernels are not used
+# what is used where it is: Triton comes with torch's wheels that have CUDA, IPython is what a notebook runs in
+WHERE_THERE = {"triton", "ipython"}
 
 
 def third_party(folder: Path) -> Iterator[tuple[str, str, bool]]:
@@ -87,7 +88,7 @@ def test_what_is_imported_is_declared() -> None:
     found = [(file, name, at_once and not file.startswith(on_demand)) for file, name, at_once in imported()]
     assert len(found) > 100
     assert [(file, name) for file, name, at_once in found if at_once and name not in CORE] == []
-    assert [(file, name) for file, name, _ in found if name not in CORE | USED | OF_TORCH] == []
+    assert [(file, name) for file, name, _ in found if name not in CORE | USED | WHERE_THERE] == []
 
 
 def test_what_is_declared_is_imported() -> None:
@@ -273,33 +274,28 @@ def test_what_the_image_copies_is_enough(built: tuple[Path, Path], source: Path,
 # ---- installed, away from the repository
 
 
+def clean() -> dict[str, str]:
+    """An environment that does not lead back to the repository."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 @pytest.fixture(scope="module")
 def python(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a virtual environment that holds the wheel, and lends its dependencies from this one."""
     folder = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
-    (here,) = {str(Path(package.locate_file(""))) for package in [metadata.distribution("torch")]}
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--no-deps"]
+    subprocess.run([*pip, "--no-index", "--quiet", str(built[0])], check=True, timeout=120, env=clean())
     (there,) = folder.glob("lib/python*/site-packages")
-    (there / "lent.pth").write_text(here)  # behind its own packages, and without following .pth files
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(folder / "bin" / "python"),
-        "install",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*pip, "--quiet", str(built[0])], check=True, timeout=120)
+    here = metadata.distribution("torch").locate_file("")
+    (there / "lent.pth").write_text(str(here))  # behind its own packages, and without following .pth files
     return folder / "bin" / "python"
 
 
 def run(python: Path, folder: Path, *arguments: str) -> str:
     """stdout of a process that sees nothing of the repository."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(python.parent / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=folder, env=clean, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=folder, env=clean(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
