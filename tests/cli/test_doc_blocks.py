@@ -55,6 +55,7 @@ ONLY_PARSED = {
     "docs/buckets.md": "needs a bucket; storage/ and stages/test_buckets.py run the same commands against a server",
     "docs/cluster.md": "needs a scheduler; stages/test_launch*.py run what it prints",
     "docs/commands.md": "examples of --help",
+    "docs/install.md": "installs",
     "docs/data.md": "needs torchvision's CIFAR-10",
     "docs/dense.md": "hours",
     "docs/my-model.md": "downloads weights in part",
