@@ -246,7 +246,7 @@ def recipes_page() -> str:
         "Each file begins with what it is and the commands that run it. At each value it says where the value is from: "
         "the paper, the authors' code, or chosen here because neither says it; and where a detail of theirs cannot be "
         "expressed. A recipe of several teachers names the runs they come from. The "
-        "examples in [recipes](recipes) are those of [results.md](results.md).",
+        "examples in [docs/recipes](./recipes) are those of [results.md](results.md).",
     ]
     for family, heading in FAMILIES.items():
         rows = [(f"`{name}`", title) for name, title in titles.items() if name.partition("-")[0] == family]
@@ -257,7 +257,7 @@ def recipes_page() -> str:
 EVERY_COMMAND = """\
 * **Resuming.** Every run can be killed and continued with the same command, to the same bytes and weights. `cache`,
   `train`, `chain`, `factors`, `sweep`, `copy` and `demo` continue what they find; the others start again.
-* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before the command:
+* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before or after the command:
   `feedfast -q cache ...`). The last line of stdout is one JSON document.
 * **Exit codes.** 0: done. 1: the job or the check failed. 2: the request was wrong (a bad recipe, a missing path).
   130: ended by Ctrl-C, 143: by SIGTERM, likewise 128 + the number of SIGHUP and SIGUSR1; the step or shard under way is
@@ -358,7 +358,7 @@ def reference_page() -> str:
     errors = {name for name, thing in public.items() if inspect.isclass(thing) and issubclass(thing, Exception)}
     given = {f"{thing.__module__}.{thing.__qualname__}" for thing in public.values() if inspect.isclass(thing)}
     parts = [
-        "# Python",
+        "# Python reference",
         f"Made by `{COMMAND}` from `feedfast.__all__` and `feedfast_kernels.__all__`. Methods and their options: "
         "[methods.md](methods.md). Keys of a recipe: [recipe.md](recipe.md).",
         "## Functions",
