@@ -317,6 +317,7 @@ def calls(script: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen jobs; half a minute of processor time
 def test_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From images to a comparison, word for word but for the number of images and epochs."""
     page = ROOT / "docs" / "quickstart.md"
