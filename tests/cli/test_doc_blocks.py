@@ -40,6 +40,7 @@ EXECUTED = {
     "docs/add-network.md": "the class, below",
     "docs/add-data-source.md": "the function, below",
     "kernels/README.md": "the calls, below",
+    "docs/loops.md": "lines of examples, which examples/test_examples.py compares and runs",
 }
 ONLY_PARSED = {
     "CONTRIBUTING.md": "installs",
