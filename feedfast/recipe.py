@@ -90,7 +90,7 @@ class Data(_Section):
         min_length=1,
         description="a folder of class folders (or of images); CIFAR's binary file(s), cifar-10-batches-py or .tar.gz; "
         "an .npz; MNIST's folder or …images-idx3-ubyte(.gz); WebDataset's shards (train-{000000..000099}.tar); Arrow "
-        'or Parquet files, or the folder of either; "python" = the object given to run_cache or run_train',
+        'or Parquet files, or the folder of either; "python" = a data set that is passed as an object (docs/python.md)',
     )
     val: Sources = Field(
         (),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import inspect
 import json
+import shutil
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +17,12 @@ import typer
 from commands import feedfast
 from small import as_toml, digits_recipe
 
+import feedfast as package
 from feedfast import api, cli, fit
 from feedfast import cache as make_cache
 from feedfast.documents import TrainDocument, document_of
+from feedfast.models.build import build_model
+from feedfast.stages import demo as stages_demo
 
 # Commands whose function has another name: `feedfast.methods` is a package, and `train` is `fit`, too.
 NAMES = {"methods": "list_methods", "recipes": "list_recipes", "analyze reconstruction": "analyze_reconstruction"}
@@ -53,25 +58,27 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("api")
     small = (
         *("data.limit=5", "cache.pilot=40", "cache.views=1", 'teachers.0.taps=["final"]'),
-        *("train.max_steps=1", "train.eval_every=0", "method.beta=1.0"),
+        *("train.max_steps=1", "train.eval_every=0"),
     )
     path = as_toml(digits_recipe(folder, small, teachers=1), folder / "recipe.toml")
     make_cache(path)
-    for name in ("none", "pfeed"):
-        source = {"source": "none"} if name == "none" else {}
-        fit(path, method={"name": name}, train={"out": str(folder / name), **source})
+    (folder / "runs").mkdir()
+    (folder / "runs" / "c100.zarr").symlink_to(folder / "digits.zarr")
+    for name, method in (("plain", "none"), ("pfeed", "pfeed")):
+        source = {"source": "none"} if method == "none" else {}
+        fit(path, method={"name": method}, train={"out": str(folder / "runs" / name), **source})
     return Made(folder, path)
 
 
 slow = pytest.mark.slow
 CASES: dict[str, Callable[[Made], list[Any]]] = {
     "cache": lambda m: ["cache", m.recipe],
-    "train": lambda m: ["train", m.recipe, f"train.out={m / 'pfeed'}"],
+    "train": lambda m: ["train", m.recipe, f"train.out={m / 'runs/pfeed'}"],
     "factors": lambda m: ["factors", m.recipe, 'method={name="ft", paraphraser_epochs=1}'],
     "verify": lambda m: ["verify", m / "digits.zarr", "--full"],
     "inspect": lambda m: ["inspect", m / "digits.zarr"],
     "copy": lambda m: ["copy", m / "digits.zarr", m / "copied.zarr"],
-    "compare": lambda m: ["compare", m / "none", m / "pfeed"],
+    "compare": lambda m: ["compare", m / "runs/plain", m / "runs/pfeed"],
     "taps": lambda _: ["taps", "zoo/wrn-10-1"],
     "methods": lambda _: ["methods"],
     "methods NAME": lambda _: ["methods", "ofd"],
@@ -79,13 +86,24 @@ CASES: dict[str, Callable[[Made], list[Any]]] = {
     "methods NAME RECIPE": lambda m: ["methods", "ofd", "--recipe", m.recipe],
     "recipes": lambda _: ["recipes"],
     "recipes NAME": lambda _: ["recipes", "lp-cifar100"],
-    "export": lambda m: ["export", m / "pfeed", "--format", "state_dict"],
+    "export": lambda m: ["export", m / "runs/pfeed", "--format", "state_dict"],
     "doctor": lambda _: ["doctor"],
     "plan": lambda m: ["plan", m.recipe],
-    "sweep": lambda m: ["sweep", m.recipe, "--set", "method.name=none,kd", "--out", m / "sweep"],
+    "sweep": lambda m: ["sweep", m.recipe, "--set", "train.lr=0.01,0.02", "--out", m / "sweep"],
     "chain": lambda m: ["chain", m.recipe, "method={name='ban'}", "chain.generations=2", f"train.out={m / 'chain'}"],
     "analyze reconstruction": lambda m: [
-        *("analyze", "reconstruction", m / "none", m / "pfeed", "--epochs", 1, "--limit", 8, "--out", m / "analyzed")
+        *(
+            "analyze",
+            "reconstruction",
+            m / "runs/plain",
+            m / "runs/pfeed",
+            "--epochs",
+            1,
+            "--limit",
+            8,
+            "--out",
+            m / "analyzed",
+        )
     ],
     "demo": lambda m: ["demo", "--out", m / "demo"],
 }
@@ -123,6 +141,10 @@ def test_what_a_command_prints_is_what_its_function_returns(
 
             return call
 
+    if case == "demo":  # of its nine trainings three, the first ones short
+        for name, value in (("TEACHERS", ("a",)), ("METHODS", {"kd": {}}), ("LIVE_STEPS", 2)):
+            monkeypatch.setattr(stages_demo, name, value)
+        monkeypatch.setitem(stages_demo.TEACHER_TRAINING, "epochs", 1)
     monkeypatch.setattr(cli, "api", Watched())
     outcome = feedfast(*CASES[case](made))
     assert outcome.code == 0, outcome.err
@@ -168,6 +190,24 @@ def refuse_other_type(value: Any, declared: Any, where: str) -> None:
         assert not (isinstance(value, bool) and declared in (int, float)), f"{where}: {value!r} is a truth"
 
 
+QUICK = {"cache", "fit", "verify", "inspect", "compare", "export", "copy", "taps", "list_methods", "list_recipes"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else slow) for name in api.__all__ if name != "train"]
+)
+def test_the_example_of_a_function(name: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, on a small world; that of the demo takes a minute and is not run."""
+    monkeypatch.chdir(made.folder)
+    network, student = (build_model("zoo/wrn-10-1", num_classes=10, weights=w) for w in (made / "a.pt", None))
+    names = {"feedfast": package, "network": network, "student": student}
+    text = inspect.getdoc(getattr(api, name)) or ""
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, None)
+    assert test.examples, name
+    said: list[str] = []
+    assert doctest.DocTestRunner(verbose=False).run(test, out=said.append).failed == 0, "".join(said)
+
+
 def test_an_undeclared_key_is_refused() -> None:
     with pytest.raises(TypeError, match="TrainDocument: surprise: expected a declared key"):
         document_of(TrainDocument, {"surprise": 1})
@@ -189,10 +229,6 @@ def test_a_recipe_is_a_file_an_object_or_tables(made: Made) -> None:
 
 
 def test_a_check_that_is_not_passed_is_no_error(made: Made, tmp_path: Path) -> None:
-    import shutil
-
-    import feedfast as package
-
     copied = tmp_path / "c.zarr"
     shutil.copytree(made / "digits.zarr", copied)
     victim = next(path for path in copied.rglob("c/0/*") if path.is_file())

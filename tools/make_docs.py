@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
@@ -19,6 +20,7 @@ from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
 import feedfast
 import feedfast_kernels
+from feedfast import documents
 from feedfast.cli import app
 from feedfast.data.augment import OPERATIONS, PRESETS
 from feedfast.methods import METHODS, tasks_of
@@ -239,7 +241,7 @@ def recipes_page() -> str:
         "Each file begins with what it is and the commands that run it. At each value it says where the value is from: "
         "the paper, the authors' code, or chosen here because neither says it; and where a detail of theirs cannot be "
         "expressed. A recipe of several teachers names the runs they come from. The "
-        "examples in [recipes](recipes) are those of [results.md](results.md).",
+        "examples in [docs/recipes](./recipes) are those of [results.md](results.md).",
     ]
     for family, heading in FAMILIES.items():
         rows = [(f"`{name}`", title) for name, title in titles.items() if name.partition("-")[0] == family]
@@ -250,7 +252,7 @@ def recipes_page() -> str:
 EVERY_COMMAND = """\
 * **Resuming.** Every run can be killed and continued with the same command, to the same bytes and weights. `cache`,
   `train`, `chain`, `factors`, `sweep`, `copy` and `demo` continue what they find; the others start again.
-* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before the command:
+* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before or after the command:
   `feedfast -q cache ...`). The last line of stdout is one JSON document.
 * **Exit codes.** 0: done. 1: the job or the check failed. 2: the request was wrong (a bad recipe, a missing path).
   130: ended by Ctrl-C, 143: by SIGTERM, likewise 128 + the number of SIGHUP and SIGUSR1; the step or shard under way is
@@ -342,7 +344,8 @@ def value_words(kind: Any, info: OptionInfo) -> str:
 OBJECTS = (
     "feedfast.stages.open_cache.OpenedCache",
     "feedfast.data.batch.Batch",
-)  # what open_cache and its streams return
+    "feedfast.stages.distill.Distiller",
+)  # what open_cache, its streams and distiller return
 
 
 def reference_page() -> str:
@@ -361,6 +364,11 @@ def reference_page() -> str:
             "feedfast", [name for name, thing in public.items() if inspect.isclass(thing) and name not in errors]
         ),
         directives("", [name for name in OBJECTS if name not in given]),
+        "## Documents",
+        "What the functions return: the JSON document of the command of the same name, with its keys as attributes.",
+        directives("feedfast.documents", [name for name in documents.__all__ if name[0].isupper()]),
+        "### Parts of documents",
+        directives("", sorted({f"{part.__module__}.{part.__qualname__}" for part in parts_of_documents()})),
         "## Errors",
         directives("feedfast", sorted(errors)),
         "## Losses and codes",
@@ -368,6 +376,19 @@ def reference_page() -> str:
         directives("feedfast_kernels", list(losses)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def parts_of_documents() -> set[type]:
+    """The dataclasses that documents are made of, apart from the documents themselves."""
+    found: set[type] = set()
+    waiting: list[Any] = [getattr(documents, name) for name in documents.__all__ if name[0].isupper()]
+    while waiting:
+        kind = waiting.pop()
+        waiting += get_args(kind)
+        if is_dataclass(kind) and isinstance(kind, type) and kind not in found:
+            found.add(kind)
+            waiting += get_type_hints(kind).values()
+    return {kind for kind in found if not issubclass(kind, documents.Document)}
 
 
 def directives(module: str, names: Sequence[str]) -> str:
@@ -381,8 +402,8 @@ def directives(module: str, names: Sequence[str]) -> str:
             lines += [f".. autodata:: {path}", ""]
         elif not inspect.isclass(thing):
             lines += [f".. autofunction:: {path}", ""]
-        elif issubclass(thing, BaseModel):
-            lines += [f".. autoclass:: {path}()", ""]  # its keys are documented in recipe.md
+        elif issubclass(thing, BaseModel) or (is_dataclass(thing) and (not module or "Document" in last[1:])):
+            lines += [f".. autoclass:: {path}()", ""]  # keys are in recipe.md, or the docstring; nobody makes one
         else:
             lines += [f".. autoclass:: {path}", "   :members:", ""]
     return "```{eval-rst}\n" + "\n".join(lines).rstrip() + "\n```" if lines else ""

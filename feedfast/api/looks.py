@@ -45,6 +45,7 @@ def verify(
 
     Example:
         >>> feedfast.verify("runs/c100.zarr", full=True).ok
+        True
     """
     known = _optional(recipe, overrides, data=data)
     networks = {**(known.teachers if known else {}), **(teachers if isinstance(teachers, Mapping) else {})}
@@ -71,7 +72,8 @@ def inspect(cache: PathLike, *, out: PathLike | None = None) -> documents.Inspec
         out: folder for ``inspect.html`` with pictures of maps; None = no pictures.
 
     Example:
-        >>> feedfast.inspect("runs/c100.zarr").targets["targets/a/final/codes"].bytes_per_sample
+        >>> feedfast.inspect("runs/c100.zarr").targets["targets/a/final/codes"].codec
+        'u8'
     """
     from feedfast.documents import InspectDocument, document_of
     from feedfast.stages.inspect import run_inspect
@@ -90,7 +92,9 @@ def compare(
         out: folder for ``compare.html`` and ``compare.csv``; None = none are written.
 
     Example:
-        >>> [(group.name, group.mean) for group in feedfast.compare("runs/sweep").groups]
+        >>> compared = feedfast.compare(["runs/plain", "runs/pfeed"])
+        >>> sorted((group.name, group.baseline) for group in compared.groups)
+        [('none', None), ('pfeed', 'none')]
     """
     from feedfast.documents import CompareDocument, document_of
     from feedfast.stages.compare import run_compare
@@ -118,7 +122,8 @@ def export(
         data: of a run whose images were Datasets: these, as of `cache`.
 
     Example:
-        >>> feedfast.export("runs/student", formats="onnx").files["onnx"].path
+        >>> feedfast.export("runs/pfeed", formats="state_dict").files["state_dict"].path
+        'runs/pfeed/export/student.pt'
     """
     from feedfast.documents import ExportDocument, document_of
     from feedfast.stages.export import FILES, run_export
@@ -146,7 +151,8 @@ def taps(model: Any, *, size: int | None = None, classes: int = 100) -> document
         classes: outputs of the classifier.
 
     Example:
-        >>> feedfast.taps("zoo/wrn-16-2").methods["ofd"]
+        >>> feedfast.taps("zoo/wrn-16-2").methods["pfeed"]
+        ('final=relu:post',)
     """
     from feedfast.documents import TapsDocument, document_of
     from feedfast.stages.inspect import run_taps
@@ -154,16 +160,25 @@ def taps(model: Any, *, size: int | None = None, classes: int = 100) -> document
     return document_of(TapsDocument, run_taps(model, size, classes))
 
 
-def doctor() -> documents.DoctorDocument:
-    """What this machine is, the versions that run on it, and whether bf16 pays on its processor.
+def doctor(
+    overrides: Overrides = (), *, recipe: RecipeLike | None = None, folder: PathLike | None = None
+) -> documents.DoctorDocument:
+    """What this machine is, the versions that run on it, and what will be slow or fail here.
+
+    Args:
+        overrides: ``key=value`` of the recipe.
+        recipe: whose ``cache.path`` the disk's speed is measured at.
+        folder: that is measured instead; None = the recipe's, or the current one.
 
     Example:
-        >>> feedfast.doctor().machine.gpus
+        >>> feedfast.doctor().machine.cores > 0
+        True
     """
     from feedfast.documents import DoctorDocument, document_of
     from feedfast.stages.doctor import run_doctor
 
-    return document_of(DoctorDocument, run_doctor())
+    known = _optional(recipe, overrides)
+    return document_of(DoctorDocument, run_doctor(known.recipe if known else None, maybe_path(folder)))
 
 
 def list_methods(
@@ -177,7 +192,8 @@ def list_methods(
         recipe: also bytes per sample that a cache of its teachers would store for a method.
 
     Example:
-        >>> [option.name for option in feedfast.list_methods("ofd").options]
+        >>> feedfast.list_methods("ofd").needs
+        ('ofd*',)
     """
     known = _optional(recipe, overrides)
     from feedfast.documents import MethodDocument, MethodsDocument, document_of
@@ -197,7 +213,8 @@ def list_recipes(
         out: a new file it is copied to.
 
     Example:
-        >>> sorted(feedfast.list_recipes().recipes)
+        >>> feedfast.list_recipes("lp-cifar100").title  # doctest: +ELLIPSIS
+        '...'
     """
     from feedfast.documents import RecipeDocument, RecipesDocument, document_of
     from feedfast.stages.catalog import run_recipes
@@ -228,7 +245,9 @@ def analyze_reconstruction(
         out: folder for ``reconstruction.html`` and ``.json``.
 
     Example:
-        >>> feedfast.analyze_reconstruction(["runs/plain", "runs/kd"]).runs[0].final_relative_l1
+        >>> found = feedfast.analyze_reconstruction(["runs/plain", "runs/pfeed"], epochs=1, limit=8)
+        >>> [run.name for run in found.runs]
+        ['plain', 'pfeed']
     """
     from feedfast.documents import ReconstructionDocument, document_of
     from feedfast.stages.analyze import Setting, run_reconstruction

@@ -219,9 +219,9 @@ class Reconstruction:
         val_accuracy: of it; None where none was measured.
         shape: of the map.
         factors: channels of them.
-        train_l1: mean |error| per epoch, taken while it trains.
+        train_l1: mean absolute error per epoch, taken while it trains.
         test_l1: the same on the validation images.
-        test_mean_abs: mean |map| there.
+        test_mean_abs: mean absolute value of the map there.
         final_l1: the last of ``test_l1``.
         final_relative_l1: over ``test_mean_abs``.
     """

@@ -61,7 +61,7 @@ class Selection:
         if source == PYTHON:
             raise RequestError(
                 'data.train = "python": expected the Python object that the images come from, found none; '
-                "feedfast.run_cache and run_train take it as train=..., feedfast.open_cache as data=..."
+                "feedfast.cache, fit and open_cache take it as data=..."
             )
         with _looking() as progress:
             return open_dataset(
