@@ -349,7 +349,8 @@ def value_words(kind: Any, info: OptionInfo) -> str:
 OBJECTS = (
     "feedfast.stages.open_cache.OpenedCache",
     "feedfast.data.batch.Batch",
-)  # what open_cache and its streams return
+    "feedfast.stages.distill.Distiller",
+)  # what open_cache, its streams and distiller return
 
 
 def reference_page() -> str:

@@ -47,8 +47,8 @@ EXECUTED = {
     "docs/add-network.md": "the class, below",
     "docs/add-data-source.md": "the function, below",
     "kernels/README.md": "the calls, below",
-    "docs/loops.md": "parts of examples/, which are run as a whole",
     "docs/python.md": "test_api.py and test_api_objects.py run such calls",
+    "docs/loops.md": "lines of examples, which examples/test_examples.py compares and runs",
 }
 ONLY_PARSED = {
     "CONTRIBUTING.md": "installs",
