@@ -31,6 +31,7 @@ html_show_sphinx = False
 myst_enable_extensions = ["attrs_inline"]
 myst_heading_anchors = 4
 default_role = "code"  # in docstrings, as in Markdown: `name`
+napoleon_use_ivar = True
 autodoc_typehints = "none"  # the signature as it is written says them; shapes and units are in the docstring
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

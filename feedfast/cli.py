@@ -349,9 +349,18 @@ def taps(
 
 
 @app.command(epilog=_examples("feedfast doctor", "feedfast doctor --recipe recipe.toml"))
-def doctor() -> None:
-    """What this machine is, the versions that run on it, and whether bf16 pays on its processor."""
-    _print(api.doctor())
+def doctor(
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="whose cache.path the disk's speed is measured at")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(callback=_home, help="that is measured instead; default: the current one")
+    ] = None,
+) -> None:
+    """What this machine is, and what will be slow or fail here: versions, DALI, GPU, disk; exit code 1 if broken."""
+    _refuse_lone(overrides, recipe)
+    document = api.doctor(overrides or (), recipe=recipe, folder=folder)
+    _print(document)
+    raise typer.Exit(0 if document.ok else 1)
 
 
 @app.command(epilog=_examples("feedfast methods ofd"))

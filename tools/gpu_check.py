@@ -44,7 +44,7 @@ BENCHES = {
 }
 PIPELINE = (
     "torchvision", "nvidia.dali", "zarr", "numcodecs", "google_crc32c", "numpy", "PIL", "pydantic", "typer", "rich",
-    "matplotlib", "tensorboard", "sklearn",
+    "tensorboard", "sklearn",
 )  # fmt: skip
 TESTS = ("pytest", "hypothesis", "scipy")  # what the tests of the pipeline import as well
 START = 15.0  # seconds: importing torch, making a context, and the end of what the time budget cut

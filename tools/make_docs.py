@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
@@ -20,9 +20,9 @@ from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
 import feedfast
 import feedfast_kernels
+from feedfast import documents
 from feedfast.cli import app
 from feedfast.data.augment import OPERATIONS, PRESETS
-from feedfast.documents import Document, caches, lists, plans, runs
 from feedfast.methods import METHODS, tasks_of
 from feedfast.methods.base import LOGITS, Method, expected_words
 from feedfast.recipe import Cache, Chain, Data, MethodEntry, Recipe, Student, Task, Teacher, Train, packaged_recipes
@@ -252,7 +252,7 @@ def recipes_page() -> str:
 EVERY_COMMAND = """\
 * **Resuming.** Every run can be killed and continued with the same command, to the same bytes and weights. `cache`,
   `train`, `chain`, `factors`, `sweep`, `copy` and `demo` continue what they find; the others start again.
-* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before the command:
+* **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before or after the command:
   `feedfast -q cache ...`). The last line of stdout is one JSON document.
 * **Exit codes.** 0: done. 1: the job or the check failed. 2: the request was wrong (a bad recipe, a missing path).
   130: ended by Ctrl-C, 143: by SIGTERM, likewise 128 + the number of SIGHUP and SIGUSR1; the step or shard under way is
@@ -364,8 +364,10 @@ def reference_page() -> str:
         ),
         directives("", [name for name in OBJECTS if name not in given]),
         "## Documents",
-        "What the functions return: `feedfast.documents`. `to_json` gives what the command prints.",
-        directives("", documents_of()),
+        "What the functions return: the JSON document of the command of the same name, with its keys as attributes.",
+        directives("feedfast.documents", [name for name in documents.__all__ if name[0].isupper()]),
+        "### Parts of documents",
+        directives("", sorted({f"{part.__module__}.{part.__qualname__}" for part in parts_of_documents()})),
         "## Errors",
         directives("feedfast", sorted(errors)),
         "## Losses and codes",
@@ -375,22 +377,17 @@ def reference_page() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-NESTED = (
-    "feedfast.stages.compare.Group",
-    "feedfast.stages.compare.Payback",
-    "feedfast.stages.analyze.Setting",
-    "feedfast.models.doctor.TapPlace",
-)  # in documents, and declared by who makes them
-
-
-def documents_of() -> list[str]:
-    """The dataclasses of `feedfast.documents`, each document before what is nested in it."""
-    found = []
-    for room in (caches, plans, runs, lists):
-        kinds = [kind for kind in vars(room).values() if is_dataclass(kind) and kind.__module__ == room.__name__]
-        kinds.sort(key=lambda kind: not issubclass(kind, Document))
-        found += [f"{kind.__module__}.{kind.__name__}" for kind in kinds]
-    return [*found, *NESTED]
+def parts_of_documents() -> set[type]:
+    """The dataclasses that documents are made of, apart from the documents themselves."""
+    found: set[type] = set()
+    waiting: list[Any] = [getattr(documents, name) for name in documents.__all__ if name[0].isupper()]
+    while waiting:
+        kind = waiting.pop()
+        waiting += get_args(kind)
+        if is_dataclass(kind) and isinstance(kind, type) and kind not in found:
+            found.add(kind)
+            waiting += get_type_hints(kind).values()
+    return {kind for kind in found if not issubclass(kind, documents.Document)}
 
 
 def directives(module: str, names: Sequence[str]) -> str:
@@ -404,8 +401,8 @@ def directives(module: str, names: Sequence[str]) -> str:
             lines += [f".. autodata:: {path}", ""]
         elif not inspect.isclass(thing):
             lines += [f".. autofunction:: {path}", ""]
-        elif issubclass(thing, BaseModel):
-            lines += [f".. autoclass:: {path}()", ""]  # its keys are documented in recipe.md
+        elif issubclass(thing, BaseModel) or (is_dataclass(thing) and (not module or "Document" in last[1:])):
+            lines += [f".. autoclass:: {path}()", ""]  # keys are in recipe.md, or the docstring; nobody makes one
         else:
             lines += [f".. autoclass:: {path}", "   :members:", ""]
     return "```{eval-rst}\n" + "\n".join(lines).rstrip() + "\n```" if lines else ""

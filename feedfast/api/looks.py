@@ -160,8 +160,15 @@ def taps(model: Any, *, size: int | None = None, classes: int = 100) -> document
     return document_of(TapsDocument, run_taps(model, size, classes))
 
 
-def doctor() -> documents.DoctorDocument:
-    """What this machine is, the versions that run on it, and whether bf16 pays on its processor.
+def doctor(
+    overrides: Overrides = (), *, recipe: RecipeLike | None = None, folder: PathLike | None = None
+) -> documents.DoctorDocument:
+    """What this machine is, the versions that run on it, and what will be slow or fail here.
+
+    Args:
+        overrides: ``key=value`` of the recipe.
+        recipe: whose ``cache.path`` the disk's speed is measured at.
+        folder: that is measured instead; None = the recipe's, or the current one.
 
     Example:
         >>> feedfast.doctor().machine.cores > 0
@@ -170,7 +177,8 @@ def doctor() -> documents.DoctorDocument:
     from feedfast.documents import DoctorDocument, document_of
     from feedfast.stages.doctor import run_doctor
 
-    return document_of(DoctorDocument, run_doctor())
+    known = _optional(recipe, overrides)
+    return document_of(DoctorDocument, run_doctor(known.recipe if known else None, maybe_path(folder)))
 
 
 def list_methods(

@@ -8,6 +8,8 @@ from typing import Any
 
 from feedfast.documents.base import Document
 from feedfast.models.doctor import TapPlace
+from feedfast.stages.doctor import Finding
+from feedfast.stages.probes import Facts
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,9 @@ class DoctorDocument(Document):
         commit: of the git repository that the working folder lies in; None outside of one.
         dirty: whether tracked files differ from it.
         bf16: on the processor.
+        facts: what else was looked at.
+        findings: what will be slow or fail here, and what helps; what is broken comes first.
+        ok: nothing is broken.
     """
 
     versions: Mapping[str, str | None]
@@ -198,3 +203,6 @@ class DoctorDocument(Document):
     commit: str | None
     dirty: bool | None
     bf16: Bf16
+    facts: Facts
+    findings: tuple[Finding, ...]
+    ok: bool

@@ -269,8 +269,9 @@ def pick_loggers(asked: Sequence[str] | None) -> tuple[str, ...]:
         return ("tensorboard",) if _installed("tensorboard") else ()
     for name in asked:
         if not _installed(name):
+            package = f"'feedfast[{name}]'" if name in ("wandb", "mlflow") else name
             raise RequestError(
-                f"train.loggers: {name} is not installed; expected it with pip install 'feedfast[{name}]', "
+                f"train.loggers: {name} is not installed; expected it with pip install {package}, "
                 "or another list of loggers"
             )
     return tuple(dict.fromkeys(asked))

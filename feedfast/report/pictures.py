@@ -1,7 +1,8 @@
-"""Pictures of what networks say: masks and boxes next to the truth, and maps of teachers and student, for a page.
+"""Pictures of what networks say: masks and boxes next to the truth, maps of teachers and student, views of samples.
 
 Arrays in, HTML out, and nothing to fetch: every picture is a data URI. PIL draws, pixel for pixel, so that an overlay
-can be checked; a figure of axes is what matplotlib is for. Photographs become JPEG, flat maps PNG.
+can be checked. Photographs become JPEG; maps and small images PNG at their own size, which the browser enlarges in
+squares: a map of 8x8 values takes 200 bytes so.
 
 Images are uint8 [H, W, 3], masks uint8 [H, W] of class numbers, boxes float [k, 4] as left, top, right, bottom in
 pixels of their image. What is larger than `SIDE` is made smaller; boxes are drawn after that, so that lines stay thin.
@@ -11,9 +12,8 @@ from __future__ import annotations
 
 import base64
 import functools
-import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from feedfast.errors import printable
+from feedfast.report.page import Html, escaped, joined, notes
 
 __all__ = [
-    "IGNORE", "SIDE", "Detected", "Mapped", "Segmented", "boxes_drawn", "data_uri", "detected_html", "map_pixels",
-    "mapped_html", "overlay", "palette", "segmented_html",
+    "IGNORE", "SIDE", "Detected", "Mapped", "Segmented", "Viewed", "boxes_drawn", "data_uri", "detected_html",
+    "map_pixels", "mapped_html", "overlay", "palette", "segmented_html", "viewed_html",
 ]  # fmt: skip
 
 Pixels = NDArray[np.uint8]
@@ -35,6 +36,13 @@ SIDE = 320
 IGNORE = 255
 """The class number of a truth's pixels that are no class: they keep the image's own color."""
 OPACITY = 0.55  # of a class's color over the image
+SMALL = 64  # pixels of the longer side up to which an image is PNG: JPEG would smear it, and saves nothing
+# matplotlib's viridis at every eighth of its 256 steps: from dark to bright also for those who see no color
+_VIRIDIS = np.array([
+    0x440154, 0x470d60, 0x48186a, 0x482374, 0x472d7b, 0x453781, 0x424086, 0x3e4989, 0x3b528b, 0x375b8d, 0x33638d,
+    0x2f6b8e, 0x2c728e, 0x297a8e, 0x26828e, 0x23898e, 0x21908c, 0x1f978b, 0x1f9f88, 0x21a685, 0x27ad81, 0x31b57b,
+    0x3ebc74, 0x4dc26c, 0x5cc863, 0x6ece58, 0x82d34d, 0x95d840, 0xaadc32, 0xc0df25, 0xd5e21a, 0xeae51a, 0xfde725,
+])  # fmt: skip
 LEAST_SCORE, MOST_BOXES = 0.3, 20  # predictions that are drawn: all would hide the image
 
 
@@ -77,11 +85,25 @@ class Detected:
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """An image and what networks make of it inside: tap or network → map, float [C, h, w]."""
+    """An image and what networks make of it inside.
+
+    Attributes:
+        name: of the sample.
+        image: uint8 [H, W, 3], or None where it is not at hand.
+        maps: tap → network → map, float [C, h, w]; of a masked array, what is masked was not stored.
+    """
 
     name: str
-    image: Pixels
-    maps: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
+    image: Pixels | None
+    maps: Mapping[str, Mapping[str, NDArray[np.floating[Any]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Viewed:
+    """Views of a sample: what each is called, its pixels uint8 [H, W, 3], and what was done to them."""
+
+    name: str
+    views: Sequence[tuple[str, Pixels, Sequence[str]]]
 
 
 # ---- pixels
@@ -181,24 +203,35 @@ def _best(scores: NDArray[np.floating[Any]]) -> list[int]:
     return [int(index) for index in order if scores[index] >= LEAST_SCORE]
 
 
-def map_pixels(values: NDArray[np.floating[Any]], side: int = SIDE // 2) -> Pixels:
+def map_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
     """The mean over channels of a map [C, h, w], its own lowest value dark and its highest bright.
 
     Returns:
-        uint8 [height, width, 3], the longer side about ``side`` pixels, every value a square; a map of one value is of
-        one color, and what is not finite is red.
+        uint8 [h, w, 4], red, green, blue and opacity: a map of one value is of one color, what is not finite is red,
+        and what a masked array masks is transparent.
     """
-    from matplotlib import colormaps
-
-    mean = np.asarray(values, np.float64).mean(0)
-    finite = np.isfinite(mean)
-    low, high = (float(mean[finite].min()), float(mean[finite].max())) if finite.any() else (0.0, 0.0)
+    mean, stored = _mean(values)
+    finite = np.isfinite(mean) & stored
+    low, high = _range(mean[finite])
     scaled = np.where(finite, mean - low, 0.0) / (high - low if high > low else 1.0)
-    colored = (np.asarray(colormaps["viridis"](scaled))[..., :3] * 255).round().astype(np.uint8)
-    colored[~finite] = (255, 0, 0)
-    times = max(side // max(mean.shape), 1)
-    enlarged: Pixels = colored.repeat(times, 0).repeat(times, 1)
-    return enlarged
+    anchors = (_VIRIDIS[:, None] >> (16, 8, 0)) & 255
+    at = np.linspace(0, 1, len(anchors))
+    pixels = np.full((*mean.shape, 4), 255, np.uint8)
+    for color in range(3):
+        pixels[..., color] = np.interp(scaled, at, anchors[:, color]).round()
+    pixels[stored & ~finite] = (255, 0, 0, 255)
+    pixels[~stored] = 0
+    return pixels
+
+
+def _mean(values: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Mean over channels [h, w], and where there is one."""
+    stored: NDArray[np.bool_] = np.asarray(~np.ma.getmaskarray(values).any(axis=0))
+    return np.ma.getdata(values).astype(np.float64).mean(0), stored
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def _fit(image: Pixels) -> Pixels:
@@ -210,19 +243,20 @@ def _fit(image: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
 
 
-# ---- a page
+# ---- markup
 
 
 def data_uri(pixels: Pixels, kind: Literal["jpeg", "png"] = "jpeg") -> str:
     """The picture as text that an ``img`` shows."""
     buffer = io.BytesIO()
     # no chroma subsampling: it would smear colored lines of two pixels
-    Image.fromarray(pixels).save(buffer, kind, **({"quality": 90, "subsampling": 0} if kind == "jpeg" else {}))
+    options = {"quality": 90, "subsampling": 0} if kind == "jpeg" else {"optimize": True}
+    Image.fromarray(pixels).save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def segmented_html(title: str, samples: Sequence[Segmented], classes: Sequence[str]) -> str:
-    """A section: image, truth and prediction of every sample in a row, and the classes that can be seen."""
+def segmented_html(samples: Sequence[Segmented], classes: Sequence[str]) -> Html:
+    """Image, truth and prediction of every sample in a row, and the classes that can be seen."""
     rows, seen = [], set()
     for sample in samples:
         known = sample.truth != IGNORE
@@ -235,12 +269,12 @@ def segmented_html(title: str, samples: Sequence[Segmented], classes: Sequence[s
             ("ground truth", _fit(overlay(sample.image, sample.truth, len(classes)))),
             (f"prediction{right}", _fit(overlay(sample.image, sample.prediction, len(classes)))),
         ]
-        rows.append(_row(sample.name, pictures))
-    return _section(title, rows, _legend(classes, sorted(seen)))
+        rows.append(_row(sample.name, [_picture(sample.name, *one) for one in pictures], wide=True))
+    return joined([_legend(classes, sorted(seen)), *rows]) if rows else Html("")
 
 
-def detected_html(title: str, samples: Sequence[Detected], classes: Sequence[str]) -> str:
-    """A section: truth and predictions of every sample next to each other, and the classes that can be seen."""
+def detected_html(samples: Sequence[Detected], classes: Sequence[str]) -> Html:
+    """Truth and predictions of every sample next to each other, and the classes that can be seen."""
     rows, seen = [], set()
     for sample in samples:
         best = _best(sample.scores)
@@ -250,43 +284,77 @@ def detected_html(title: str, samples: Sequence[Detected], classes: Sequence[str
         words = f"prediction, {len(best)} boxes of score {LEAST_SCORE:g} or more"
         if len(best) == MOST_BOXES:
             words = f"prediction, the best {MOST_BOXES} boxes"
-        rows.append(_row(sample.name, [(f"ground truth, {len(sample.boxes)} boxes", truth), (words, found)]))
-    return _section(title, rows, _legend(classes, sorted(seen)))
+        pictures = [(f"ground truth, {len(sample.boxes)} boxes", truth), (words, found)]
+        rows.append(_row(sample.name, [_picture(sample.name, *one) for one in pictures], wide=True))
+    return joined([_legend(classes, sorted(seen)), *rows]) if rows else Html("")
 
 
-def mapped_html(title: str, samples: Sequence[Mapped]) -> str:
-    """A section: every sample's image and maps in a row, each map's mean over channels, scaled by itself."""
+def mapped_html(samples: Sequence[Mapped]) -> Html:
+    """Every sample's image and, tap by tap, the maps of all networks in a row, each scaled by itself."""
     rows = []
     for sample in samples:
-        pictures = [("image", _fit(sample.image))]
-        pictures += [
-            (f"{name}, {'x'.join(map(str, values.shape))}", map_pixels(values)) for name, values in sample.maps.items()
+        if not sample.maps:
+            continue
+        sets = [] if sample.image is None else [_set([_picture(sample.name, "image", _fit(sample.image))])]
+        sets += [
+            _set([_picture(sample.name, _map_words(tap, who, found), map_pixels(found)) for who, found in maps.items()])
+            for tap, maps in sample.maps.items()
         ]
-        rows.append(_row(sample.name, pictures, flat=range(1, len(pictures))))
-    return _section(title, rows, "")
+        rows.append(Html(f'<h3>{escaped(sample.name)}</h3><div class="sets">{joined(sets)}</div>'))
+    if not rows:
+        return Html("")
+    sampled = any(np.ma.is_masked(map_) for s in samples for maps in s.maps.values() for map_ in maps.values())
+    said = (
+        "Each map is the mean over its channels, colored on one scale from its own lowest value to its own highest; "
+        "both are written below it, with channels x height x width. What is not finite is red."
+    )
+    blank = " Positions that the cache does not hold (sampled taps) are left blank." if sampled else ""
+    colors = ",".join(f"#{value:06x}" for value in _VIRIDIS)
+    scale = Html(
+        '<ul class="keys"><li>lowest <i style="width:8rem;background:linear-gradient(90deg,'
+        f'{colors})"></i> highest</li></ul>'
+    )
+    return joined([notes(said + blank), scale, *rows])
 
 
-def _section(title: str, rows: Sequence[str], legend: str) -> str:
-    return f"<h2>{html.escape(printable(title))}</h2>{legend}{''.join(rows)}" if rows else ""
+def viewed_html(samples: Sequence[Viewed]) -> Html:
+    """Every sample's views in a row, what was done to each written below it."""
+    rows = []
+    for sample in samples:
+        tiles = [_picture(sample.name, name, _fit(pixels), words) for name, pixels, words in sample.views]
+        rows.append(_row(sample.name, tiles))
+    return joined(rows)
 
 
-def _row(name: str, pictures: Sequence[tuple[str, Pixels]], flat: Iterable[int] = ()) -> str:
-    shown = html.escape(printable(name), quote=True)
-    cells = []
-    for place, (caption, pixels) in enumerate(pictures):
-        words = html.escape(printable(caption), quote=True)
-        uri = data_uri(pixels, "png" if place in flat else "jpeg")
-        size = f'width="{pixels.shape[1]}" height="{pixels.shape[0]}"'
-        cells.append(
-            f'<figure><img alt="{shown}: {words}" {size} src="{uri}"><figcaption>{words}</figcaption></figure>'
-        )
-    return f'<h3>{shown}</h3><div class="pictures">{"".join(cells)}</div>'
+def _map_words(tap: str, who: str, values: NDArray[np.floating[Any]]) -> str:
+    mean, stored = _mean(values)
+    low, high = _range(mean[stored & np.isfinite(mean)])
+    share = "" if stored.all() else f", {stored.mean():.0%} of positions"
+    return f"{who}, {tap}, {'x'.join(map(str, values.shape))}{share}: {low:.3g} to {high:.3g}"
 
 
-def _legend(classes: Sequence[str], numbers: Sequence[int]) -> str:
+def _row(name: str, tiles: Sequence[Html], *, wide: bool = False) -> Html:
+    return Html(f'<h3>{escaped(name)}</h3><div class="pictures{" wide" * wide}">{joined(tiles)}</div>')
+
+
+def _set(tiles: Sequence[Html]) -> Html:
+    """Maps that belong together: sets stand next to each other where there is room, and do not mix."""
+    return Html(f'<div class="set">{joined(tiles)}</div>')
+
+
+def _picture(name: str, caption: str, pixels: Pixels, words: Sequence[str] = ()) -> Html:
+    height, width = pixels.shape[:2]
+    uri = data_uri(pixels, "png" if pixels.shape[2] == 4 or max(height, width) <= SMALL else "jpeg")
+    listed = f"<ul>{''.join(f'<li>{escaped(word)}</li>' for word in words)}</ul>" if words else ""
+    return Html(
+        f'<figure><img alt="{escaped(name)}: {escaped(caption)}" width="{width}" height="{height}" src="{uri}">'
+        f"<figcaption>{escaped(caption)}{listed}</figcaption></figure>"
+    )
+
+
+def _legend(classes: Sequence[str], numbers: Sequence[int]) -> Html:
     colors = palette(len(classes))
     entries = (
-        f'<span><i style="background:rgb{colors[number]}"></i>{html.escape(printable(classes[number]))}</span>'
-        for number in numbers
+        f'<li><i style="background:rgb{colors[number]}"></i>{escaped(classes[number])}</li>' for number in numbers
     )
-    return f'<p class="legend">{" ".join(entries)}</p>' if numbers else ""
+    return Html(f'<ul class="keys">{"".join(entries)}</ul>' if numbers else "")

@@ -1,19 +1,19 @@
 """The page of the reconstruction analysis: error curves of every run's paraphraser, and a table.
 
-Each curve is drawn twice: as it is, and per mean |map|, because a map of twice the scale has twice the error.
+Each error is drawn twice: as it is, and per mean |map|, because a map of twice the scale has twice the error.
 """
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from feedfast.files import write_text
 from feedfast.provenance import Provenance
-from feedfast.report.run import as_label, figure_html, page, provenance_html, table_html
+from feedfast.report.chart import Chart, Series, charts
+from feedfast.report.compare import COLORED
+from feedfast.report.page import Section, facts, joined, made_by, notes, page, provenance, table
 
 NOTE = (
     "A paraphraser (autoencoder of factor transfer) per network, trained on that network's own final maps of the "
@@ -22,32 +22,26 @@ NOTE = (
 )
 
 
-def reconstruction_curves(runs: Sequence[Mapping[str, Any]]) -> Any:
-    """Mean L1 per epoch (training dashed), and that of the validation images per mean |map|: a matplotlib figure.
+def reconstruction_charts(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Mean L1 per epoch, of the validation images, of those per mean |map|, and of the training images.
 
     Args:
         runs: each with ``name``, ``train_l1``, ``test_l1`` and ``test_mean_abs``.
     """
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4))
-    error, relative = figure.subplots(1, 2)
-    for run in runs:
-        epochs = range(1, len(run["test_l1"]) + 1)
-        (line,) = error.plot(
-            epochs, run["test_l1"], label=as_label(run["name"]), marker="o", markersize=3, linewidth=1.2
-        )
-        color = line.get_color()
-        error.plot(epochs, run["train_l1"], linestyle="--", linewidth=1, color=color, label="_training")
-        shares = [value / run["test_mean_abs"] if run["test_mean_abs"] else 0.0 for value in run["test_l1"]]
-        relative.plot(epochs, shares, label=as_label(run["name"]), marker="o", markersize=3, linewidth=1.2, color=color)
-    for axis, title in ((error, "mean L1 (dashed: training)"), (relative, "mean L1 / mean |map|, validation")):
-        axis.set_title(title)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    return figure
+    def curves(key: str, scale: bool = False) -> list[Series]:
+        found = []
+        for number, run in enumerate(runs):
+            by = (run["test_mean_abs"] or 1.0) if scale else 1.0
+            points = [(float(epoch), value / by) for epoch, value in enumerate(run[key], 1)]
+            found.append(Series(run["name"], points, style=number if number < COLORED else None))
+        return found
+
+    return [
+        Chart("Mean L1 per mean |map|, validation", curves("test_l1", scale=True), x="epoch"),
+        Chart("Mean L1, validation", curves("test_l1"), x="epoch", log=True),
+        Chart("Mean L1, training", curves("train_l1"), x="epoch", log=True),
+    ]
 
 
 def write_reconstruction(
@@ -68,8 +62,12 @@ def write_reconstruction(
         }
         for run in runs
     ]
-    body = f"<p>{html.escape(NOTE)}</p>" + table_html(rows) + figure_html(reconstruction_curves(runs))
-    body += "<h2>Setting</h2><pre>" + html.escape(json.dumps(setting, indent=2)) + "</pre>"
-    body += provenance_html([made])
-    write_text(path, page("Reconstruction of final maps", body))
+    sections = [
+        Section("Result", joined([notes(NOTE), table(rows, "Errors after the last epoch")])),
+        Section("Curves", charts(reconstruction_charts(runs))),
+        Section("Setting", facts(setting)),
+        Section("How this page was made", provenance([made])),
+    ]
+    title = "Reconstruction of final maps"
+    write_text(path, page("Analysis of runs", title, "", sections, made_by([made])))
     return path

@@ -5,33 +5,19 @@ The report is drawn from that file alone (`feedfast.report.events` writes it) an
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from feedfast.files import open_regular, parse_json, write_text
 from feedfast.provenance import Provenance
-
-STYLE = """\
-body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}
-td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}
-td:first-child,th:first-child{text-align:left}
-img{max-width:100%}
-pre{background:#f6f6f6;padding:1em;overflow:auto}
-h3{margin:1em 0 .2em;font-size:1em}
-.pictures{display:flex;flex-wrap:wrap;gap:.6em}
-figure{margin:0}
-figcaption{font-size:.85em;color:#555}
-.legend span{margin-right:1em;white-space:nowrap}
-.legend i{display:inline-block;width:1em;height:1em;margin-right:.3em;vertical-align:-.15em}
-"""
+from feedfast.report.chart import Chart, Series, as_number, charts
+from feedfast.report.page import Section, details, facts, joined, made_by, page, shown, table, tiles
+from feedfast.report.reproduce import reproduce_html
 
 _MAX_ROW_BYTES = 1 << 20
+_TERMS_PER_CHART = 6  # curves on common axes that can still be told apart
 NO_LOSS = ("step", "epoch", "lr", "images_per_second", "data_wait_fraction")  # of the numbers in a row
 
 
@@ -52,85 +38,43 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def as_label(text: str) -> str:
-    """Anybody's text as matplotlib is to show it: no formulas, and never hidden."""
-    return " " * text.startswith("_") + text.replace("$", r"\$")
-
-
-def figure_html(figure: Any) -> str:
-    """A matplotlib figure as an inline PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as an HTML table."""
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(show(value))}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def show(value: Any) -> str:
-    """A value as the tables print it."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "–" if value is None else str(value)
-
-
-def page(title: str, body: str) -> str:
-    """A complete HTML page without anything to fetch."""
-    name = html.escape(title)
-    head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>'
-
-
-def curves(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Loss and its terms, validation, learning rate and throughput over steps: a 2 x 2 matplotlib figure.
+def run_charts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Chart], list[Chart]]:
+    """What happened (loss and its terms, validation, learning rate), and what it cost (throughput, waiting).
 
     Terms are called as methods and tasks call them, so every number in ``rows`` that is nothing else is one.
     """
-    from matplotlib.figure import Figure
-
-    numbers = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value)))
-    figure = Figure(figsize=(10, 6.5))
-    axes = figure.subplots(2, 2)
-    plots = [
-        (axes[0][0], "loss", [name for name in numbers if name not in NO_LOSS and not name.startswith("val_")]),
-        (axes[0][1], "validation", [name for name in numbers if name.startswith("val_")]),
-        (axes[1][0], "learning rate", ["lr"]),
-        (axes[1][1], "images per second", ["images_per_second"]),
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value)))
+    terms = [name for name in names if name not in NO_LOSS and not name.startswith("val_")]
+    parts = [terms[start : start + _TERMS_PER_CHART] for start in range(0, len(terms), _TERMS_PER_CHART)]
+    happened = [
+        _chart(
+            "Loss and its terms, unweighted" + (f" ({number} of {len(parts)})" if len(parts) > 1 else ""), part, rows
+        )
+        for number, part in enumerate(parts, 1)
     ]
-    for axis, title, names in plots:
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
-            marker = "o" if len(points) < 30 else None
-            if points:
-                axis.plot(*zip(*points, strict=True), label=as_label(name), marker=marker, markersize=3, linewidth=1.2)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if len(names) > 1 or (title == "validation" and names):
-            axis.legend()
-    figure.tight_layout()
-    return figure
+    happened.append(_chart("Validation", [name for name in names if name.startswith("val_")], rows, log=False))
+    happened.append(_chart("Learning rate", ["lr"], rows, log=False))
+    cost = [
+        _chart("Images per second", ["images_per_second"], rows, log=False),
+        _chart("Share of the time spent waiting for data", ["data_wait_fraction"], rows, log=False),
+    ]
+    return happened, cost
+
+
+def _chart(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], *, log: bool = True) -> Chart:
+    series = [
+        Series(
+            name,
+            [(as_number(row["step"]), as_number(row[name])) for row in rows if _is_number(row.get(name))],
+            style=number,
+        )
+        for number, name in enumerate(names)
+    ]
+    return Chart(title if len(series) != 1 or series[0].name in NO_LOSS else f"{title}: {names[0]}", series, log=log)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def provenance_html(processes: Sequence[Provenance], title: str = "How this was made") -> str:
-    """Who made something, where and when: a table, a line per process, and everything that is known of them."""
-    if not processes:
-        return ""
-    known = json.dumps([process.model_dump(mode="json") for process in processes], indent=2)
-    details = f"<details><summary>versions, machines, recipes</summary><pre>{html.escape(known)}</pre></details>"
-    return f"<h2>{html.escape(title)}</h2>" + table_html([process.row() for process in processes]) + details
 
 
 def write_report(
@@ -138,24 +82,87 @@ def write_report(
     result: Mapping[str, Any],
     recipe: Mapping[str, Any],
     processes: Sequence[Provenance] = (),
-    more: str = "",
+    *,
+    asked: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
+    pictures: Sequence[Section] = (),
 ) -> Path:
     """Draw ``out/report.html``.
 
     Args:
         out: the run's folder, with its ``metrics.jsonl``.
         result: of the run.
-        recipe: of the run.
+        recipe: of the run, in full.
         processes: who trained it.
-        more: HTML to be shown below the curves.
+        asked: what was asked, in a few words: name → words, or several.
+        cost: what it cost besides the result's own times: name → words.
+        pictures: sections that are shown below the curves.
     """
     rows = read_metrics(out / "metrics.jsonl")
+    happened, spent = run_charts(rows)
     figures: dict[str, Any] = {}
     for key, value in result.items():
         figures |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-    body = table_html([{"figure": key, "value": value} for key, value in figures.items()])
-    listing = html.escape(json.dumps(recipe, indent=2))
-    body += f"{figure_html(curves(rows))}{more}{provenance_html(processes)}<h2>Recipe</h2><pre>{listing}</pre>"
+    numbers = table(
+        [{"figure": key, "value": shown(value)} for key, value in figures.items()], "All figures of result.json"
+    )
+    sections = [
+        Section("Result", joined([tiles(_headline(result)), details("All figures", numbers)])),
+        Section("What was asked", facts(asked or {})),
+        Section("What happened", charts(happened)),
+        Section("What it cost", joined([facts({**_times(result), **(cost or {})}), charts(spent)])),
+        *pictures,
+        Section("How this was made", reproduce_html(processes, recipe, "train")),
+    ]
+    title = f"{result.get('model')}, {result.get('method')} from {result.get('source')}"
     path = out / "report.html"
-    write_text(path, page(f"{result.get('model')}, {result.get('method')} from {result.get('source')}", body))
+    write_text(path, page("Training run", title, str(result.get("out", "")), sections, made_by(processes)))
     return path
+
+
+def as_share(value: Any) -> str | None:
+    """A share in percent; None of what is no number."""
+    return f"{value:.1%}" if _is_number(value) else None
+
+
+def _headline(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that matter: scores in percent, and what was spent."""
+    scores = {
+        key.removeprefix("val_").replace("_", " ") + ", validation": None if value is None else f"{value:.2%}"
+        for key, value in result.items()
+        if key.startswith("val_") and (value is None or _is_number(value))
+    }
+    step, seconds, rate = (result.get(key) for key in ("step_ms", "seconds", "images_per_second"))
+    return {
+        **scores,
+        "final loss": result.get("final_loss"),
+        "steps": f"{result['steps']:,}" if "steps" in result else None,
+        "time in steps": as_time(seconds),
+        "step": None if step is None else f"{step:,.1f} ms",
+        "images per second": None if rate is None else f"{rate:,.0f}",
+        "parameters": f"{result['parameters']:,}" if "parameters" in result else None,
+    }
+
+
+def _times(result: Mapping[str, Any]) -> dict[str, Any]:
+    predicted, error = result.get("predicted"), result.get("prediction_error")
+    said = None
+    if isinstance(predicted, Mapping) and _is_number(predicted.get("step_ms")):
+        off = error.get("step_ms") if isinstance(error, Mapping) else None
+        said = f"{predicted['step_ms']:,.1f} ms" + (f"; it took {off:+.0%}" if _is_number(off) else "")
+    return {
+        "Time in steps": as_time(result.get("seconds")),
+        "Waiting for data": as_share(result.get("data_wait_fraction")),
+        "Step, as planned": said,
+    }
+
+
+def as_time(seconds: Any) -> str | None:
+    """Seconds as people say them; None of what is no finite number."""
+    if not _is_number(seconds) or not math.isfinite(as_number(seconds)):
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

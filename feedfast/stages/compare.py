@@ -28,7 +28,9 @@ from feedfast.files import write_text
 from feedfast.methods.base import matching
 from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
+from feedfast.report.chart import Span
 from feedfast.report.compare import print_table, write_groups
+from feedfast.report.run import as_time
 from feedfast.report.statistics import half_interval
 from feedfast.stages.folder import comparable, ensure_dir
 from feedfast.stages.groups import Run, find_runs, grouped, kind_of, method_of, telling_keys
@@ -166,8 +168,10 @@ def run_compare(runs: Sequence[str | Path], out: Path | None = None, baseline: s
             {name: [run.path for run in members] for name, members in groups.items()},
             found.metric,
             task_named(next(iter(groups.values()))[0].recipe.task.name, 1).term,
-            [_payback_sentence(cache) for cache in found.caches],
             made.finished(),
+            differences=_spans(found.groups),
+            baseline=_baseline_words(found.groups),
+            caches=[_payback_row(cache) for cache in found.caches],
         )
     return {**asdict(found), "report": None if page is None else str(page)}
 
@@ -335,6 +339,35 @@ def _paid_seconds(path: str) -> float | None:
             for job in manifest.passes
         )
     return None
+
+
+def _spans(groups: Sequence[Group]) -> list[Span]:
+    """The differences in percentage points; the baseline is named where there are several."""
+    compared = [group for group in groups if group.over_baseline is not None]
+    several = len({group.baseline for group in compared}) > 1
+    found = []
+    for group in compared:
+        over, half = 100 * (group.over_baseline or 0.0), group.half_interval
+        said = f"{over:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+        name = f"{group.name}, against {group.baseline}" if several else group.name
+        found.append(Span(name, over, None if half is None else 100 * half, said))
+    return found
+
+
+def _baseline_words(groups: Sequence[Group]) -> str:
+    found = {group.baseline for group in groups if group.over_baseline is not None}
+    return f"the baseline {next(iter(found))}" if len(found) == 1 else "the plain students of the same settings"
+
+
+def _payback_row(cache: Payback) -> dict[str, Any]:
+    share = cache.saved_seconds / cache.paid_seconds if cache.saved_seconds is not None and cache.paid_seconds else None
+    return {
+        "cache": cache.cache,
+        "runs": cache.runs,
+        "made in": "not known" if cache.paid_seconds is None else as_time(cache.paid_seconds),
+        "saved so far": "no live runs to compare with" if cache.saved_seconds is None else as_time(cache.saved_seconds),
+        "paid back": None if share is None else f"{share:.1f} times",
+    }
 
 
 def _payback_sentence(cache: Payback) -> str:

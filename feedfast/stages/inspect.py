@@ -6,20 +6,19 @@ maps: a few images as the teachers saw them, and for every tap the mean over cha
 
 from __future__ import annotations
 
-import html
-import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from feedfast.data.loader import Loader
 from feedfast.errors import FeedfastError
-from feedfast.files import write_text
 from feedfast.methods import METHODS
 from feedfast.methods.base import LOGITS, matching
 from feedfast.models.build import build_model
@@ -28,11 +27,14 @@ from feedfast.models.given import copied, word_of
 from feedfast.models.own import built_size, own_input
 from feedfast.provenance import Provenance
 from feedfast.report.compare import print_table
-from feedfast.report.run import figure_html, page, provenance_html, table_html
+from feedfast.report.inspect import write_inspection
+from feedfast.report.page import Html, Section
+from feedfast.report.pictures import Mapped, mapped_html
 from feedfast.stages.accuracy import near_chance
 from feedfast.stages.folder import ensure_dir
 from feedfast.stages.progress import format_bytes
 from feedfast.stages.proof import plan_of, source_of, stored_values
+from feedfast.stages.sampling import Places, on_grid, sampling_of_manifest
 from feedfast.stages.sheet import contact_sheet
 from feedfast.storage import names
 from feedfast.storage.reader import CacheReader
@@ -40,6 +42,7 @@ from feedfast.storage.reader import CacheReader
 log = logging.getLogger(__name__)
 
 SHOWN = 6
+CLASSES = 12  # names of classes that a page lists
 TAPS_SIZE = 32  # pixels; of a network that does not say what it wants
 DENSE_SIZE = 300  # of one for boxes or pixels: SSD's
 
@@ -127,63 +130,92 @@ def run_inspect(cache: str, out: Path | None = None) -> dict[str, Any]:
     }
     if out is not None:
         ensure_dir(out, "--out")
-        listing = html.escape(json.dumps(document["manifest"], indent=2)[:200_000])
-        made = provenance_html(manifest.passes, "How the cache was made")
-        made += provenance_html([Provenance.begin().finished()], "How this page was made")
-        tables = f"{table_html(rows)}{table_html(teachers)}"
-        body = f"{tables}{_pictures(reader)}{_views(reader)}{made}<h2>Manifest</h2><pre>{listing}</pre>"
-        report = out / "inspect.html"
-        write_text(report, page(f"Cache {cache}", body))
+        report = write_inspection(
+            out / "inspect.html",
+            cache,
+            {
+                "rows per view": f"{manifest.num_rows:,}",
+                "views": str(manifest.views),
+                "size": format_bytes(document["bytes"]),
+                "stored arrays": str(len(rows)),
+                "state": "complete" if reader.complete else "in the making",
+            },
+            _about(reader),
+            rows,
+            teachers,
+            document["manifest"],
+            [Section("Maps", mapped_html(_mapped(reader))), Section("Views", _views(reader))],
+            manifest.passes,
+            Provenance.begin().finished(),
+        )
         document["report"] = str(report)
     return document
 
 
-def _pictures(reader: CacheReader) -> str:
-    """The first rows of view 0: the image, then the channel mean of every stored map."""
-    from matplotlib.figure import Figure
+def _about(reader: CacheReader) -> dict[str, Any]:
+    """The manifest's facts in words."""
+    manifest = reader.manifest
+    data, classes = manifest.dataset, list(manifest.dataset.classes)
+    shown = ", ".join(classes[:CLASSES]) + (f" and {len(classes) - CLASSES:,} more" if len(classes) > CLASSES else "")
+    return {
+        "Images": f"{data.count:,}, at {manifest.plan.size} px",
+        "Classes": f"{len(classes):,}: {shown}" if classes else "not labeled",
+        "Files left out": [f"{count:,} {kind}" for kind, count in data.skipped.items()] or None,
+        "Images are": "stored in the cache" if manifest.images == "stored" else "decoded again from their files",
+        "Decoded by": manifest.decoder.backend,
+        "Seed of the views": manifest.plan.seed,
+        "Digest": reader.digest(),
+    }
 
-    complete = [
-        array
-        for array, spec in reader.specs.items()
-        if spec.sharded and names.parse(array) and len(reader.committed(array, 0)) == spec.num_shards
-    ]
-    maps = []
+
+def _mapped(reader: CacheReader) -> list[Mapped]:
+    """The first rows of view 0: the image, where it is at hand, and every stored map."""
     rows = np.arange(min(SHOWN, reader.manifest.num_rows))
-    for array in complete:
+    maps: dict[str, dict[str, NDArray[Any]]] = {}
+    places: Places = {}
+    if sampling := sampling_of_manifest(reader.manifest, reader.path):
+        places = sampling.places(0, reader.read_array(names.ORDER, 0)[rows], torch.device("cpu"))
+    for array, spec in reader.specs.items():
         target = names.parse(array)
-        assert target is not None
-        teacher, tap = target.teacher, target.tap
-        values = stored_values(reader, teacher, tap, 0, rows)
-        if values.dim() == 4:
-            maps.append((f"{teacher}/{tap}", values.mean(1).numpy()))
-    images: np.ndarray | None = None
+        if not spec.sharded or target is None or len(reader.committed(array, 0)) != spec.num_shards:
+            continue
+        values = stored_values(reader, target.teacher, target.tap, 0, rows)
+        there = places.get((target.teacher, target.tap))
+        shown: NDArray[Any]
+        if there is not None:
+            shown = on_grid(values, there, sampling.grids[target.teacher, target.tap][:2])
+        elif values.dim() == 4:
+            shown = values.numpy()
+        else:  # logits, vectors and tokens are no maps
+            continue
+        maps.setdefault(target.tap, {})[target.teacher] = shown
+    images: Sequence[Any] = [None] * len(rows)
+    said = [f"row {row}" for row in rows]
     try:
-        loader = Loader(source_of(reader).open(), plan_of(reader), batch_size=len(rows))
-        images = next(iter(loader.stream(0, rows))).images.numpy()
-        loader.close()
+        data = source_of(reader).open()
+        with Loader(data, plan_of(reader), batch_size=len(rows)) as loader:
+            batch = next(iter(loader.stream(0, rows)))
+        images = list(batch.images.numpy())
+        said = [data.name(place) for place in np.searchsorted(data.ids, batch.ids).tolist()]
     except FeedfastError as error:
         log.warning("inspect: images not shown: %s", error)
-    columns = ([("image", images)] if images is not None else []) + maps
-    if not columns:
-        return ""
-    figure = Figure(figsize=(1.6 * len(columns), 1.6 * len(rows)))
-    axes = np.atleast_2d(figure.subplots(len(rows), len(columns), squeeze=False))
-    for column, (name, pictures) in enumerate(columns):
-        for row in range(len(rows)):
-            axes[row][column].imshow(pictures[row], cmap=None if name == "image" else "viridis")
-            axes[row][column].set_axis_off()
-        axes[0][column].set_title(name, fontsize=8)
-    figure.tight_layout()
-    return "<h2>Maps (mean over channels), first rows of view 0</h2>" + figure_html(figure)
+    return [
+        Mapped(
+            said[row],
+            images[row],
+            {tap: {who: some[row] for who, some in found.items()} for tap, found in maps.items()},
+        )
+        for row in range(len(rows))
+    ]
 
 
-def _views(reader: CacheReader) -> str:
+def _views(reader: CacheReader) -> Html:
     """A contact sheet; empty where the images are not to be found."""
     try:
         return contact_sheet(source_of(reader).open(), plan_of(reader), reader.manifest.views)
     except FeedfastError as error:
         log.warning("inspect: views not shown: %s", error)
-        return ""
+        return Html("")
 
 
 def run_taps(model: str | nn.Module, size: int | None, classes: int) -> dict[str, Any]:

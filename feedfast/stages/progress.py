@@ -139,8 +139,10 @@ class Cell:
     def __init__(self, meter: Meter) -> None:
         from IPython.display import display
 
+        show: Any = display  # IPython has no annotations
+
         self.seconds = CELL_SECONDS
-        self._handle: Any = display(_plain(f"{meter.label}: 0/{meter.total:,} {meter.unit}"), raw=True, display_id=True)
+        self._handle: Any = show(_plain(f"{meter.label}: 0/{meter.total:,} {meter.unit}"), raw=True, display_id=True)
         self._remark = ""
 
     def show(self, meter: Meter, remark: str) -> None:

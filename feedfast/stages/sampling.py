@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,3 +105,21 @@ def sampling_of_manifest(manifest: Manifest, where: object) -> Sampling:
                 )
             grids[name, tap.name] = (tap.shape[1], tap.shape[2], tap.sample.positions)
     return Sampling(manifest.plan.seed, grids)
+
+
+def on_grid(values: Tensor, positions: Tensor, grid: tuple[int, int]) -> np.ma.MaskedArray[Any, Any]:
+    """Sampled maps as pictures show them: float [B, C, H, W], masked where nothing is stored.
+
+    Args:
+        values: [B, C, P].
+        positions: [B, P], y * W + x.
+        grid: H and W of the whole map.
+    """
+    height, width = grid
+    batch, channels, _ = values.shape
+    at = positions.cpu().long()[:, None].expand(-1, channels, -1)
+    whole = torch.zeros(batch, channels, height * width).scatter_(2, at, values.float().cpu())
+    stored = torch.zeros(batch, height * width, dtype=torch.bool).scatter_(1, positions.cpu().long(), True)
+    mask = ~stored[:, None].expand(-1, channels, -1).reshape(whole.shape)
+    shape = batch, channels, height, width
+    return np.ma.MaskedArray(whole.reshape(shape).numpy(), mask.reshape(shape).numpy())

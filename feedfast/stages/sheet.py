@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import logging
-import textwrap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +15,8 @@ from feedfast.data.steps import describe
 from feedfast.data.views import ViewPlan
 from feedfast.data.work import Work
 from feedfast.errors import FeedfastError
-from feedfast.report.pictures import boxes_drawn, overlay
-from feedfast.report.run import figure_html
+from feedfast.report.page import Html
+from feedfast.report.pictures import Viewed, boxes_drawn, overlay, viewed_html
 
 __all__ = ["contact_sheet", "row_words"]
 
@@ -49,41 +47,31 @@ def row_words(work: Work, row: int, size: int) -> list[str]:
     return words or ["as for evaluation"]
 
 
-def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> str:
-    """HTML of the first samples' views; empty where the images cannot be shown.
+def contact_sheet(data: Dataset, plan: ViewPlan, views: int) -> Html:
+    """The first samples' views, with what was done to each; empty where the images cannot be shown.
 
     Args:
         data: the images.
         plan: how they are shown.
         views: how many there are; 0 = a new one every epoch.
     """
-    from matplotlib.figure import Figure
-
     shown = np.linspace(0, len(data) - 1, min(SAMPLES, len(data))).astype(np.int64)
-    count = min(views or VIEWS, VIEWS)
-    figure = Figure(figsize=(2.1 * count, 2.9 * len(shown)))
-    axes = figure.subplots(len(shown), count, squeeze=False)
+    found: list[list[tuple[str, NDArray[np.uint8], list[str]]]] = [[] for _ in shown]
     try:
         with Loader(data, plan, batch_size=len(shown), threads=1) as loader:
-            for view in range(count):
+            for view in range(min(views or VIEWS, VIEWS)):
                 whole = loader.work(view)
                 rows = _rows_of(whole.positions, shown)
                 work = whole.rows(rows)
                 batch = next(iter(loader.stream(view, rows)))
-                for place in range(len(shown)):
-                    axis = axes[place][view]
-                    axis.imshow(_marked(batch, place, data), interpolation="nearest")
-                    axis.set_axis_off()
-                    if not place:
-                        axis.set_title(f"view {view}", fontsize=9)
-                    lines = [line for word in row_words(work, place, plan.size) for line in textwrap.wrap(word, 30)]
-                    below = {"ha": "center", "va": "top", "transform": axis.transAxes}
-                    axis.text(0.5, -0.04, "\n".join(lines), fontsize=6.5, **below)
+                for place, seen in enumerate(found):
+                    seen.append((f"view {view}", _marked(batch, place, data), row_words(work, place, plan.size)))
     except FeedfastError as error:
         log.warning("contact sheet: images not shown: %s", error)
-        return ""
-    names = ", ".join(html.escape(data.name(position)) for position in shown.tolist())
-    return f"<h2>Views of {names}</h2>" + figure_html(figure)
+        return Html("")
+    return viewed_html(
+        [Viewed(data.name(position), views) for position, views in zip(shown.tolist(), found, strict=True)]
+    )
 
 
 def _marked(batch: Batch, row: int, data: Dataset) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.loader import Loader
 from feedfast.data.views import ViewPlan
-from feedfast.errors import RequestError
+from feedfast.errors import FeedfastError, RequestError
 from feedfast.files import read_sealed, remove_temporary, write_sealed
 from feedfast.methods import Method
 from feedfast.models.branched import Branched
@@ -40,6 +41,7 @@ from feedfast.provenance import Provenance
 from feedfast.recipe import Recipe
 from feedfast.report.events import EventLog
 from feedfast.report.loggers import About, pick_loggers
+from feedfast.report.page import Html, Section
 from feedfast.report.run import write_report
 from feedfast.stages.bf16 import say_slow_bf16
 from feedfast.stages.checkpoint import load_checkpoint, require_finite, write_state
@@ -64,13 +66,17 @@ from feedfast.stages.recorded import Recorded, open_recorded, refuse_unrecordabl
 from feedfast.stages.schedule import Schedule, total_steps
 from feedfast.stages.sheet import contact_sheet
 from feedfast.stages.source import Cached, Source, open_source
+from feedfast.stages.summary import asked_of, cost_of
 from feedfast.stages.trainee import (
     build_student,
     build_trainee,
     gray_images,
+    memory_format,
     names_of,
     needs_of,
     optimizer_of,
+    student_needs_of,
+    tap_student,
 )
 from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
@@ -185,6 +191,8 @@ class StudentRun:
             side = recipe.data.val_size or recipe.data.size
             self.task: Task = task_named(recipe.task.name, self._num_classes(), side)
             student = student or self._student()
+            kept = given is not None and me.first and not self.resumed  # the start of an object is known by no seed
+            self._start = {name: value.cpu().clone() for name, value in student.state_dict().items()} if kept else None
             self.trainer = self._trainer(student, total_steps(train, len(self.data)))
             self.loop = Loop(self.trainer, self.source, self.source.plan, len(self.data), train, me, self.out)
             self.loop.run = run
@@ -376,19 +384,43 @@ class StudentRun:
             return {}
         return evaluate(student, self.normalize, self.val, self.task, self.me, autocast=self.trainer.autocast)
 
-    def _pictures(self) -> str:
-        """HTML of what a dense student says of validation images, and of its maps."""
-        if self.val is None or self.task.name == "classify":
-            return ""
-        trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
-        tapped = getattr(trainee.tapped, "_orig_mod", trainee.tapped)  # of torch.compile
+    def _pictures(self) -> list[Section]:
+        """What a dense student says of validation images, maps of it and its teachers, and views of the images."""
+        said = Html("")
+        if self.val is not None and self.task.name != "classify":
+            said = predictions_html(self.trainer.student, self.normalize, self.val, self.task, self.data.classes)
+        maps = Html("")
         # rows that nobody has recorded yet would be run for the picture alone
-        maps = not isinstance(self.source, Recorded) or self.source.is_complete(0)
-        said = predictions_html(self.trainer.student, self.normalize, self.val, self.task, self.data.classes)
-        if not maps:
-            return said
-        rows = self.recipe.train.batch // self.me.world
-        return said + maps_html(cast("Tapped", tapped), self.normalize, self.source, self.data, rows)
+        if not isinstance(self.source, Recorded) or self.source.is_complete(0):
+            trainee = getattr(self.trainer.trainee, "module", self.trainer.trainee)  # of DistributedDataParallel
+            tapped = cast("Tapped", getattr(trainee.tapped, "_orig_mod", trainee.tapped))  # of torch.compile
+            rows = self.recipe.train.batch // self.me.world
+            before = self._before(tapped)
+            maps = maps_html(tapped, before, self.normalize, self.source, self.data, rows)
+        stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
+        sheet = Html("") if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
+        return [
+            Section("Validation images", said),
+            Section("Maps of teachers and student", maps),
+            Section("Views of the training images", sheet),
+        ]
+
+    def _before(self, tapped: Tapped) -> Tapped | None:
+        """The student as it started: built again, as the recipe says how; of an object its weights were kept."""
+        if not any(len(shape) == 3 for shape in tapped.shapes.values()):
+            return None
+        if self._given is not None and self._start is None:
+            return None
+        try:
+            student = self._student() if self._start is None else deepcopy(self.trainer.student)
+            if self._start is not None:
+                student.load_state_dict(self._start)
+            student = student.to(device=self.device, memory_format=memory_format(self.recipe.train))  # type: ignore[call-overload]
+            example = gray_images(self.normalize, self.recipe.data.size, self.device)
+            return tap_student(student, student_needs_of(self.entries), example, self.task, self.recipe.student.model)
+        except FeedfastError as error:  # its weights' file may be gone by now, and the run has ended well
+            log.warning("report: maps before training are not shown: %s", error)
+            return None
 
     def _evaluate_if_due(self, step: int, stop: int, events: EventLog | None) -> Found:
         epoch = math.ceil(step / self.loop.steps_per_epoch)
@@ -444,7 +476,14 @@ class StudentRun:
                 _save_network(max(branches, key=lambda found: found[1] or 0.0)[0], self.out / BRANCH)
             made = processes_of(self.out)
             write_sealed(held, {**result, "provenance": [process.model_dump(mode="json") for process in made]})
-            stored = isinstance(self.source, Cached) and self.source.stored_images  # then the images may be elsewhere
-            sheet = "" if stored else contact_sheet(self.data, self.source.plan, self.recipe.cache.views)
-            write_report(self.out, result, self.provenance.recipe or {}, made, self._pictures() + sheet)
+            ran = made[-1].machine if made else None
+            write_report(
+                self.out,
+                result,
+                self.provenance.recipe or {},
+                made,
+                asked=asked_of(self.recipe),
+                cost=cost_of(self.recipe, step, self.device, [ran.cpu, *ran.gpus] if ran else []),
+                pictures=self._pictures(),
+            )
         return result

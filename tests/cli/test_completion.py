@@ -16,69 +16,74 @@ from feedfast.methods import METHODS
 from feedfast.models.build import build_model
 from feedfast.recipe import Recipe, packaged_recipes, parse_recipe
 
-ASK = (
-    "import sys, json\n"
-    "sys.argv = ['feedfast']\n"
-    "from feedfast.cli import main\n"
-    "try:\n    main()\nexcept SystemExit:\n    pass\n"
-    "print(json.dumps([n for n in ('torch', 'numpy', 'zarr') if n in sys.modules]), file=sys.stderr)"
-)
+ASK = """
+import contextlib, io, json, os, sys
+from feedfast.cli import main
+sys.argv, said = ["feedfast"], []
+for variables in json.load(sys.stdin):
+    os.environ |= variables
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main()
+    said.append(out.getvalue())
+    for name in variables:
+        del os.environ[name]
+print(json.dumps([said, [name for name in ("torch", "numpy", "zarr") if name in sys.modules]]))
+"""
 
 
-def asked(**variables: str) -> str:
+def asked(*questions: dict[str, str]) -> list[str]:
+    """What each question's variables are answered with; all in one process."""
     done = subprocess.run(
         [sys.executable, "-c", ASK],
-        env={**os.environ, **variables},
+        input=json.dumps(questions),
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    assert json.loads(done.stderr.splitlines()[-1]) == [], "a key press waits for no torch"
-    return done.stdout
-
-
-def bash(*words: str) -> list[str]:
-    """The last word is what is being typed."""
-    variables = {
-        "_FEEDFAST_COMPLETE": "complete_bash",
-        "COMP_WORDS": " ".join(words),
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    return asked(**variables).split()
+    said, heavy = json.loads(done.stdout)
+    assert heavy == [], "a key press waits for no torch"
+    return list(said)
 
 
 def test_bash() -> None:
-    """It breaks words at "=", so there values come without their key."""
-    assert bash("feedfast", "tr") == ["train"]
-    assert bash("feedfast", "train", "r.toml", "method.na") == [
-        "method.name=", *(f"method.name={name}" for name in METHODS)
-    ]  # fmt: skip
-    assert bash("feedfast", "train", "r.toml", "method.name", "=") == list(METHODS)
-    assert bash("feedfast", "train", "r.toml", "method.name", "=", "o") == ["ofd"]
-    assert bash("feedfast", "train", "r.toml", "method.name", "=", "cwd", "method.m") == ["method.map="]
-    assert bash("feedfast", "sweep", "r.toml", "--set", "train.opt") == [
-        f"train.optimizer{end}" for end in ("=", "=sgd", "=adamw")
+    """It breaks words at "=", so there values come without their key; the last word is what is being typed."""
+    methods = list(METHODS)
+    expected: dict[str, list[str]] = {
+        "feedfast tr": ["train"],
+        "feedfast train r.toml method.na": ["method.name=", *(f"method.name={name}" for name in methods)],
+        "feedfast train r.toml method.name =": methods,
+        "feedfast train r.toml method.name = o": ["ofd"],
+        "feedfast train r.toml method.name = cwd method.m": ["method.map="],
+        "feedfast sweep r.toml --set train.opt": [f"train.optimizer{end}" for end in ("=", "=sgd", "=adamw")],
+        "feedfast taps zoo/wrn-16": ["zoo/wrn-16-1", "zoo/wrn-16-2", "zoo/wrn-16-4"],
+        "feedfast recipes ofd-a": ["ofd-a-cifar100"],
+        "feedfast methods rk": ["rkd"],
+        "feedfast export runs/x --format o": ["onnx"],
+        "feedfast train ./": [],  # a recipe is a file: the shell completes names of files
+    }
+    questions = [
+        {"_FEEDFAST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        for words in expected
     ]
-    assert bash("feedfast", "taps", "zoo/wrn-16") == ["zoo/wrn-16-1", "zoo/wrn-16-2", "zoo/wrn-16-4"]
-    assert bash("feedfast", "recipes", "ofd-a") == ["ofd-a-cifar100"]
-    assert bash("feedfast", "methods", "rk") == ["rkd"]
-    assert bash("feedfast", "export", "runs/x", "--format", "o") == ["onnx"]
-    assert bash("feedfast", "train", "") == [], "a recipe is a file: the shell completes names of files"
+    assert dict(zip(expected, (said.split() for said in asked(*questions)), strict=True)) == expected
 
 
 def test_zsh_and_fish_see_whole_words() -> None:
     words = "feedfast train r.toml train.source="
     expected = [f"train.source={value}" for value in ("cache", "live", "record", "none")]
-    zsh = asked(_FEEDFAST_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=words)
-    assert [part for part in zsh.replace('"', " ").split() if "=" in part] == expected
-    fish = {"_FEEDFAST_COMPLETE": "complete_fish", "_TYPER_COMPLETE_ARGS": words}
-    assert asked(**fish, _TYPER_COMPLETE_FISH_ACTION="get-args").split() == expected
+    fish = {"_FEEDFAST_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    in_zsh, in_fish = asked(
+        {"_FEEDFAST_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words},
+        {**fish, "_TYPER_COMPLETE_ARGS": words},
+    )
+    assert [part for part in in_zsh.replace('"', " ").split() if "=" in part] == expected
+    assert in_fish.split() == expected
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_has_a_script(shell: str) -> None:
-    script = asked(_FEEDFAST_COMPLETE=f"source_{shell}")
+    (script,) = asked({"_FEEDFAST_COMPLETE": f"source_{shell}"})
     assert f"_FEEDFAST_COMPLETE=complete_{shell}" in script
 
 
@@ -86,7 +91,7 @@ def test_the_script_works_in_bash(tmp_path: Path) -> None:
     """bash itself calls it and fills COMPREPLY."""
     (tmp_path / "feedfast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m feedfast "$@"\n')
     (tmp_path / "feedfast").chmod(0o755)
-    (tmp_path / "script").write_text(asked(_FEEDFAST_COMPLETE="source_bash"))
+    (tmp_path / "script").write_text(asked({"_FEEDFAST_COMPLETE": "source_bash"})[0])
     code = (
         f"source {tmp_path}/script; complete -p feedfast >&2; COMP_WORDS=(feedfast train r.toml train.lo)\n"
         'COMP_CWORD=3; _feedfast_completion feedfast; echo "${COMPREPLY[@]}"'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from commands import feedfast
 from small import KNOWN, as_toml, digits_recipe, write_teacher
 
+from feedfast import cli
 from feedfast.cli import configure_logging
 from feedfast.stages.progress import Meter
 
@@ -94,6 +96,21 @@ def test_python_users_hear_nothing_unless_they_ask(recipe: Path) -> None:
         assert done.stdout == ""
         assert expected in done.stderr
         assert bool(done.stderr) == bool(expected)
+
+
+def test_everything_is_said_by_our_loggers() -> None:
+    """A module's own, below ``feedfast``; only the command line prints, its document and its error."""
+    wrong = []
+    for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            prints = called in ("print", "pprint", "sys.stdout.write", "sys.stderr.write", "warnings.warn")
+            if (prints or (called.startswith("logging.") and called[8:] in LEVELS)) and path.name != "cli.py":
+                wrong.append(f"{path}:{node.lineno}: {called}")
+    assert wrong == []
+
+
+LEVELS = ("debug", "info", "warning", "error", "exception", "critical")  # of the root logger
 
 
 class Kept(logging.Handler):

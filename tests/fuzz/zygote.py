@@ -31,16 +31,12 @@ def warm() -> None:
     """Import what the commands import."""
     for name in (
         "numpy.random", "nvidia.dali.fn", "nvidia.dali.pipeline", "torch.utils.tensorboard", "torch.utils.data",
-        "torchvision.models", "matplotlib.figure", "matplotlib.backends.backend_agg", "feedfast.cli",
+        "torchvision.models", "feedfast.cli",
     ):  # fmt: skip
         importlib.import_module(name)
-    from matplotlib.figure import Figure
     from PIL import Image
 
     Image.init()
-    figure = Figure()
-    figure.subplots().legend(handles=[])
-    figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")  # fonts and projections are found now
     for stage in ("analyze", "catalog", "inspect", "offline", "plan", "student", "verify"):
         importlib.import_module(f"feedfast.stages.{stage}")
 

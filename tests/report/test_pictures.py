@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image, ImageCms
 
 from feedfast.report.pictures import (
@@ -18,6 +19,7 @@ from feedfast.report.pictures import (
     Detected,
     Mapped,
     Segmented,
+    Viewed,
     boxes_drawn,
     detected_html,
     map_pixels,
@@ -25,8 +27,8 @@ from feedfast.report.pictures import (
     overlay,
     palette,
     segmented_html,
+    viewed_html,
 )
-from feedfast.report.run import page
 
 CLASSES = ('<b>"car"</b>', "tree & bush", "road")
 HOSTILE = "a/<script>alert(1)</script>\x1b.jpg"
@@ -143,29 +145,43 @@ def test_boxes_that_leave_the_image_or_have_no_area_are_drawn_still() -> None:
 def test_a_map_is_shown_as_its_mean_over_channels() -> None:
     values = np.zeros((4, 2, 3))
     values[:, 1, 2], values[:2, 0, 0] = 3.0, -8.0  # means 3 and -4
-    found = map_pixels(values, side=12)
-    assert found.shape == (8, 12, 3)
-    for y, x in np.ndindex(2, 3):
-        tile = found[y * 4 : y * 4 + 4, x * 4 : x * 4 + 4].reshape(-1, 3)
-        assert (tile == tile[0]).all()
-    bright = found[::4, ::4].astype(int).sum(2)
+    found = map_pixels(values)
+    assert found.shape == (2, 3, 4)
+    bright = found[..., :3].astype(int).sum(2)
     assert bright.argmin() == 0
     assert bright.argmax() == 5
-    assert len(np.unique(map_pixels(np.full((3, 4, 4), 7.0)).reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(map_pixels(np.full((3, 4, 4), 7.0)).reshape(-1, 4), axis=0)) == 1
     values[0, 0, 1] = np.nan
-    found = map_pixels(values, side=3)
-    assert found[0, 1].tolist() == [255, 0, 0]
+    found = map_pixels(values)
+    assert found[0, 1].tolist() == [255, 0, 0, 255]
     assert (found[1, 2] > 0).any()
-    assert (map_pixels(np.full((1, 2, 2), np.inf)) == (255, 0, 0)).all()
-    assert map_pixels(np.zeros((1, 500, 2)), side=100).shape == (500, 2, 3)
+    assert (map_pixels(np.full((1, 2, 2), np.inf)) == (255, 0, 0, 255)).all()
+    assert map_pixels(np.zeros((1, 500, 2))).shape == (500, 2, 4)
+
+
+def test_maps_have_the_colors_of_viridis() -> None:
+    ramp = np.linspace(-3.0, 5.0, 256)[None, None]
+    expected = np.asarray(colormaps["viridis"](np.arange(256)))[:, :3] * 255
+    assert np.abs(map_pixels(ramp)[0, :, :3] - expected).max() <= 2.5
+
+
+def test_what_was_not_stored_is_blank_and_counts_for_nothing() -> None:
+    values = np.array([[[5.0, 1.0], [9.0, 2.0]]] * 3)
+    mask = np.array([[[False, False], [True, False]]] * 3)
+    found = map_pixels(np.ma.MaskedArray(values, mask))
+    assert found[1, 0].tolist() == [0, 0, 0, 0]
+    assert found[0, 0].tolist() == map_pixels(values[:, :, :1] * 0 + [[[1.0], [0.0]]])[0, 0].tolist(), "the highest"
+    said = mapped_html([Mapped("x", None, {"ofd1": {"a": np.ma.MaskedArray(values, mask)}})])
+    assert "a, ofd1, 3x2x2, 75% of positions: 1 to 5" in said
+    assert "left blank" in said
 
 
 def test_segments_as_a_section() -> None:
     truth = np.zeros((40, 60), np.uint8)
     truth[:, 30:], truth[:4] = 1, IGNORE
     prediction = np.zeros((40, 60), np.int64)  # half of what is labeled is right
-    html = segmented_html("Fixed <images>", [Segmented(HOSTILE, gray(40, 60), truth, prediction)], CLASSES)
-    found = Reader(page("run", html))
+    html = segmented_html([Segmented(HOSTILE, gray(40, 60), truth, prediction)], CLASSES)
+    found = Reader(html)
     assert {"script", "b"}.isdisjoint(found.tags)
     assert [image["alt"].partition(": ")[2] for image in found.images] == [
         "image",
@@ -181,16 +197,16 @@ def test_segments_as_a_section() -> None:
     for image, mask in zip(found.images, (None, truth, prediction), strict=True):
         head, pixels = decoded(image["src"])
         expected = gray(40, 60) if mask is None else overlay(gray(40, 60), mask, 3)
-        assert head == "data:image/jpeg"
+        assert head == "data:image/png"
         assert (image["width"], image["height"]) == ("60", "40")
-        assert np.abs(pixels.astype(int) - expected).mean() < 6
+        np.testing.assert_array_equal(pixels, expected)
 
 
 def test_detections_as_a_section() -> None:
     boxes, labels = np.array([[5.0, 20.0, 30.0, 39.0]]), np.array([1])
     found_boxes = np.array([[6.0, 20.0, 30.0, 39.0], [0.0, 0.0, 9.0, 9.0]])
     sample = Detected(HOSTILE, gray(40, 60), boxes, labels, found_boxes, np.array([1, 2]), np.array([0.8, 0.1]))
-    found = Reader(page("run", detected_html("Boxes", [sample], CLASSES)))
+    found = Reader(detected_html([sample], CLASSES))
     assert {"script", "b"}.isdisjoint(found.tags)
     words = [image["alt"].partition(": ")[2] for image in found.images]
     assert words == ["ground truth, 1 boxes", "prediction, 1 boxes of score 0.3 or more"]
@@ -201,18 +217,33 @@ def test_detections_as_a_section() -> None:
 
 def test_maps_as_a_section() -> None:
     rng = np.random.default_rng(0)
-    maps = {"teacher ofd1": rng.normal(size=(8, 5, 5)), "student <ofd1>": rng.normal(size=(2, 5, 5))}
-    found = Reader(page("run", mapped_html("Maps", [Mapped("x.jpg", gray(30, 30), maps)])))
-    assert [image["alt"] for image in found.images] == [
-        "x.jpg: image",
-        "x.jpg: teacher ofd1, 8x5x5",
-        "x.jpg: student <ofd1>, 2x5x5",
+    maps = {"teacher a": rng.normal(size=(8, 5, 5)), "student <b>": rng.normal(size=(2, 5, 5))}
+    found = Reader(mapped_html([Mapped("x.jpg", gray(30, 30), {"ofd1": maps})]))
+    assert [image["alt"].partition(": ")[2].rpartition(":")[0] for image in found.images] == [
+        "",
+        "teacher a, ofd1, 8x5x5",
+        "student <b>, ofd1, 2x5x5",
     ]
     for image, values in zip(found.images[1:], maps.values(), strict=True):
+        mean = values.mean(0)
+        assert image["alt"].endswith(f": {mean.min():.3g} to {mean.max():.3g}")
         head, pixels = decoded(image["src"])
         assert head == "data:image/png"
+        assert (image["width"], image["height"]) == ("5", "5")
         np.testing.assert_array_equal(pixels, map_pixels(values))
 
 
+def test_photographs_are_jpeg_and_small_images_exact() -> None:
+    rng = np.random.default_rng(0)
+    small, large = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in (32, 2 * SIDE))
+    found = Reader(viewed_html([Viewed(HOSTILE, [("view 0", small, ["<i>flip"]), ("view 1", large, [])])]))
+    (exact, pixels), (head, fitted) = (decoded(image["src"]) for image in found.images)
+    assert (exact, head) == ("data:image/png", "data:image/jpeg")
+    np.testing.assert_array_equal(pixels, small)
+    assert fitted.shape == (SIDE, SIDE, 3)
+    assert "i" not in found.tags
+    assert "<i>flip" in found.text
+
+
 def test_nothing_to_show_is_no_section() -> None:
-    assert segmented_html("a", [], CLASSES) == detected_html("a", [], CLASSES) == mapped_html("a", []) == ""
+    assert segmented_html([], CLASSES) == detected_html([], CLASSES) == mapped_html([]) == viewed_html([]) == ""

@@ -192,12 +192,3 @@ def test_the_first_and_the_newest_are_kept() -> None:
         known = began_with(known, job.finished(), MAX_PASSES)
     assert [entry.started for entry in known] == ["000", *(f"{number:03}" for number in range(45, 300))]
     assert all(entry.ended for entry in known)
-
-
-def test_doctor() -> None:
-    outcome = feedfast("doctor")
-    assert outcome.code == 0
-    assert outcome.document["versions"] == library_versions()
-    assert outcome.document["machine"]["cores"] >= 1
-    assert outcome.document["bf16"]["over_fp32"] > 0
-    assert "bf16 on the processor" in outcome.err

@@ -77,7 +77,7 @@ def pictures(page: str) -> list[tuple[int, int]]:
 
 
 def fetches_nothing(page: str) -> bool:
-    return not re.search(r'(src|href)="(?!data:)|@import|url\(', page)
+    return not re.search(r'src="(?!data:)|href="(?!#)|@import|url\(', page)
 
 
 def test_inspect_draws_the_maps(tmp_path: Path) -> None:
@@ -97,10 +97,10 @@ def test_inspect_draws_the_maps(tmp_path: Path) -> None:
     )
     page = Path(document["report"]).read_text(encoding="utf-8")
     assert Path(document["report"]) == tmp_path / "pages" / "deep" / "inspect.html"
-    (width, height), (across, down) = pictures(page)
-    assert width > height, "the image, and four maps of each teacher, in a row for each of six images"
-    assert down > across, "a contact sheet: two views of each of three images"
-    assert "<h2>Views of " in page
+    sides = [16, *(4, 4, 16, 16, 8, 8, 4, 4)]  # the image; final, ofd1, ofd2 and ofd3 of both teachers
+    views = [16] * 2 * 3  # a contact sheet: two views of each of three images
+    assert pictures(page) == [(side, side) for side in [*sides * 6, *views]]
+    assert page.count("<img alt=") == len(sides) * 6 + len(views)
     assert fetches_nothing(page)
     for text in ("a/ofd1", "b/final", document["manifest"]["teachers"]["a"]["weights_sha256"]):
         assert text in page
@@ -114,7 +114,8 @@ def test_inspect_without_the_images(tmp_path: Path) -> None:
     outcome = feedfast("inspect", tmp_path / "digits.zarr", "--out", tmp_path / "pages")
     assert outcome.code == 0, outcome.err
     assert "images not shown" in outcome.err
-    assert len(pictures(Path(outcome.document["report"]).read_text(encoding="utf-8"))) == 1
+    shown = pictures(Path(outcome.document["report"]).read_text(encoding="utf-8"))
+    assert shown == [(side, side) for side in (4, 16, 8, 4)] * 6
 
 
 def test_inspect_a_cache_in_the_making(tmp_path: Path) -> None:
@@ -133,7 +134,9 @@ def test_the_report_of_a_run(tmp_path: Path) -> None:
     recipe = as_toml(digits_recipe(tmp_path, teachers=1), tmp_path / "recipe.toml")
     outcome = feedfast("train", recipe, "method.name=none", "train.source=none")
     page = (tmp_path / "student" / "report.html").read_text(encoding="utf-8")
-    assert len(pictures(page)) == 2, "curves, and a contact sheet of the views"
+    assert pictures(page) == [(16, 16)] * 2 * 3, "a contact sheet of the views"
+    assert page.count('role="img"') >= 5, "loss, validation, learning rate, throughput, waiting"
     assert fetches_nothing(page)
     assert f"{outcome.document['val_accuracy']:.4g}" in page
+    assert f"{outcome.document['val_accuracy']:.2%}" in page
     assert "zoo/wrn-10-1" in page

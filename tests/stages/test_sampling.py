@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small import digits_recipe
 
 import feedfast
@@ -254,3 +258,25 @@ def _with(manifest: Manifest, change: dict[str, Any], **tap: Any) -> Manifest:
     tree["feedfast"]["teachers"]["a"]["taps"]["ofd1"] |= tap
     tree["feedfast"]["teachers"]["a"]["taps"]["ofd1"]["sample"] |= change
     return Manifest.from_attrs(tree)
+
+
+def test_pictures_show_sampled_maps_where_they_are_stored(world: Path, tmp_path: Path) -> None:
+    """On the page of the cache and of a run: opaque at the positions of that row, blank elsewhere."""
+    reader = CacheReader(world / "f32.zarr")
+    run_inspect(str(world / "f32.zarr"), tmp_path)
+    run_train(asked(world, train={"out": str(tmp_path / "s"), "max_steps": 1}))
+    for page, who in ((tmp_path / "inspect.html", "a"), (tmp_path / "s" / "report.html", "teacher a")):
+        found = re.findall(r'alt="([^"]*)"[^>]*src="data:image/png;base64,([^"]*)"', page.read_text())
+        ids = reader.read_array(names.ORDER, 0)
+        for tap, (side, count) in GRIDS.items():
+            shown = [text for alt, text in found if f": {who}, {tap}, " in alt]
+            assert len(shown) >= 2
+            for row, text in enumerate(shown):
+                pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGBA"))
+                assert pixels.shape == (side, side, 4)
+                places = sample_positions(0, 0, ids[row : row + 1], tap, side, side, count)[0]
+                stored = np.arange(side * side) if tap == "ofd3" else np.sort(places)
+                np.testing.assert_array_equal(np.flatnonzero(pixels[..., 3]), stored)
+        assert any(re.search(rf"{who}, ofd1, \d+x16x16, 25% of positions: ", alt) for alt, _ in found)
+    report = (tmp_path / "s" / "report.html").read_text()
+    assert report.count("student before training, ofd1") == report.count("student after training, ofd1") > 0
