@@ -60,6 +60,7 @@ ONLY_PARSED = {
     "docs/dense.md": "hours",
     "docs/my-model.md": "downloads weights in part",
     "docs/pick-method.md": "hours",
+    "docs/python.md": "needs a recipe; tests/test_api*.py make the same calls",
     "docs/ray.md": "stages/test_ray*.py run it",
     "docs/recipes.md": "paths in packaged recipes are placeholders",
     "docs/results.md": "hours",
@@ -265,7 +266,7 @@ def test_the_calls_of_the_kernels_page() -> None:
     assert all(space[name].grad.isfinite().all() for name in ("student_map", "logits", "student_features"))
 
 
-SHOWN = ("feedfast.api.jobs", "feedfast.api.looks")  # whose examples are whole jobs: read, not run
+SHOWN = ("feedfast.api.jobs", "feedfast.api.looks")  # tests/test_api.py runs them where they have a recipe
 
 
 @pytest.mark.parametrize("module", SHOWN)
