@@ -39,7 +39,7 @@ MLFLOW_STATE: Final = "mlflow.json"
 STATES: Final = (WANDB_STATE, MLFLOW_STATE)
 """Files in a run's folder that say which run of a tool it is."""
 
-FINISH_SECONDS: Final = 30.0  # what a run waits for its loggers at its end
+FINISH_SECONDS: Final = 60.0  # what a run waits for its loggers at its end
 MOST_WAITING: Final = 20_000  # rows; a logger that is further behind will never catch up
 _MLFLOW_METRICS, _MLFLOW_PARAMS = 1000, 100  # of one request
 _MLFLOW_VALUE = 5000  # characters

@@ -53,6 +53,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("mlflow")
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(loggers, "FINISH_SECONDS", 600.0)  # of a machine that is busy with other tests
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "digits")
@@ -200,7 +201,10 @@ def test_a_run_that_was_killed_goes_on_as_the_same_one(recipe: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_of_several_ranks_the_first_logs(recipe: Path, tmp_path: Path, tools: Path) -> None:
-    done = run_ranks(["-m", "feedfast", "train", recipe, f"train.out={tmp_path}/out", 'train.loggers="mlflow"'])
+    patient = (
+        "from feedfast.report import loggers; loggers.FINISH_SECONDS = 600.0; from feedfast.cli import main; main()"
+    )
+    done = run_ranks(["-c", patient, "train", recipe, f"train.out={tmp_path}/out", 'train.loggers="mlflow"'])
     assert [job.returncode for job in done] == [0, 0], done[0].stderr
     (run,) = mlflow_runs()
     assert mlflow_rows(run) == written(tmp_path / "out")
