@@ -72,6 +72,7 @@ def words(command: str, options: str, recipe: Path, new: Path) -> list[str]:
     return [*command.split(), *options.format(**places).split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", DECODING)
 def test_what_decodes_says_so_before_it_does_anything(command: str, recipe: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
@@ -83,6 +84,7 @@ def test_what_decodes_says_so_before_it_does_anything(command: str, recipe: Path
     assert list(tmp_path.iterdir()) == [], "nothing ran before it was said"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", READING)
 def test_what_reads_works(command: str, recipe: Path, tmp_path: Path) -> None:
     outcome = feedfast(*words(command, READING[command], recipe, tmp_path / "new"))
@@ -90,6 +92,7 @@ def test_what_reads_works(command: str, recipe: Path, tmp_path: Path) -> None:
     assert outcome.document
 
 
+@pytest.mark.slow
 def test_lines_to_paste_are_printed(recipe: Path, tmp_path: Path) -> None:
     outcome = feedfast("sweep", recipe, "--set", "seed=0,1", "--print", "slurm", "--out", tmp_path / "new")
     assert outcome.code == 0, outcome.err
@@ -102,6 +105,7 @@ def test_every_command_is_here() -> None:
     assert names == {command.partition(" --")[0] for command in (*DECODING, *READING)}
 
 
+@pytest.mark.slow
 def test_python_hears_the_same(recipe: Path) -> None:
     with pytest.raises(RequestError, match=r"NVIDIA DALI.*feedfast\[cuda13\]"):
         package.open_cache(str(recipe.parent / "digits.zarr"))
