@@ -47,7 +47,6 @@ EXECUTED = {
     "docs/add-network.md": "the class, below",
     "docs/add-data-source.md": "the function, below",
     "kernels/README.md": "the calls, below",
-    "docs/python.md": "test_api.py and test_api_objects.py run such calls",
     "docs/loops.md": "lines of examples, which examples/test_examples.py compares and runs",
 }
 ONLY_PARSED = {
@@ -82,6 +81,7 @@ def commands(script: str) -> Iterator[list[str]]:
         lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
         lexer.whitespace_split = True
         found: list[str] | None = None
+        before = ";"
         for word in [*lexer, ";"]:
             if word in OPERATORS:
                 if found is not None:
@@ -89,8 +89,9 @@ def commands(script: str) -> Iterator[list[str]]:
                 found = None
             elif found is not None:
                 found.append(word)
-            elif word == "feedfast":
+            elif word == "feedfast" and before in {*OPERATORS, "-m", "--"}:
                 found = []
+            before = word
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def test_commands_and_options_in_running_text_exist() -> None:
         for code in re.findall(r"(?<!`)`(feedfast [^`\n]+)`(?!`)", page.read_text(encoding="utf-8")):
             words = [word.strip("[]|") for word in code.split()[1:]]
             words = [word for word in words if word not in ("-q", "-v")]
-            if words[0] in ("--help", "COMMAND", "..."):
+            if words[0].startswith("--") or words[0] in ("COMMAND", "..."):
                 continue
             command = COMMANDS.commands.get(words[0])
             if command is not None and hasattr(command, "commands") and len(words) > 1:
