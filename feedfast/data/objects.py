@@ -151,7 +151,7 @@ def _asked(samples: Samples, record: int, name: str, wanted: Wanted) -> tuple[ND
             )
         return _rgb(sample[image], name), _label(sample.get(label), name)
     if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        raise RequestError(f"{name}: expected (image, label), or a mapping with both, found {_described(sample)}")
+        raise RequestError(f"{name}: expected (image, label), found {_described(sample)}")
     if wanted.image:
         raise RequestError(f"{name}: expected a mapping with the key {wanted.image!r} of data.arrays, found a pair")
     return _rgb(sample[0], name), _label(sample[1], name)
