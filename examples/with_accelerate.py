@@ -38,7 +38,6 @@ feedfast.cache(
     teachers={"a": {"model": "zoo/wrn-10-2", "weights": f"{teacher.out}/student.pt", "taps": ["final", "ofd+margin"]}},
     cache={"path": str(out / "digits.zarr"), "views": 2, "pilot": 200},
 )
-cache = feedfast.open_cache(out / "digits.zarr")
 
 accelerator = accelerate.Accelerator()
 cache = feedfast.open_cache(out / "digits.zarr")

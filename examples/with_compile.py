@@ -37,7 +37,6 @@ feedfast.cache(
     teachers={"a": {"model": "zoo/wrn-10-2", "weights": f"{teacher.out}/student.pt", "taps": ["final", "ofd+margin"]}},
     cache={"path": str(out / "digits.zarr"), "views": 2, "pilot": 200},
 )
-cache = feedfast.open_cache(out / "digits.zarr")
 
 backend = sys.argv[2] if len(sys.argv) > 2 else "inductor"
 device = "cuda" if torch.cuda.is_available() else "cpu"

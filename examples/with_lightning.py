@@ -38,7 +38,6 @@ feedfast.cache(
     teachers={"a": {"model": "zoo/wrn-10-2", "weights": f"{teacher.out}/student.pt", "taps": ["final", "ofd+margin"]}},
     cache={"path": str(out / "digits.zarr"), "views": 2, "pilot": 200},
 )
-cache = feedfast.open_cache(out / "digits.zarr")
 
 
 class Student(lightning.LightningModule):
@@ -65,10 +64,10 @@ class Student(lightning.LightningModule):
 
 
 student = Student()
+distillation = DistillationCallback({"name": "ofd", "alpha": 1e-3}, student="model")
 trainer = lightning.Trainer(
     max_epochs=10, check_val_every_n_epoch=10, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[DistillationCallback({"name": "ofd", "alpha": 1e-3}, student="model")],
+    enable_progress_bar=False, enable_model_summary=False, callbacks=[distillation],
 )  # fmt: skip
 trainer.fit(student, datamodule=CachedDataModule(out / "digits.zarr", val=val, batch_size=50))
 found = torch.cat(student.right).float()

@@ -49,7 +49,7 @@ arguments = TrainingArguments(
 trainer = DistillationTrainer(
     student,
     arguments,
-    cache=out / "digits.zarr",
+    cache=cache,
     method=[{"name": "kd"}, {"name": "pfeed", "beta": 500.0}],
     val=val,
     compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(1) == found.label_ids).mean()},
