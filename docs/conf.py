@@ -28,6 +28,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 
+smartquotes = False  # "--option" stays what is typed
 myst_enable_extensions = ["attrs_inline"]
 myst_heading_anchors = 4
 default_role = "code"  # in docstrings, as in Markdown: `name`

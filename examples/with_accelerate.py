@@ -6,7 +6,11 @@ Teacher and cache are those of plain_pytorch.py: made in FOLDER (default runs/ex
 
 Expected output (losses and accuracies differ a little between machines):
 
-    ...
+    epoch 0, view 0, loss 9.54
+    epoch 3, view 1, loss 7.89
+    epoch 6, view 0, loss 2.77
+    epoch 9, view 1, loss 1.18
+    60 steps, accuracy 70.5 % of 359 images
 """
 
 import sys

@@ -7,7 +7,8 @@ The cache in the folder is that of plain_pytorch.py. On several GPUs every proce
 
 Expected output (losses and accuracies differ a little between machines):
 
-    ...
+    2 processes, 150 + 150 rows, 300 in all
+    60 steps, accuracy 79.4 % of 359 images
 """
 
 import os

@@ -51,6 +51,11 @@ OFFERED = {extra: names(lines) for extra, lines in PROJECT["optional-dependencie
 USED = set().union(*(held for extra, held in OFFERED.items() if extra not in ("dev", "bench")))
 
 
+FOR_USERS = {"zarr"}  # how people open a cache; 0.3 MB
+# what is used where it is: Triton comes with torch's wheels that have CUDA, IPython is what a notebook runs in
+WHERE_THERE = {"triton", "ipython"}
+
+
 def third_party(folder: Path) -> Iterator[tuple[str, str, bool]]:
     """File, package, and whether it is imported as soon as the file is, of every import of other people's modules."""
     known = metadata.packages_distributions()
@@ -73,23 +78,28 @@ def third_party(folder: Path) -> Iterator[tuple[str, str, bool]]:
                 )
 
 
+def imported() -> list[tuple[str, str, bool]]:
+    return [entry for folder in FOLDERS for entry in third_party(folder)]
+
+
 def test_what_is_imported_is_declared() -> None:
-    """At once: a dependency. In a function: a dependency, or one of an extra that its user has asked for."""
-    found = [entry for folder in FOLDERS for entry in third_party(folder)]
+    """At once: a dependency. In a function, or in a module that is itself imported on demand: also one of an extra."""
+    on_demand = ("feedfast/integrations/", "kernels/feedfast_kernels/gpu/")
+    found = [(file, name, at_once and not file.startswith(on_demand)) for file, name, at_once in imported()]
     assert len(found) > 100
     assert [(file, name) for file, name, at_once in found if at_once and name not in CORE] == []
-    assert [(file, name) for file, name, at_once in found if not at_once and name not in CORE | USED] == []
+    assert [(file, name) for file, name, _ in found if name not in CORE | USED | WHERE_THERE] == []
 
 
 def test_what_is_declared_is_imported() -> None:
     """What nothing imports is downloaded for nothing."""
-    imported = {name for folder in FOLDERS for _, name, _ in third_party(folder)}
-    assert CORE - imported == set()
+    assert CORE - {name for _, name, _ in imported()} == FOR_USERS
 
 
 def test_the_kernels_need_torch_and_triton_alone() -> None:
-    found = {name for _, name, _ in third_party(ROOT / "kernels")}
-    assert found == {"torch", "triton"}
+    """And Triton on a GPU only; torch can be installed without NumPy, too."""
+    at_once = {(name, "/gpu/" in file) for file, name, at_once in third_party(ROOT / "kernels") if at_once}
+    assert at_once == {("torch", False), ("torch", True), ("triton", True)}
 
 
 def test_extras_choose_dali_by_cuda() -> None:
@@ -99,6 +109,24 @@ def test_extras_choose_dali_by_cuda() -> None:
     (own,) = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"] if line.startswith("feedfast[")]
     everything = {extra for extra in OFFERED if extra != "dev"} - {"cuda12"}
     assert own.extras == everything, "what tests need of an extra is what its users get"
+
+
+def test_extras_that_are_named_are_offered() -> None:
+    """In messages and pages: a wrong one would install nothing, with a warning that scrolls by."""
+    texts = [
+        *(ROOT / "feedfast").rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "pyproject.toml",
+    ]
+    named = {
+        extra.strip()
+        for path in texts
+        for found in re.findall(r"(?:feedfast|'\.)\[([\w, -]+)\]", path.read_text(encoding="utf-8"))
+        for extra in found.split(",")
+    }
+    assert {"cuda13", "cuda12", "ray", "dev"} <= named
+    assert named - OFFERED.keys() == set()
 
 
 def test_installation_is_described() -> None:
@@ -136,7 +164,9 @@ def dockerfile() -> list[tuple[str, str]]:
 
 
 def test_the_image_is_built_by_readmes_line() -> None:
-    (line,) = re.findall(r"^.*&& feedfast demo$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    lines = [re.findall(r"^.*&& feedfast demo$", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages]
+    (line,) = {found for page in lines for found in page}
     (command,) = [part.strip() for part in line.split("&&") if "pip install" in part]
     steps = dockerfile()
     assert steps[0][0] == "FROM"
@@ -244,33 +274,28 @@ def test_what_the_image_copies_is_enough(built: tuple[Path, Path], source: Path,
 # ---- installed, away from the repository
 
 
+def clean() -> dict[str, str]:
+    """An environment that does not lead back to the repository."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 @pytest.fixture(scope="module")
 def python(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a virtual environment that holds the wheel, and lends its dependencies from this one."""
     folder = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
-    (here,) = {str(Path(package.locate_file(""))) for package in [metadata.distribution("torch")]}
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--no-deps"]
+    subprocess.run([*pip, "--no-index", "--quiet", str(built[0])], check=True, timeout=120, env=clean())
     (there,) = folder.glob("lib/python*/site-packages")
-    (there / "lent.pth").write_text(here)  # behind its own packages, and without following .pth files
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(folder / "bin" / "python"),
-        "install",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*pip, "--quiet", str(built[0])], check=True, timeout=120)
+    here = metadata.distribution("torch").locate_file("")
+    (there / "lent.pth").write_text(str(here))  # behind its own packages, and without following .pth files
     return folder / "bin" / "python"
 
 
 def run(python: Path, folder: Path, *arguments: str) -> str:
     """stdout of a process that sees nothing of the repository."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [str(python.parent / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=folder, env=clean, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=folder, env=clean(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -288,21 +313,21 @@ def test_the_installed_command_shows_the_product(python: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_installed_kernels_are_usable_alone(python: Path, tmp_path: Path) -> None:
-    """With nothing of feedfast, nor of what else feedfast depends on."""
-    core = sorted(name.replace("-", "_") for name in CORE - {"torch", "triton", "numpy"})
-    others = [*core, "PIL", "nvidia.dali", "feedfast"]
-    code = f"""
-import sys
-sys.modules.update(dict.fromkeys({others}))
-import torch
-import feedfast_kernels
-x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-margin = torch.full((3,), -1.0)
-loss = feedfast_kernels.partial_l2(x, y, margin_C=margin)
-print(feedfast_kernels.__file__, float(loss))
+    """On a processor, with nothing but torch."""
+    core = sorted(name.replace("-", "_") for name in CORE - {"torch"})
+    others = [*core, "PIL", "triton", "nvidia.dali", "feedfast"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+    script += """
+import torch, feedfast_kernels as kernels
+x = torch.linspace(-9, 9, 2 * 3 * 16).view(2, 3, 4, 4)
+codes, saturated = kernels.encode(x, torch.full((3,), -8.0), torch.full((3,), 0.05), codec="u8")
+print(kernels.__file__, int(saturated), float(kernels.partial_l2(x, x + 1, margin_C=torch.full((3,), -1.0))))
 """
-    place, loss = run(python, tmp_path, "python", "-c", code).split()
+    place, saturated, loss = run(python, tmp_path, "python", "-c", script).split()
     assert Path(place).is_relative_to(python.parents[1])
+    values = np.linspace(-9, 9, 2 * 3 * 16, dtype=np.float32)
+    rounded = np.round((values + 8) / np.float32(0.05))
+    assert int(saturated) == np.count_nonzero((rounded < 0) | (rounded > 254))
     assert float(loss) > 0
 
 

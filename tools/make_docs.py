@@ -215,11 +215,16 @@ def preset_rows() -> Iterator[Sequence[str]]:
         listed = []
         for entry in preset.tables:
             words = entry.model_dump(exclude_defaults=True)
-            shown = " ".join(
-                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in words.items()
-            )
+            shown = " ".join(f"{key}={short(value)}" for key, value in words.items())
             listed.append(f"{type(entry).model_fields['op'].default} {shown}".strip())
         yield f"`{name}`", "; ".join(listed), preset.note
+
+
+def short(value: Any) -> str:
+    """A value of a preset, numbers to three digits."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(short(entry) for entry in value)})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 FAMILIES = {
@@ -344,7 +349,8 @@ def value_words(kind: Any, info: OptionInfo) -> str:
 OBJECTS = (
     "feedfast.stages.open_cache.OpenedCache",
     "feedfast.data.batch.Batch",
-)  # what open_cache and its streams return
+    "feedfast.stages.distill.Distiller",
+)  # what open_cache, its streams and distiller return
 
 
 def reference_page() -> str:
@@ -353,7 +359,7 @@ def reference_page() -> str:
     errors = {name for name, thing in public.items() if inspect.isclass(thing) and issubclass(thing, Exception)}
     given = {f"{thing.__module__}.{thing.__qualname__}" for thing in public.values() if inspect.isclass(thing)}
     parts = [
-        "# Python",
+        "# Python reference",
         f"Made by `{COMMAND}` from `feedfast.__all__` and `feedfast_kernels.__all__`. Methods and their options: "
         "[methods.md](methods.md). Keys of a recipe: [recipe.md](recipe.md).",
         "## Functions",

@@ -276,7 +276,7 @@ def _data(shown: Chart, curves: Sequence[Series], drawn: Sequence[Series]) -> Ht
 
 
 def _svg(series: Sequence[Series], values: Sequence[float], x_name: str, log: bool, title: str) -> str:
-    xs = [x for one in series for x, _ in one.points]
+    xs = [float(x) for one in series for x, _ in one.points]
     x_low, x_high = min(xs), max(xs)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
@@ -303,7 +303,8 @@ def _svg(series: Sequence[Series], values: Sequence[float], x_name: str, log: bo
         y = f"{at_y(mark):.1f}"
         parts.append(f'<path class="grid" d="M{left:.1f} {y}H{right}"/>')
         parts.append(f'<text x="{left - 6:.1f}" y="{at_y(mark) + 4:.1f}" text-anchor="end">{_number(mark)}</text>')
-    for mark in ticks(x_low, x_high, 4):
+    whole = all(x.is_integer() for x in xs)  # there is no step or epoch and a half
+    for mark in [mark for mark in ticks(x_low, x_high, 4) if not whole or mark.is_integer()]:
         parts.append(f'<path class="axis" d="M{at_x(mark):.1f} {bottom}v4"/>')
         parts.append(f'<text x="{at_x(mark):.1f}" y="{bottom + 17}" text-anchor="middle">{_number(mark)}</text>')
     parts.append(f'<path class="axis" d="M{left:.1f} {top}V{bottom}H{right}"/>')

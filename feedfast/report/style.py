@@ -58,7 +58,8 @@ nav ul{flex-direction:column}}
 .scroll{overflow-x:auto;margin:1rem 0;max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.2rem 0 .4rem}
-caption span{position:sticky;left:0;display:inline-block;max-width:min(46rem,calc(100vw - 2rem))}
+caption span{position:sticky;left:0;display:inline-block;width:max-content;
+max-width:min(46rem,calc(100vw - 2rem))}
 td,th{border-bottom:1px solid var(--line);padding:.35rem .8rem;text-align:left;vertical-align:top;
 font-weight:normal;unicode-bidi:isolate}
 thead th{font-weight:600;vertical-align:bottom}

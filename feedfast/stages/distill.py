@@ -66,7 +66,6 @@ class Distiller(nn.Module):
 
     Attributes:
         taps: teacher → names of the targets that batches must carry; for ``cache.epochs(taps=...)``.
-        student: the bare network that was given.
         methods: the methods, each with its adapters.
         task: what the student learns: classification, segmentation or detection, with its loss.
     """

@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -290,10 +289,19 @@ def _quantize_tiled(
         integers = clipped.clamp_(0, top + 1).add_(_ROUND).view(torch.int32)
         stored = integers.to(torch.uint8) if channels_first or most > top + 0.5 else integers
         if most > top + 0.5:
-            saturated += int(np.count_nonzero(stored.numpy() > top))
+            saturated += _above(stored, top)
             stored.clamp_max_(top)
         codes[tile].copy_(stored.view(x.shape))
     return torch.tensor(saturated)
+
+
+def _above(codes: Tensor, top: int) -> int:
+    """How many codes are above the largest, counted as bytes: by NumPy, ten times as fast, where torch has it."""
+    try:
+        import numpy as np
+    except ImportError:
+        return int(torch.count_nonzero(codes > top))
+    return int(np.count_nonzero(codes.numpy() > top))
 
 
 def _raise_if_not_finite(tile: Tensor) -> None:

@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 import typing
 from collections.abc import Iterator
@@ -46,12 +47,15 @@ EXECUTED = {
     "docs/add-network.md": "the class, below",
     "docs/add-data-source.md": "the function, below",
     "kernels/README.md": "the calls, below",
+    "docs/python.md": "test_api.py and test_api_objects.py run such calls",
+    "docs/loops.md": "lines of examples, which examples/test_examples.py compares and runs",
 }
 ONLY_PARSED = {
     "CONTRIBUTING.md": "installs",
     "docs/buckets.md": "needs a bucket; storage/ and stages/test_buckets.py run the same commands against a server",
     "docs/cluster.md": "needs a scheduler; stages/test_launch*.py run what it prints",
     "docs/commands.md": "examples of --help",
+    "docs/install.md": "installs",
     "docs/data.md": "needs torchvision's CIFAR-10",
     "docs/dense.md": "hours",
     "docs/my-model.md": "downloads weights in part",
@@ -165,8 +169,11 @@ def test_every_page_with_commands_says_whether_they_run() -> None:
 
 @pytest.mark.parametrize("page", [page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "python")])
 def test_python_of_pages_compiles(page: str) -> None:
+    """Or is a part of an example, which is run as a whole."""
+    examples = [path.read_text(encoding="utf-8") for path in ROOT.glob("examples/*.py")]
     for code in blocks(ROOT / page, "python"):
-        compile(code, page, "exec")
+        if not any(code in example for example in examples):
+            compile(textwrap.dedent(code), page, "exec")
 
 
 @pytest.mark.parametrize("page", [page.relative_to(ROOT).as_posix() for page in PAGES if blocks(page, "toml")])
@@ -311,6 +318,7 @@ def calls(script: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen jobs; half a minute of processor time
 def test_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From images to a comparison, word for word but for the number of images and epochs."""
     page = ROOT / "docs" / "quickstart.md"

@@ -97,7 +97,9 @@ def test_every_packaged_recipe_is_listed_once() -> None:
     assert {name: page.count(f"| `{name}` |") for name in packaged_recipes()} == dict.fromkeys(packaged_recipes(), 1)
 
 
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/**/*.md")]
+DOCUMENTS = [
+    path for folder in (".", "docs", "docs/project", "kernels", "examples") for path in (ROOT / folder).glob("*.md")
+]
 
 
 def anchors(page: Path) -> set[str]:

@@ -145,3 +145,8 @@ def test_nothing_to_draw_is_no_figure() -> None:
     assert chart(Chart("x", [Series("a", [])])) == ""
     assert chart(Chart("x", [Series("a", [(1.0, math.nan), (math.inf, 1.0)])])) == ""
     assert "1 points that are not finite" in chart(Chart("x", [Series("a", [(1.0, math.nan), (2.0, 1.0)])]))
+
+
+def test_there_is_no_epoch_and_a_half() -> None:
+    figure = parsed(chart(Chart("L1", [Series("a", [(1, 0.5), (2, 0.4), (3, 0.3)])], x="epoch")))
+    assert axis(figure, vertical=False)[0].tolist() == [1, 2, 3]

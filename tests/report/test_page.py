@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from made_pages import make_compare, make_pages, plain
+from made_pages import made, make_compare, make_pages, plain
 
 from feedfast.errors import printable
 from feedfast.recipe import packaged_recipe, packaged_recipes, parse_recipe
+from feedfast.report.compare import write_groups
 from feedfast.report.page import Html, Section, escaped, page, table
 from feedfast.report.reproduce import toml_text
 from feedfast.report.run import write_report
@@ -129,8 +132,8 @@ def test_numbers_no_figure_can_take_are_left_out(value: float, tmp_path: Path) -
 
 
 def test_a_page_of_many_runs_stays_small(tmp_path: Path) -> None:
-    """50 runs of 600 rows each: under 2 MB, and every group in the table."""
-    path = make_compare(tmp_path, plain, groups=25, rows=600)
+    """50 runs of 300 rows each: under 2 MB, and every group in the table."""
+    path = make_compare(tmp_path, plain, groups=25, rows=300)
     said = path.read_text()
     assert len(said.encode()) < 2_000_000
     assert all(f"group {number}, train.lr=0.1" in said for number in range(25))
@@ -153,3 +156,23 @@ SCALARS = WORDS | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(a
 @given(trees(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | trees(inner), max_leaves=12)))
 def test_any_values_are_written_as_toml(tree: dict[str, Any]) -> None:
     assert tomllib.loads(toml_text(tree)) == tree
+
+
+def test_links_lead_to_the_reports_of_runs(tmp_path: Path) -> None:
+    """Relative, whatever the folders are called: also names that are not UTF-8, and that a browser would cut."""
+    folders = [
+        tmp_path / "runs" / os.fsdecode(name) for name in (b"a b%20#x?y=1", b"\"><script>'&", b"javascript:1", b"\xff")
+    ]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "report.html").touch()
+    (tmp_path / "pages").mkdir()
+    page_ = tmp_path / "pages" / "compare.html"
+    process = made(plain)
+    write_groups(page_, [{"run": "kd"}], {"kd": [*folders, tmp_path / "gone"]}, "val_accuracy", "ce", process)
+    found = Skeleton(page_.read_text())
+    links = [value for value in found.values if value.startswith("./")]
+    assert [(page_.parent / os.fsdecode(unquote_to_bytes(link))).resolve() for link in links] == [
+        folder / "report.html" for folder in folders
+    ]
+    assert "gone" in found.said, "named, and no link"

@@ -15,7 +15,16 @@ import feedfast as ff
 from feedfast.provenance import library_versions
 from feedfast.stages import probes
 from feedfast.stages.doctor import findings
-from feedfast.stages.probes import DiskFact, Facts, GpuFact, decode_one, disk_of, filesystem_of, quota_cores
+from feedfast.stages.probes import (
+    DiskFact,
+    Facts,
+    GpuFact,
+    decode_one,
+    disk_of,
+    filesystem_of,
+    quota_cores,
+    triton_problem,
+)
 
 DISK = DiskFact("/data", "ext4", 1 << 40, 2e9, 1e9, direct=True)
 GPU = GpuFact("NVIDIA H100", "9.0", 80 << 30)
@@ -174,6 +183,23 @@ def test_a_loader_that_fails_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("feedfast.data.loader.Loader.evaluation", broken)
     assert decode_one() == (False, "RuntimeError: libnvjpeg.so: cannot open")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_kernel_is_tried(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU in Triton's interpreter."""
+    from feedfast_kernels import _ops
+
+    monkeypatch.setattr(_ops, "INTERPRET", device == "cpu")
+    assert triton_problem(device) is None
+    monkeypatch.setattr("feedfast_kernels.partial_l2", lambda student, target: student.sum() + 1e3)
+    assert "came back as 1000" in str(triton_problem(device))
+
+    def broken(student: Any, target: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr("feedfast_kernels.partial_l2", broken)
+    assert triton_problem(device) == "RuntimeError: no C compiler"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ LINKS = {
     "targets/a/final/codes/c": ("cache", "folder"),
     "targets/a": ("cache", "folder"),
     "../student/tensorboard": ("train", "folder"),
+    "../student/wandb": ("train", "folder"),
 }
 
 
@@ -71,7 +72,9 @@ def test_nothing_is_written_through_a_link(link: str, world: Path, tmp_path: Pat
     elif kind == "log":  # of which the torn end would be cut
         victim.write_bytes(place.read_bytes() + b"precious")
     else:
-        shutil.copytree(place, victim)
+        if place.exists():
+            shutil.copytree(place, victim)
+        victim.mkdir(exist_ok=True)
         for file in victim.rglob("*"):
             if file.is_file() and file.suffix == "" and "codes" in str(file.relative_to(tmp_path)) + link:
                 file.unlink()  # so that it would be written again

@@ -260,6 +260,7 @@ def _with(manifest: Manifest, change: dict[str, Any], **tap: Any) -> Manifest:
     return Manifest.from_attrs(tree)
 
 
+@pytest.mark.slow
 def test_pictures_show_sampled_maps_where_they_are_stored(world: Path, tmp_path: Path) -> None:
     """On the page of the cache and of a run: opaque at the positions of that row, blank elsewhere."""
     reader = CacheReader(world / "f32.zarr")
