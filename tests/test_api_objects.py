@@ -88,7 +88,7 @@ def wrapped(kind: str, network: nn.Module) -> nn.Module:
     return nn.DataParallel(network) if kind == "data-parallel" else network
 
 
-@pytest.mark.parametrize("kind", ["bare", "compiled", "data-parallel"])
+@pytest.mark.parametrize("kind", ["bare", pytest.param("compiled", marks=pytest.mark.slow), "data-parallel"])
 def test_the_cache_of_a_live_network(world: World, tmp_path: Path, kind: str) -> None:
     network = world.teacher()
     network.train()
@@ -171,7 +171,7 @@ def test_the_word_for_a_network_is_never_imported(name: str, tmp_path: Path, mon
         build_model(name, num_classes=10)
 
 
-@pytest.mark.parametrize("source", ["cache", "live", "record"])
+@pytest.mark.parametrize("source", ["cache", "live", pytest.param("record", marks=pytest.mark.slow)])
 def test_a_live_student_learns_what_the_command_line_teaches(world: World, tmp_path: Path, source: str) -> None:
     """Bit for bit; and it is the caller's own object that has learned."""
     words = [f"train.source={source}", "train.max_steps=3", f"cache.path={tmp_path / 'c.zarr'}"]
