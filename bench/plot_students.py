@@ -22,7 +22,7 @@ def curves(rows: Sequence[Row], variants: Sequence[str], codecs: Sequence[str], 
     of_views = [row for row in rows if row["codec"] == "u8"]
     stored = sorted({int(row["views"]) for row in of_views})
     counts = [*(n for n in stored if n), *(n for n in stored if not n)]
-    for variant in variants:
+    for number, variant in enumerate(variants):
         for axis, key, values, chosen in (
             (left, "views", [str(n) for n in counts], of_views),
             (right, "codec", list(codecs), [row for row in rows if row["views"] == "4"]),
@@ -32,11 +32,11 @@ def curves(rows: Sequence[Row], variants: Sequence[str], codecs: Sequence[str], 
                 for value in values
             }
             places = [place for place, value in enumerate(values) if by[value]]
-            if not places or (variant == "plain" and key == "codec"):
+            if not places or (key == "codec" and len(places) == 1):  # reads no maps: one codec is as good as another
                 continue
             means = [statistics.mean(by[values[p]]) for p in places]
             spreads = [statistics.stdev(by[values[p]]) if len(by[values[p]]) > 1 else 0.0 for p in places]
-            axis.errorbar(places, means, spreads, label=variant, marker="o", capsize=3)
+            axis.errorbar(places, means, spreads, label=variant, color=f"C{number}", marker="o", capsize=3)
             axis.set_xticks(range(len(values)), ["live" if v == "0" else v for v in values])
     left.set_xlabel(f"stored views, of {rows[0]['epochs']} epochs")
     right.set_xlabel("codec of the maps, 4 views")
