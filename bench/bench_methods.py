@@ -73,6 +73,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fitnet-1stage": {"name": "fitnet", "stages": 1},
     "ofd-batch": {"name": "ofd", "bn": "batch"},  # teachers on batch statistics, as the authors run theirs
 }
+# run where they are named: answers to what a default did
+TRIED: dict[str, dict[str, Any]] = {
+    "ofd-alpha3e-3": {"name": "ofd", "alpha": 3e-3},
+    "ofd-1-alpha3e-3": {"name": "ofd", "alpha": 3e-3, "teachers": 1},
+    "ab-labels": {"name": "ab", "second": "task"},
+    "ab-one-stage": {"name": "ab", "first_share": 0.0},
+}
 BRANCHES = {"ekd": 3}
 CURVES = ("plain", "kd", "pfeed", "ofd")
 VIEWS = (1, 2, 4, 8)  # and as many as epochs: what live teachers see, cached once for all of these students
@@ -177,7 +184,7 @@ def with_method(tree: dict[str, Any], words: dict[str, Any], teachers: list[dict
 
 def variant_recipe(tree: dict[str, Any], variant: str, seed: int, *, views: int, codec: str, folder: Path) -> Recipe:
     """One student: a variant at a seed, from so many views of a codec."""
-    words = dict({**VARIANTS, **SAMPLED}[variant])
+    words = dict({**VARIANTS, **SAMPLED, **TRIED}[variant])
     teachers = tree["teachers"][: words.pop("teachers", 3)]
     if share := words.pop("share", None):  # stored next to the whole maps, as if by other teachers
         taps = [f"ofd@{share}"]
@@ -318,8 +325,9 @@ def bench_steps(args: argparse.Namespace, tree: dict[str, Any], variants: list[s
 
 def step_recipe(args: argparse.Namespace, tree: dict[str, Any], variant: str) -> Recipe:
     """A variant for timing: in a folder of its own, a chain's method with one teacher of the cache."""
-    words = {key: value for key, value in VARIANTS[variant].items() if key not in ("bn", "teachers")}
-    count = 1 if words["name"] in CHAINS else VARIANTS[variant].get("teachers", 3)
+    everything = {**VARIANTS, **TRIED}[variant]
+    words = {key: value for key, value in everything.items() if key not in ("bn", "teachers")}
+    count = 1 if words["name"] in CHAINS else everything.get("teachers", 3)
     sections = with_method(tree, words, tree["teachers"][:count])
     sections["train"] |= {"out": str(Path(args.out) / "steps" / variant)}
     return parse_recipe(sections)
@@ -338,7 +346,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128, help="of the students")
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--methods", nargs="*", default=list(VARIANTS), choices=[*VARIANTS, *TRIED])
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no student after so long")
     parser.add_argument("--taps", nargs="*", default=TAPS, help="what the cache holds; more can be added later")
     parser.add_argument("--threads", type=int, default=0)
