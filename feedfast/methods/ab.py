@@ -42,7 +42,11 @@ class ActivationBoundaries(Method):
             le=1,
             description="share of the run that the first stage takes; the authors' 60 and 100 epochs for MIT scenes",
         )
-        second: Literal["kd", "task"] = Field("kd", description="what the second stage learns: the logits or the task")
+        second: Literal["kd", "task"] = Field(
+            "kd",
+            description="what the second stage learns: the logits, which is slow since the authors' KL "
+            "lacks tau^2, or the task, better in short runs",
+        )
         tau: float = Field(3.0, gt=0, description="temperature of the second stage's logits")
 
     def __init__(self, options: Options, student: Shapes, teachers: Teachers) -> None:

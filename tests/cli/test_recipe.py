@@ -188,7 +188,7 @@ def test_mistakes_in_a_tap(entry: Any, words: list[str]) -> None:
 TEXTS = {
     "Teacher.name", "Teacher.model", "Teacher.taps", "Student.model", "MethodEntry.name", "Cache.part", "Train.device",
     "Data.arrays", "Data.val_arrays", "Data.augment", "Teacher.key", "Teacher.prefix", "Student.key", "Student.prefix",
-    "TapEntry.tap",
+    "TapEntry.tap", "Train.tags",
 }  # fmt: skip
 PATHS = {
     "Data.train", "Data.val", "Cache.path", "Cache.local", "Teacher.weights", "Student.weights", "Student.backbone",
