@@ -295,7 +295,8 @@ def python(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 def run(python: Path, folder: Path, *arguments: str) -> str:
     """stdout of a process that sees nothing of the repository."""
     command = [str(python.parent / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=folder, env=clean(), check=False)
+    env = {**clean(), "OMP_NUM_THREADS": "1"}  # tests share the cores, and threads that wait for one another spin
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850, cwd=folder, env=env, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
