@@ -173,7 +173,7 @@ def test_a_run_that_was_killed_goes_on_as_the_same_one(recipe: Path, tmp_path: P
     """Killed three steps after its checkpoint: no row twice, none missing in MLflow, one run in each tool."""
     out = tmp_path / "out"
     line = ["train", str(recipe), f"train.out={out}", ALL]
-    env = {**os.environ, "RUN": str(out)}
+    env = {**os.environ, "RUN": str(out), "OMP_NUM_THREADS": "1"}  # as here: sums of several threads round otherwise
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED_AT_STEP_9, *line], env=env, timeout=240, capture_output=True
     )
