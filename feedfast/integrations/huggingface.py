@@ -161,8 +161,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's, with a further group for the adapters."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        known = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        new = [weight for weight in self.distiller.parameters() if weight.requires_grad and id(weight) not in known]
+        new = self.distiller.outside(optimizer)
         if new:
             optimizer.add_param_group({"params": new, "weight_decay": self.args.weight_decay})
         return optimizer  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from feedfast.data.batch import Batch
@@ -281,6 +281,4 @@ class DistillationCallback(Callback):
 def _join(optimizer: Optimizer, made: Distiller) -> None:
     """Adapters join the first group: its schedule and weight decay are then theirs, and no scheduler counts more groups
     than it has seen."""
-    known = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    new: list[Tensor] = [weight for weight in made.parameters() if weight.requires_grad and id(weight) not in known]
-    optimizer.param_groups[0]["params"].extend(new)
+    optimizer.param_groups[0]["params"].extend(made.outside(optimizer))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from feedfast.data.batch import Batch
 from feedfast.errors import CacheMismatchError, RequestError
 from feedfast.methods import Method, StudentOutput, Targets, refuse_dense
-from feedfast.methods.base import apart, matching
+from feedfast.methods.base import apart
 from feedfast.models.listen import Listener
 from feedfast.models.normalize import Normalize
 from feedfast.models.taps import logits_of
@@ -36,7 +36,7 @@ from feedfast.recipe import Methods
 from feedfast.stages.loop import view_and_pass
 from feedfast.stages.open_cache import OpenedCache, open_cache
 from feedfast.stages.proof import selection_of
-from feedfast.stages.source import manifest_taps
+from feedfast.stages.source import manifest_taps, needed
 from feedfast.stages.trainee import (
     Entry,
     build_methods,
@@ -81,7 +81,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.methods, self.task = methods, task
-        self.taps = {teacher: tuple(some) for teacher, some in taps.items()}
+        self.taps = dict(taps)
         self._listener, self._entries, self._task_weight = listener, tuple(entries), task_weight
         kinds = self._methods
         varying = [
@@ -148,6 +148,11 @@ class Distiller(nn.Module):
             task_weight=self._task_weight,
             own=task_loss,
         )
+
+    def outside(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """The adapters' trainable parameters that an optimizer does not have yet."""
+        known = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        return [weight for weight in self.parameters() if weight.requires_grad and id(weight) not in known]
 
     def average_gradients(self) -> None:
         """With several processes: replace the adapters' gradients by their mean over ranks, as DDP does the student's.
@@ -234,15 +239,13 @@ def distiller(
     for entry in entries:
         refuse_dense(entry.kind, task_name, entry.options)
     needs, known = needs_of(entries), manifest_taps(cache.manifest)
-    infos = {
-        name: {tap: known[name][tap] for tap in known[name] if tap in matching(needs, known[name])} for name in names
-    }
     lacking = lacks(needs, {name: known[name] for name in names})
     if lacking:
         raise CacheMismatchError(
             f"{cache.reader.path}: method {names_of(entries)!r} {lacking}; run `feedfast cache` to add them"
         )
-    infos = infos if needs else {}
+    infos = {name: needed(known[name], needs) for name in names} if needs else {}
+    taps = {name: tuple(some) for name, some in infos.items()}
     weights = next(student.parameters(), torch.empty(0))
     first = next(iter(cache.manifest.teachers.values()))
     example = gray_images(Normalize(first.mean, first.std).to(weights.device), plan.size, weights.device)
@@ -252,13 +255,11 @@ def distiller(
         samples = (torch.from_numpy(some.astype(np.int64)) for some in (cache.data.ids, cache.data.labels))
         methods = build_methods(entries, tapped.shapes, infos, tapped.outputs, seed, tuple(samples))  # type: ignore[arg-type]
         methods = methods.to(device=weights.device, memory_format=_memory_format(student))  # type: ignore[call-overload]
-        _prepare(cache, methods, {name: tuple(some) for name, some in infos.items()}, weights.device, batch_size)
+        _prepare(cache, methods, taps, weights.device, batch_size)
     except BaseException:
         tapped.remove()
         raise
-    return Distiller(
-        Listener(tapped), task, entries, methods, {name: tuple(some) for name, some in infos.items()}, task_weight
-    )
+    return Distiller(Listener(tapped), task, entries, methods, taps, task_weight)
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Methods)

@@ -350,7 +350,7 @@ def open_source(
             refuse_other_outputs(recipe, dataset_info(Selection.of(recipe), data), cutter, teachers, probes)
         for teacher in teachers.values():
             teacher.fit_margins(pilot)
-        taps = {name: _matching(infos, needs) for name, infos in method_taps(teachers).items()}
+        taps = {name: needed(infos, needs) for name, infos in method_taps(teachers).items()}
         codecs = codecs_of(recipe.teachers, recipe.cache.codec)
         plan = mixing_plan(plan, row_bytes(teachers.values(), codecs, recipe.cache.images, plan.size))
         taps = taps if needs else {}
@@ -380,7 +380,7 @@ def _open_cached(
         )
     chosen = [teacher.name for teacher in recipe.teachers] or list(reader.manifest.teachers)
     cached = manifest_taps(reader.manifest)
-    taps = {name: _matching(cached[name], needs) for name in chosen} if needs else {}
+    taps = {name: needed(cached[name], needs) for name in chosen} if needs else {}
     for name in taps:
         for need in needs:
             if not matching((need,), taps[name]):
@@ -403,7 +403,7 @@ def _open_cached(
     return source
 
 
-def _matching(infos: Mapping[str, TapInfo], needs: Sequence[str]) -> dict[str, TapInfo]:
+def needed(infos: Mapping[str, TapInfo], needs: Sequence[str]) -> dict[str, TapInfo]:
     """The taps that any of the selectors names."""
     wanted = matching(needs, infos)
     return {tap: info for tap, info in infos.items() if tap in wanted}
