@@ -12,12 +12,13 @@ from typing import Any, Final
 
 from feedfast.errors import RequestError
 
-__all__ = ["MAX_DEPTH", "override", "put", "read_toml", "refuse_odd_values", "toml_table", "toml_value"]
+__all__ = ["MAX_DEPTH", "override", "put", "read_toml", "refuse_odd_values", "toml_text", "toml_value"]
 
 MAX_DEPTH: Final = 8
 _MAX_TEXT: Final = 4096  # characters; no path of Linux is longer
 _MAX_NUMBER: Final = 1e18  # two of them multiplied are a float32 still
 _PLAIN: Final = re.compile(r"(?!(?:true|false|inf|nan)\Z)[A-Za-z_./~][\w./~@+-]*")
+_BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 _MANY_PARTS: Final = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 
 
@@ -47,16 +48,50 @@ def toml_value(value: Any) -> str:
     return _toml(value)
 
 
-def toml_table(tree: Mapping[str, Any]) -> str:
-    """A tree as a TOML file, a line per key of its own."""
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in tree.items())
+def toml_text(tree: Mapping[str, Any]) -> str:
+    """A tree as a TOML file; keys that are None are left out, as TOML has no word for it.
+
+    Raises:
+        RequestError: as `toml_value`.
+    """
+    return "\n".join(_sections(tree, ())).strip() + "\n"
+
+
+def _sections(tree: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    """Lines of a table: its own values first, as those below a header belong to the header."""
+    lines = [
+        f"{_key(name)} = {_toml(value)}" for name, value in tree.items() if value is not None and not _nests(value)
+    ]
+    for name, value in tree.items():
+        below = (*path, name)
+        header = ".".join(map(_key, below))
+        if isinstance(value, Mapping):
+            lines += ["", f"[{header}]", *_sections(value, below)]
+        elif _nests(value):
+            for entry in value:
+                lines += ["", f"[[{header}]]", *_sections(entry, below)]
+    return lines
+
+
+def _nests(value: Any) -> bool:
+    """Whether it is a table, or a list of nothing else."""
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def _key(name: str) -> str:
+    return name if _BARE.fullmatch(name) else _toml(name)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(entry)}" for key, entry in value.items()) + "}"
+        inner = ", ".join(f"{_key(str(name))} = {_toml(entry)}" for name, entry in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, -inf and nan are called so in both
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, str | os.PathLike):

@@ -14,7 +14,7 @@ from torch import nn
 from feedfast.arguments import asked, override_texts
 from feedfast.errors import RequestError
 from feedfast.recipe import Recipe, parse_recipe
-from feedfast.words import override, toml_table
+from feedfast.words import override, toml_text
 
 TREE: dict[str, Any] = {
     "data": {"train": "t.npz", "val": "v.npz", "size": 16},
@@ -169,7 +169,7 @@ def test_values_as_text_mean_what_they_are(value: Any) -> None:
     override(tree, text)
     assert tree == {"a": {"b": value}}
     assert type(tree["a"]["b"]) is type(value)
-    assert tomllib.loads(toml_table({"k": value, "n": {"in": value}})) == {"k": value, "n": {"in": value}}
+    assert tomllib.loads(toml_text({"k": value, "n": {"in": value}})) == {"k": value, "n": {"in": value}}
     if value not in ("", []):
         key, values = _axis(override_texts({"a.b": [value, "other"]}, several=True)[0])
         again: dict[str, Any] = {}

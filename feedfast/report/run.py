@@ -80,7 +80,7 @@ def _is_number(value: Any) -> bool:
 def write_report(
     out: Path,
     result: Mapping[str, Any],
-    recipe: Mapping[str, Any],
+    recipe: str,
     processes: Sequence[Provenance] = (),
     *,
     asked: Mapping[str, Any] | None = None,
@@ -92,7 +92,7 @@ def write_report(
     Args:
         out: the run's folder, with its ``metrics.jsonl``.
         result: of the run.
-        recipe: of the run, in full.
+        recipe: of the run, in full, as TOML.
         processes: who trained it.
         asked: what was asked, in a few words: name → words, or several.
         cost: what it cost besides the result's own times: name → words.

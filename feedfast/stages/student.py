@@ -81,6 +81,7 @@ from feedfast.stages.trainee import (
 from feedfast.stages.usable import trainable_entries
 from feedfast.stages.worker import Worker, pick_device
 from feedfast.tasks import Task, task_named
+from feedfast.words import toml_text
 
 log = logging.getLogger(__name__)
 
@@ -480,7 +481,7 @@ class StudentRun:
             write_report(
                 self.out,
                 result,
-                self.provenance.recipe or {},
+                toml_text(self.provenance.recipe or {}),
                 made,
                 asked=asked_of(self.recipe),
                 cost=cost_of(self.recipe, step, self.device, [ran.cpu, *ran.gpus] if ran else []),

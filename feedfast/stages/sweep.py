@@ -40,7 +40,7 @@ from feedfast.stages.record import usable_cores
 from feedfast.stages.student import run_train
 from feedfast.stages.trainee import method_entries
 from feedfast.stages.worker import Worker
-from feedfast.words import toml_table
+from feedfast.words import toml_text
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def run_sweep(
 def recipe_file(recipe: Recipe, out: Path) -> Path:
     """A recipe as a file in the folder of its sweep, from which runs start; what it leaves unsaid is left out."""
     path = ensure_dir(out, "out") / "recipe.toml"
-    write_text(path, toml_table(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)))
+    write_text(path, toml_text(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)))
     return path
 
 

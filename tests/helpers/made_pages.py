@@ -30,6 +30,7 @@ from feedfast.report.pictures import (
 )
 from feedfast.report.reconstruction import write_reconstruction
 from feedfast.report.run import write_report
+from feedfast.words import toml_text
 
 Name = Callable[[str], str]
 
@@ -113,7 +114,7 @@ def make_run(folder: Path, name: Name, *, rows: int, classes: int) -> Path:
     }
     asked = {"Student": name("zoo/wrn-16-1"), "Teachers": [name("a: zoo"), name("b: zoo")], "Nothing": None}
     cost = {"Machine": name("cpu")}
-    return write_report(folder, result, recipe, [made(name)], asked=asked, cost=cost, pictures=sections)
+    return write_report(folder, result, toml_text(recipe), [made(name)], asked=asked, cost=cost, pictures=sections)
 
 
 def make_compare(out: Path, name: Name, *, groups: int, rows: int) -> Path:

@@ -19,9 +19,9 @@ from feedfast.errors import printable
 from feedfast.recipe import packaged_recipe, packaged_recipes, parse_recipe
 from feedfast.report.compare import write_groups
 from feedfast.report.page import Html, Section, escaped, page, table
-from feedfast.report.reproduce import toml_text
 from feedfast.report.run import write_report
 from feedfast.report.style import SCRIPT
+from feedfast.words import toml_text
 
 HOSTILE = (
     "</title></style></script></pre><script>alert(1)</script>",
@@ -124,7 +124,7 @@ def test_numbers_no_figure_can_take_are_left_out(value: float, tmp_path: Path) -
     """A metrics file is anybody's: its numbers may be larger than any axis, or none."""
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": value}, {"step": 3, "loss": 0.5, "val_accuracy": value}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = write_report(tmp_path, {"seconds": value}, {}).read_text()
+    said = write_report(tmp_path, {"seconds": value}, "").read_text()
     assert (
         "1 points that are not finite are left out" in said or "NaN" in json.dumps(value) or "Inf" in json.dumps(value)
     )
