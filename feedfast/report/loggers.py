@@ -27,7 +27,7 @@ from feedfast.errors import RequestError, printable
 from feedfast.files import parse_json
 from feedfast.provenance import redacted
 
-__all__ = ["LOGGERS", "About", "Background", "Logger", "pick_loggers"]
+__all__ = ["LOGGERS", "MODULES", "About", "Background", "Logger", "installed", "pick_loggers"]
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,8 @@ LOGGERS: Final[Mapping[str, Callable[[About], Logger]]] = {
     "wandb": WandB,
     "mlflow": MLflow,
 }
-_EXTRAS: Final = {"mlflow": ("mlflow", "sqlalchemy", "alembic")}  # modules, where they are not the name itself
+MODULES: Final = {"wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",)}
+"""What each logger imports."""
 
 
 def pick_loggers(asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -266,9 +267,9 @@ def pick_loggers(asked: Sequence[str] | None) -> tuple[str, ...]:
         RequestError: one is not installed; the sentence names the extra.
     """
     if asked is None:
-        return ("tensorboard",) if _installed("tensorboard") else ()
+        return ("tensorboard",) if installed(MODULES["tensorboard"]) else ()
     for name in asked:
-        if not _installed(name):
+        if not installed(MODULES[name]):
             package = f"'feedfast[{name}]'" if name in ("wandb", "mlflow") else name
             raise RequestError(
                 f"train.loggers: {name} is not installed; expected it with pip install {package}, "
@@ -277,8 +278,9 @@ def pick_loggers(asked: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(asked))
 
 
-def _installed(name: str) -> bool:
-    return all(importlib.util.find_spec(module) is not None for module in _EXTRAS.get(name, (name,)))
+def installed(modules: Sequence[str]) -> bool:
+    """Whether all of some modules could be imported."""
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 class Background:

@@ -7,7 +7,6 @@ be told for any machine.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import resource
@@ -23,6 +22,7 @@ import torch
 
 from feedfast.data.dali import dali_warnings
 from feedfast.provenance import redacted
+from feedfast.report.loggers import MODULES, installed
 from feedfast.stages.bf16 import bf16_ratio, has_bf16
 from feedfast.stages.memory import available_bytes
 from feedfast.stages.plan_rates import disk_rate
@@ -30,7 +30,7 @@ from feedfast.stages.record import usable_cores
 
 EXTRAS: Final = {
     "timm": ("timm",), "detect": ("pycocotools",), "cloud": ("obstore",), "hf": ("pyarrow",), "ray": ("ray",),
-    "wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",),
+    **MODULES,
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }  # fmt: skip
 """Extra → its modules."""
@@ -152,7 +152,7 @@ def look(folder: Path | None, driver: str | None, memory_bytes: int) -> Facts:
         crc32c=google_crc32c.implementation,
         open_files=None if limit == resource.RLIM_INFINITY else limit,
         shm_bytes=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None,
-        extras={name: all(map(importlib.util.find_spec, modules)) for name, modules in EXTRAS.items()},
+        extras={name: installed(modules) for name, modules in EXTRAS.items()},
     )
 
 

@@ -374,7 +374,7 @@ def test_without_tensorboard_the_default_is_none() -> None:
 def test_a_sweep_names_its_points(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tags, for loggers that have them; other sweeps' commands stay short."""
     settings = ("train.lr=0.1,0.2", "seed=0:1")
-    monkeypatch.setattr(loggers, "_installed", lambda name: True)
+    monkeypatch.setattr(loggers, "installed", lambda modules: True)
     points, _ = grid(recipe, settings, ('train.tags=["mine"]', "train.loggers=wandb"), tmp_path / "sweep")
     assert [point.recipe.train.tags for point in points] == [
         ("mine", f"sweep={tmp_path}/sweep"[:128], f"train.lr={lr}", "train.seed=0") for lr in (0.1, 0.2)
