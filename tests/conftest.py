@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,19 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"real images not found: {folder} (set FEEDFAST_DATA)")
     return folder
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals as a terminal leaves them: whoever starts the tests in the background has some of them ignored."""
+    from feedfast.stages.interrupt import SIGNALS  # not above: what it imports must see TRITON_INTERPRET
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

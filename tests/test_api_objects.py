@@ -198,6 +198,7 @@ def test_a_live_student_learns_what_the_command_line_teaches(world: World, tmp_p
     assert (found.steps, found.final_loss) == (3, trained.document["final_loss"])
 
 
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_and_a_fresh_network(world: World, tmp_path: Path) -> None:
     """The step under way is finished; the same call with another object of that architecture goes on."""
     whole = world.student()

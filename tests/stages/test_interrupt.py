@@ -25,6 +25,8 @@ from feedfast.stages.progress import Meter
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,17 +59,6 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> N
         update(self)
 
     monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """Signals as a terminal leaves them: whoever starts the tests in the background has some of them ignored."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def quick(value: object, *others: object) -> list[object]:
