@@ -291,6 +291,7 @@ class Background:
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._end: tuple[Mapping[str, Any] | None, str] = (None, "interrupted")
         self._failed = False
+        self._first_failure = threading.Lock()  # taken by the thread that says so, and never given back
         # a daemon: one that hangs does not keep the process
         self._thread = threading.Thread(target=self._work, name=f"feedfast-{name}", daemon=True)
         self._thread.start()
@@ -329,8 +330,8 @@ class Background:
             self._fail(redacted(f"{type(error).__name__}: {error}").strip().partition("\n")[0][:300])
 
     def _fail(self, why: str) -> None:
-        if not self._failed:
-            self._failed = True
+        self._failed = True
+        if self._first_failure.acquire(blocking=False):
             log.warning("%s: %s; the run goes on without it, metrics.jsonl has every row", self._name, printable(why))
 
 

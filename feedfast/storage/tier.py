@@ -56,7 +56,7 @@ class Tier:
             raise RequestError(f"cache.local: expected a folder to write in, {folder} is read-only")
         # one thread copies an object, others that want the same wait for it
         self._gates = [threading.Lock() for _ in range(_GATES)]
-        self._told = False
+        self._first_failure = threading.Lock()  # taken by the thread that says so, and never given back
 
     def __reduce__(self) -> tuple[type[Tier], tuple[Path, int]]:
         return Tier, (self.folder, self.most_bytes)
@@ -83,9 +83,8 @@ class Tier:
                 if self._copied(found, path):
                     return NearObject(self._opened(path, size), path, far)
             except OSError as error:
-                if not self._told:
+                if self._first_failure.acquire(blocking=False):
                     log.warning("cache.local: %s: nothing is kept: %s", self.folder, error.strerror or error)
-                self._told = True
         return found
 
     def _opened(self, path: Path, size: int) -> FileObject:
@@ -176,7 +175,9 @@ class NearObject:
 
     def __init__(self, file: FileObject, path: Path, far: Callable[[], Object]) -> None:
         self._found: Object = file
-        self._path, self._far, self._near = path, far, True
+        self._near: Object | None = file
+        self._path, self._far = path, far
+        self._dropping = threading.Lock()  # several threads may find at once that the copy cannot be read
 
     @property
     def size(self) -> int:
@@ -185,23 +186,29 @@ class NearObject:
 
     def read(self, targets: Sequence[Any], offset: int) -> int:
         """See `feedfast.storage.store.Object.read`."""
+        found = self._found
         try:
-            return self._found.read(targets, offset)
+            return found.read(targets, offset)
         except OSError:
-            if not self.refetch():
+            if not self._dropped(found):
                 raise
             return self._found.read(targets, offset)
 
     def refetch(self) -> bool:
         """See `feedfast.storage.store.Object.refetch`: first the copy is dropped, then it is the bucket's turn."""
-        if not self._near:
-            return self._found.refetch()
-        self._near = False
-        log.warning("cache.local: %s: a damaged copy is dropped; the object is read from the bucket", self._path)
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-        self._found = self._far()
-        return True
+        found = self._found
+        return self._dropped(found) or found.refetch()
+
+    def _dropped(self, found: Object) -> bool:
+        """Whether ``found`` was the copy; by then it is dropped, by this thread or another, and the bucket read."""
+        with self._dropping:
+            if found is self._near:
+                log.warning("cache.local: %s: a damaged copy is dropped, the object read from the bucket", self._path)
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+                self._found, self._near = self._far(), None
+                return True
+            return found is not self._found
 
 
 def _is_locked(path: Path) -> bool:
