@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -43,6 +45,25 @@ class _Inputs(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.batches:
             yield {"pixel_values": batch.images, "labels": batch.annotations, "batch": batch}
+
+
+class _Shown(DataLoader[dict[str, Any]], DataLoaderStateMixin):  # type: ignore[misc]
+    """Validation images; Accelerate asks it how many of what ranks found at the last step are no repetition."""
+
+    def __init__(self, images: Evaluation, whole_batch: int) -> None:
+        super().__init__(_Inputs(images), batch_size=None, collate_fn=_same)
+        self.gradient_state = GradientState()
+        self._last = len(images.data) % whole_batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        self.begin()
+        self.remainder = self._last
+        try:
+            for step, inputs in enumerate(super().__iter__(), 1):
+                self.end_of_dataloader = step == len(self)
+                yield inputs
+        finally:
+            self.end()
 
 
 def _same(value: Any) -> Any:
@@ -104,8 +125,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             args: as of a Trainer.
             cache: an open cache, or its path.
             method: as of `feedfast.distiller`.
-            val: validation images, as `OpenedCache.evaluation` takes them, in the place of ``eval_dataset``. Every rank
-                evaluates all of them.
+            val: validation images, as `OpenedCache.evaluation` takes them, in the place of ``eval_dataset``.
             normalize: as of `OpenedCache.epochs`.
             task_weight: as of `feedfast.distiller`.
             kwargs: of a Trainer.
@@ -148,10 +168,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.args.eval_batch_size,
             device=self.args.device,
             normalize=self._normalize,
-            rank=0,
-            world_size=1,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            even=True,
         )
-        return DataLoader(_Inputs(images), batch_size=None, collate_fn=_same)
+        return _Shown(images, self.args.eval_batch_size * self.args.world_size)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Images of one pass."""

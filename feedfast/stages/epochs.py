@@ -348,18 +348,26 @@ class Evaluation(_Sharded):
         batch_size: int,
         normalize: nn.Module | None,
         place: Place,
+        even: bool,
     ) -> None:
         super().__init__(place)
         if batch_size < 1:
             raise RequestError(f"batch_size: expected at least 1, found {batch_size}")
         self.data, self.plan, self.device = data, plan, device
         self.batch_size, self.normalize = batch_size, normalize
+        self._even = even
         self._loader: Loader | None = None
 
     def rows(self) -> np.ndarray:
         """int64 [n], the positions that this rank shows."""
         rank, world = self._place.resolved()
-        return np.arange(rank, len(self.data), world)
+        count, step = len(self.data), self.batch_size * world
+        if not self._even:
+            return np.arange(rank, count, world)
+        whole = count // step * step
+        last = -(-(count - whole) // world)
+        parts = np.arange(whole).reshape(-1, world, self.batch_size)[:, rank].ravel()
+        return np.concatenate([parts, (whole + rank * last + np.arange(last)) % count])
 
     def __len__(self) -> int:
         """Batches of this rank."""

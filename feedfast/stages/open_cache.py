@@ -195,6 +195,7 @@ class OpenedCache:
         normalize: NormalizeWith = True,
         rank: int | None = None,
         world_size: int | None = None,
+        even: bool = False,
     ) -> Evaluation:
         """Validation images as batches without targets, resized and cropped as torchvision evaluates; re-iterable.
 
@@ -205,6 +206,8 @@ class OpenedCache:
             normalize: as of `stream`.
             rank: as of `stream`; ranks take images in turn, so that their counts differ by one at most.
             world_size: as of `stream`.
+            even: for those who gather what ranks found: every rank shows as many images, the steps of all ranks follow
+                one another in id order, and where the last one falls short the first images are shown again.
 
         Raises:
             RequestError: no such images, or other classes than those of the cache.
@@ -219,6 +222,7 @@ class OpenedCache:
             batch_size=batch_size,
             normalize=self._normalize(normalize, device),
             place=Place(rank, world_size),
+            even=even,
         )
 
     def source(self, device: str | torch.device = "cpu", taps: Wanted | None = None) -> Cached:

@@ -30,7 +30,12 @@ def train(cache: Any, wrap: Callable[[nn.Module], nn.Module], rows: int) -> dict
         distiller.average_gradients()
         optimizer.step()
     distiller.remove()
-    parts = {"student": network, "adapters": distiller}
+    return weights(network, distiller)
+
+
+def weights(student: nn.Module, adapters: nn.Module) -> dict[str, list[float]]:
+    """All of them, by part."""
+    parts = {"student": student, "adapters": adapters}
     return {name: [x for p in part.parameters() for x in p.flatten().tolist()] for name, part in parts.items()}
 
 

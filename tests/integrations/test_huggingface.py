@@ -54,6 +54,12 @@ def test_a_trainer_has_the_losses_of_a_plain_loop(cache: OpenedCache, recipe: Re
         int((own(batch.images).argmax(1) == batch.labels).sum()) for batch in cache.evaluation(recipe.data.val[0])
     )
     assert logged(trainer, "eval_accuracy")[-1] == pytest.approx(right / len(val["labels"]))
+    with torch.no_grad():
+        loss = sum(
+            float(torch.nn.functional.cross_entropy(own(batch.images), batch.labels, reduction="sum"))
+            for batch in cache.evaluation(recipe.data.val[0])
+        )
+    assert logged(trainer, "eval_loss")[-1] == pytest.approx(loss / len(val["labels"]), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -155,6 +155,25 @@ def test_evaluation_shows_every_validation_image_once(cache: OpenedCache, recipe
     assert sorted(rows.tolist()) == list(range(len(val["labels"])))
 
 
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 100), (2, 100), (3, 40), (4, 8), (7, 64), (2, 1000)])
+def test_even_shares_are_gathered_in_id_order(cache: OpenedCache, recipe: Recipe, world: int, batch_size: int) -> None:
+    count = len(np.load(recipe.data.val[0])["labels"])
+    ranks = [
+        cache.evaluation(recipe.data.val[0], batch_size, rank=rank, world_size=world, even=True)
+        for rank in range(world)
+    ]
+    assert len({len(one.rows()) for one in ranks}) == 1, "nobody waits for a rank that has no more"
+    steps = [[one.rows()[at : at + batch_size] for one in ranks] for at in range(0, len(ranks[0].rows()), batch_size)]
+    gathered = np.concatenate([rows for step in steps for rows in step])
+    assert gathered.tolist() == [*range(count), *range(len(gathered) - count)]
+    assert len(gathered) - count < world
+    if batch_size == 100:
+        found = [ids(one) for one in ranks]
+        assert [
+            position for step in zip(*found, strict=True) for rows in step for position in rows
+        ] == gathered.tolist()
+
+
 def test_evaluation_takes_the_classes_that_training_takes(
     cache: OpenedCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
