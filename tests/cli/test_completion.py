@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,19 +88,62 @@ def test_each_shell_has_a_script(shell: str) -> None:
     assert f"_FEEDFAST_COMPLETE=complete_{shell}" in script
 
 
-def test_the_script_works_in_bash(tmp_path: Path) -> None:
+@pytest.fixture
+def shell_env(tmp_path: Path) -> dict[str, str]:
+    """A home of its own, and `feedfast` as a command of this interpreter."""
+    command = tmp_path / "bin" / "feedfast"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m feedfast "$@"\n')
+    command.chmod(0o755)
+    return {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "TERM": "xterm"}
+
+
+def test_the_script_works_in_bash(tmp_path: Path, shell_env: dict[str, str]) -> None:
     """bash itself calls it and fills COMPREPLY."""
-    (tmp_path / "feedfast").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m feedfast "$@"\n')
-    (tmp_path / "feedfast").chmod(0o755)
     (tmp_path / "script").write_text(asked({"_FEEDFAST_COMPLETE": "source_bash"})[0])
     code = (
         f"source {tmp_path}/script; complete -p feedfast >&2; COMP_WORDS=(feedfast train r.toml train.lo)\n"
         'COMP_CWORD=3; _feedfast_completion feedfast; echo "${COMPREPLY[@]}"'
     )
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", code], env=env, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(["bash", "-c", code], env=shell_env, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["train.log_every=", "train.loggers="]
     assert "_feedfast_completion feedfast" in done.stderr
+
+
+def run_in(shell: str, code: str, env: dict[str, str]) -> str:
+    """What a shell says in which completion has been installed as README says."""
+    install = [shell, "-c", "feedfast --install-completion; true"]  # a single command would take the shell's place
+    for command in (install, [shell, "-c", code]):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish here")
+def test_fish_completes(shell_env: dict[str, str]) -> None:
+    code = "complete -C 'feedfast train r.toml train.lo'; complete -C 'feedfast methods rk'"
+    env = {name: value for name, value in shell_env.items() if not name.startswith("XDG_")}
+    assert run_in("fish", code, env).split() == ["train.loggers=", "train.log_every=", "rkd"]
+
+
+ZSH = r"""
+zmodload zsh/zpty
+zpty shell zsh -i
+zpty -w -n shell $'feedfast methods \t\C-aecho \n'  # the first press only loads Typer's script
+zpty -w -n shell $'feedfast methods rk\t\C-aecho \n'
+zpty -w -n shell $'feedfast train r.toml method.name=cw\t\C-aecho \nexit\n'
+while zpty -r shell line; do print -r -- "$line"; done
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
+def test_zsh_completes(shell_env: dict[str, str]) -> None:
+    """In a terminal in which the tab key is pressed; echo says what then stands in the line."""
+    out = run_in("zsh", ZSH, shell_env)
+    said = [line.split() for line in out.splitlines() if line.startswith("feedfast ")]
+    assert [line for line in said if line[-1] in ("rkd", "method.name=cwd")] == [
+        ["feedfast", "methods", "rkd"],
+        ["feedfast", "train", "r.toml", "method.name=cwd"],
+    ], out
 
 
 def test_what_is_offered_is_what_there_is() -> None:
