@@ -1,6 +1,6 @@
 """The command line: argv → a function of `feedfast.api` → its document.
 
-Progress and messages go to stderr; the last line of stdout is one JSON document. Exit codes: 0 done, 1 the job or
+Progress and messages go to stderr; on stdout stands one JSON document. Exit codes: 0 done, 1 the job or
 the check failed, 2 the request was wrong; 130 after Ctrl-C, 143 after SIGTERM, 128 and its number after another signal:
 what is under way is finished first, and the same command continues. A scheduler tries again after 1 and not after 2. A
 user's mistake gets one message that names the key or path, what was expected and what was found; a traceback here is
@@ -10,12 +10,13 @@ always a bug of ours. Functions import their stages as they are called, so that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -25,8 +26,14 @@ from feedfast.recipe import load_recipe
 from feedfast.stages.interrupt import interruptible
 from feedfast.stages.progress import first_rank
 
-if TYPE_CHECKING:
-    from feedfast.documents import Document
+
+class _Document(Protocol):
+    """`feedfast.documents.Document`, which torch comes with."""
+
+    def to_json(self) -> str: ...
+
+
+_Answer = _Document | str | tuple[_Document, bool]  # and whether all is well; if not, the exit code is 1
 
 
 def _examples(*lines: str) -> str:
@@ -121,8 +128,24 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print(document: Document) -> None:
-    print(document.to_json(), flush=True)
+def _command(group: typer.Typer, *examples: str) -> Callable[[Callable[..., _Answer]], Callable[..., None]]:
+    """Make a function a command whose answer is all that stands on stdout, so that it can be piped.
+
+    What others print meanwhile (MLflow the address of a run, a user's network whatever it likes) goes to stderr.
+    """
+
+    def register(function: Callable[..., _Answer]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            with contextlib.redirect_stdout(sys.stderr):
+                answer = function(**options)
+            said, good = answer if isinstance(answer, tuple) else (answer, True)
+            print(said if isinstance(said, str) else said.to_json(), flush=True)
+            raise typer.Exit(0 if good else 1)
+
+        return group.command(epilog=_examples(*examples))(run)
+
+    return register
 
 
 def _refuse_lone(overrides: list[str] | None, recipe: Path | None) -> None:
@@ -130,28 +153,25 @@ def _refuse_lone(overrides: list[str] | None, recipe: Path | None) -> None:
         raise RequestError(f"{overrides[0]}: expected --recipe, whose key it overrides, found none")
 
 
-@app.command(epilog=_examples("feedfast demo --out runs/demo"))
+@_command(app, "feedfast demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option(callback=_home, help="folder for the cache, the runs and report.html")] = Path(
         "runs/demo"
     ),
     overwrite: Annotated[bool, typer.Option(help="start afresh instead of resuming")] = False,
-) -> None:
+) -> _Answer:
     """Run the whole pipeline on handwritten digits: teachers, cache, four students, a report. No download, no GPU."""
-    _print(api.demo(out, overwrite=overwrite))
+    return api.demo(out, overwrite=overwrite)
 
 
-@app.command(epilog=_examples("feedfast plan recipe.toml cache.views=8"))
-def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> None:
+@_command(app, "feedfast plan recipe.toml cache.views=8")
+def plan(recipe: RecipeFile, overrides: Overrides = None, no_check: NoCheck = False) -> _Answer:
     """Bytes, time, free disk, break-even and use of a cache, before it is made; exit code 1 if it cannot fit."""
     document = api.plan(recipe, overrides or (), check=not no_check)
-    _print(document)
-    raise typer.Exit(0 if document.fits else 1)
+    return document, document.fits
 
 
-@app.command(
-    epilog=_examples("feedfast cache recipe.toml cache.codec=u4", "feedfast cache recipe.toml --print slurm --tasks 16")
-)
+@_command(app, "feedfast cache recipe.toml cache.codec=u4", "feedfast cache recipe.toml --print slurm --tasks 16")
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -180,7 +200,7 @@ def cache(
     tasks: Annotated[
         int | None, typer.Option(min=1, max=999_999, help="with --print: at most so many tasks, pods or processes")
     ] = None,
-) -> None:
+) -> _Answer:
     """Run the teachers once over every view and write the cache; resumes by itself."""
     asked = [*(overrides or ()), *([f"cache.part={part}"] if part else [])]
     if engine not in (None, "ray"):
@@ -192,12 +212,11 @@ def cache(
     if launcher is not None:
         if engine is not None:
             raise RequestError("--print: expected no --engine, which starts its own workers, found --engine ray")
-        _print_lines(recipe, asked, launcher, tasks, check=not no_check)
-    else:
-        _print(api.cache(recipe, asked, engine=engine, workers=workers, check=not no_check))
+        return _lines(recipe, asked, launcher, tasks, check=not no_check)
+    return api.cache(recipe, asked, engine=engine, workers=workers, check=not no_check)
 
 
-def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> None:
+def _lines(path: Path, asked: list[str], launcher: str, tasks: int | None, *, check: bool) -> str:
     from feedfast.stages.launch import run_print
 
     recipe = load_recipe(path, asked)
@@ -206,16 +225,16 @@ def _print_lines(path: Path, asked: list[str], launcher: str, tasks: int | None,
             f"cache.part: expected auto with --print, whose lines divide the job, found {recipe.cache.part}"
         )
     command = ["cache", str(path.expanduser().absolute()), *asked, *([] if check else ["--no-check"])]
-    print(run_print(recipe, launcher, command, tasks=tasks, check=check), flush=True)
+    return run_print(recipe, launcher, command, tasks=tasks, check=check)
 
 
-@app.command(epilog=_examples("feedfast train recipe.toml method.name=ofd train.out=runs/ofd"))
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+@_command(app, "feedfast train recipe.toml method.name=ofd train.out=runs/ofd")
+def train(recipe: RecipeFile, overrides: Overrides = None) -> _Answer:
     """Train a student from the cache, with live teachers, or plainly (for teachers too); resumes by itself."""
-    _print(api.train(recipe, overrides or ()))
+    return api.train(recipe, overrides or ())
 
 
-@app.command(epilog=_examples("feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3 --jobs 2"))
+@_command(app, "feedfast sweep recipe.toml --set method.name=none,kd,ofd --set seed=0:3 --jobs 2")
 def sweep(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -236,21 +255,19 @@ def sweep(
     script: Annotated[
         str | None, typer.Option("--print", metavar="slurm", help="print a job array of what is missing, run nothing")
     ] = None,
-) -> None:
+) -> _Answer:
     """Train every combination of --set over one cache, then compare; resumes by itself, exit code 1 if a run failed."""
     if script is not None:
         from feedfast.stages.sweep import sweep_script
 
         if script != "slurm":
             raise RequestError(f"--print: expected slurm, found {script!r}")
-        print(sweep_script(recipe, settings or (), overrides or (), out=out))
-        return
+        return sweep_script(recipe, settings or (), overrides or (), out=out)
     document = api.sweep(recipe, overrides or (), set=settings or (), out=out, jobs=jobs, baseline=baseline)
-    _print(document)
-    raise typer.Exit(1 if document.failed else 0)
+    return document, not document.failed
 
 
-@app.command(epilog=_examples("feedfast compare runs/sweep --out runs/compared"))
+@_command(app, "feedfast compare runs/sweep --out runs/compared")
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or of folders of runs")],
     baseline: Annotated[
@@ -259,12 +276,12 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(callback=_home, help="folder for compare.html and compare.csv; none = only the table")
     ] = None,
-) -> None:
+) -> _Answer:
     """Compare finished runs: mean and deviation over seeds, difference to a baseline with interval, cost, curves."""
-    _print(api.compare(runs, baseline=baseline, out=out))
+    return api.compare(runs, baseline=baseline, out=out)
 
 
-@app.command(epilog=_examples("feedfast export runs/student --format onnx"))
+@_command(app, "feedfast export runs/student --format onnx")
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a finished run: train.out")],
     formats: Annotated[
@@ -277,24 +294,24 @@ def export(
     ] = None,
     branch: Annotated[bool, typer.Option("--branch", help="of a student of branches the best one alone")] = False,
     out: Annotated[Path | None, typer.Option(callback=_home, help="default: export in the run's folder")] = None,
-) -> None:
+) -> _Answer:
     """Write a trained student as weights and programs for others, each checked on real images."""
-    _print(api.export(run, formats=formats or (), branch=branch, out=out))
+    return api.export(run, formats=formats or (), branch=branch, out=out)
 
 
-@app.command(epilog=_examples("feedfast chain recipe.toml chain.generations=3 method.name=sfeed"))
-def chain(recipe: RecipeFile, overrides: Overrides = None) -> None:
+@_command(app, "feedfast chain recipe.toml chain.generations=3 method.name=sfeed")
+def chain(recipe: RecipeFile, overrides: Overrides = None) -> _Answer:
     """Train generations of students, each taught by the one before, over one cache (sfeed, ban); resumes by itself."""
-    _print(api.chain(recipe, overrides or ()))
+    return api.chain(recipe, overrides or ())
 
 
-@app.command(epilog=_examples("feedfast factors recipe.toml method.name=ft"))
-def factors(recipe: RecipeFile, overrides: Overrides = None) -> None:
+@_command(app, "feedfast factors recipe.toml method.name=ft")
+def factors(recipe: RecipeFile, overrides: Overrides = None) -> _Answer:
     """Train a paraphraser per teacher over the cache's final maps and add its factors as the tap `factor` (ft)."""
-    _print(api.factors(recipe, overrides or ()))
+    return api.factors(recipe, overrides or ())
 
 
-@app.command(epilog=_examples("feedfast verify runs/cache.zarr --full --replay 8"))
+@_command(app, "feedfast verify runs/cache.zarr --full --replay 8")
 def verify(
     cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     overrides: Overrides = None,
@@ -304,36 +321,35 @@ def verify(
         float, typer.Option(min=0, max=100, help="percent of the rows whose maps are recomputed; 0 = none")
     ] = 0.0,
     recipe: Annotated[Path | None, typer.Option(help="where to find data and weights when they have moved")] = None,
-) -> None:
+) -> _Answer:
     """Check a cache: log and lengths always; checksums, pixels and maps on request."""
     _refuse_lone(overrides, recipe)
     document = api.verify(cache, overrides or (), full=full, replay=replay, teachers=teachers, recipe=recipe)
-    _print(document)
-    raise typer.Exit(0 if document.ok else 1)
+    return document, document.ok
 
 
-@app.command(epilog=_examples("feedfast inspect runs/cache.zarr --out runs/inspected"))
+@_command(app, "feedfast inspect runs/cache.zarr --out runs/inspected")
 def inspect(
     cache: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     out: Annotated[
         Path | None,
         typer.Option(callback=_home, help="folder for inspect.html with pictures of maps; none = no pictures"),
     ] = None,
-) -> None:
+) -> _Answer:
     """Show what a cache holds: manifest, sizes, ratios, measured errors, pictures of maps."""
-    _print(api.inspect(cache, out=out))
+    return api.inspect(cache, out=out)
 
 
-@app.command(epilog=_examples("feedfast copy runs/cache.zarr s3://bucket/cache.zarr"))
+@_command(app, "feedfast copy runs/cache.zarr s3://bucket/cache.zarr")
 def copy(
     source: Annotated[str, typer.Argument(help="a cache: a folder, or s3://…, gs://… or az://…")],
     target: Annotated[str, typer.Argument(help="where to: a folder, or s3://…, gs://… or az://…")],
-) -> None:
+) -> _Answer:
     """Copy a cache to or from a bucket, or between folders; verified on the way, continues by itself."""
-    _print(api.copy(source, target))
+    return api.copy(source, target)
 
 
-@app.command(epilog=_examples("feedfast taps torchvision/resnet18 --size 64 --classes 10"))
+@_command(app, "feedfast taps torchvision/resnet18 --size 64 --classes 10")
 def taps(
     model: Annotated[
         str,
@@ -343,27 +359,26 @@ def taps(
         int | None, typer.Option(min=4, max=2048, help="pixels, side of the input; default: the model's own, else 32")
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="outputs of the classifier")] = 100,
-) -> None:
+) -> _Answer:
     """List the tappable places of a model: path, shape, bytes, activation, hazards, and which method wants which."""
-    _print(api.taps(model, size=size, classes=classes))
+    return api.taps(model, size=size, classes=classes)
 
 
-@app.command(epilog=_examples("feedfast doctor", "feedfast doctor --recipe recipe.toml"))
+@_command(app, "feedfast doctor", "feedfast doctor --recipe recipe.toml")
 def doctor(
     overrides: Overrides = None,
     recipe: Annotated[Path | None, typer.Option(help="whose cache.path the disk's speed is measured at")] = None,
     folder: Annotated[
         Path | None, typer.Option(callback=_home, help="that is measured instead; default: the current one")
     ] = None,
-) -> None:
+) -> _Answer:
     """What this machine is, and what will be slow or fail here: versions, DALI, GPU, disk; exit code 1 if broken."""
     _refuse_lone(overrides, recipe)
     document = api.doctor(overrides or (), recipe=recipe, folder=folder)
-    _print(document)
-    raise typer.Exit(0 if document.ok else 1)
+    return document, document.ok
 
 
-@app.command(epilog=_examples("feedfast methods ofd"))
+@_command(app, "feedfast methods ofd")
 def methods(
     name: Annotated[
         str | None, typer.Argument(help="one method, with its options", autocompletion=completion.methods)
@@ -372,16 +387,16 @@ def methods(
     recipe: Annotated[
         Path | None, typer.Option(help="also bytes per sample that a cache of its teachers would store for a method")
     ] = None,
-) -> None:
+) -> _Answer:
     """List the distillation methods, or one of them: paper, taps it needs, options with their defaults."""
     if name is not None and "=" in name:  # no method: the first override of all methods' recipe
         overrides = [name, *(overrides or ())]
         name = None
     _refuse_lone(overrides, recipe)
-    _print(api.list_methods(name, overrides or (), recipe=recipe))
+    return api.list_methods(name, overrides or (), recipe=recipe)
 
 
-@app.command(epilog=_examples("feedfast recipes ofd-c-cifar100 --out recipe.toml"))
+@_command(app, "feedfast recipes ofd-c-cifar100 --out recipe.toml")
 def recipes(
     name: Annotated[
         str | None, typer.Argument(help="one recipe, shown on stderr", autocompletion=completion.recipe_names)
@@ -389,12 +404,12 @@ def recipes(
     out: Annotated[
         Path | None, typer.Option(callback=_home, help="a new file it is copied to, instead of being shown")
     ] = None,
-) -> None:
+) -> _Answer:
     """List the packaged recipes, one per setting of the papers; show or copy one of them."""
-    _print(api.list_recipes(name, out=out))
+    return api.list_recipes(name, out=out)
 
 
-@analyze.command(epilog=_examples("feedfast analyze reconstruction runs/a runs/b --epochs 3"))
+@_command(analyze, "feedfast analyze reconstruction runs/a runs/b --epochs 3")
 def reconstruction(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of `feedfast train`: train.out")],
     rate: Annotated[float, typer.Option(help="channels of the factors per channel of the map")] = 0.5,
@@ -405,9 +420,9 @@ def reconstruction(
     out: Annotated[Path, typer.Option(callback=_home, help="folder for reconstruction.html and .json")] = Path(
         "runs/reconstruction"
     ),
-) -> None:
+) -> _Answer:
     """FEED's analysis: how well a paraphraser of each network's own final maps rebuilds them. A report, no verdict."""
-    _print(api.analyze_reconstruction(runs, rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr, out=out))
+    return api.analyze_reconstruction(runs, rate=rate, epochs=epochs, seed=seed, limit=limit, lr=lr, out=out)
 
 
 def _speaking_first(words: Sequence[str]) -> list[str]:

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl, wide
+from feedfast.methods.parts import Connector, paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast.tasks.base import wide
 from feedfast_kernels import as_float
 
 

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from feedfast.methods.base import Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import paired_maps, same_grid, shared_taps, wide
+from feedfast.methods.parts import paired_maps, same_grid, shared_taps
+from feedfast.tasks.base import wide
 from feedfast_kernels import as_float
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from feedfast.errors import RequestError
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
 from feedfast.methods.parts import same_grid
+from feedfast.tasks.base import wide
 from feedfast.tasks.classify import label_loss
 from feedfast_kernels import as_float, ensemble_kl
 
@@ -89,7 +90,7 @@ class EKD(Method):
             labels.append(label_loss(logits, annotations))
             kd.append(ensemble_kl(logits, [as_float(targets[name][LOGITS])], tau=self.options.tau))
             ours, theirs = same_grid(adapter(student.taps[f"branch{branch}.{FINAL}"]), targets[name][FINAL])
-            feature.append(F.mse_loss(ours.float(), as_float(theirs)))
+            feature.append(F.mse_loss(wide(ours), as_float(theirs)))
         return {
             name: torch.stack(terms).mean() for name, terms in (("branches", labels), ("kd", kd), ("feature", feature))
         }

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import paired_maps, same_grid, shared_taps, unscaled_kl, wide
+from feedfast.methods.parts import paired_maps, same_grid, shared_taps, unscaled_kl
+from feedfast.tasks.base import wide
 from feedfast_kernels import as_float
 
 

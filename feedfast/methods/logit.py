@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from feedfast.methods.base import LOGITS, Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
-from feedfast.methods.parts import STANDARDIZE, logit_rows, standardized, wide
+from feedfast.methods.parts import STANDARDIZE, logit_rows, standardized
+from feedfast.tasks.base import wide
 from feedfast_kernels import as_float
 
 

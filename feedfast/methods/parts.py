@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from feedfast.errors import RequestError
 from feedfast.methods.base import LOGITS, Shapes, StudentOutput, TapInfo, Targets, Teachers, numbered_taps
+from feedfast.tasks.base import wide
 from feedfast_kernels import Codes, Target, as_float, connector_partial_l2, ensemble_kl, partial_l2
 
 Found = TypeVar("Found")
@@ -247,11 +248,6 @@ def unscaled_kl(student: StudentOutput, targets: Targets, tau: float) -> Tensor:
     """KL(teachers || student) of the logits at temperature ``tau``, without the usual tau^2: FitNets' and AB's."""
     ours, theirs = logit_rows(student.output, (as_float(taps[LOGITS]) for taps in targets.values()))
     return ensemble_kl(ours, theirs, tau=tau, weight=tau**-2)
-
-
-def wide(x: Tensor) -> Tensor:
-    """fp32 of any narrower float; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def standardized(logits: Tensor) -> Tensor:

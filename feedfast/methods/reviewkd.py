@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from feedfast.methods.base import Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
 from feedfast.methods.parts import embedding, paired_maps, shared_taps
+from feedfast.tasks.base import wide
 from feedfast_kernels import as_float
 
 LAST = "final"
@@ -111,7 +112,7 @@ class ReviewKD(Method):
                 if tap == LAST:
                     ours, theirs = embedding(ours)[:, :, None, None], embedding(theirs)[:, :, None, None]
                 found, fused = fusion(ours, fused, tuple(theirs.shape[2:]))
-                terms.append(hierarchical_context(found.float(), theirs))
+                terms.append(hierarchical_context(wide(found), theirs))
         return {"review": torch.stack(terms).sum() / len(self.teacher_names)}
 
     def weights(self, progress: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from feedfast.methods.base import Method, MethodOptions, Shapes, StudentOutput, Targets, Teachers
 from feedfast.methods.parts import paired_maps, same_grid, shared_taps
+from feedfast.tasks.base import wide
 from feedfast_kernels import Target, as_float
 
 EPS = 1e-5  # the least variance
@@ -42,8 +43,8 @@ class Gaussian(nn.Module):
     def forward(self, student_NCHW: Tensor, target: Target) -> Tensor:
         """Mean negative log-likelihood of the target [B, C_T, H, W], without its constant."""
         ours, theirs = same_grid(student_NCHW, target)
-        variance = (F.softplus(self.log_scale_C.float()) + EPS)[:, None, None]
-        square = (self.mean(ours).float() - as_float(theirs).detach()).square()
+        variance = (F.softplus(wide(self.log_scale_C)) + EPS)[:, None, None]
+        square = (wide(self.mean(ours)) - as_float(theirs).detach()).square()
         loss: Tensor = 0.5 * (square / variance + variance.log()).mean()
         return loss
 

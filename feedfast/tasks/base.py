@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Outputs = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
@@ -66,3 +67,8 @@ def described(outputs: Outputs) -> str:
     if isinstance(outputs, Mapping):
         return "a mapping of " + ", ".join(f"{name} {['…', *shape]}" for name, shape in outputs.items())
     return f"{list(outputs)} per sample"
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 of any narrower float; float64 stays: what losses are computed in, whatever autocast made of their input."""
+    return x if x.dtype == torch.float64 else x.float()

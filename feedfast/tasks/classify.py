@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feedfast.errors import RequestError
-from feedfast.tasks.base import Outputs, described
+from feedfast.tasks.base import Outputs, described, wide
 
 
 class Mixed(Protocol):
@@ -71,15 +71,15 @@ def label_loss(logits: Tensor, labels: Tensor | Mixed) -> Tensor:
     Returns:
         Scalar; 0 (with a zero gradient) if no sample is labeled.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide_logits = wide(logits)
     if not isinstance(labels, Tensor):
-        weight = labels.weight.to(wide.dtype)
+        weight = labels.weight.to(wide_logits.dtype)
         parts = [(labels.first, weight), (labels.second, 1 - weight)]
-        losses = [F.cross_entropy(wide, own, ignore_index=-1, reduction="none") * share for own, share in parts]
+        losses = [F.cross_entropy(wide_logits, own, ignore_index=-1, reduction="none") * share for own, share in parts]
         counted = [(share * (own != -1)).sum() for own, share in parts]
         whole = counted[0] + counted[1]
         return (losses[0] + losses[1]).sum() / whole.where(whole > 0, 1)
-    total = F.cross_entropy(wide, labels, ignore_index=-1, reduction="sum")
+    total = F.cross_entropy(wide_logits, labels, ignore_index=-1, reduction="sum")
     return total / (labels != -1).sum().clamp(min=1)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image  # type: ignore[import-untyped]
 
 from feedfast.errors import RequestError
-from feedfast.tasks.base import Outputs, described
+from feedfast.tasks.base import Outputs, described, wide
 from feedfast.tasks.boxes import decoded, encoded, matched, padded
 from feedfast.tasks.precision import Precision, require_pycocotools
 
@@ -106,11 +106,11 @@ class Detect:
         """
         if not self.size:
             raise ValueError("Detect.size: expected the side of the network's square in pixels, found 0")
-        anchors = _wide(output["anchors"])
+        anchors = wide(output["anchors"])
         found = []
         for logits, codes, image in zip(output["cls_logits"], output["bbox_regression"], truth, strict=True):
-            boxes = clip_boxes_to_image(decoded(_wide(codes), anchors), (self.size, self.size))
-            scores = _wide(logits).softmax(1)[:, 1:].T
+            boxes = clip_boxes_to_image(decoded(wide(codes), anchors), (self.size, self.size))
+            scores = wide(logits).softmax(1)[:, 1:].T
             best, at = scores.topk(min(_CANDIDATES, len(boxes)), dim=1)  # [class, candidate]
             label, rank = (best > self.least_score).nonzero(as_tuple=True)
             candidates, probability = boxes[at[label, rank]], best[label, rank]
@@ -152,7 +152,7 @@ def multibox_loss(
         anchors; each a sum over the batch, divided by its number of matched anchors (at least 1). An image without
         boxes adds nothing: background is chosen in proportion to what was matched in the same image.
     """
-    logits, codes, anchors = (_wide(output[name]) for name in _NAMES)
+    logits, codes, anchors = (wide(output[name]) for name in _NAMES)
     anchors = anchors.to(codes.dtype)
     boxes, labels, there = padded(annotations, codes.device, codes.dtype)
     number = matched(boxes, there, anchors, overlap)
@@ -171,7 +171,3 @@ def multibox_loss(
     chosen = order.argsort(1) < negatives * matches
     count = matches.sum().clamp(min=1)
     return distance / count, (entropy * positive + entropy * chosen).sum() / count
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feedfast.errors import RequestError
-from feedfast.tasks.base import Outputs, described
+from feedfast.tasks.base import Outputs, described, wide
 
 IGNORE = 255
 """The class number of mask pixels that count nowhere."""
@@ -104,8 +104,7 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     Returns:
         Scalar; 0 (with a zero gradient) if no pixel is valid.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    large = F.interpolate(wide, size=masks.shape[-2:], mode="bilinear", align_corners=False)
+    large = F.interpolate(wide(logits), size=masks.shape[-2:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(large, masks, ignore_index=IGNORE, reduction="sum")
     return total / (masks != IGNORE).sum().clamp(min=1)
 
@@ -204,14 +203,13 @@ def _classes_at(logits: Tensor, rows: Tensor, height: int, width: int) -> Tensor
     Returns:
         uint8 [R, width].
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
     # channels last in torch's sense, the batch's axis too: what is compared lies together, which is 4 times as fast
-    last = wide.permute(1, 2, 0)[None].contiguous()
+    last = wide(logits).permute(1, 2, 0)[None].contiguous()
     extent = last.shape[1]
     at = ((rows.double() + 0.5) * (extent / height) - 0.5).clamp(0, extent - 1)
     upper = at.long()
     lower = (upper + 1).clamp(max=extent - 1)
-    share = (at - upper).to(wide.dtype)[:, None, None]
+    share = (at - upper).to(last.dtype)[:, None, None]
     step = max(1, _STRIP // (width * len(logits)))
     found = []
     for start in range(0, len(rows), step):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from feedfast_kernels import _packing as packing
-from feedfast_kernels._layout import along_row, as_BHWC, is_eager_cpu, scratch, tiles
+from feedfast_kernels._layout import along_row, as_BHWC, is_eager_cpu, scratch, tiles, work_dtype
 from feedfast_kernels._ops import OPS, register, runs_triton
 
 _ROUND: Final = float(1 << 23)  # fp32 numbers from here on are whole
@@ -386,8 +386,8 @@ def stored_parts(target: Target) -> tuple[Tensor, Tensor | None, Tensor | None, 
 
 
 def as_float(target: Target) -> Tensor:
-    """The target as an fp32 map: decoded codes, or the float map itself."""
-    return decode(target) if isinstance(target, Codes) else target.float()
+    """The target as an fp32 map: decoded codes, or the float map itself (float64 stays)."""
+    return decode(target) if isinstance(target, Codes) else target.to(work_dtype(target))
 
 
 def unpack(data: Tensor, channels: int, codec: StoredAs) -> Tensor:
