@@ -258,7 +258,8 @@ EVERY_COMMAND = """\
 * **Resuming.** Every run can be killed and continued with the same command, to the same bytes and weights. `cache`,
   `train`, `chain`, `factors`, `sweep`, `copy` and `demo` continue what they find; the others start again.
 * **Output.** Progress and messages go to stderr (`-v` for more, `-q` for less, before or after the command:
-  `feedfast -q cache ...`). The last line of stdout is one JSON document.
+  `feedfast -q cache ...`). On stdout stands one JSON document and nothing else, so a
+  command can be piped: `feedfast train recipe.toml | jq .val_accuracy`.
 * **Exit codes.** 0: done. 1: the job or the check failed. 2: the request was wrong (a bad recipe, a missing path).
   130: ended by Ctrl-C, 143: by SIGTERM, likewise 128 + the number of SIGHUP and SIGUSR1; the step or shard under way is
   finished first.

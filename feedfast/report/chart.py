@@ -198,11 +198,10 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [
-        round(number * step, 12 - math.floor(math.log10(step)))
-        for number in range(first, math.floor(high / step + 1e-9) + 1)
-    ]
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    marks = [round(number * step, 12 - math.floor(math.log10(step))) for number in numbers]
+    # far from zero a quotient is exact to some steps only
+    return [mark for mark in marks if low - 1e-9 * step <= mark <= high + 1e-9 * step]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

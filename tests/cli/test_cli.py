@@ -1,4 +1,4 @@
-"""Every command from the outside: one JSON document at the end of stdout, progress on stderr, the exit code.
+"""Every command from the outside: one JSON document on stdout, progress on stderr, the exit code.
 
 For every mistake a careless or hostile user can make there is one sentence that names it; `commands.feedfast` fails on
 anything like a traceback.
@@ -399,6 +399,26 @@ def test_a_cache_of_format_1_is_refused(recipe: Path, tmp_path: Path, command: s
     assert outcome.code == 2
     assert "expected cache format 2, found 1; run `feedfast cache` again with another cache.path" in outcome.error
     assert [path.name for path in old.rglob("*") if path.is_file() and not path.name.startswith(".")] == ["zarr.json"]
+
+
+def test_what_a_network_of_ones_own_prints_is_no_document(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "talkative.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        print('forward')\n"
+        "        return super().forward(x)\n"
+        "def made(num_classes=10):\n"
+        "    print('made')\n"
+        "    return Net(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    outcome = feedfast("train", recipe, "student.model=talkative:made", f"train.out={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.document["model"] == "talkative:made"
+    assert {"made", "forward"} <= set(outcome.err.splitlines())
 
 
 @pytest.mark.slow

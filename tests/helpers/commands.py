@@ -1,4 +1,4 @@
-"""The command line as a user meets it: arguments in; exit code, the JSON on stdout's last line, and stderr out.
+"""The command line as a user meets it: arguments in; exit code, the JSON on stdout, and stderr out.
 
 `feedfast` runs `feedfast.cli.main` in this process, the same function the installed command calls: what escapes it is
 what a user would see as a traceback, and fails the test. `in_a_process` is the real thing, for what only a process can
@@ -29,8 +29,8 @@ class Outcome:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON of the last line of stdout."""
-        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        """The JSON on stdout, where nothing else may stand."""
+        found: dict[str, Any] = json.loads(self.out)
         return found
 
     @property
