@@ -383,7 +383,7 @@ def _mlflow_tags(about: About) -> dict[str, str]:
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": made.get("command")}
     tags["mlflow.source.git.commit"] = made.get("commit")
     for name, value in made.items():
-        tags[f"feedfast.{name}"] = value if isinstance(value, str) else json.dumps(value)
+        tags[f"feedfast.{name}"] = value if value is None or isinstance(value, str) else json.dumps(value)
     for tag in about.tags:
         name, equals, value = tag.partition("=")
         tags[_mlflow_name(name)] = value if equals else "true"
