@@ -345,6 +345,11 @@ def make_dirs(path: Path) -> None:
     fsync_dir(path.parent)
 
 
+def standing_folder(path: Path) -> Path:
+    """The path itself where it is a folder, or the nearest one above it that exists; absolute."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
 @contextlib.contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
     """Raise an `OSError` of the block as the `FeedfastError` that names ``path``."""
@@ -360,7 +365,7 @@ def write_error(error: OSError, path: Path, size_bytes: int | None = None) -> Fe
         return FeedfastError(f"{path}: cannot be written: {error.strerror or error}")
     wanted = "more" if size_bytes is None else f"{size_bytes} bytes"
     try:
-        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
+        free = shutil.disk_usage(standing_folder(path)).free
     except OSError:
         return FeedfastError(f"{path}: no room for {wanted} ({error.strerror})")
     return FeedfastError(

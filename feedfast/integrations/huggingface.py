@@ -131,7 +131,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             kwargs: of a Trainer.
 
         Raises:
-            RequestError: a data set or ``model_init`` is given, or as `feedfast.distiller`.
+            RequestError: a data set or ``model_init`` is given, one process has several GPUs, or as
+                `feedfast.distiller`.
         """
         for name in ("train_dataset", "eval_dataset", "data_collator", "model_init", "compute_loss_func"):
             if kwargs.get(name) is not None:
@@ -139,6 +140,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.cache = cache if isinstance(cache, OpenedCache) else open_cache(cache)
         self._val, self._normalize = val, normalize
         super().__init__(model, args, eval_dataset=None if val is None else [], **kwargs)
+        if self.args.n_gpu > 1:
+            raise RequestError(
+                f"args: expected one GPU per process, found {self.args.n_gpu}, for which a Trainer copies the "
+                f"model, and the copies' maps mix; start it with torchrun --nproc-per-node={self.args.n_gpu}, or with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         # The loss is a mean over the batch; a Trainer divides it by the steps it accumulates then.
         self.model_accepts_loss_kwargs = False
         self.label_names = ["labels"]

@@ -29,6 +29,7 @@ from feedfast.data.dali import require_dali
 from feedfast.data.dataset import Dataset, ImageSource
 from feedfast.data.views import ViewPlan
 from feedfast.errors import CacheMismatchError, RequestError
+from feedfast.files import standing_folder
 from feedfast.methods import TapInfo
 from feedfast.methods.ft import FACTOR
 from feedfast.models.given import copied
@@ -221,7 +222,7 @@ def _room(place: Place) -> tuple[Place, float]:
     """The folder that stands where the cache is to lie, and its free bytes; a bucket has as many as are paid for."""
     if isinstance(place, str):
         return place, math.inf
-    standing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    standing = standing_folder(place)
     return standing, shutil.disk_usage(standing).free
 
 

@@ -21,6 +21,7 @@ import google_crc32c
 import torch
 
 from feedfast.data.dali import dali_warnings
+from feedfast.files import standing_folder
 from feedfast.provenance import redacted
 from feedfast.report.loggers import MODULES, installed
 from feedfast.stages.bf16 import bf16_ratio, has_bf16
@@ -212,7 +213,7 @@ def _gpus() -> Iterator[GpuFact]:
 
 def disk_of(folder: Path) -> DiskFact:
     """The disk below a folder, or below the nearest one above it that exists."""
-    at = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    at = standing_folder(folder)
     free = shutil.disk_usage(at).free
     rate = disk_rate(at, free)
     if rate is None:

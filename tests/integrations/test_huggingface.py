@@ -125,6 +125,11 @@ def test_batches_come_from_the_cache_alone(cache: OpenedCache, tmp_path: Path) -
     trainer = integration.DistillationTrainer(student(), arguments(tmp_path), cache=cache)
     with pytest.raises(RequestError, match=r"^val: expected validation images, found none"):
         trainer.evaluate()
+    several = arguments(tmp_path)
+    assert several.n_gpu == 0  # it looks at the machine the first time
+    several._n_gpu = 2
+    with pytest.raises(RequestError, match=r"^args: expected one GPU per process, found 2, .* --nproc-per-node=2"):
+        integration.DistillationTrainer(student(), several, cache=cache)
     optimizer = sgd(trainer.model.parameters())
     own = integration.DistillationTrainer(
         trainer.model, arguments(tmp_path), cache=cache, method=OFD, optimizers=(optimizer, None)
