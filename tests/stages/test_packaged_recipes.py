@@ -34,7 +34,7 @@ from feedfast.stages.trainee import build_methods, losses_of, method_entries, ne
 from feedfast.tasks import Classify, task_named
 
 NAMES = tuple(packaged_recipes())
-SMALL = {28: 28, 32: 32, 224: 64, 513: 65, 300: 64, 160: 64}  # size of a recipe → of the test
+SMALL = {28: 28, 32: 16, 224: 64, 513: 65, 300: 64, 160: 64}  # size of a recipe → of the test
 QUICK = ("lp-mnist", "teacher-wrn-16-2-mnist")
 BATCH = 4
 CLASSES = {"classify": 10, "segment": 3, "detect": 2}  # of the generated images
