@@ -58,9 +58,10 @@ class _Shown(DataLoader[dict[str, Any]], DataLoaderStateMixin):  # type: ignore[
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         self.begin()
         self.remainder = self._last
+        steps = len(self)
         try:
             for step, inputs in enumerate(super().__iter__(), 1):
-                self.end_of_dataloader = step == len(self)
+                self.end_of_dataloader = step == steps
                 yield inputs
         finally:
             self.end()

@@ -290,15 +290,14 @@ class Background:
         self._name, self._start, self._about = name, start, about
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._end: tuple[Mapping[str, Any] | None, str] = (None, "interrupted")
-        self._failed = False
-        self._first_failure = threading.Lock()  # taken by the thread that says so, and never given back
+        self._failed = threading.Lock()  # taken by the first thread that fails, and never given back
         # a daemon: one that hangs does not keep the process
         self._thread = threading.Thread(target=self._work, name=f"feedfast-{name}", daemon=True)
         self._thread.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """A row, for later."""
-        if self._failed:
+        if self._failed.locked():
             return
         if self._rows.qsize() > MOST_WAITING:
             self._fail(f"it is {MOST_WAITING:,} rows behind")
@@ -320,18 +319,17 @@ class Background:
         try:
             logger = self._start(self._about)
             rows: list[Row | None] = []
-            while not self._failed and None not in rows:
+            while not self._failed.locked() and None not in rows:
                 rows = [self._rows.get(), *_waiting(self._rows)]
                 logger.log([row for row in rows if row is not None])
-            if not self._failed:
+            if not self._failed.locked():
                 logger.finish(*self._end)
         except Exception as error:  # of tools that are not ours: whatever it is, the run does not end of it
             log.debug("%s", self._name, exc_info=True)
             self._fail(redacted(f"{type(error).__name__}: {error}").strip().partition("\n")[0][:300])
 
     def _fail(self, why: str) -> None:
-        self._failed = True
-        if self._first_failure.acquire(blocking=False):
+        if self._failed.acquire(blocking=False):
             log.warning("%s: %s; the run goes on without it, metrics.jsonl has every row", self._name, printable(why))
 
 

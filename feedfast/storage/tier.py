@@ -175,8 +175,8 @@ class NearObject:
 
     def __init__(self, file: FileObject, path: Path, far: Callable[[], Object]) -> None:
         self._found: Object = file
-        self._near: Object | None = file
-        self._path, self._far = path, far
+        self._path = path
+        self._far: Callable[[], Object] | None = far  # None once the copy is dropped
         self._dropping = threading.Lock()  # several threads may find at once that the copy cannot be read
 
     @property
@@ -202,11 +202,11 @@ class NearObject:
     def _dropped(self, found: Object) -> bool:
         """Whether ``found`` was the copy; by then it is dropped, by this thread or another, and the bucket read."""
         with self._dropping:
-            if found is self._near:
+            if self._far is not None:
                 log.warning("cache.local: %s: a damaged copy is dropped, the object read from the bucket", self._path)
                 with contextlib.suppress(OSError):
                     self._path.unlink()
-                self._found, self._near = self._far(), None
+                self._found, self._far = self._far(), None
                 return True
             return found is not self._found
 
